@@ -1,0 +1,21 @@
+"""OIALR: orthogonality-informed adaptive low-rank training of neural networks.
+
+``from app import OIALR`` gives the method as an object for anyone's training loop. It is handed out
+lazily, so that ``python -m app.train --help`` does not pay for importing torch.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from app.oialr import OIALR as OIALR
+
+__all__ = ["OIALR"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "OIALR":
+        from app.oialr import OIALR
+
+        return OIALR
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,9 @@
+"""The errors that end a program with an exit code of their own."""
+
+
+class UserError(Exception):
+    """What the user did wrong, in one line: the culprit and the cure. Exit code 2, no traceback."""
+
+
+class DivergedError(Exception):
+    """A weight holds NaN or infinity: the training has diverged. Exit code 1."""

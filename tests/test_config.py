@@ -1,0 +1,100 @@
+"""The configuration: what is wrong is one line that names the key."""
+
+import re
+
+import pytest
+
+from app import config
+from app.errors import UserError
+
+
+def test_default_configuration_loads_and_survives_a_round_trip():
+    loaded = config.load()
+    assert loaded.run.name == "digits_vit"
+    assert config.build(config.parse(loaded.to_yaml(), source="")) == loaded
+
+
+def test_overrides():
+    loaded = config.load(
+        None,
+        [
+            "training.learning_rate=3e-4",
+            "model.arguments.depth=2",
+            "oialr.enabled=false",
+            "run.dir=x",
+        ],
+    )
+    assert loaded.training.learning_rate == 3e-4
+    assert loaded.model.arguments["depth"] == 2
+    assert loaded.model.arguments["embed_dim"] == 64
+    assert not loaded.oialr.enabled
+    assert loaded.run.dir == "x"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.epoch=3", "training.epoch: unknown key; did you mean training.epochs?"),
+        ("trainin.epochs=3", "trainin: unknown key; did you mean training?"),
+        ("data.cutoff=0.1", "data.cutoff: unknown key; did you mean oialr.cutoff?"),
+        ("training.epochs=true", "training.epochs: should be a valid integer (got True)"),
+        ("training.epochs=1.5", "training.epochs: should be a valid integer (got 1.5)"),
+        ("training.epochs=many", "training.epochs: should be a valid integer (got 'many')"),
+        ("training.epochs=0", "training.epochs: should be greater than 0 (got 0)"),
+        ("training.learning_rate=.nan", "training.learning_rate: should be a finite number"),
+        ("oialr.cutoff=1", "oialr.cutoff: should be less than 1 (got 1)"),
+        ("oialr.layer_fraction=0", "oialr.layer_fraction: should be greater than 0"),
+        ("data.name=cifar", "'cifar' is not one of digits, mnist"),
+        ("data.name=cifar", "did you mean cifar10?"),
+        ("training.warmup_epochs=60", "training.warmup_epochs: 60.0 must be less than epochs, 60"),
+        ("training.minimum_learning_rate=1", "training.minimum_learning_rate: 1.0 exceeds"),
+        ("training.accumulation=100", "training.accumulation: 100 backward passes cannot share"),
+        ("stability.interval=2", "stability.window: 5 must be a multiple of interval, 2"),
+        ("epochs=3", "'epochs=3': expected section.key=value"),
+        ("training.epochs", "'training.epochs': expected section.key=value"),
+        ("training.epochs=[", "training.epochs: '[' is not a YAML value"),
+        ("run.dir.x=1", "run.dir: should be a valid string"),
+        ("training={epochs: 3}", "expected section.key=value"),
+    ],
+)
+def test_mistakes_are_one_line(override, message):
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        config.load(None, [override])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("training: {epochs: 1, epochs: 2}", "the key 'epochs' is given twice"),
+        ("training: [", "a.yaml"),
+        ("- training", "expected sections"),
+        ("training: 3", "training: expected keys below this section, got 3"),
+        ("training: {epochs: 0, batch_size: 0}", "(and 1 more)"),
+    ],
+)
+def test_mistakes_in_a_file(tmp_path, text, message):
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        config.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"cannot read .*gone\.yaml: No such file"):
+        config.load(tmp_path / "gone.yaml")
+
+
+def test_a_delay_beyond_the_last_step():
+    with pytest.raises(UserError, match=r"oialr\.delay: 360 is not less than the 360 steps"):
+        config.load().check_steps(360)
+    config.load().check_steps(361)
+    config.load(None, ["oialr.enabled=false"]).check_steps(1)
+
+
+def test_every_key_is_documented():
+    text = config.describe_keys()
+    for key in config.documented_keys():
+        assert f"  {key}=" in text
+    assert "None\n" not in text.replace("=None", "")
