@@ -1,0 +1,1 @@
+"""Mathematics of one matrix. Pure functions on tensors: nothing here communicates."""

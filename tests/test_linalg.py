@@ -1,0 +1,140 @@
+"""Mathematics of one matrix, held against float64 and numpy."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from app.linalg.stability import (
+    basis_stability,
+    mixing_factor,
+    mixing_factor_from_factors,
+    mixing_similarity,
+)
+from app.linalg.svd import economy_svd, effective_rank, numerical_rank
+
+SHAPES = [(1, 1), (7, 7), (40, 12), (12, 40), (64, 1)]
+
+
+def random_matrix(m, n, seed=0, dtype=torch.float64):
+    return torch.randn(m, n, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def low_rank(m, n, r, seed=0):
+    return random_matrix(m, r, seed) @ random_matrix(r, n, seed + 1)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_svd_reconstructs_with_orthonormal_contiguous_factors(shape, dtype, tolerance):
+    matrix = random_matrix(*shape, dtype=dtype)
+    U, s, Vh = economy_svd(matrix)
+    k = min(shape)
+    assert (U.shape, s.shape, Vh.shape) == ((shape[0], k), (k,), (k, shape[1]))
+    assert U.is_contiguous()
+    assert Vh.is_contiguous()
+    identity = torch.eye(k, dtype=dtype)
+    assert torch.linalg.matrix_norm(U.T @ U - identity, 2) < tolerance
+    assert torch.linalg.matrix_norm(Vh @ Vh.T - identity, 2) < tolerance
+    assert torch.linalg.norm(U * s @ Vh - matrix) <= tolerance * torch.linalg.norm(matrix) * 10
+    reference = np.linalg.svd(matrix.double().numpy(), compute_uv=False)
+    np.testing.assert_allclose(s.double().numpy(), reference, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_svd_of_half_precision_is_computed_in_float32(dtype):
+    assert economy_svd(random_matrix(6, 4).to(dtype)).U.dtype == torch.float32
+
+
+def test_svd_is_retried_in_float64(monkeypatch):
+    real, dtypes = torch.linalg.svd, []
+
+    def svd(matrix, **options):
+        dtypes.append(matrix.dtype)
+        if matrix.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("did not converge")
+        return real(matrix, **options)
+
+    monkeypatch.setattr(torch.linalg, "svd", svd)
+    matrix = random_matrix(5, 3, dtype=torch.float32)
+    U, s, Vh = economy_svd(matrix)
+    assert dtypes == [torch.float32, torch.float64]
+    torch.testing.assert_close(U * s @ Vh, matrix)
+
+
+def test_numerical_rank_ignores_rounding_noise():
+    matrix = low_rank(30, 20, 6).float()
+    assert numerical_rank(economy_svd(matrix).s, (30, 20)) == 6
+    assert numerical_rank(torch.zeros(5), (5, 9)) == 0
+
+
+def test_effective_rank():
+    assert effective_rank(torch.ones(8)) == pytest.approx(8)
+    assert effective_rank(torch.tensor([3.0, 0.0, 0.0])) == pytest.approx(1)
+    assert math.isnan(effective_rank(torch.zeros(3)))
+
+
+@pytest.mark.parametrize("shape", [(40, 12), (12, 40), (9, 9)])
+def test_stability_is_the_mean_cosine_of_the_bases_columns(shape):
+    first, second = economy_svd(random_matrix(*shape, 1)), economy_svd(random_matrix(*shape, 2))
+    B_i, B_j = first.U @ first.Vh, second.U @ second.Vh
+    if shape[0] < shape[1]:
+        B_i, B_j = B_i.T, B_j.T
+    expected = torch.nn.functional.cosine_similarity(B_i, B_j, dim=0).mean()
+    measured = basis_stability(first.U, first.Vh, second.U, second.Vh)
+    assert measured == pytest.approx(float(expected), abs=1e-12)
+
+
+def test_stability_is_one_for_equal_and_for_nested_bases():
+    U, _, Vh = economy_svd(random_matrix(20, 12))
+    assert basis_stability(U, Vh, U, Vh) == pytest.approx(1)
+    assert basis_stability(U, Vh, U[:, :5], Vh[:5]) == pytest.approx(1)
+    assert math.isnan(basis_stability(U[:, :0], Vh[:0], U, Vh))
+
+
+def test_stability_does_not_depend_on_sign_and_order_of_the_vectors():
+    U, _, Vh = economy_svd(random_matrix(20, 12))
+    other = economy_svd(random_matrix(20, 12, 5))
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    sign = torch.where(torch.arange(12) % 2 == 0, 1.0, -1.0).double()
+    turned = basis_stability((U * sign)[:, order], (Vh * sign[:, None])[order], other.U, other.Vh)
+    assert turned == pytest.approx(basis_stability(U, Vh, other.U, other.Vh), abs=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(40, 12), (12, 40), (9, 9)])
+def test_mixing_factor_is_the_unique_r_and_comes_from_factors_too(shape):
+    W = random_matrix(*shape)
+    R = mixing_factor(W)
+    tall = W if shape[0] >= shape[1] else W.T
+    assert (R.diagonal() >= 0).all()
+    torch.testing.assert_close(R, R.triu())
+    torch.testing.assert_close(R.T @ R, tall.T @ tall)
+    U, s, Vh = economy_svd(W)
+    torch.testing.assert_close(mixing_factor_from_factors(U, torch.diag(s), Vh), R)
+
+
+def test_mixing_factor_of_a_low_rank_layer_has_zero_rows_below_its_rank():
+    U, s, Vh = economy_svd(low_rank(40, 12, 5))
+    R = mixing_factor_from_factors(U[:, :5], torch.diag(s[:5]), Vh[:5])
+    assert R.shape == (12, 12)
+    assert not R[5:].any()
+    W = U[:, :5] * s[:5] @ Vh[:5]
+    torch.testing.assert_close(R.T @ R, W.T @ W)
+
+
+@given(st.integers(0, 1000), st.floats(-3, 3))
+@settings(max_examples=30, deadline=None)
+def test_mixing_similarity_lies_between_zero_and_one(seed, scale):
+    R = mixing_factor(random_matrix(8, 5, seed))
+    assert mixing_similarity(R, R) == pytest.approx(1)
+    assert -1e-12 <= mixing_similarity(R, scale * R) <= 1 + 1e-12
+
+
+def test_mixing_similarity_has_its_documented_values():
+    R = mixing_factor(random_matrix(8, 5))
+    assert mixing_similarity(R, -R) == pytest.approx(0)
+    assert mixing_similarity(R, 3 * R) == pytest.approx(0.5)
+    assert mixing_similarity(0 * R, 0 * R) == 1
