@@ -1,0 +1,4 @@
+"""Factorized layers, conversion there and back, the update schedule, transport of optimizer state.
+
+torch only: nothing here communicates.
+"""

@@ -1,0 +1,68 @@
+"""What every factorized layer has in common: a weight held as U core Vh."""
+
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+
+class FactoredLayer(nn.Module):
+    """A layer whose weight, read as a matrix W (m, n), is held as U core Vh of rank r.
+
+    U (m, r) and Vh (r, n) are parameters without gradient: they are saved and moved with the
+    module, yet DistributedDataParallel sends neither them (they would be sent at every forward if
+    they were buffers) nor a gradient for them. The core (r, r) and the bias are trained.
+
+    The concrete layers say how the weight is applied; ``forward`` never forms W.
+    """
+
+    U: nn.Parameter
+    core: nn.Parameter
+    Vh: nn.Parameter
+    bias: nn.Parameter | None
+    weight_shape: torch.Size
+    """Shape of the dense weight, (m, ...)."""
+
+    def __init__(
+        self, U: Tensor, core: Tensor, Vh: Tensor, *, dense: nn.Linear | nn.Conv2d
+    ) -> None:
+        super().__init__()
+        self.weight_shape = dense.weight.shape
+        self.set_factors(U, core, Vh)
+        # The same object as before, so that the optimizer and everyone else keep their hold on it.
+        self.register_parameter("bias", dense.bias)  # type: ignore[arg-type]
+        self.train(dense.training)
+
+    @classmethod
+    def from_dense(cls, dense: nn.Module, U: Tensor, core: Tensor, Vh: Tensor) -> Self:
+        """Make the factorized twin of a dense layer from U (m, r), core (r, r), Vh (r, n)."""
+        raise NotImplementedError
+
+    def to_dense(self) -> nn.Module:
+        """Make the dense twin, with the same bias object and W = U core Vh."""
+        raise NotImplementedError
+
+    @property
+    def rank(self) -> int:
+        """Rank r of the factorization."""
+        return self.core.shape[0]
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """Shape (m, n) of the weight read as a matrix."""
+        return self.U.shape[0], self.Vh.shape[1]
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, formed anew at every access. For inspection and for foreign code."""
+        return (self.U @ self.core @ self.Vh).reshape(self.weight_shape)
+
+    def set_factors(self, U: Tensor, core: Tensor, Vh: Tensor) -> None:
+        """Replace the factors by others of any rank: new Parameter objects.
+
+        Args:
+            U: (m, r). core: (r, r). Vh: (r, n).
+        """
+        self.U = nn.Parameter(U, requires_grad=False)
+        self.core = nn.Parameter(core)
+        self.Vh = nn.Parameter(Vh, requires_grad=False)

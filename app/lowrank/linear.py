@@ -1,0 +1,52 @@
+"""The factorized linear layer."""
+
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from app.lowrank.layer import FactoredLayer
+
+
+class FactoredLinear(FactoredLayer):
+    """y = x W^T + b with W = U core Vh (out, in), applied as ((x Vh^T) core^T) U^T + b.
+
+    For b rows the forward costs b (n r + r^2 + r m) multiply-adds instead of b m n, and backward
+    keeps the products of width r instead of x, since only the core takes a gradient.
+    """
+
+    @classmethod
+    def from_dense(cls, dense: nn.Module, U: Tensor, core: Tensor, Vh: Tensor) -> Self:
+        """Make the twin of an nn.Linear from U (out, r), core (r, r), Vh (r, in)."""
+        assert isinstance(dense, nn.Linear)
+        return cls(U, core, Vh, dense=dense)
+
+    def to_dense(self) -> nn.Linear:
+        """Make the nn.Linear with the same function and the same bias object."""
+        m, n = self.matrix_shape
+        dense = nn.Linear(n, m, bias=False, device="meta")
+        with torch.no_grad():
+            dense.weight = nn.Parameter(self.weight)
+        dense.register_parameter("bias", self.bias)
+        return dense.train(self.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (..., in) to (..., out)."""
+        return functional.linear(
+            functional.linear(functional.linear(x, self.Vh), self.core), self.U, self.bias
+        )
+
+    @property
+    def in_features(self) -> int:
+        """Width of the input."""
+        return self.Vh.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Width of the output."""
+        return self.U.shape[0]
+
+    def extra_repr(self) -> str:
+        """Describe the layer in one line."""
+        return f"{self.in_features}, {self.out_features}, rank={self.rank}"

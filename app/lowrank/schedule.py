@@ -1,0 +1,67 @@
+"""When something happens to which layer, and how far a rank is cut. Pure functions on numbers."""
+
+import math
+
+from torch import Tensor
+
+
+def event_at(step: int, *, delay: int, update_interval: int) -> int | None:
+    """Tell what happens after an optimizer step (arXiv 2401.08505, algorithm 1).
+
+    Args:
+        step: optimizer steps taken so far, from 1.
+        delay: d, steps of full-rank training.
+        update_interval: nu, steps between updates.
+
+    Returns:
+        0 for the conversion, i for the i-th update after it, None for nothing.
+    """
+    if step < delay or (step - delay) % update_interval:
+        return None
+    return (step - delay) // update_interval
+
+
+def layers_in_turn(update: int, layer_count: int, *, layer_fraction: float) -> int:
+    """Count the layers, from the last, that the update covers.
+
+    The first update covers the last alpha L layers, the second the last 2 alpha L, and so on until
+    all take part; at least one, also where alpha L < 1.
+
+    Args:
+        update: number of the update, from 1.
+        layer_count: L.
+        layer_fraction: alpha.
+    """
+    share = math.floor(update * layer_fraction * layer_count + 1e-9)  # 0.29 * 100 is 28.999...
+    return min(layer_count, max(1, share))
+
+
+def minimum_rank(full_rank: int, fraction: float) -> int:
+    """Smallest rank a layer may be cut to: max(1, ceil(fraction * k)), with k = min(m, n)."""
+    return max(1, math.ceil(fraction * full_rank - 1e-9))
+
+
+def kept_rank(
+    s: Tensor,
+    *,
+    full_rank: int,
+    cutoff: float,
+    largest_cut: float,
+    minimum_rank_fraction: float,
+) -> int:
+    """Rank that is left after one update.
+
+    Kept are the singular values of at least cutoff * s[0]; never fewer than (1 - largest_cut) of
+    the present rank, and never fewer than :func:`minimum_rank`.
+
+    Args:
+        s: singular values (r,), descending.
+        full_rank: k = min(m, n) of the layer.
+        cutoff: beta, in (0, 1).
+        largest_cut: largest share of the present rank that may be cut at once.
+        minimum_rank_fraction: share of k below which no rank falls.
+    """
+    rank = len(s)
+    kept = int((s >= cutoff * s[0]).sum())
+    guard = math.ceil((1 - largest_cut) * rank - 1e-9)
+    return min(rank, max(kept, guard, minimum_rank(full_rank, minimum_rank_fraction)))
