@@ -1,0 +1,1 @@
+"""Processes and devices, the placement of factorizations, and their distribution."""

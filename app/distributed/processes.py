@@ -1,0 +1,98 @@
+"""The processes that share the work, and what they say to each other.
+
+One code path serves one and many processes: with one, every call here does nothing.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from app.errors import UserError
+
+Result = TypeVar("Result")
+
+
+class Processes:
+    """A group of processes, each with its index. All methods are collective calls."""
+
+    def __init__(
+        self,
+        *,
+        group: dist.ProcessGroup | None = None,
+        host_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        """Wrap torch.distributed groups.
+
+        Args:
+            group: for tensors on the device; None: this process alone.
+            host_group: for objects and tensors in host memory; None: the same as ``group``.
+        """
+        self.group = group
+        self.host_group = host_group or group
+        self.index = dist.get_rank(group) if group else 0
+        self.count = dist.get_world_size(group) if group else 1
+        self.broadcast_bytes = 0
+        """Bytes broadcast so far by any process of the group (each counted once)."""
+
+    @classmethod
+    def current(cls) -> "Processes":
+        """Return the processes of torch.distributed's default group, or this process alone."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls()
+        return cls(group=dist.group.WORLD)
+
+    def broadcast(self, tensor: Tensor, owner: int) -> None:
+        """Overwrite a tensor, of the same shape and dtype on all processes, with the owner's."""
+        if self.group:
+            dist.broadcast(tensor, group=self.group, group_src=owner)
+            self.broadcast_bytes += tensor.numel() * tensor.element_size()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Add a tensor up over all processes, in place, and return it."""
+        if self.group:
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        """Collect a picklable object of every process on all processes, in process order."""
+        if not self.host_group:
+            return [value]
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value, group=self.host_group)
+        return values
+
+    def from_first(self, value: Result) -> Result:
+        """Return process 0's picklable object on all processes."""
+        values = [value]
+        if self.host_group:
+            dist.broadcast_object_list(values, group=self.host_group, group_src=0)
+        return values[0]
+
+    def barrier(self) -> None:
+        """Wait until all processes are here."""
+        self.gather(None)
+
+    def agree(self, function: Callable[[], Result]) -> Result:
+        """Call a function on every process; if it is the user's mistake on one, it is on all.
+
+        Raises:
+            UserError: the first process's, by index, on every process.
+        """
+        result, message = None, None
+        try:
+            result = function()
+        except UserError as error:
+            message = str(error)
+        for problem in self.gather(message):
+            if problem is not None:
+                raise UserError(problem)
+        return result  # type: ignore[return-value]
+
+
+def broadcast_module_buffers(module: torch.nn.Module, processes: Processes) -> None:
+    """Give all processes the buffers (running statistics) of process 0."""
+    for buffer in module.buffers():
+        processes.broadcast(buffer, 0)

@@ -1,0 +1,399 @@
+"""The method: orthogonality-informed adaptive low-rank training (arXiv 2401.08505, algorithm 1).
+
+:class:`OIALR` decides when a layer is factorized, updated and cut. It stands between optimizer
+steps in anyone's training loop::
+
+    method = OIALR(model, optimizer, delay=1000, update_interval=500, cutoff=0.1)
+    for inputs, targets in batches:
+        optimizer.zero_grad()
+        loss(model(inputs), targets).backward()
+        optimizer.step()
+        event = method.step()
+
+Under DistributedDataParallel it is given the module inside, and where ``event.shapes_changed`` the
+module has new Parameter objects and must be wrapped anew. All processes must call ``step`` alike.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from app.distributed.factorization import factorize
+from app.distributed.processes import Processes
+from app.errors import DivergedError
+from app.linalg.svd import Factors
+from app.lowrank.conversion import (
+    LayerReport,
+    factorize_layer,
+    get_layer,
+    matrix_shape,
+    parameter_counts,
+    survey,
+)
+from app.lowrank.layer import FactoredLayer
+from app.lowrank.optimizer_state import (
+    CoreGroups,
+    UnknownState,
+    check_optimizer,
+    replace_parameter,
+    rotate_parameter,
+)
+from app.lowrank.schedule import event_at, kept_rank, layers_in_turn
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerEvent:
+    """What happened to one layer."""
+
+    name: str
+    """Dense parameter name."""
+    owner: int
+    """Index of the process that factorized it."""
+    previous_rank: int
+    rank: int
+    singular_values: Tensor
+    """All of them before the cut (previous_rank,), descending, on the CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """What happened after an optimizer step."""
+
+    kind: Literal["convert", "update", "cut"]
+    """A conversion, an update that left all ranks, or one that cut some."""
+    step: int
+    """Optimizer steps taken so far."""
+    layers: Sequence[LayerEvent]
+    shapes_changed: bool
+    """The network has new Parameter objects: DistributedDataParallel must be made anew."""
+    seconds: float
+    broadcast_bytes: int
+
+
+class OIALR:
+    """Turns the layers of a network low-rank while it is trained, and cuts their ranks."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        delay: int,
+        update_interval: int,
+        cutoff: float = 0.1,
+        layer_fraction: float = 0.1,
+        keep_first_layer: bool = False,
+        keep_last_layer: bool = True,
+        minimum_rank_fraction: float = 0.01,
+        largest_cut: float = 0.5,
+        cut_at_conversion: bool = False,
+        core_learning_rate_factor: float = 1.0,
+        unknown_optimizer_state: UnknownState = "error",
+        factorization: Literal["auto", "owner", "replicated"] = "auto",
+        processes: Processes | None = None,
+    ) -> None:
+        """Take hold of a full-rank network and its optimizer; nothing is changed yet.
+
+        Args:
+            model: the network, not wrapped in DistributedDataParallel.
+            optimizer: Adam, AdamW, NAdam, RAdam, SGD or RMSprop.
+            delay: optimizer steps of full-rank training, d.
+            update_interval: optimizer steps between updates, nu.
+            cutoff: singular values below cutoff times the largest are cut, beta in (0, 1).
+            layer_fraction: share of the layers, the last first, that each update adds, alpha.
+            keep_first_layer: the network's first layer stays full-rank.
+            keep_last_layer: the network's last layer stays full-rank.
+            minimum_rank_fraction: no rank falls below this share of min(m, n).
+            largest_cut: largest share of a layer's rank that one update may cut.
+            cut_at_conversion: cut at the conversion itself already (the paper does not).
+            core_learning_rate_factor: learning rate of cores over that of full-rank weights. Other
+                than 1 it adds a parameter group for the cores of each group, so a learning-rate
+                schedule must be made after this object.
+            unknown_optimizer_state: "reset" accepts any optimizer and drops what it knows of a
+                weight at every event where the transport of that is not known.
+            factorization: "owner" (and "auto"): each layer is factorized by one process and sent;
+                "replicated": every process factorizes every layer.
+            processes: who shares the work; None: torch.distributed's default group, or this
+                process alone.
+
+        Raises:
+            ValueError: an argument out of range, a wrapped model, an unknown optimizer, no layer
+                that
+                could be factorized.
+        """
+        _check_range("delay", delay, delay >= 1, "at least 1")
+        _check_range("update_interval", update_interval, update_interval >= 1, "at least 1")
+        _check_range("cutoff", cutoff, 0 < cutoff < 1, "in (0, 1)")
+        _check_range("layer_fraction", layer_fraction, 0 < layer_fraction <= 1, "in (0, 1]")
+        fraction_is_right = 0 <= minimum_rank_fraction <= 1
+        _check_range("minimum_rank_fraction", minimum_rank_fraction, fraction_is_right, "in [0, 1]")
+        _check_range("largest_cut", largest_cut, 0 < largest_cut < 1, "in (0, 1)")
+        _check_range(
+            "core_learning_rate_factor",
+            core_learning_rate_factor,
+            core_learning_rate_factor > 0,
+            "positive",
+        )
+        if isinstance(model, DistributedDataParallel):
+            raise ValueError("OIALR takes the module inside DistributedDataParallel: model.module")
+        check_optimizer(optimizer, unknown_optimizer_state)
+
+        self.model = model
+        self.optimizer = optimizer
+        self.delay = delay
+        self.update_interval = update_interval
+        self.cutoff = cutoff
+        self.layer_fraction = layer_fraction
+        self.minimum_rank_fraction = minimum_rank_fraction
+        self.largest_cut = largest_cut
+        self.cut_at_conversion = cut_at_conversion
+        self.unknown_optimizer_state = unknown_optimizer_state
+        self.replicated = factorization == "replicated"
+        self.processes = processes or Processes.current()
+
+        self.survey: list[LayerReport] = survey(
+            model,
+            keep_first_layer=keep_first_layer,
+            keep_last_layer=keep_last_layer,
+            minimum_rank_fraction=minimum_rank_fraction,
+        )
+        """Every multidimensional weight of the network, and why it stays dense if it does."""
+        self.layers = [report for report in self.survey if report.stays_dense is None]
+        """Layers that the method factorizes, in the order of the network's modules."""
+        self._full_rank = {report.name: min(report.matrix_shape) for report in self.layers}
+        if not self.layers:
+            reasons = {report.stays_dense or "" for report in self.survey}
+            raise ValueError(f"no layer can be factorized: {'; '.join(sorted(reasons))}")
+        weights = [self._weight(report.name) for report in self.layers]
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if missing := [
+            r.name for r, w in zip(self.layers, weights, strict=True) if id(w) not in held
+        ]:
+            raise ValueError(f"{missing[0]} is not among the optimizer's parameters")
+        self._core_groups = (
+            None
+            if core_learning_rate_factor == 1
+            else CoreGroups(optimizer, weights, learning_rate_factor=core_learning_rate_factor)
+        )
+        self.dense_parameters = parameter_counts(model)[1]
+        """Numbers in the parameters of the full-rank network."""
+
+        self.step_count = 0
+        """Optimizer steps taken since this object was made."""
+        self._handled = 0
+        optimizer.register_step_post_hook(self._count_step)
+
+    def step(self) -> Event | None:
+        """Convert, update, or do nothing, as the number of optimizer steps says.
+
+        To be called after the optimizer's step, as often as one likes: with gradient accumulation
+        or a skipped step nothing happens before the optimizer has stepped.
+
+        Returns:
+            What happened, or None.
+
+        Raises:
+            DivergedError: a weight to be factorized holds NaN or infinity; on all processes.
+        """
+        if self._handled == self.step_count:
+            return None
+        self._handled = self.step_count
+        number = event_at(self.step_count, delay=self.delay, update_interval=self.update_interval)
+        if number is None:
+            return None
+        return self._convert() if number == 0 else self._update(number)
+
+    @property
+    def converted(self) -> bool:
+        """Whether the network is low-rank already."""
+        return isinstance(get_layer(self.model, self.layers[0].name), FactoredLayer)
+
+    def ranks(self) -> dict[str, int]:
+        """Return the present rank of each layer; full rank before the conversion."""
+        layers = {report.name: get_layer(self.model, report.name) for report in self.layers}
+        return {
+            name: layer.rank if isinstance(layer, FactoredLayer) else self._full_rank[name]
+            for name, layer in layers.items()
+        }
+
+    def trainable_percent(self) -> float:
+        """Trained parameters, in percent of all parameters of the full-rank network."""
+        return 100 * parameter_counts(self.model)[0] / self.dense_parameters
+
+    def compression_percent(self) -> float:
+        """Stored parameters, frozen factors included, in percent of the full-rank network's."""
+        return 100 * parameter_counts(self.model)[1] / self.dense_parameters
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the step count and the ranks: what :meth:`load_state_dict` needs."""
+        return {
+            "step_count": self.step_count,
+            "ranks": self.ranks() if self.converted else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Give a full-rank network and its optimizer the shapes of a stored state.
+
+        To be called before the network's and the optimizer's own load_state_dict, which then find
+        the shapes that they expect. The values of the factors are undefined until then.
+
+        Raises:
+            ValueError: the state belongs to another network, or this network is low-rank already.
+        """
+        if state["ranks"] is not None:
+            if self.converted:
+                raise ValueError("load_state_dict needs the full-rank network")
+            names = [report.name for report in self.layers]
+            if list(state["ranks"]) != names:
+                other = sorted(set(state["ranks"]) ^ set(names))
+                raise ValueError(f"the stored state is of another network: {', '.join(other)}")
+            for report in self.layers:
+                rank = state["ranks"][report.name]
+                (m, n), like = report.matrix_shape, self._weight(report.name)
+                self._put_factors(
+                    report.name,
+                    like.new_empty(m, rank),
+                    like.new_empty(rank, rank),
+                    like.new_empty(rank, n),
+                )
+        self.step_count = self._handled = state["step_count"]
+
+    def _count_step(self, *_: Any) -> None:
+        self.step_count += 1
+
+    def _weight(self, name: str) -> nn.Parameter:
+        weight = get_layer(self.model, name).weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
+    def _convert(self) -> Event:
+        """Step 2 of the algorithm: every layer becomes U diag(s) Vh, layer by layer.
+
+        On each process at most one layer is there both dense and as factors.
+        """
+        return self._event("convert", self.layers, self._full_rank_matrix, self._convert_layer)
+
+    def _update(self, number: int) -> Event:
+        """Step 3: core = U' diag(s') Vh'; U <- U U', Vh <- Vh' Vh, core <- diag(s'), cut."""
+        turn = layers_in_turn(number, len(self.layers), layer_fraction=self.layer_fraction)
+        return self._event("update", self.layers[-turn:], self._core, self._update_layer)
+
+    def _event(
+        self,
+        kind: Literal["convert", "update"],
+        reports: list[LayerReport],
+        get_matrix: Callable[[str], Tensor],
+        apply: Callable[[str, Factors], int],
+    ) -> Event:
+        """Factorize one matrix per layer, apply the factors, tell what happened."""
+        start, bytes_before = time.perf_counter(), self.processes.broadcast_bytes
+        matrices = [get_matrix(report.name) for report in reports]
+        self._check_finite(reports, matrices)
+        shapes = [matrix_shape(matrix.shape) for matrix in matrices]
+        del matrices
+        happened: dict[int, LayerEvent] = {}
+        for i, factors, owner in factorize(
+            shapes,
+            lambda i: get_matrix(reports[i].name),
+            self.processes,
+            replicated=self.replicated,
+        ):
+            happened[i] = LayerEvent(
+                name=reports[i].name,
+                owner=owner,
+                previous_rank=min(shapes[i]),
+                rank=apply(reports[i].name, factors),
+                singular_values=factors.s.cpu(),
+            )
+        layers = [happened[i] for i in range(len(reports))]
+        cut = any(layer.rank < layer.previous_rank for layer in layers)
+        return Event(
+            kind="cut" if kind == "update" and cut else kind,
+            step=self.step_count,
+            layers=layers,
+            shapes_changed=cut or kind == "convert",
+            seconds=time.perf_counter() - start,
+            broadcast_bytes=self.processes.broadcast_bytes - bytes_before,
+        )
+
+    def _check_finite(self, reports: list[LayerReport], matrices: list[Tensor]) -> None:
+        """Find a diverged run before anything is sent: all processes hold the same weights."""
+        finite = torch.stack([matrix.detach().isfinite().all() for matrix in matrices]).tolist()
+        for report, is_finite in zip(reports, finite, strict=True):
+            if not is_finite:
+                raise DivergedError(
+                    f"{report.name} holds NaN or infinity at step {self.step_count}: "
+                    f"the training has diverged"
+                )
+
+    def _full_rank_matrix(self, name: str) -> Tensor:
+        weight = self._weight(name)
+        return weight.detach().reshape(matrix_shape(weight.shape))
+
+    def _core(self, name: str) -> Tensor:
+        layer = get_layer(self.model, name)
+        assert isinstance(layer, FactoredLayer)
+        return layer.core.detach()
+
+    def _convert_layer(self, name: str, factors: Factors) -> int:
+        dtype = self._weight(name).dtype
+        U, s, Vh = (factor.to(dtype) for factor in factors)
+        r = self._kept_rank(name, s) if self.cut_at_conversion else len(s)
+        self._put_factors(name, U[:, :r].contiguous(), torch.diag(s[:r]), Vh[:r].contiguous())
+        return r
+
+    def _put_factors(self, name: str, U: Tensor, core: Tensor, Vh: Tensor) -> None:
+        """Let a factorized layer take a dense one's place, in network and optimizer."""
+        weight = self._weight(name)
+        layer = factorize_layer(self.model, name, U, core, Vh)
+        self._replace_parameter(weight, layer.core, U, Vh.T)
+        if self._core_groups:
+            self._core_groups.move(self.optimizer, weight, layer.core)
+
+    @torch.no_grad()
+    def _update_layer(self, name: str, factors: Factors) -> int:
+        layer = get_layer(self.model, name)
+        assert isinstance(layer, FactoredLayer)
+        left, s, right = (factor.to(layer.core.dtype) for factor in factors)
+        r = self._kept_rank(name, s)
+        left, right = left[:, :r], right[:r]
+        U, core, Vh = layer.U @ left, torch.diag(s[:r]), right @ layer.Vh
+        if r < layer.rank:
+            old = layer.core
+            layer.set_factors(U, core, Vh)
+            self._replace_parameter(old, layer.core, left, right.T)
+        else:  # the same Parameter objects, so that DistributedDataParallel can stay
+            layer.U.copy_(U)
+            layer.core.copy_(core)
+            layer.Vh.copy_(Vh)
+            rotate_parameter(
+                self.optimizer, layer.core, left, right.T, unknown=self.unknown_optimizer_state
+            )
+        return r
+
+    def _replace_parameter(
+        self, old: nn.Parameter, new: nn.Parameter, left: Tensor, right: Tensor
+    ) -> None:
+        replace_parameter(
+            self.optimizer, old, new, left, right, unknown=self.unknown_optimizer_state
+        )
+
+    def _kept_rank(self, name: str, s: Tensor) -> int:
+        return kept_rank(
+            s,
+            full_rank=self._full_rank[name],
+            cutoff=self.cutoff,
+            largest_cut=self.largest_cut,
+            minimum_rank_fraction=self.minimum_rank_fraction,
+        )
+
+
+def _check_range(name: str, value: float, is_right: bool, right: str) -> None:
+    if not is_right:
+        raise ValueError(f"{name} must be {right}, not {value!r}")

@@ -1,0 +1,376 @@
+"""The method in a training loop that is not ours, on one process."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from app import OIALR
+from app.errors import DivergedError
+from app.lowrank.conversion import get_layer
+from app.lowrank.layer import FactoredLayer
+
+OPTIMIZERS = {
+    "adam": lambda p: torch.optim.Adam(p, lr=1e-2),
+    "amsgrad": lambda p: torch.optim.Adam(p, lr=1e-2, amsgrad=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
+    "nadam": lambda p: torch.optim.NAdam(p, lr=1e-2),
+    "radam": lambda p: torch.optim.RAdam(p, lr=1e-2),
+    "sgd": lambda p: torch.optim.SGD(p, lr=1e-2),
+    "momentum": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, nesterov=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3),
+    "centered": lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.9, centered=True),
+}
+NO_CUT = {"cutoff": 1e-9}
+
+
+def network(seed=0, dtype=torch.float64):
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 48), nn.Tanh(), nn.Linear(48, 5)
+    ).to(dtype)
+
+
+def batch(step, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(64, 20, generator=generator, dtype=torch.float64).to(dtype)
+    return x, x[:, :5].argmax(1)
+
+
+def train(model, optimizer, method, steps, first=0):
+    events = []
+    for step in range(first, first + steps):
+        optimizer.zero_grad()
+        x, y = batch(step, next(model.parameters()).dtype)
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        events.append(method.step() if method else None)
+    return [event for event in events if event]
+
+
+def weights(model):
+    return [m.weight.detach().clone() for m in model if hasattr(m, "weight")]
+
+
+def make(kind="adamw", seed=0, **options):
+    model = network(seed)
+    optimizer = OPTIMIZERS[kind](model.parameters())
+    arguments = {"delay": 5, "update_interval": 3, **options}
+    return model, optimizer, OIALR(model, optimizer, **arguments)
+
+
+def test_the_way_of_a_run():
+    model, optimizer, method = make(cutoff=0.3, layer_fraction=0.5)
+    assert [layer.name for layer in method.layers] == ["0.weight", "2.weight"]
+    events = train(model, optimizer, method, 4)
+    assert not events
+    assert not method.converted
+    assert method.trainable_percent() == 100
+    (event,) = train(model, optimizer, method, 1, first=4)
+    assert (event.kind, event.step, event.shapes_changed) == ("convert", 5, True)
+    # The first cut is not at the conversion itself.
+    assert method.ranks() == {"0.weight": 20, "2.weight": 32}
+    assert isinstance(model[4], nn.Linear)
+    event, second = train(model, optimizer, method, 6, first=5)
+    assert event.step == 8
+    assert [layer.name for layer in event.layers] == ["2.weight"]
+    assert [layer.name for layer in second.layers] == ["0.weight", "2.weight"]
+    train(model, optimizer, method, 30, first=11)
+    assert method.ranks()["2.weight"] < 32
+    assert method.trainable_percent() < method.compression_percent()
+    cores = [get_layer(model, layer.name).core for layer in method.layers]
+    others = [model[0].bias, model[2].bias, model[4].weight, model[4].bias]
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    assert {id(p) for p in held} == {id(p) for p in [*cores, *others]}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_conversion_leaves_function_biases_and_their_state(kind):
+    model, optimizer, method = make(kind)
+    dense, dense_optimizer, _ = make(kind)
+    bias = model[0].bias
+    train(model, optimizer, method, 5)
+    train(dense, dense_optimizer, None, 5)
+    assert method.converted
+    for mine, theirs in zip(weights(model), weights(dense), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert model[0].bias is bias
+    expected = dict(dense_optimizer.state[dense[0].bias])
+    torch.testing.assert_close(dict(optimizer.state[bias]), expected)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_every_optimizer_trains_across_conversion_and_cuts(kind):
+    model, optimizer, method = make(kind, cutoff=0.4, layer_fraction=1)
+    events = train(model, optimizer, method, 40)
+    assert any(event.kind == "cut" for event in events)
+    assert all(torch.isfinite(w).all() for w in weights(model))
+    for layer in method.layers:
+        core = get_layer(model, layer.name).core
+        for key, value in optimizer.state[core].items():
+            if isinstance(value, torch.Tensor) and value.dim():
+                assert value.shape == core.shape, key
+
+
+@pytest.mark.parametrize("kind", ["adam", "amsgrad", "adamw", "momentum", "rmsprop", "centered"])
+@pytest.mark.parametrize("seed", range(3))
+def test_first_step_after_conversion_is_no_larger_than_the_full_rank_step(kind, seed):
+    """Zeroed moments with a kept step count, or moments of another basis, make it larger."""
+    model, optimizer, method = make(kind, seed=seed, delay=20)
+    dense, dense_optimizer, _ = make(kind, seed=seed)
+    train(dense, dense_optimizer, None, 20)
+    train(model, optimizer, method, 20)
+    assert method.converted
+    before = weights(dense)
+    train(dense, dense_optimizer, None, 1, first=20)
+    train(model, optimizer, None, 1, first=20)
+    for i in (0, 1):
+        full = torch.linalg.norm(weights(dense)[i] - before[i])
+        low = torch.linalg.norm(weights(model)[i] - before[i])
+        assert 0 < low <= full * 1.0001
+
+
+def test_transported_moments_are_those_of_the_cores_gradient():
+    model, optimizer, method = make("adam", delay=7)
+    dense, dense_optimizer, _ = make("adam")
+    train(dense, dense_optimizer, None, 7)
+    train(model, optimizer, method, 7)
+    layer, state = model[0], dense_optimizer.state[dense[0].weight]
+    mine = optimizer.state[layer.core]
+    torch.testing.assert_close(mine["exp_avg"], layer.U.T @ state["exp_avg"] @ layer.Vh.T)
+    squared = (layer.U**2).T @ state["exp_avg_sq"] @ (layer.Vh**2).T
+    torch.testing.assert_close(mine["exp_avg_sq"], squared)
+    assert mine["step"] == state["step"] == 7
+
+
+@pytest.mark.parametrize("kind", ["sgd", "momentum"])
+def test_sgd_is_unchanged_by_updates_that_cut_nothing(kind):
+    """An update rotates the basis of the core; without a cut SGD cannot notice."""
+    model, optimizer, method = make(kind, layer_fraction=1, **NO_CUT)
+    other, other_optimizer, other_method = make(kind, update_interval=10**6)
+    events = train(model, optimizer, method, 25)
+    train(other, other_optimizer, other_method, 25)
+    assert [event.kind for event in events] == ["convert"] + ["update"] * 6
+    for mine, theirs in zip(weights(model), weights(other), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_sgd_momentum_of_a_cut_core_is_rotated_before_it_is_cut():
+    model, optimizer, method = make("momentum", cutoff=0.4, layer_fraction=1)
+    uncut, uncut_optimizer, uncut_method = make("momentum", update_interval=10**6)
+    train(model, optimizer, method, 8)
+    train(uncut, uncut_optimizer, uncut_method, 8)
+    mine, full = model[2], uncut[2]
+    assert mine.rank < full.rank
+    momentum = full.U @ uncut_optimizer.state[full.core]["momentum_buffer"] @ full.Vh
+    expected = mine.U.T @ momentum @ mine.Vh.T
+    torch.testing.assert_close(optimizer.state[mine.core]["momentum_buffer"], expected)
+
+
+def test_update_without_cut_keeps_the_parameter_objects():
+    model, optimizer, method = make(layer_fraction=1, **NO_CUT)
+    train(model, optimizer, method, 7)
+    before = list(model.parameters())
+    (event,) = train(model, optimizer, method, 1, first=7)
+    assert event.kind == "update"
+    assert not event.shapes_changed
+    assert all(a is b for a, b in zip(before, model.parameters(), strict=True))
+    core = model[0].core.detach()
+    torch.testing.assert_close(core, torch.diag(core.diagonal()))
+
+
+def test_cut_discards_exactly_the_small_singular_values():
+    model, optimizer, method = make(cutoff=0.4, layer_fraction=1)
+    train(model, optimizer, method, 7)
+    clone, clone_optimizer, clone_method = make(update_interval=10**6)
+    train(clone, clone_optimizer, clone_method, 8)
+    (event,) = train(model, optimizer, method, 1, first=7)
+    assert event.kind == "cut"
+    for i, layer in zip((0, 2), event.layers, strict=True):
+        discarded = layer.singular_values[layer.rank :]
+        assert len(layer.singular_values) == layer.previous_rank
+        change = torch.linalg.norm(model[i].weight - clone[i].weight)
+        torch.testing.assert_close(change, torch.linalg.norm(discarded))
+
+
+def test_cut_at_conversion_on_request():
+    model, optimizer, method = make(cutoff=0.5, cut_at_conversion=True)
+    (event,) = train(model, optimizer, method, 5)
+    assert event.kind == "convert"
+    assert method.ranks()["2.weight"] < 32
+
+
+def test_gradient_accumulation_counts_optimizer_steps_and_loses_nothing():
+    model, optimizer, method = make("momentum", delay=2, layer_fraction=1, **NO_CUT)
+    other, other_optimizer, other_method = make("momentum", delay=2, layer_fraction=1, **NO_CUT)
+    for step in range(8):
+        x, y = batch(step)
+        optimizer.zero_grad()
+        for part in range(4):
+            rows = slice(16 * part, 16 * part + 16)
+            (nn.functional.cross_entropy(model(x[rows]), y[rows]) / 4).backward()
+            if part == 3:
+                optimizer.step()
+            event = method.step()  # after every backward pass
+            assert part == 3 or event is None
+    train(other, other_optimizer, other_method, 8)
+    assert method.step_count == other_method.step_count == 8
+    for mine, theirs in zip(weights(model), weights(other), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_a_pending_gradient_follows_its_parameter():
+    model, optimizer, method = make("sgd", delay=1)
+    x, y = batch(0)
+    nn.functional.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    G = model[0].weight.grad.clone()
+    method.step()
+    layer = model[0]
+    torch.testing.assert_close(layer.core.grad, layer.U.T @ G @ layer.Vh.T)
+
+
+def test_parameter_groups_with_their_own_options_survive():
+    model = network()
+    weight_group = {"params": [m.weight for m in model if hasattr(m, "weight")]}
+    bias_group = {"params": [m.bias for m in model if hasattr(m, "bias")], "weight_decay": 0.0}
+    optimizer = torch.optim.AdamW([weight_group, bias_group], lr=1e-2, weight_decay=0.5)
+    method = OIALR(model, optimizer, delay=2, update_interval=2, core_learning_rate_factor=3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+    train(model, optimizer, method, 6)
+    schedule.step()
+    dense, biases, cores = optimizer.param_groups
+    assert [id(p) for p in dense["params"]] == [id(model[4].weight)]
+    assert [id(p) for p in cores["params"]] == [id(model[0].core), id(model[2].core)]
+    assert biases["weight_decay"] == 0
+    assert cores["weight_decay"] == 0.5
+    assert (dense["lr"], cores["lr"]) == (0.5e-2, 1.5e-2)
+
+
+def test_core_learning_rate_factor_scales_the_step():
+    moves = {}
+    for factor in (1, 3):
+        model, optimizer, method = make("sgd", core_learning_rate_factor=factor)
+        train(model, optimizer, method, 5)
+        before = weights(model)
+        train(model, optimizer, method, 1, first=5)
+        moves[factor] = [a - b for a, b in zip(weights(model), before, strict=True)]
+    torch.testing.assert_close(moves[3][0], 3 * moves[1][0])
+    torch.testing.assert_close(moves[3][2], moves[1][2])  # the dense head
+
+
+@pytest.mark.parametrize("steps", [4, 5, 6, 9, 20])
+@pytest.mark.parametrize("factor", [1, 3])
+@pytest.mark.parametrize("kind", ["adamw", "momentum"])
+def test_state_dict_rebuilds_shapes_and_continues_alike(steps, factor, kind):
+    options = {"cutoff": 0.4, "layer_fraction": 0.5, "core_learning_rate_factor": factor}
+    model, optimizer, method = make(kind, **options)
+    train(model, optimizer, method, steps)
+    saved = copy.deepcopy((method.state_dict(), model.state_dict(), optimizer.state_dict()))
+    train(model, optimizer, method, 12, first=steps)
+
+    other, other_optimizer, other_method = make(kind, seed=9, **options)
+    other_method.load_state_dict(saved[0])
+    other.load_state_dict(saved[1])
+    other_optimizer.load_state_dict(saved[2])
+    train(other, other_optimizer, other_method, 12, first=steps)
+    assert other_method.ranks() == method.ranks()
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_state_of_another_network_is_refused():
+    model, optimizer, method = make(delay=1)
+    train(model, optimizer, method, 1)
+    state = method.state_dict()
+    with pytest.raises(ValueError, match="full-rank network"):
+        method.load_state_dict(state)
+    other = nn.Sequential(nn.Linear(20, 32), nn.Linear(32, 5))
+    other_optimizer = torch.optim.SGD(other.parameters())
+    other_method = OIALR(other, other_optimizer, delay=1, update_interval=1)
+    with pytest.raises(ValueError, match=r"another network: 2\.weight"):
+        other_method.load_state_dict(state)
+
+
+class Lion(torch.optim.Optimizer):
+    """An optimizer whose state has names that nobody knows."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 1e-3})
+
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                m = self.state[p].setdefault("mystery", torch.zeros_like(p))
+                m.lerp_(p.grad, 0.1)
+                p.data.sub_(m.sign(), alpha=group["lr"])
+
+
+def test_unknown_optimizer_gets_a_clear_error_or_a_reset():
+    model = network()
+    optimizer = Lion(model.parameters())
+    with pytest.raises(ValueError, match=r"Lion.*unknown_optimizer_state='reset'"):
+        OIALR(model, optimizer, delay=2, update_interval=2)
+    method = OIALR(
+        model, optimizer, delay=2, update_interval=2, unknown_optimizer_state="reset", cutoff=0.4
+    )
+    train(model, optimizer, method, 2)
+    assert model[0].core not in optimizer.state
+    assert optimizer.state[model[0].bias]
+    train(model, optimizer, method, 10, first=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"delay": 0}, "delay must be at least 1"),
+        ({"cutoff": 1.0}, r"cutoff must be in \(0, 1\)"),
+        ({"layer_fraction": 0}, "layer_fraction"),
+        ({"largest_cut": 1}, "largest_cut"),
+        ({"minimum_rank_fraction": 2}, "minimum_rank_fraction"),
+        ({"core_learning_rate_factor": 0}, "core_learning_rate_factor"),
+        ({"update_interval": 0}, "update_interval"),
+    ],
+)
+def test_arguments_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        make(**options)
+
+
+def test_what_cannot_work_is_refused_at_once():
+    model = network()
+    with pytest.raises(ValueError, match=r"0\.weight is not among the optimizer's parameters"):
+        OIALR(model, torch.optim.SGD(model[4].parameters()), delay=1, update_interval=1)
+    small = nn.Sequential(nn.Linear(2, 1))
+    with pytest.raises(ValueError, match="no layer can be factorized: .*too small"):
+        OIALR(
+            small,
+            torch.optim.SGD(small.parameters()),
+            delay=1,
+            update_interval=1,
+            keep_last_layer=False,
+        )
+    optimizer = torch.optim.SGD(model.parameters())
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1)
+    with pytest.raises(ValueError, match="make the schedule after OIALR"):
+        OIALR(model, optimizer, delay=1, update_interval=1, core_learning_rate_factor=3)
+
+
+@pytest.mark.parametrize("step", [5, 8])
+def test_a_diverged_weight_is_named(step):
+    model, optimizer, method = make(layer_fraction=1)
+    train(model, optimizer, method, step - 1)
+    train(model, optimizer, None, 1, first=step - 1)
+    layer = model[2]
+    with torch.no_grad():
+        (layer.core if isinstance(layer, FactoredLayer) else layer.weight)[0, 0] = float("nan")
+    with pytest.raises(DivergedError, match=rf"2\.weight holds NaN or infinity at step {step}"):
+        method.step()
+
+
+def test_random_state_is_left_alone():
+    model, optimizer, method = make(layer_fraction=1)
+    state = torch.get_rng_state()
+    train(model, optimizer, method, 12)
+    assert torch.equal(torch.get_rng_state(), state)
