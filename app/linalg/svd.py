@@ -39,7 +39,7 @@ def economy_svd(matrix: Tensor) -> Factors:
         matrix = matrix.float()
     try:
         U, s, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+    except torch.linalg.LinAlgError:
         U, s, Vh = torch.linalg.svd(matrix.double(), full_matrices=False)
     return Factors(*(factor.to(matrix.dtype).contiguous() for factor in (U, s, Vh)))
 

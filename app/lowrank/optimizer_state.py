@@ -132,8 +132,8 @@ def transported(
         else:
             raise ValueError(f"optimizer state {key!r} is of no known kind")
     if "grad_avg" in moved:
-        # Centered RMSprop divides by sqrt(square_avg - grad_avg^2), the root of a variance. Carrying
-        # the variance over, and not square_avg, keeps it from becoming negative.
+        # Centered RMSprop divides by the root of a variance, square_avg - grad_avg^2. Carrying that
+        # over, and not square_avg, keeps it from becoming negative.
         variance = (state["square_avg"] - state["grad_avg"].square()).clamp_min(0)
         moved["square_avg"] = _squared(variance, left, right) + moved["grad_avg"].square()
     return moved
