@@ -1,0 +1,57 @@
+"""How this process was started: by mpirun, srun, torchrun, or alone. Environment variables only.
+
+Nothing is imported or connected here, so that a mistake of the user can be reported by one process
+before anything is started.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+# What each launcher tells its processes: index, count, index on this node.
+_MPI_VARIABLES = (
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),  # MPICH, Intel MPI, srun --mpi=pmi2
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """What the environment says of the start."""
+
+    launcher: Literal["alone", "mpi", "srun", "torchrun"]
+    process_index: int
+    process_count: int
+
+
+def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
+    """Read the launcher's variables; the innermost launcher counts.
+
+    torchrun or mpirun may run inside a Slurm job, whose variables describe the job and not this
+    program. SLURM_STEP_NUM_TASKS is there in the tasks of srun only, not in the batch script.
+
+    Args:
+        environment: names and values of the environment variables.
+    """
+    if "TORCHELASTIC_RUN_ID" in environment:
+        return Launch(
+            launcher="torchrun",
+            process_index=int(environment["RANK"]),
+            process_count=int(environment["WORLD_SIZE"]),
+        )
+    for index, count, _ in _MPI_VARIABLES:
+        if index in environment and count in environment:
+            return Launch(
+                launcher="mpi",
+                process_index=int(environment[index]),
+                process_count=int(environment[count]),
+            )
+    if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        return Launch(
+            launcher="srun",
+            process_index=int(environment["SLURM_PROCID"]),
+            process_count=int(environment["SLURM_STEP_NUM_TASKS"]),
+        )
+    return Launch(launcher="alone", process_index=0, process_count=1)

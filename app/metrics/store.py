@@ -1,0 +1,255 @@
+"""metrics.h5: everything that a run measures, in one HDF5 file that can be read while it grows.
+
+The file is written by one process in HDF5's single-writer, multiple-reader mode (SWMR). A reader
+that is there already never sees objects made after that mode was switched on, so the whole schema
+exists from the start. Readers use ``swmr=True``, also for the file of a process that was killed.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import h5py
+import numpy as np
+
+from app.errors import UserError
+from app.metrics.schema import SCHEMA_VERSION, Column, layer_groups, run_groups
+
+_CHUNK_BYTES = 2048
+"""Small, since most groups get few rows and there may be a thousand of them."""
+
+
+class MetricsStore:
+    """The writer's side. Rows are kept in memory until :meth:`flush`."""
+
+    def __init__(self, file: h5py.File) -> None:
+        """Take over a complete file that is open for writing, in SWMR mode."""
+        self._file = file
+        self._groups: dict[str, dict[str, h5py.Dataset]] = {}
+        file.visititems(self._register)
+        self._rows = {group: _length(columns) for group, columns in self._groups.items()}
+        self._buffer: dict[str, list[dict[str, Any]]] = {}
+
+    def _register(self, name: str, node: h5py.Group | h5py.Dataset) -> None:
+        if isinstance(node, h5py.Dataset):
+            group, _, column = name.rpartition("/")
+            self._groups.setdefault(group, {})[column] = node
+
+    @classmethod
+    def create(
+        cls,
+        path: Path | str,
+        *,
+        configuration: str,
+        layers: Mapping[str, tuple[int, ...]],
+        figures: Sequence[str] = ("accuracy",),
+    ) -> Self:
+        """Start a new file.
+
+        Args:
+            path: an existing file is replaced.
+            configuration: the resolved configuration as YAML.
+            layers: dense parameter name and shape of each layer.
+            figures: figures of merit of an evaluation, beside the loss.
+        """
+        file = _open_for_writing(Path(path))
+        file.attrs["schema_version"] = SCHEMA_VERSION
+        # Of fixed length: SWMR excludes variable-length strings.
+        file.attrs["config"] = np.bytes_(configuration.encode())
+        for name, columns in run_groups(figures).items():
+            _create_group(file, name, columns)
+        for layer, shape in layers.items():
+            file.create_group(f"layers/{layer}").attrs["shape"] = shape
+            for name, columns in layer_groups(shape).items():
+                _create_group(file, f"layers/{layer}/{name}", columns)
+        file.swmr_mode = True
+        return cls(file)
+
+    @classmethod
+    def resume(cls, path: Path | str, *, counts: Mapping[str, int]) -> Self:
+        """Go on after a number of rows of each group.
+
+        The rows are copied into a new file, which then takes the old one's place atomically: a
+        reader may still hold the old one, or its writer may have been killed.
+
+        Args:
+            path: the file.
+            counts: rows to keep of each group; a group that is not named keeps none.
+
+        Raises:
+            UserError: the file cannot be read, or has fewer rows.
+        """
+        path = Path(path)
+        partial = path.with_name(path.name + ".partial")
+        with open_for_reading(path) as old:
+            new = _open_for_writing(partial)
+            try:
+                _copy(old, new, counts, path)
+                new.swmr_mode = True
+                _sync(new)
+                os.replace(partial, path)
+            except BaseException:
+                new.close()
+                partial.unlink()
+                raise
+        return cls(new)
+
+    def append(self, group: str, **values: Any) -> None:
+        """Add a row.
+
+        Args:
+            group: "train", "layers/NAME/rank" and so on.
+            values: one for each of the group's columns, and no other. Longer text is cut; a
+                spectrum may be shorter than its row.
+        """
+        assert values.keys() == self._groups[group].keys(), (group, sorted(values))
+        self._buffer.setdefault(group, []).append(values)
+
+    def flush(self) -> None:
+        """Write all rows, so that readers see them."""
+        for group, rows in self._buffer.items():
+            start = self._rows[group]
+            end = start + len(rows)
+            for name, dataset in self._groups[group].items():
+                dataset.resize(end, axis=0)
+                dataset[start:end] = _as_array([row[name] for row in rows], dataset)
+                dataset.flush()
+            self._rows[group] = end
+        self._buffer.clear()
+
+    def counts(self) -> dict[str, int]:
+        """Return the rows of each group, after they have reached the disk.
+
+        So a checkpoint that holds these numbers finds its rows after a failure of the machine too.
+        """
+        self.flush()
+        _sync(self._file)
+        return dict(self._rows)
+
+    def close(self) -> None:
+        """Write all rows and close the file; may be called again."""
+        if self._file:
+            self.flush()
+            self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_for_reading(path: Path | str) -> h5py.File:
+    """Open the file of a run that goes on, has ended or was killed.
+
+    Raises:
+        UserError: there is no such file, or it is no metrics.h5.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file; a run's metrics are in its folder, in metrics.h5")
+    try:
+        file = h5py.File(path, "r", swmr=True, locking="best-effort")
+    except OSError as error:
+        raise UserError(f"{path}: not a readable HDF5 file ({error})") from None
+    if "schema_version" not in file.attrs:
+        file.close()
+        raise UserError(f"{path}: an HDF5 file, but not the metrics of a run")
+    return file
+
+
+def read_rows(path: Path | str, group: str) -> dict[str, np.ndarray]:
+    """Return all rows of a group, by column; text as str.
+
+    While a run is writing, the columns may differ in length for a moment: the shortest counts.
+
+    Raises:
+        UserError: no such file, or no such group in it.
+    """
+    with open_for_reading(path) as file:
+        if group not in file:
+            raise UserError(f"{path}: no group {group}")
+        columns = {k: node for k, node in file[group].items() if isinstance(node, h5py.Dataset)}
+        count = _length(columns)
+        rows = {name: dataset[:count] for name, dataset in columns.items()}
+    return {
+        name: np.char.decode(values, "utf-8") if values.dtype.kind == "S" else values
+        for name, values in rows.items()
+    }
+
+
+def _open_for_writing(path: Path) -> h5py.File:
+    return h5py.File(path, "w", libver="latest", locking="best-effort")
+
+
+def _sync(file: h5py.File) -> None:
+    file.flush()
+    os.fsync(file.id.get_vfd_handle())
+
+
+def _create_group(file: h5py.File, name: str, columns: Sequence[Column]) -> None:
+    group = file.create_group(name)
+    for column in columns:
+        width = (column.width,) if column.width else ()
+        row_bytes = np.dtype(column.dtype).itemsize * max(1, column.width)
+        dataset = group.create_dataset(
+            column.name,
+            shape=(0, *width),
+            maxshape=(None, *width),
+            chunks=(max(1, _CHUNK_BYTES // row_bytes), *width),
+            dtype=column.dtype,
+        )
+        dataset.attrs["unit"] = np.bytes_(column.unit)
+        dataset.attrs["description"] = np.bytes_(column.description)
+
+
+def _copy(old: h5py.File, new: h5py.File, counts: Mapping[str, int], path: Path) -> None:
+    """Copy the schema and the first rows of each group."""
+
+    def visit(name: str, node: h5py.Group | h5py.Dataset) -> None:
+        if isinstance(node, h5py.Dataset):
+            count = counts.get(name.rpartition("/")[0], 0)
+            if count > len(node):
+                raise UserError(
+                    f"{path}: {name} has {len(node)} rows, but the checkpoint knows of {count}; "
+                    f"resume from the run's own folder"
+                )
+            copy = new.create_dataset(
+                name,
+                shape=(count, *node.shape[1:]),
+                maxshape=node.maxshape,
+                chunks=node.chunks,
+                dtype=node.dtype,
+            )
+            copy[:] = node[:count]
+        else:
+            copy = new.create_group(name)
+        copy.attrs.update(node.attrs)
+
+    new.attrs.update(old.attrs)
+    old.visititems(visit)
+
+
+def _length(columns: Mapping[str, h5py.Dataset]) -> int:
+    return min(len(dataset) for dataset in columns.values())
+
+
+def _as_array(values: list[Any], dataset: h5py.Dataset) -> np.ndarray:
+    """Bring the values of a column into its dtype and width."""
+    if dataset.dtype.kind == "S":
+        return np.array([_cut(value, dataset.dtype.itemsize) for value in values], dataset.dtype)
+    if dataset.ndim == 1:
+        return np.array(values, dataset.dtype)
+    rows = np.full((len(values), dataset.shape[1]), np.nan, dataset.dtype)
+    for row, value in zip(rows, values, strict=True):
+        row[: len(value)] = value
+    return rows
+
+
+def _cut(text: str, size: int) -> bytes:
+    """Encode text in at most ``size`` bytes of UTF-8, with dots where something is missing."""
+    encoded = text.encode(errors="replace")
+    if len(encoded) <= size:
+        return encoded
+    return encoded[: size - 3].decode(errors="ignore").encode() + b"..."

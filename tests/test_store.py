@@ -1,0 +1,223 @@
+"""metrics.h5: schema, readers beside the writer, kill -9, resume."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from launching import ROOT, environment
+
+from app.errors import UserError
+from app.metrics.store import MetricsStore, open_for_reading, read_rows
+
+LAYERS = {"conv.weight": (8, 3, 3, 3), "blocks.0.fc.weight": (16, 4)}
+
+
+def create(path, **options):
+    return MetricsStore.create(path, configuration="run: {}\n", layers=LAYERS, **options)
+
+
+def train_row(step):
+    return {
+        "step": step,
+        "epoch": 1,
+        "loss": 1 / step,
+        "learning_rate": 0.1,
+        "samples_per_second": 10.0,
+        "step_seconds": 0.5,
+    }
+
+
+def spectrum_row(step, count):
+    return {"step": step, "singular_values": np.arange(count, 0, -1)}
+
+
+def test_schema_is_the_documented_one(tmp_path):
+    path = tmp_path / "metrics.h5"
+    create(path).close()
+    text = (ROOT / "docs" / "metrics.md").read_text()
+    with open_for_reading(path) as file:
+        assert file.attrs["schema_version"] == 1
+        assert file.attrs["config"] == b"run: {}\n"
+        assert list(file["layers/conv.weight"].attrs["shape"]) == [8, 3, 3, 3]
+        for name in ("sessions", "train", "eval", "lowrank"):
+            for column, dataset in file[name].items():
+                assert f"`/{name}`" in text
+                assert f"`{column}`" in text
+                assert dataset.attrs["description"]
+        for name in ("rank", "stability", "spectrum"):
+            for column, dataset in file["layers/conv.weight"][name].items():
+                unit = dataset.attrs["unit"].decode()
+                assert f"| `{column}` | {dataset.dtype} | {unit} |" in text, column
+        assert file["layers/conv.weight/spectrum/singular_values"].shape == (0, 8)
+        assert file["layers/blocks.0.fc.weight/spectrum/singular_values"].shape == (0, 4)
+
+
+def test_other_figures_of_merit(tmp_path):
+    path = tmp_path / "metrics.h5"
+    with create(path, figures=("mse", "mae")) as store:
+        store.append("eval", step=3, epoch=1, split="test", loss=0.5, mse=0.5, mae=0.4)
+    assert list(read_rows(path, "eval")) == ["epoch", "loss", "mae", "mse", "split", "step"]
+
+
+def test_rows_are_padded_cut_and_decoded(tmp_path):
+    path = tmp_path / "metrics.h5"
+    with create(path) as store:
+        store.append("layers/conv.weight/spectrum", **spectrum_row(1, 3))
+        store.append(
+            "sessions",
+            started="2026-01-01T00:00:00+00:00",
+            process_count=2,
+            first_step=0,
+            versions="ä" * 300,
+            command="train",
+        )
+    values = read_rows(path, "layers/conv.weight/spectrum")["singular_values"]
+    np.testing.assert_array_equal(values, [[3, 2, 1, *[np.nan] * 5]])
+    rows = read_rows(path, "sessions")
+    assert rows["started"][0] == "2026-01-01T00:00:00+00:00"
+    assert rows["versions"][0] == "ä" * 126 + "..."
+
+
+def test_wrong_columns_are_our_own_mistake(tmp_path):
+    with create(tmp_path / "metrics.h5") as store:
+        with pytest.raises(AssertionError):
+            store.append("train", step=1)
+        with pytest.raises(AssertionError):
+            store.append("train", **train_row(1), more=1)
+
+
+def test_rows_appear_with_the_flush_to_a_reader_that_is_there(tmp_path):
+    path = tmp_path / "metrics.h5"
+    with create(path) as store, open_for_reading(path) as reader:
+        store.append("train", **train_row(1))
+        store.append("train", **train_row(2))
+        steps = reader["train/step"]
+        steps.refresh()
+        assert len(steps) == 0
+        store.flush()
+        steps.refresh()
+        assert list(steps) == [1, 2]
+        assert store.counts()["train"] == 2
+
+
+def test_a_plain_open_of_a_running_file_fails_in_another_process(tmp_path):
+    path = tmp_path / "metrics.h5"
+    program = "import h5py, sys; h5py.File(sys.argv[1], 'r', swmr=sys.argv[2] == 'swmr')"
+    with create(path):
+        for mode, fails in (("swmr", False), ("plain", True)):
+            result = subprocess.run(
+                [sys.executable, "-c", program, path, mode],
+                capture_output=True,
+                check=False,
+                timeout=60,
+            )
+            assert bool(result.returncode) == fails, result.stderr
+
+
+KILLED = """
+import os, signal, sys
+from test_store import create, train_row
+store = create(sys.argv[1])
+for step in range(1, 8):
+    store.append("train", **train_row(step))
+store.flush()
+store.append("train", **train_row(8))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_kill_9_loses_nothing_that_was_flushed(tmp_path):
+    path = tmp_path / "metrics.h5"
+    env = {**environment(), "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, path], env=env, cwd=ROOT, check=False, timeout=60
+    )
+    assert killed.returncode == -signal.SIGKILL
+    with pytest.raises(OSError, match=r"."):
+        h5py.File(path, "r")
+    assert list(read_rows(path, "train")["step"]) == list(range(1, 8))
+    with MetricsStore.resume(path, counts={"train": 5}) as store:
+        store.append("train", **train_row(6))
+    assert list(read_rows(path, "train")["step"]) == list(range(1, 7))
+
+
+@given(rows=st.integers(0, 12), kept=st.integers(0, 12), more=st.integers(0, 5))
+@settings(max_examples=25, deadline=None)
+def test_resume_keeps_what_is_asked_for_nothing_twice_nothing_missing(
+    tmp_path_factory, rows, kept, more
+):
+    kept = min(rows, kept)
+    path = tmp_path_factory.mktemp("resume") / "metrics.h5"
+    group = "layers/blocks.0.fc.weight/spectrum"
+    with create(path) as store:
+        for step in range(1, rows + 1):
+            store.append("train", **train_row(step))
+            store.append(group, **spectrum_row(step, 2))
+    with MetricsStore.resume(path, counts={"train": kept, group: kept}) as store:
+        for step in range(kept + 1, kept + more + 1):
+            store.append("train", **train_row(step))
+            store.append(group, **spectrum_row(step, 2))
+    for name in ("train", group):
+        assert list(read_rows(path, name)["step"]) == list(range(1, kept + more + 1))
+    with open_for_reading(path) as file:
+        assert file.attrs["config"] == b"run: {}\n"
+        assert list(file["layers/conv.weight"].attrs["shape"]) == [8, 3, 3, 3]
+        assert file["train/loss"].attrs["unit"] == b"1"
+        assert file["train/loss"].maxshape == (None,)
+
+
+def test_resume_while_a_reader_holds_the_old_file(tmp_path):
+    path = tmp_path / "metrics.h5"
+    with create(path) as store:
+        store.append("train", **train_row(1))
+    with open_for_reading(path) as reader:
+        with MetricsStore.resume(path, counts={"train": 1}) as store:
+            store.append("train", **train_row(2))
+        assert list(reader["train/step"]) == [1]
+    assert list(read_rows(path, "train")["step"]) == [1, 2]
+
+
+def test_a_failed_resume_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.h5"
+    with create(path) as store:
+        store.append("train", **train_row(1))
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=r"train/\w+ has 1 rows, but the checkpoint knows of 2"):
+        MetricsStore.resume(path, counts={"train": 2})
+    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        MetricsStore.resume(path, counts={"train": 1})
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.h5"]
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"gone\.h5: no such file"):
+        read_rows(tmp_path / "gone.h5", "train")
+    text = tmp_path / "text.h5"
+    text.write_text("no HDF5")
+    with pytest.raises(UserError, match=r"text\.h5: not a readable HDF5 file"):
+        read_rows(text, "train")
+    foreign = tmp_path / "foreign.h5"
+    h5py.File(foreign, "w", libver="latest").close()
+    with pytest.raises(UserError, match=r"foreign\.h5: an HDF5 file, but not the metrics"):
+        read_rows(foreign, "train")
+    create(tmp_path / "metrics.h5").close()
+    with pytest.raises(UserError, match="no group test"):
+        read_rows(tmp_path / "metrics.h5", "test")
+
+
+def test_a_large_network_has_a_small_file(tmp_path):
+    path = Path(tmp_path / "metrics.h5")
+    layers = {f"layers.{i}.weight": (2048, 512) for i in range(174)}
+    MetricsStore.create(path, configuration="x" * 100_000, layers=layers).close()
+    assert path.stat().st_size < 1_500_000
+    with open_for_reading(path) as file:
+        assert len(file.attrs["config"]) == 100_000

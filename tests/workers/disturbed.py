@@ -1,0 +1,31 @@
+"""Run app.train with a disturbance on one process: WHAT PROCESS STEP, then its arguments."""
+
+import os
+import signal
+import sys
+
+from app.command import run_command
+from app.train import main
+
+
+def disturb(what, process, step):
+    from app.training.trainer import Trainer
+
+    train_step = Trainer._train_step
+
+    def disturbed(self, *arguments):
+        train_step(self, *arguments)
+        if self.runtime.process_index == process and self.position.step == step:
+            if what == "signal":
+                os.kill(os.getpid(), signal.SIGUSR1)
+            if what == "fault":
+                raise RuntimeError("the machine is on fire")
+            if what == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    Trainer._train_step = disturbed
+
+
+if __name__ == "__main__":
+    disturb(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    run_command(lambda: main(sys.argv[4:]))
