@@ -1,0 +1,215 @@
+"""Image classification: loss, accuracy, and the sets that fit into memory."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from app.config import Configuration
+from app.errors import UserError
+from app.tasks import Batch, datasets, sharding
+from app.tasks.pixels import channel_statistics, crop_and_flip
+from app.tasks.sharding import Stream
+
+
+class Classification:
+    """What all tasks of image classification share: sizes, loss and figures of merit."""
+
+    figures: tuple[str, ...] = ("accuracy",)
+    splits: tuple[str, ...] = ("validation", "test")
+
+    def __init__(
+        self,
+        configuration: Configuration,
+        *,
+        train_size: int,
+        input_shape: tuple[int, ...],
+        outputs: int,
+        process_index: int,
+        process_count: int,
+        device: torch.device,
+    ) -> None:
+        """Set the sizes.
+
+        Args:
+            configuration: training and run.seed are read.
+            train_size: samples of the training part.
+            input_shape: (channels, height, width).
+            outputs: classes.
+            process_index: of this process.
+            process_count: processes that share every global batch.
+            device: where batches are put.
+
+        Raises:
+            UserError: an epoch would have no batch.
+        """
+        training = configuration.training
+        self.train_size = train_size
+        self.input_shape = input_shape
+        self.outputs = outputs
+        self.steps_per_epoch = sharding.steps_per_epoch(
+            train_size, training.batch_size, drop_last=configuration.data.drop_last
+        )
+        if self.steps_per_epoch == 0:
+            raise UserError(
+                f"training.batch_size: {training.batch_size} exceeds the {train_size} training "
+                f"samples, and data.drop_last drops the only batch; lower it, or set "
+                f"data.drop_last=false"
+            )
+        self.device = device
+        self._seed = configuration.run.seed
+        self._batch_size = training.batch_size
+        self._label_smoothing = training.label_smoothing
+        self._process = (process_index, process_count)
+        # No more samples at once than a forward in training has.
+        self._evaluation_batch_size = math.ceil(
+            training.batch_size / (process_count * training.accumulation)
+        )
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the cross entropy with label smoothing; see :class:`app.tasks.Task`."""
+        total = functional.cross_entropy(
+            model(batch.inputs),
+            batch.targets,
+            label_smoothing=self._label_smoothing,
+            reduction="sum",
+        )
+        return total * (1 / batch.global_count if batch.count else 0)
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, float | Tensor]:
+        """Return the sums of the cross entropy (not smoothed) and of right answers, and the count.
+
+        See :class:`app.tasks.Task`.
+        """
+        logits = model(batch.inputs)
+        losses = functional.cross_entropy(logits, batch.targets, reduction="none")
+        right = logits.argmax(dim=1) == batch.targets
+        return {
+            "loss": losses.sum(dtype=torch.float64),
+            "accuracy": right.sum(dtype=torch.float64),
+            "count": torch.full((), batch.count, dtype=torch.float64, device=self.device),
+        }
+
+    def example_batch(self) -> Batch:
+        """Return two black images of the first class, (2, channels, height, width) float32."""
+        return Batch(
+            inputs=torch.zeros(2, *self.input_shape, device=self.device),
+            targets=torch.zeros(2, dtype=torch.int64, device=self.device),
+            count=2,
+            global_count=2,
+        )
+
+    def _share(self, global_batch: slice) -> tuple[slice, int]:
+        """Return this process's share within a global batch, and its number of true samples.
+
+        An empty share becomes the first sample of the global batch, as padding: a real image keeps
+        the running statistics of normalizations sensible.
+        """
+        mine = sharding.share(global_batch.stop - global_batch.start, *self._process)
+        count = mine.stop - mine.start
+        return (mine if count else slice(0, 1)), count
+
+
+class InMemoryClassification(Classification):
+    """A set that fits into memory: bytes on the device, where batches are formed and augmented."""
+
+    def __init__(
+        self,
+        configuration: Configuration,
+        *,
+        process_index: int,
+        process_count: int,
+        device: torch.device,
+    ) -> None:
+        """Read the set that the configuration names.
+
+        Raises:
+            UserError: as in :func:`app.tasks.datasets.load` and :class:`Classification`.
+        """
+        images = datasets.load(configuration.data)
+        super().__init__(
+            configuration,
+            train_size=len(images.train.labels),
+            input_shape=images.train.images.shape[1:],
+            outputs=images.classes,
+            process_index=process_index,
+            process_count=process_count,
+            device=device,
+        )
+        self._augmentation = configuration.data.augmentation
+        mean, std = channel_statistics(images.train.images)
+        self._mean = torch.tensor(mean, dtype=torch.float32, device=device)[:, None, None]
+        self._std = torch.tensor(std, dtype=torch.float32, device=device)[:, None, None]
+        self._parts = {
+            name: (torch.tensor(part.images, device=device), torch.tensor(part.labels).to(device))
+            for name, part in (
+                ("train", images.train),
+                ("validation", images.validation),
+                ("test", images.test),
+            )
+        }
+
+    def train_batches(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
+        """Yield this process's shares of the global batches; see :class:`app.tasks.Task`.
+
+        A sample is augmented in the same way whatever the process count and the first batch: random
+        numbers follow (seed, epoch, global batch, position in it).
+        """
+        images, labels = self._parts["train"]
+        order = sharding.epoch_order(self.train_size, seed=self._seed, epoch=epoch)
+        order_on_device = torch.from_numpy(order).to(self.device)
+        for number in range(first_batch, self.steps_per_epoch):
+            positions = sharding.global_batch(self.train_size, self._batch_size, number)
+            share, count = self._share(positions)
+            samples = order_on_device[positions][share]
+            inputs = images[samples]
+            if self._augmentation != "none":
+                inputs = self._augment(inputs, epoch, number, share)
+            yield Batch(
+                inputs=self._normalize(inputs),
+                targets=labels[samples],
+                count=count,
+                global_count=positions.stop - positions.start,
+            )
+
+    def evaluation_batches(self, split: str) -> Iterator[Batch]:
+        """Yield this process's samples of "validation" or "test"; see :class:`app.tasks.Task`."""
+        images, labels = self._parts[split]
+        for positions in sharding.evaluation_batches(
+            len(labels), self._evaluation_batch_size, *self._process
+        ):
+            count = positions.stop - positions.start
+            yield Batch(
+                inputs=self._normalize(images[positions]),
+                targets=labels[positions],
+                count=count,
+                global_count=len(labels),
+            )
+
+    def _normalize(self, images: Tensor) -> Tensor:
+        """Turn bytes into float32 of mean 0 and standard deviation 1 over the training part."""
+        return (images - self._mean) / self._std
+
+    def _augment(self, images: Tensor, epoch: int, number: int, share: slice) -> Tensor:
+        """Crop at random, and flip at random if so configured.
+
+        Args:
+            images: this process's share of the global batch, (b, channels, height, width).
+            epoch: part of the key of the random numbers, as ``number`` is.
+            number: of the global batch.
+            share: positions of ``images`` in the global batch.
+        """
+        # Numbers for a whole, full-sized batch: a share takes its own by their positions.
+        random = sharding.generator(Stream.AUGMENTATION, self._seed, epoch, number)
+        margin = images.shape[-1] // 8
+        corners = random.integers(2 * margin + 1, size=(self._batch_size, 2))[share]
+        flips = random.random(self._batch_size)[share] < 0.5
+        return crop_and_flip(
+            images,
+            torch.from_numpy(corners).to(self.device),
+            torch.from_numpy(flips & (self._augmentation == "crop_flip")).to(self.device),
+            margin=margin,
+        )

@@ -1,0 +1,85 @@
+"""Workarounds for other packages, each in a process of its own, where nothing is imported yet."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(code: str, *paths: Path) -> subprocess.CompletedProcess[str]:
+    """Run Python code with folders in front of the installed packages."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (*paths, ROOT)))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture
+def fake_torchvision(tmp_path: Path) -> Path:
+    """The __init__.py of a package that stands in for torchvision."""
+    package = tmp_path / "torchvision"
+    package.mkdir()
+    return package / "__init__.py"
+
+
+def test_torchvision_and_timm_import_and_work() -> None:
+    result = run(
+        "from app.compatibility import import_torchvision\n"
+        "import_torchvision(); import_torchvision()\n"
+        "import timm, torch, torchvision\n"
+        "from torchvision import datasets, transforms\n"
+        "print(transforms.CenterCrop(2)(torch.zeros(3, 4, 4)).shape == (3, 2, 2))\n"
+    )
+    assert (result.returncode, result.stdout) == (0, "True\n"), result.stderr
+
+
+def test_working_torchvision_is_left_alone(fake_torchvision: Path) -> None:
+    fake_torchvision.write_text("")
+    result = run(
+        "import sys\n"
+        "from app.compatibility import import_torchvision\n"
+        "import_torchvision()\n"
+        "print('torchvision' in sys.modules, 'torch' in sys.modules)\n",
+        fake_torchvision.parent.parent,
+    )
+    assert (result.returncode, result.stdout) == (0, "True False\n"), result.stderr
+
+
+def test_missing_operators_are_declared(fake_torchvision: Path) -> None:
+    """The stand-in fails as the wheel does, and has left a submodule behind when it fails."""
+    fake_torchvision.with_name("part.py").write_text("print('imported')\n")
+    fake_torchvision.write_text(
+        "import torch\n"
+        "from torchvision import part\n"
+        "if not torch._C._dispatch_has_kernel_for_dispatch_key('torchvision::nms', 'Meta'):\n"
+        "    @torch.library.register_fake('torchvision::nms')\n"
+        "    def _(dets, scores, iou_threshold): ...\n"
+    )
+    result = run(
+        "from app.compatibility import import_torchvision\n"
+        "import_torchvision()\n"
+        "import torch\n"
+        "print(torch.ops.torchvision.nms.default._schema)\n",
+        fake_torchvision.parent.parent,
+    )
+    assert result.returncode == 0, result.stderr
+    *imported, schema = result.stdout.splitlines()
+    assert imported == ["imported", "imported"]
+    assert schema.startswith("torchvision::nms(Tensor dets, Tensor scores, float iou_threshold)")
+
+
+def test_other_failures_of_torchvision_are_not_hidden(fake_torchvision: Path) -> None:
+    fake_torchvision.write_text("print('tried')\nraise RuntimeError('broken for another reason')\n")
+    result = run(
+        "from app.compatibility import import_torchvision\nimport_torchvision()\n",
+        fake_torchvision.parent.parent,
+    )
+    assert (result.returncode, result.stdout) == (1, "tried\n")
+    assert "RuntimeError: broken for another reason" in result.stderr

@@ -1,0 +1,376 @@
+"""Reading image sets in their official layouts, cutting them into parts, and what can go wrong."""
+
+import dataclasses
+import gzip
+import os
+import pickle
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app import config
+from app.compatibility import import_torchvision
+from app.config import DataSection
+from app.errors import UserError
+from app.tasks import datasets
+from app.tasks.datasets import ImageSet, download, load
+from app.tasks.formats import read_cifar, read_idx
+from app.tasks.splitting import split_off
+
+TRAIN, TEST = 40, 20
+
+
+@pytest.fixture(autouse=True)
+def small_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The official layouts, with fewer samples."""
+    for name, source in datasets._SOURCES.items():
+        small = dataclasses.replace(source, train_size=TRAIN, test_size=TEST)
+        monkeypatch.setitem(datasets._SOURCES, name, small)
+
+
+def labels_of(size: int, classes: int) -> np.ndarray:
+    return np.arange(size) * 7 % classes
+
+
+def images_of(labels: np.ndarray, *shape: int) -> np.ndarray:
+    """Images whose first pixel is the label and whose second is the index."""
+    images = np.random.default_rng(0).integers(256, size=(len(labels), *shape), dtype=np.uint8)
+    flat = images.reshape(len(labels), -1)
+    flat[:, 0] = labels
+    flat[:, 1] = np.arange(len(labels))
+    return images
+
+
+def write_idx(path: Path, array: np.ndarray, *, pack: bool = False) -> None:
+    header = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
+    content = header + array.astype(np.uint8).tobytes()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if pack:
+        path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(content))
+    else:
+        path.write_bytes(content)
+
+
+def write_mnist(root: Path, folder: str = "MNIST", *, pack: bool = False) -> Path:
+    raw = root / folder / "raw"
+    for part, size in (("train", TRAIN), ("t10k", TEST)):
+        labels = labels_of(size, 10)
+        write_idx(raw / f"{part}-images-idx3-ubyte", images_of(labels, 28, 28), pack=pack)
+        write_idx(raw / f"{part}-labels-idx1-ubyte", labels, pack=pack)
+    return raw
+
+
+def python2_pickle(entries: dict[str, Any]) -> bytes:
+    """Protocol 2 with the byte strings of Python 2, as in the official files of CIFAR."""
+
+    def dump(value: Any) -> bytes:
+        match value:
+            case str():
+                return b"U" + bytes([len(value)]) + value.encode()
+            case int():
+                return b"J" + struct.pack("<i", value)
+            case list():
+                return b"](" + b"".join(map(dump, value)) + b"e"
+            case np.ndarray():
+                content = value.tobytes()
+                return (
+                    b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
+                    + (b"(K\x01" + dump(value.shape[0]) + dump(value.shape[1]) + b"\x86")
+                    + b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNN"
+                    + (dump(-1) + dump(-1) + b"K\x00tb\x89T")
+                    + struct.pack("<i", len(content))
+                    + content
+                    + b"tb"
+                )
+        raise AssertionError(value)
+
+    items = b"".join(dump(key) + dump(value) for key, value in entries.items())
+    return b"\x80\x02}(" + items + b"u."
+
+
+def write_cifar(root: Path, name: str = "cifar10") -> Path:
+    source = datasets._SOURCES[name]
+    folder = root / source.folder
+    folder.mkdir(parents=True)
+    for files, size in ((source.train_files, TRAIN), (source.test_files, TEST)):
+        labels = labels_of(size, source.classes)
+        images = images_of(labels, 3 * 32 * 32)
+        for file, part in zip(files, np.array_split(np.arange(size), len(files)), strict=True):
+            entries = {
+                "batch_label": file,
+                "data": images[part],
+            }
+            if name == "cifar10":
+                entries["labels"] = labels[part].tolist()
+            else:
+                entries |= {"fine_labels": labels[part].tolist(), "coarse_labels": [0] * len(part)}
+            (folder / file).write_bytes(python2_pickle(entries))
+    return folder
+
+
+def check_parts(parts: ImageSet, shape: tuple[int, ...], classes: int) -> None:
+    """Labels are with their images, and no image is lost or repeated."""
+    seen = []
+    for part in (parts.train, parts.validation, parts.test):
+        assert part.images.dtype == np.uint8
+        assert part.labels.dtype == np.int64
+        assert part.images.shape == (len(part.labels), *shape)
+        flat = part.images.reshape(len(part.labels), -1)
+        np.testing.assert_array_equal(flat[:, 0], part.labels)
+        seen.append(flat[:, 1].tolist())
+    assert parts.classes == classes
+    assert sorted(seen[0] + seen[1]) == list(range(TRAIN))
+    assert seen[2] == list(range(TEST))
+    assert seen[0] != sorted(seen[0])  # in random order: the first ones are a fair sample
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize(
+    ("name", "folder"), [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")]
+)
+def test_idx_sets(tmp_path: Path, name: str, folder: str, pack: bool) -> None:
+    write_mnist(tmp_path, folder, pack=pack)
+    check_parts(load(DataSection(name=name, root=str(tmp_path))), (1, 28, 28), 10)
+
+
+@pytest.mark.parametrize(("name", "classes"), [("cifar10", 10), ("cifar100", 100)])
+def test_cifar_sets(tmp_path: Path, name: str, classes: int) -> None:
+    write_cifar(tmp_path, name)
+    check_parts(load(DataSection(name=name, root=str(tmp_path))), (3, 32, 32), classes)
+
+
+def test_cifar_pickled_by_python_3(tmp_path: Path) -> None:
+    images = images_of(labels_of(3, 10), 3072)
+    path = tmp_path / "batch"
+    path.write_bytes(pickle.dumps({"data": images, "labels": [0, 7, 4]}, protocol=4))
+    read, labels = read_cifar(path, label_key="labels")
+    np.testing.assert_array_equal(read.reshape(3, -1), images)
+    assert labels.tolist() == [0, 7, 4]
+
+
+def test_digits_are_cut_as_documented() -> None:
+    from sklearn.datasets import load_digits
+
+    parts = load(DataSection())
+    sizes = [len(part.labels) for part in (parts.train, parts.validation, parts.test)]
+    assert sizes == [1257, 180, 360]
+    everything = np.concatenate(
+        [part.images for part in (parts.train, parts.validation, parts.test)]
+    )
+    official = load_digits().images  # 0 to 16
+    assert everything.shape[1:] == (1, 8, 8)
+    assert everything.dtype == np.uint8
+    assert sorted(everything.reshape(-1, 64).tolist()) == sorted(official.reshape(-1, 64).tolist())
+    frequencies = np.bincount(np.concatenate([parts.train.labels, parts.test.labels])) / 1617
+    for part in (parts.train, parts.validation, parts.test):
+        counts = np.bincount(part.labels, minlength=10)
+        assert np.abs(counts - frequencies * len(part.labels)).max() < 2
+
+
+def test_cut_is_the_same_every_time(tmp_path: Path) -> None:
+    write_mnist(tmp_path)
+    data = DataSection(name="mnist", root=str(tmp_path))
+    np.testing.assert_array_equal(load(data).train.images, load(data).train.images)
+
+
+@given(labels=st.lists(st.integers(0, 4), min_size=1, max_size=80), data=st.data())
+def test_split_takes_every_class_in_proportion(labels: list[int], data: st.DataObject) -> None:
+    size = data.draw(st.integers(0, len(labels)))
+    array = np.array(labels)
+    rest, taken = split_off(array, size)
+    assert len(taken) == size
+    assert sorted([*rest, *taken]) == list(range(len(labels)))
+    for label in range(5):
+        expected = size * np.mean(array == label)
+        assert abs(np.sum(array[taken] == label) - expected) < 1
+
+
+def test_validation_fraction_and_train_samples(tmp_path: Path) -> None:
+    write_mnist(tmp_path)
+    data = DataSection(name="mnist", root=str(tmp_path), validation_fraction=0.25)
+    whole = load(data)
+    assert (len(whole.train.labels), len(whole.validation.labels)) == (30, 10)
+    part = load(data.model_copy(update={"train_samples": 12}))
+    np.testing.assert_array_equal(part.train.images, whole.train.images[:12])
+    np.testing.assert_array_equal(part.validation.images, whole.validation.images)
+    with pytest.raises(UserError, match=r"^data\.train_samples: 31 exceeds the 30 .* of mnist$"):
+        load(data.model_copy(update={"train_samples": 31}))
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"), [("mnist", "t10k-labels-idx1-ubyte"), ("cifar10", "data_batch_3")]
+)
+def test_missing_file(tmp_path: Path, name: str, missing: str) -> None:
+    folder = write_mnist(tmp_path) if name == "mnist" else write_cifar(tmp_path)
+    (folder / missing).unlink()
+    with pytest.raises(UserError) as caught:
+        load(DataSection(name=name, root=str(tmp_path)))
+    message = str(caught.value)
+    assert message.startswith(f"data.root: {folder / missing} not found; set data.download=true")
+    assert message.endswith(f" into {folder}")
+    assert "\n" not in message
+
+
+def truncate(path: Path, size: int = 100) -> None:
+    path.write_bytes(path.read_bytes()[:-size])
+
+
+def replace_start(path: Path, start: bytes) -> None:
+    path.write_bytes(start + path.read_bytes()[len(start) :])
+
+
+LABELS = labels_of(TRAIN, 10)
+IMAGES_FILE, LABELS_FILE = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "message"),
+    [
+        (IMAGES_FILE, truncate, r"holds 31260 bytes of data, its header announces \[40, 28, 28\]"),
+        (IMAGES_FILE, lambda p: p.write_bytes(b""), "is not an idx file of bytes in 3"),
+        (IMAGES_FILE, lambda p: replace_start(p, b"\0\0\x0d\3"), "begins with '00000d03' and not"),
+        (IMAGES_FILE, lambda p: write_idx(p, LABELS), "begins with '00000801' and not '00000803'"),
+        (IMAGES_FILE, lambda p: write_idx(p, images_of(LABELS, 8, 8)), r"images \(40, 1, 8, 8\)"),
+        (IMAGES_FILE, lambda p: write_idx(p, images_of(LABELS[:9], 28, 28)), r"images \(9, 1, 28"),
+        (LABELS_FILE, lambda p: write_idx(p, LABELS[:39]), "holds 39 labels, expected 40"),
+        (LABELS_FILE, lambda p: write_idx(p, LABELS + 1), r"labels that are not in \[0, 10\)"),
+    ],
+)
+def test_damaged_idx(
+    tmp_path: Path, file: str, damage: Callable[[Path], None], message: str
+) -> None:
+    path = write_mnist(tmp_path) / file
+    damage(path)
+    with pytest.raises(UserError, match=message) as caught:
+        load(DataSection(name="mnist", root=str(tmp_path)))
+    assert str(caught.value).startswith(f"data.root: {path} ")
+    assert "remove it and set data.download=true, or put an intact copy" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [truncate, lambda p: replace_start(p, b"no"), lambda p: replace_start(p, b"\xff" * 99)],
+)
+def test_damaged_gzip(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    path = write_mnist(tmp_path, pack=True) / f"{IMAGES_FILE}.gz"
+    damage(path)
+    with pytest.raises(UserError, match="cannot be read") as caught:
+        load(DataSection(name="mnist", root=str(tmp_path)))
+    assert str(caught.value).startswith(f"data.root: {path} ")
+
+
+def test_damage_inside_a_gzip_stream(tmp_path: Path) -> None:
+    path = write_mnist(tmp_path, pack=True) / f"{IMAGES_FILE}.gz"
+    content = bytearray(path.read_bytes())
+    content[10:110] = b"\xff" * 100  # after the header: no such kind of block
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_idx(path, dimensions=3)
+
+
+DATA = images_of(labels_of(8, 10), 3072)
+
+
+class Harmful:
+    """What an attacker would put into a pickle."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("harm",)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ([1], "is not a dictionary with 'data' and 'labels'"),
+        ({"data": DATA}, "is not a dictionary with 'data' and 'labels'"),
+        ({"data": DATA[:, :3000], "labels": [0] * 8}, "not an array of bytes, 3072 per image"),
+        ({"data": DATA.astype(float), "labels": [0] * 8}, "not an array of bytes"),
+        ({"data": DATA.tolist(), "labels": [0] * 8}, "not an array of bytes"),
+        ({"data": DATA, "labels": ["cat"] * 8}, "'labels' is not a list of integers"),
+        ({"data": DATA, "labels": [0] * 7}, "holds 7 labels, expected 8"),
+        ({"data": DATA[:7], "labels": [0] * 7}, r"holds images \(7, 3, 32, 32\)"),
+        ({"data": DATA, "labels": [0] * 7 + [10]}, r"labels that are not in \[0, 10\)"),
+        ({"data": DATA, "labels": [0] * 7 + [-1]}, r"labels that are not in \[0, 10\)"),
+        ({"data": DATA, "labels": Harmful()}, "mkdir does not belong into a data set"),
+    ],
+)
+def test_damaged_cifar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entry: Any, message: str
+) -> None:
+    path = write_cifar(tmp_path) / "data_batch_2"
+    path.write_bytes(pickle.dumps(entry, protocol=4))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message) as caught:
+        load(DataSection(name="cifar10", root=str(tmp_path)))
+    assert str(caught.value).startswith(f"data.root: {path} ")
+    assert not (tmp_path / "harm").exists()
+
+
+def test_truncated_cifar(tmp_path: Path) -> None:
+    path = write_cifar(tmp_path) / "test_batch"
+    truncate(path)
+    with pytest.raises(UserError, match="cannot be read") as caught:
+        load(DataSection(name="cifar10", root=str(tmp_path)))
+    assert str(caught.value).startswith(f"data.root: {path} ")
+
+
+@pytest.fixture
+def downloads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
+    """Calls of a stand-in for torchvision's CIFAR10, which writes the files."""
+    import_torchvision()
+    import torchvision.datasets
+
+    calls: list[tuple[str, bool]] = []
+
+    def fake(root: str, *, download: bool) -> None:
+        calls.append((root, download))
+        write_cifar(Path(root))
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", fake)
+    return calls
+
+
+def configuration(name: str, root: Path, **data: Any) -> config.Configuration:
+    return config.build({"data": {"name": name, "root": str(root), **data}})
+
+
+def test_download_once_and_only_if_asked(tmp_path: Path, downloads: list[tuple[str, bool]]) -> None:
+    download(configuration("cifar10", tmp_path))
+    assert downloads == []
+    wanted = configuration("cifar10", tmp_path, download=True)
+    with pytest.raises(UserError, match="not found"):  # reading never downloads
+        load(wanted.data)
+    assert downloads == []
+    download(wanted)
+    assert downloads == [(str(tmp_path), True)]
+    assert load(wanted.data).classes == 10
+    download(wanted)
+    assert len(downloads) == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no\nmirror"), OSError("no mirror")])
+def test_failed_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    import_torchvision()
+    import torchvision.datasets
+
+    def fail(root: str, *, download: bool) -> None:
+        raise error
+
+    monkeypatch.setattr(torchvision.datasets, "MNIST", fail)
+    folder = tmp_path / "MNIST" / "raw"
+    with pytest.raises(UserError, match=r"^data\.download: mnist could not .*\(no mirror\)") as c:
+        download(configuration("mnist", tmp_path, download=True))
+    assert str(c.value).endswith(f"t10k-labels-idx1-ubyte (or the same as .gz) into {folder}")
+
+
+def test_nothing_to_download(tmp_path: Path) -> None:
+    download(configuration("digits", tmp_path, download=True))
+    with pytest.raises(UserError, match=r"^data\.download: image_folder .* put train/ and val/"):
+        download(configuration("image_folder", tmp_path, download=True))

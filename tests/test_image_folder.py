@@ -1,0 +1,244 @@
+"""Image classification from folders: parts, transforms, random numbers, and what can go wrong."""
+
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from app import config
+from app.errors import UserError
+from app.tasks import Task, build_task
+from app.tasks.image_folder import MEAN, STD
+
+SIZE = 16
+CLASSES = ("ant", "bee", "cat")
+PER_CLASS = 7
+
+
+def write_images(folder: Path, count: int, *, first: int = 0) -> None:
+    """Write ``count`` images of each class: every one in a colour of its own, with some noise."""
+    generator = np.random.default_rng(first)
+    for label, name in enumerate(CLASSES):
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = generator.integers(40, size=(30, 40, 3), dtype=np.uint8)
+            pixels[..., 0] += np.uint8(60 * label)
+            pixels[..., 1] += np.uint8(10 * (number + first))
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set that tests only read."""
+    root = tmp_path_factory.mktemp("images")
+    write_images(root / "train", PER_CLASS)
+    write_images(root / "val", 3, first=10)
+    return root
+
+
+@pytest.fixture
+def own_images(images: Path, tmp_path: Path) -> Path:
+    """A data set that a test may change."""
+    return Path(shutil.copytree(images, tmp_path / "images"))
+
+
+def folder_task(
+    root: Path, index: int = 0, count: int = 1, *, batch_size: int = 8, **data: Any
+) -> Task:
+    configuration = config.build(
+        {
+            "data": {
+                "name": "image_folder",
+                "root": str(root),
+                "image_size": SIZE,
+                "workers": 0,
+                "validation_fraction": 0.3,
+                **data,
+            },
+            "training": {"batch_size": batch_size},
+        }
+    )
+    device = torch.device("cpu")
+    return build_task(configuration, process_index=index, process_count=count, device=device)
+
+
+def together(
+    tasks: list[Task], epoch: int = 0, first_batch: int = 0
+) -> list[tuple[Tensor, Tensor]]:
+    batches = zip(*(task.train_batches(epoch, first_batch) for task in tasks), strict=True)
+    return [
+        (
+            torch.cat([share.inputs[: share.count] for share in shares]),
+            torch.cat([share.targets[: share.count] for share in shares]),
+        )
+        for shares in batches
+    ]
+
+
+def assert_equal(left: list[tuple[Tensor, Tensor]], right: list[tuple[Tensor, Tensor]]) -> None:
+    for (inputs, targets), (other_inputs, other_targets) in zip(left, right, strict=True):
+        assert torch.equal(inputs, other_inputs)
+        assert torch.equal(targets, other_targets)
+
+
+def colours(task: Task, split: str) -> list[tuple[int, int]]:
+    """Label and number of every image of a part, told from its colour."""
+    seen = []
+    for batch in task.evaluation_batches(split):
+        bytes_ = (batch.inputs * torch.tensor(STD)[:, None, None]).mean(dim=(2, 3))
+        bytes_ = 255 * (bytes_ + torch.tensor(MEAN)) - 19.5
+        for (red, green, _), label in zip(bytes_.tolist(), batch.targets.tolist(), strict=True):
+            assert round(red / 60) == label
+            seen.append((label, round(green / 10)))
+    return seen
+
+
+def all_images(numbers: range) -> list[tuple[int, int]]:
+    return [(label, number) for label in range(3) for number in numbers]
+
+
+def test_sizes(images: Path) -> None:
+    task = folder_task(images)
+    assert (task.train_size, task.steps_per_epoch) == (15, 2)  # 6 of 21 are for validation
+    assert (task.input_shape, task.outputs) == ((3, SIZE, SIZE), 3)
+    batch = next(task.train_batches(0))
+    assert batch.inputs.shape == (8, 3, SIZE, SIZE)
+    assert (batch.inputs.dtype, batch.targets.dtype) == (torch.float32, torch.int64)
+    assert (batch.count, batch.global_count) == (8, 8)
+
+
+def test_without_test_folder_val_is_the_test_part(images: Path) -> None:
+    task = folder_task(images)
+    assert colours(task, "test") == all_images(range(10, 13))
+    validation = colours(task, "validation")
+    assert len(set(validation)) == 6
+    assert set(validation) < set(all_images(range(PER_CLASS)))
+    assert [sum(label == c for label, _ in validation) for c in range(3)] == [2, 2, 2]
+    train = {Path(path).relative_to(images) for path, _ in task._parts["train"]}
+    held_out = {Path("train", CLASSES[label], f"{n}.png") for label, n in validation}
+    assert not train & held_out
+    assert len(train | held_out) == 21
+
+
+def test_with_test_folder_all_of_train_is_trained_on(own_images: Path) -> None:
+    write_images(own_images / "test", 2, first=14)
+    task = folder_task(own_images)
+    assert task.train_size == 21
+    assert colours(task, "validation") == all_images(range(10, 13))
+    assert colours(task, "test") == all_images(range(14, 16))
+    few = folder_task(own_images, train_samples=9)
+    assert few.train_size == 9
+    assert {label for _, label in few._parts["train"]} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_processes_share_the_images_of_one(images: Path, count: int) -> None:
+    alone = together([folder_task(images)])
+    assert [len(targets) for _, targets in alone] == [8, 7]
+    tasks = [folder_task(images, index, count) for index in range(count)]
+    assert_equal(together(tasks), alone)
+    seen = [image for task in tasks for image in colours(task, "test")]
+    assert seen == all_images(range(10, 13))
+
+
+def test_empty_share_is_one_padding_sample(images: Path) -> None:
+    task = folder_task(images, 3, 4, batch_size=3, train_samples=4)
+    counts = [(batch.count, len(batch.inputs)) for batch in task.train_batches(0)]
+    assert counts == [(0, 1), (0, 1)]
+
+
+def test_resume_in_the_middle_of_an_epoch(images: Path) -> None:
+    task = folder_task(images, batch_size=4)
+    assert_equal(together([task], 3, first_batch=2), together([task], 3)[2:])
+
+
+def test_loader_processes_change_nothing(images: Path) -> None:
+    """Neither the images, nor the random state of this process."""
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    inline, workers = folder_task(images), folder_task(images, workers=2)
+    assert_equal(together([inline]), together([workers]))
+    assert colours(workers, "test") == colours(inline, "test")
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.array_equal(np.random.get_state()[1], before[1])
+    assert random.getstate() == before[2]
+
+
+def test_augmentation_differs_between_epochs(images: Path) -> None:
+    task = folder_task(images, train_samples=1)
+    crops = [next(task.train_batches(epoch)).inputs for epoch in range(4)]
+    assert len({tuple(crop.flatten().tolist()) for crop in crops}) == 4
+    assert torch.equal(next(task.train_batches(1)).inputs, crops[1])
+
+
+def test_augmentation_differs_between_samples(own_images: Path) -> None:
+    for name in CLASSES:
+        for number in range(PER_CLASS):
+            copy = own_images / "train" / name / f"{number}.png"
+            copy.write_bytes((own_images / "val" / "ant" / "0.png").read_bytes())
+    inputs = torch.cat([inputs for inputs, _ in together([folder_task(own_images)])])
+    assert len(inputs.flatten(1).unique(dim=0)) == 15
+
+
+def test_evaluation_takes_the_central_crop(own_images: Path) -> None:
+    pixels = np.zeros((36, 54, 3), dtype=np.uint8)
+    pixels[2:34, 11:43] = 255  # scaled to 18 by 27 pixels, the crop of 16 by 16 is all white
+    Image.fromarray(pixels).save(own_images / "val" / "ant" / "0.png")
+    image = next(folder_task(own_images).evaluation_batches("test")).inputs[0, :, 1:-1, 1:-1]
+    white = (1 - torch.tensor(MEAN)) / torch.tensor(STD)
+    torch.testing.assert_close(image, white[:, None, None].expand_as(image))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("content", [b"no image", b"", None])
+def test_damaged_image_is_named(own_images: Path, content: bytes | None, workers: int) -> None:
+    path = own_images / "val" / "bee" / "1.png"
+    path.write_bytes(path.read_bytes()[:-900] if content is None else content)
+    task = folder_task(own_images, workers=workers)
+    with pytest.raises(UserError) as caught:
+        list(task.evaluation_batches("test"))
+    assert str(caught.value).startswith(f"data.root: {path} is not a readable image (")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_missing_part(own_images: Path, part: str) -> None:
+    shutil.rmtree(own_images / part)
+    with pytest.raises(UserError, match=r"not found; image_folder needs train/CLASS/FILE") as c:
+        folder_task(own_images)
+    assert str(own_images / part) in str(c.value)
+
+
+def test_class_without_images_and_part_without_classes(own_images: Path) -> None:
+    for name in os.listdir(own_images / "train" / "cat"):
+        (own_images / "train" / "cat" / name).unlink()
+    with pytest.raises(UserError, match=r"^data\.root: nothing to learn from in .*train.*cat"):
+        folder_task(own_images)
+    shutil.rmtree(own_images / "train")
+    (own_images / "train").mkdir()
+    with pytest.raises(UserError, match=r"^data\.root: nothing to learn from in .*train"):
+        folder_task(own_images)
+
+
+def test_parts_must_have_the_same_classes(own_images: Path) -> None:
+    (own_images / "val" / "cat").rename(own_images / "val" / "cow")
+    with pytest.raises(UserError, match=r"the same classes; only one of them has cat, cow$"):
+        folder_task(own_images)
+
+
+def test_too_few_images(own_images: Path) -> None:
+    with pytest.raises(UserError, match=r"^data\.train_samples: 16 exceeds the 15 training"):
+        folder_task(own_images, train_samples=16)
+    for name in CLASSES[1:]:
+        shutil.rmtree(own_images / "train" / name)
+        shutil.rmtree(own_images / "val" / name)
+    for number in range(1, PER_CLASS):
+        (own_images / "train" / "ant" / f"{number}.png").unlink()
+    with pytest.raises(UserError, match=r"^data\.root: image_folder in .* has 1 training images"):
+        folder_task(own_images)
