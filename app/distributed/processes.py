@@ -44,6 +44,10 @@ class Processes:
             return cls()
         return cls(group=dist.group.WORLD)
 
+    def close(self) -> None:
+        """Let go of the groups, so that they can end."""
+        self.group = self.host_group = None
+
     def broadcast(self, tensor: Tensor, owner: int) -> None:
         """Overwrite a tensor, of the same shape and dtype on all processes, with the owner's."""
         if self.group:

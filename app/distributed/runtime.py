@@ -1,5 +1,6 @@
 """The runtime: which process this is, on which device, and how it reaches the others."""
 
+import gc
 import os
 import socket
 from collections.abc import Iterator
@@ -78,6 +79,7 @@ def start_runtime(*, device: str, timeout: float) -> Iterator[Runtime]:
     )
     # A group of its own for host memory: the stop flags and objects travel beside the gradients.
     host_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+    processes = Processes(group=dist.group.WORLD, host_group=host_group)
     try:
         yield Runtime(
             process_index=launch.process_index,
@@ -85,10 +87,15 @@ def start_runtime(*, device: str, timeout: float) -> Iterator[Runtime]:
             local_index=local_index,
             device=chosen,
             communicator=communicator,
-            processes=Processes(group=dist.group.WORLD, host_group=host_group),
+            processes=processes,
         )
     finally:
+        # The groups' threads must end before the interpreter does: one that lets go of a tensor
+        # afterwards aborts the process. They end with the last reference to their group.
+        del host_group
+        processes.close()
         dist.destroy_process_group()
+        gc.collect()  # wrappers of networks refer to the groups too, in cycles
 
 
 def _connect_mpi(launch: Launch) -> Any:

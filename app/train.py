@@ -1,0 +1,99 @@
+"""Train a network full-rank or low-rank, alone or under mpirun, srun or torchrun."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from app import config
+from app.command import EXIT_STOPPED, report_fault, run_command
+from app.distributed.launch import read_launch
+from app.errors import DivergedError, UserError
+
+EXAMPLES = """\
+examples:
+  python -m app.train
+  mpirun -n 8 python -m app.train training.epochs=30 oialr.cutoff=0.1
+  mpirun -n 8 python -m app.train --config configs/fashion_mnist_vit.yaml data.root=/data
+  python -m app.train oialr.enabled=false run.dir=runs/full-rank
+  mpirun -n 8 python -m app.train --resume runs/full-rank
+
+exit codes: 0 done, 1 a fault, 2 a mistake in what was asked for, 75 stopped by SIGTERM, SIGUSR1 or
+run.stop_after with a checkpoint: go on with --resume.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line, train, return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m app.train",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", metavar="PATH", help="YAML file (configs/digits_vit.yaml)")
+    parser.add_argument("--resume", metavar="DIR", help="go on with the run in this folder")
+    parser.add_argument("--keys", action="store_true", help="list all keys of the configuration")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    options = parser.parse_args(arguments)
+    if options.keys:
+        print(config.describe_keys())
+        return 0
+    configuration = _read_configuration(options)
+    return _run(configuration, resume=options.resume is not None)
+
+
+def _read_configuration(options: argparse.Namespace) -> config.Configuration:
+    """Resolve the configuration; a resumed run's own one unless --config names another."""
+    path, overrides = options.config, list(options.overrides)
+    if options.resume is not None:
+        stored = Path(options.resume) / "config.yaml"
+        if not stored.exists():
+            raise UserError(f"--resume: {options.resume} holds no run (no config.yaml there)")
+        path = path or stored
+        overrides.append(f"run.dir={options.resume}")
+    return config.load(path, overrides)
+
+
+def _run(configuration: config.Configuration, *, resume: bool) -> int:
+    """Start the processes, train, and end all of them alike."""
+    from app.distributed.stopping import StopSignal
+
+    with StopSignal() as stop_signal:
+        from app.distributed.runtime import start_runtime
+        from app.training.run import train
+        from app.training.trainer import Stopped
+
+        distributed = configuration.distributed
+        with start_runtime(device=distributed.device, timeout=distributed.timeout) as runtime:
+            logging.basicConfig(
+                level=logging.INFO if runtime.is_first else logging.ERROR,
+                format="%(levelname)s: %(message)s",
+            )
+            try:
+                summary = train(configuration, runtime, stop_signal, resume=resume)
+            except UserError:
+                raise  # on all processes alike
+            except Stopped as stop:
+                if runtime.is_first:
+                    print(f"{stop}: go on with --resume", file=sys.stderr)
+                return EXIT_STOPPED
+            except DivergedError as error:  # on all processes alike
+                if runtime.is_first:
+                    print(f"error: {error}", file=sys.stderr)
+                return 1
+            except BaseException as error:
+                if runtime.process_count == 1:
+                    raise
+                report_fault(error)
+                runtime.abort(1)
+                raise
+    if read_launch().process_index == 0:
+        for key, value in summary.items():
+            print(f"{key}: {value:.4f}" if isinstance(value, float) else f"{key}: {value}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

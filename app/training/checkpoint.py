@@ -1,0 +1,127 @@
+"""Checkpoints: complete, atomic, and readable with weights_only=True.
+
+A checkpoint is a folder ``step-00001200`` with ``state.pt`` (what all processes share) and one
+``process-00000.pt`` per process (its random states and the like). It is written under another name
+and renamed when everything has reached the disk, so a folder of this name is always complete.
+"""
+
+import logging
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from app.distributed.processes import Processes
+from app.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The checkpoints of a run, in a folder that all processes see."""
+
+    def __init__(self, folder: Path, processes: Processes, *, keep: int) -> None:
+        """Take hold of the folder, which need not exist yet.
+
+        Args:
+            folder: where checkpoints live.
+            processes: who writes and reads together.
+            keep: number of newest checkpoints that are kept.
+        """
+        self._folder = folder
+        self._processes = processes
+        self._keep = keep
+
+    def save(self, step: int, shared: dict[str, Any], own: dict[str, Any]) -> None:
+        """Write a checkpoint and drop old ones. A collective call.
+
+        Args:
+            step: optimizer steps taken.
+            shared: the same on all processes; process 0's is written.
+            own: this process's part.
+        """
+        partial = self._folder / f"partial-{step:08d}"
+        first = self._processes.index == 0
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        self._processes.barrier()
+        _write(partial / _own_file(self._processes.index), own)
+        if first:
+            _write(partial / "state.pt", shared)
+        self._processes.barrier()
+        if first:
+            partial.rename(self._free_name(step))
+            _sync_folder(self._folder)
+            for old in self.complete()[: -self._keep]:
+                shutil.rmtree(old)
+        self._processes.barrier()
+
+    def complete(self) -> list[Path]:
+        """Return the complete checkpoints, oldest first."""
+        return sorted(self._folder.glob("step-*"))
+
+    def load(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Read the newest checkpoint that all processes can read. A collective call.
+
+        Returns:
+            What all processes share, and the parts of the processes: of this one alone if the
+            process count is that of the checkpoint, otherwise of all.
+
+        Raises:
+            UserError: there is none.
+        """
+        candidates = self._processes.from_first(self.complete())
+        for folder in reversed(candidates):
+            loaded, problem = None, None
+            try:
+                loaded = self._read(folder)
+            except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError) as error:
+                problem = f"{type(error).__name__}: {error}".splitlines()[0]
+            problems = [p for p in self._processes.gather(problem) if p]
+            if loaded and not problems:
+                return loaded
+            if self._processes.index == 0:
+                logger.warning("%s cannot be read (%s): trying the one before", folder, problems[0])
+        raise UserError(f"{self._folder}: no readable checkpoint to resume from")
+
+    def _read(self, folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        shared = _load(folder / "state.pt")
+        count = shared["process_count"]
+        wanted = [self._processes.index] if count == self._processes.count else range(count)
+        return shared, [_load(folder / _own_file(index)) for index in wanted]
+
+    def _free_name(self, step: int) -> Path:
+        """Name a checkpoint; a second one of the same step (an epoch's end) comes after it."""
+        name, number = self._folder / f"step-{step:08d}", 1
+        while name.exists():
+            name, number = self._folder / f"step-{step:08d}-{number}", number + 1
+        return name
+
+
+def _own_file(process_index: int) -> str:
+    return f"process-{process_index:05d}.pt"
+
+
+def _load(path: Path) -> dict[str, Any]:
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    assert isinstance(content, dict)
+    return content
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    with path.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

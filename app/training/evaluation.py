@@ -1,0 +1,34 @@
+"""Evaluation of a network on one part of the data, spread over the processes."""
+
+import torch
+from torch import nn
+
+from app.distributed.processes import Processes, broadcast_module_buffers
+from app.tasks import Task
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, task: Task, split: str, processes: Processes, device: torch.device
+) -> dict[str, float]:
+    """Return the mean loss and figures of merit; every sample counts once. A collective call.
+
+    Args:
+        model: the network, unwrapped; in training mode before and after.
+        task: gives this process's batches, and their sums.
+        split: "validation" or "test".
+        processes: who shares the work.
+        device: where the sums are made.
+    """
+    broadcast_module_buffers(model, processes)
+    keys = ("loss", *task.figures, "count")
+    totals = torch.zeros(len(keys), dtype=torch.float64, device=device)
+    model.eval()
+    for batch in task.evaluation_batches(split):
+        sums = task.evaluate(model, batch)
+        totals += torch.stack(
+            [torch.as_tensor(sums[key], dtype=torch.float64, device=device) for key in keys]
+        )
+    model.train()
+    *sums_of_all, count = processes.sum(totals).tolist()
+    return {key: total / count for key, total in zip(keys[:-1], sums_of_all, strict=True)}

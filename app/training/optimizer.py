@@ -1,0 +1,82 @@
+"""The optimizer and the learning-rate schedule, by configuration."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from app.compatibility import import_torchvision
+from app.config import TrainingSection
+
+
+def build_optimizer(model: nn.Module, section: TrainingSection) -> Optimizer:
+    """Build the optimizer over two parameter groups, with and without weight decay.
+
+    Biases, normalization weights and what the network names in ``no_weight_decay()`` (tokens,
+    positions) are not decayed.
+    """
+    import_torchvision()
+    from timm.optim import param_groups_weight_decay
+
+    names: Any = getattr(model, "no_weight_decay", tuple)
+    groups = param_groups_weight_decay(model, section.weight_decay, no_weight_decay_list=names())
+    rate, momentum = section.learning_rate, section.momentum
+    match section.optimizer:
+        case "adamw":
+            return torch.optim.AdamW(groups, lr=rate, betas=(momentum, 0.999))
+        case "adam":
+            return torch.optim.Adam(groups, lr=rate, betas=(momentum, 0.999))
+        case "sgd":
+            return torch.optim.SGD(groups, lr=rate, momentum=momentum, nesterov=momentum > 0)
+        case "rmsprop":
+            return torch.optim.RMSprop(groups, lr=rate, momentum=momentum)
+
+
+class Schedule:
+    """Learning rate by optimizer steps: a function of the step alone, without state to store."""
+
+    def __init__(
+        self, optimizer: Optimizer, section: TrainingSection, *, steps: int, steps_per_epoch: int
+    ) -> None:
+        """Make the schedule; parameter groups that are added later would not follow it.
+
+        Args:
+            optimizer: its groups' present learning rates are the peaks.
+            section: shape of the schedule.
+            steps: optimizer steps of the whole run.
+            steps_per_epoch: optimizer steps of an epoch.
+        """
+        import_torchvision()
+        from timm.scheduler import CosineLRScheduler, StepLRScheduler
+
+        warmup = round(section.warmup_epochs * steps_per_epoch)
+        common: dict[str, Any] = {
+            "warmup_t": warmup,
+            "warmup_lr_init": section.warmup_learning_rate,
+            "t_in_epochs": False,
+        }
+        self._scheduler: Any
+        if section.schedule == "cosine":
+            self._scheduler = CosineLRScheduler(
+                optimizer,
+                t_initial=max(1, steps - warmup - 1),  # the last step has the minimum
+                lr_min=section.minimum_learning_rate,
+                warmup_prefix=True,
+                **common,
+            )
+        else:
+            self._scheduler = StepLRScheduler(optimizer, decay_t=steps, decay_rate=1.0, **common)
+        self._optimizer = optimizer
+
+    def set(self, step: int) -> float:
+        """Set the learning rates of a step.
+
+        Args:
+            step: optimizer steps taken before it, from 0.
+
+        Returns:
+            The learning rate of the first group.
+        """
+        self._scheduler.step_update(step)
+        return float(self._optimizer.param_groups[0]["lr"])

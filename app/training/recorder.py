@@ -1,0 +1,155 @@
+"""What a run records, in the columns of metrics.h5. On processes other than the first: nothing."""
+
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from app.lowrank.conversion import LayerReport, parameter_counts
+from app.metrics.stability import LayerStability
+from app.metrics.store import MetricsStore
+from app.oialr import Event
+
+PACKAGES = ("torch", "numpy", "mpi4py", "timm", "h5py")
+
+
+class Recorder:
+    """Turns what happens into rows of the store; knows which groups and columns there are."""
+
+    def __init__(self, store: MetricsStore | None) -> None:
+        """Write into a store; None: this process records nothing."""
+        self._store = store
+
+    @classmethod
+    def create(
+        cls,
+        path: Path,
+        *,
+        configuration: str,
+        layers: Sequence[LayerReport],
+        figures: Sequence[str],
+    ) -> "Recorder":
+        """Start a new file.
+
+        Args:
+            path: of metrics.h5.
+            configuration: the resolved configuration as YAML.
+            layers: the dense network's multidimensional weights.
+            figures: figures of merit that an evaluation gives beside the loss.
+        """
+        shapes = {layer.name: layer.shape for layer in layers}
+        return cls(
+            MetricsStore.create(path, configuration=configuration, layers=shapes, figures=figures)
+        )
+
+    @classmethod
+    def resume(cls, path: Path, counts: Mapping[str, int]) -> "Recorder":
+        """Go on with a file after the given numbers of rows."""
+        return cls(MetricsStore.resume(path, counts=counts))
+
+    def session(self, *, process_count: int, first_step: int) -> None:
+        """Record a start of the program."""
+        self._append(
+            "sessions",
+            started=datetime.now(UTC).isoformat(timespec="seconds"),
+            process_count=process_count,
+            first_step=first_step,
+            versions=_versions(),
+            command=shlex.join(sys.orig_argv),
+        )
+        self.flush()
+
+    def step(self, **values: float) -> None:
+        """Record a training step."""
+        self._append("train", **values)
+
+    def evaluation(self, **values: Any) -> None:
+        """Record an evaluation."""
+        self._append("eval", **values)
+        self.flush()
+
+    def event(
+        self,
+        event: Event,
+        *,
+        model: nn.Module,
+        trainable_percent: float,
+        compression_percent: float,
+        gradient_bytes: int,
+    ) -> None:
+        """Record what the method did, and the ranks and spectra that it saw."""
+        self._append(
+            "lowrank",
+            step=event.step,
+            event=event.kind,
+            trainable_parameters=parameter_counts(model)[0],
+            trainable_percent=trainable_percent,
+            compression_percent=compression_percent,
+            seconds=event.seconds,
+            gradient_bytes=gradient_bytes,
+            broadcast_bytes=event.broadcast_bytes,
+        )
+        for layer in event.layers:
+            self._append(
+                f"layers/{layer.name}/rank", step=event.step, rank=layer.rank, owner=layer.owner
+            )
+            self._append(
+                f"layers/{layer.name}/spectrum",
+                step=event.step,
+                singular_values=layer.singular_values.float().numpy(),
+            )
+        self.flush()
+
+    def stability(self, rows: Sequence[LayerStability], *, epoch: int, step: int) -> None:
+        """Record a measurement of the bases, with the spectra that it gave."""
+        for row in rows:
+            self._append(
+                f"layers/{row.name}/stability",
+                epoch=epoch,
+                step=step,
+                stability=row.stability,
+                mixing_similarity=row.mixing_similarity,
+                rank=row.rank,
+                reference_rank=row.reference_rank,
+                numerical_rank=row.numerical_rank,
+                effective_rank=row.effective_rank,
+            )
+            self._append(
+                f"layers/{row.name}/spectrum",
+                step=step,
+                singular_values=row.singular_values.float().numpy(),
+            )
+        self.flush()
+
+    def flush(self) -> None:
+        """Bring everything to the file, for those who read it meanwhile."""
+        if self._store:
+            self._store.flush()
+
+    def counts(self) -> dict[str, int]:
+        """Return the rows of each group."""
+        return self._store.counts() if self._store else {}
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._store:
+            self._store.close()
+
+    def _append(self, group: str, **values: Any) -> None:
+        if self._store:
+            self._store.append(group, **values)
+
+
+def _versions() -> str:
+    found = [f"python {sys.version.split()[0]}"]
+    for package in PACKAGES:
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    return ", ".join(found)

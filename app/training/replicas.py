@@ -1,0 +1,82 @@
+"""The network's replicas: DistributedDataParallel, made anew where shapes changed."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from app.distributed.processes import Processes
+
+
+class Replicas:
+    """A network whose gradients are averaged over the processes; alone, the network itself.
+
+    All processes hold the same bits before and after, so nothing is sent when the wrapper is made
+    (init_sync=False). Frozen factors are parameters without gradient: they are never sent at all.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        processes: Processes,
+        device: torch.device,
+        throw_away_loss: Callable[[nn.Module], Tensor],
+    ) -> None:
+        """Wrap a network.
+
+        Args:
+            model: the network, with the same bits on all processes.
+            processes: who shares the work.
+            device: where the network is.
+            throw_away_loss: a loss of the network on some small batch, for :meth:`rebuild`.
+        """
+        self.model = model
+        self._processes = processes
+        self._device = device
+        self._throw_away_loss = throw_away_loss
+        self.module: nn.Module = model
+        """What the loss is computed with."""
+        self.rebuild()
+
+    def rebuild(self) -> None:
+        """Make the wrapper anew, after the network got new Parameter objects.
+
+        DistributedDataParallel puts its buckets in another order after its first backward pass.
+        From three processes on the order decides the order of summation and so the last bits: a
+        resumed run would differ from one that was not stopped. So one throw-away pass comes first,
+        here as after a resume, and all real steps see the final order.
+        """
+        if not self._processes.group:
+            return
+        self.module = self.model  # lets go of the old wrapper before the new one is made
+        self.model.zero_grad(set_to_none=True)
+        self.module = DistributedDataParallel(
+            self.model,
+            device_ids=[self._device] if self._device.type == "cuda" else None,
+            process_group=self._processes.group,
+            init_sync=False,
+            gradient_as_bucket_view=True,
+        )
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        devices = [self._device] if self._device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            self._throw_away_loss(self.module).backward()
+        with torch.no_grad():
+            for buffer, saved in zip(self.model.buffers(), buffers, strict=True):
+                buffer.copy_(saved)
+        self.model.zero_grad(set_to_none=True)
+
+    def synchronize(self, wanted: bool) -> AbstractContextManager[None]:
+        """Return the context of a backward pass that averages gradients, or only adds them up."""
+        if isinstance(self.module, DistributedDataParallel) and not wanted:
+            return self.module.no_sync()
+        return nullcontext()
+
+    def gradient_bytes(self) -> int:
+        """Bytes of gradients that each process contributes per step; 0 alone."""
+        if not self._processes.group:
+            return 0
+        trained = (p for p in self.model.parameters() if p.requires_grad)
+        return sum(p.numel() * p.element_size() for p in trained)

@@ -1,0 +1,273 @@
+"""One run from its configuration to its summary: puts the parts together.
+
+A search calls :func:`train` too, with the processes that it gives to one evaluation.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from app import models
+from app.config import Configuration
+from app.distributed.runtime import Runtime
+from app.distributed.stopping import StopSignal
+from app.errors import UserError
+from app.lowrank.conversion import survey
+from app.metrics.stability import StabilityTracker
+from app.oialr import OIALR
+from app.tasks import Task, build_task, download
+from app.training.checkpoint import Checkpoints
+from app.training.optimizer import Schedule, build_optimizer
+from app.training.progress import Progress
+from app.training.recorder import Recorder
+from app.training.trainer import Trainer
+
+
+def train(
+    configuration: Configuration, runtime: Runtime, stop_signal: StopSignal, *, resume: bool
+) -> dict[str, Any]:
+    """Train as configured, in the folder run.dir. A collective call.
+
+    The generators of torch are left as they were.
+
+    Args:
+        configuration: checked; run.dir may be None in a new run.
+        runtime: this process among those that train together.
+        stop_signal: asks for a stop.
+        resume: go on from the newest checkpoint in run.dir.
+
+    Returns:
+        The summary, as in summary.json.
+
+    Raises:
+        UserError: data, model or folder are not what the configuration says.
+        Stopped: after a checkpoint, before the end.
+        DivergedError: a loss or a weight is not finite.
+    """
+    folder = _prepare_folder(configuration, runtime, resume=resume)
+    if resume and (summary := _finished(folder, configuration)):
+        return summary
+    with _own_random_state(configuration.run.seed, runtime):
+        trainer = _assemble(configuration, runtime, stop_signal, folder, resume=resume)
+        progress = Progress(
+            steps=configuration.training.epochs * trainer.task.steps_per_epoch,
+            first_step=trainer.position.step,
+            epochs=configuration.training.epochs,
+            quiet=not runtime.is_first,
+        )
+        try:
+            if not resume:
+                progress.say(_describe(trainer, folder))
+            trainer.train(progress)
+            figures = trainer.test()
+        finally:
+            progress.close()
+            trainer.recorder.close()
+    summary = _summarize(trainer, figures)
+    if runtime.is_first:
+        _write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def _prepare_folder(configuration: Configuration, runtime: Runtime, *, resume: bool) -> Path:
+    """Create the run's folder with the resolved configuration; the same path on all processes."""
+
+    def prepare() -> Path:
+        name = f"{configuration.run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        folder = Path(configuration.run.dir or Path("runs") / name)
+        if not resume and (folder / "metrics.h5").exists():
+            raise UserError(
+                f"run.dir: {folder} holds a run already; go on with it by --resume {folder}, "
+                f"or choose another folder"
+            )
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_text(folder / "config.yaml", configuration.to_yaml())
+        except OSError as error:
+            raise UserError(f"run.dir: cannot write to {folder}: {error.strerror}") from None
+        return folder
+
+    processes = runtime.processes
+    prepared = processes.agree(lambda: prepare() if runtime.is_first else None)
+    folder = processes.from_first(prepared)
+    assert folder
+    return folder
+
+
+def _assemble(
+    configuration: Configuration,
+    runtime: Runtime,
+    stop_signal: StopSignal,
+    folder: Path,
+    *,
+    resume: bool,
+) -> Trainer:
+    """Build the parts in the one order that is right and bring them to the checkpoint's state."""
+    processes = runtime.processes
+    if configuration.data.download:
+        processes.agree(lambda: download(configuration) if runtime.local_index == 0 else None)
+    task = processes.agree(
+        lambda: build_task(
+            configuration,
+            process_index=runtime.process_index,
+            process_count=runtime.process_count,
+            device=runtime.device,
+        )
+    )
+    steps = configuration.training.epochs * task.steps_per_epoch
+    configuration.check_steps(steps)
+    model = processes.agree(lambda: _build_model(configuration, task))
+    model.to(runtime.device)
+    layers = survey(
+        model,
+        keep_first_layer=configuration.oialr.keep_first_layer,
+        keep_last_layer=configuration.oialr.keep_last_layer,
+        minimum_rank_fraction=configuration.oialr.minimum_rank_fraction,
+    )
+    optimizer = build_optimizer(model, configuration.training)
+    method = None
+    if configuration.oialr.enabled:
+        try:
+            method = OIALR(
+                model,
+                optimizer,
+                **configuration.oialr.model_dump(exclude={"enabled"}),
+                factorization=configuration.distributed.factorization,
+                processes=processes,
+            )
+        except ValueError as error:
+            raise UserError(f"oialr: {error}") from None
+    # After the method, which may have added parameter groups.
+    schedule = Schedule(
+        optimizer,
+        configuration.training,
+        steps=steps,
+        steps_per_epoch=task.steps_per_epoch,
+    )
+    tracker = None
+    if configuration.stability.enabled:
+        tracker = StabilityTracker(layers, processes, window=configuration.stability.window)
+    checkpoints = Checkpoints(
+        folder / "checkpoints", processes, keep=configuration.run.keep_checkpoints
+    )
+    metrics = folder / "metrics.h5"
+    state = checkpoints.load() if resume else None
+
+    def open_recorder() -> Recorder:
+        if not runtime.is_first:
+            return Recorder(None)
+        if state:
+            return Recorder.resume(metrics, state[0]["rows"])
+        return Recorder.create(
+            metrics, configuration=configuration.to_yaml(), layers=layers, figures=task.figures
+        )
+
+    trainer = Trainer(
+        configuration=configuration,
+        runtime=runtime,
+        task=task,
+        model=model,
+        optimizer=optimizer,
+        schedule=schedule,
+        method=method,
+        tracker=tracker,
+        recorder=processes.agree(open_recorder),
+        checkpoints=checkpoints,
+        stop_signal=stop_signal,
+    )
+    if state:
+        processes.agree(lambda: _load(trainer, *state))
+    trainer.recorder.session(process_count=runtime.process_count, first_step=trainer.position.step)
+    return trainer
+
+
+def _build_model(configuration: Configuration, task: Task) -> torch.nn.Module:
+    """Build the full-rank network, with the same bits on all processes."""
+    models.check(configuration.model, input_shape=task.input_shape, outputs=task.outputs)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(configuration.run.seed)
+        return models.build(
+            configuration.model.name,
+            configuration.model.arguments,
+            input_shape=task.input_shape,
+            outputs=task.outputs,
+        )
+
+
+def _load(trainer: Trainer, shared: dict[str, Any], own: list[dict[str, Any]]) -> None:
+    try:
+        trainer.load_checkpoint(shared, own)
+    except (ValueError, RuntimeError, KeyError) as error:
+        message = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"the checkpoint does not fit the configuration (was it changed?): {message}"
+        ) from None
+
+
+class _own_random_state:  # noqa: N801 - a context manager
+    """torch's generators seeded for this process, and as they were before afterwards."""
+
+    def __init__(self, seed: int, runtime: Runtime) -> None:
+        devices = [runtime.device] if runtime.device.type == "cuda" else []
+        self._scope = torch.random.fork_rng(devices)
+        sequence = np.random.SeedSequence([seed, runtime.process_index])
+        self._seed = int(sequence.generate_state(1, np.uint64)[0])
+
+    def __enter__(self) -> None:
+        self._scope.__enter__()
+        torch.manual_seed(self._seed)
+
+    def __exit__(self, *error: Any) -> None:
+        self._scope.__exit__(*error)
+
+
+def _finished(folder: Path, configuration: Configuration) -> dict[str, Any] | None:
+    """Return the summary of a run that has nothing left to do."""
+    path = folder / "summary.json"
+    if not path.exists():
+        return None
+    summary: dict[str, Any] = json.loads(path.read_text())
+    return summary if summary["epochs"] >= configuration.training.epochs else None
+
+
+def _describe(trainer: Trainer, folder: Path) -> str:
+    runtime = trainer.runtime
+    lines = [
+        f"run {folder}: {runtime.process_count} process(es) on {runtime.device.type}, "
+        f"{trainer.task.train_size} training samples, "
+        f"{trainer.task.steps_per_epoch} steps per epoch"
+    ]
+    if trainer.method:
+        dense = [layer for layer in trainer.method.survey if layer.stays_dense]
+        lines.append(
+            f"{len(trainer.method.layers)} layers turn low-rank after step {trainer.method.delay}; "
+            f"{len(dense)} weights stay full-rank:"
+        )
+        lines += [f"  {layer.name} {layer.shape}: {layer.stays_dense}" for layer in dense]
+    return "\n".join(lines)
+
+
+def _summarize(trainer: Trainer, figures: dict[str, float]) -> dict[str, Any]:
+    method = trainer.method
+    return {
+        **{f"test_{name}": value for name, value in figures.items()},
+        "trainable_percent": method.trainable_percent() if method else 100.0,
+        "compression_percent": method.compression_percent() if method else 100.0,
+        "epochs": trainer.position.epoch,
+        "steps": trainer.position.step,
+        "seconds": round(trainer.seconds, 3),
+        "processes": trainer.runtime.process_count,
+        "seed": trainer.configuration.run.seed,
+    }
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Write a file atomically: readers see the old one or the new one."""
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(text)
+    os.replace(temporary, path)

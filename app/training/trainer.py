@@ -1,0 +1,293 @@
+"""The training loop."""
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from app.config import Configuration
+from app.distributed.runtime import Runtime
+from app.distributed.stopping import StopAgreement, StopSignal
+from app.errors import DivergedError
+from app.metrics.stability import StabilityTracker, mean_stability
+from app.oialr import OIALR, Event
+from app.tasks import Batch, Task
+from app.training.checkpoint import Checkpoints
+from app.training.evaluation import evaluate
+from app.training.optimizer import Schedule
+from app.training.progress import Progress
+from app.training.recorder import Recorder
+from app.training.replicas import Replicas
+
+
+@dataclass
+class Position:
+    """How far a run has come."""
+
+    step: int = 0
+    """Optimizer steps taken."""
+    epoch: int = 0
+    """Epochs finished, their evaluation included."""
+    batch: int = 0
+    """Global batches of the present epoch that were trained on."""
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What is remembered of a step until it is recorded: the loss stays on the device."""
+
+    step: int
+    loss: Tensor
+    learning_rate: float
+    seconds: float
+    samples: int
+
+
+class Stopped(Exception):  # noqa: N818 - it is no error
+    """The run was stopped before its end, after a checkpoint."""
+
+
+class Trainer:
+    """Trains a network: step by step, with the method asked after every step."""
+
+    def __init__(
+        self,
+        *,
+        configuration: Configuration,
+        runtime: Runtime,
+        task: Task,
+        model: nn.Module,
+        optimizer: Optimizer,
+        schedule: Schedule,
+        method: OIALR | None,
+        tracker: StabilityTracker | None,
+        recorder: Recorder,
+        checkpoints: Checkpoints,
+        stop_signal: StopSignal,
+    ) -> None:
+        """Put the parts together; ``method`` is None for full-rank training."""
+        self.configuration = configuration
+        self.runtime = runtime
+        self.task = task
+        self.model = model
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.method = method
+        self.tracker = tracker
+        self.recorder = recorder
+        self.checkpoints = checkpoints
+        self.position = Position()
+        self.seconds = 0.0
+        """Seconds of training, of all sessions."""
+        self._unrecorded: list[_Step] = []
+        self._last_loss = math.nan
+        self._agreement = StopAgreement(runtime.processes, stop_signal)
+
+    def train(self, progress: Progress) -> None:
+        """Train from the present position to the last epoch. A collective call.
+
+        Raises:
+            Stopped: a signal or run.stop_after ended the run; a checkpoint was written.
+            DivergedError: the loss or a weight is not finite.
+        """
+        self.progress = progress
+        # Made here and not before: shapes are those of the checkpoint by now.
+        self.replicas = Replicas(
+            self.model,
+            self.runtime.processes,
+            self.runtime.device,
+            lambda module: self.task.loss(module, self.task.example_batch()),
+        )
+        self._clock = time.perf_counter()
+        if self.position.step == 0:
+            self._measure_stability()
+        while self.position.epoch < self.configuration.training.epochs:
+            self._train_epoch()
+        self._agreement.finish()
+
+    def _train_epoch(self) -> None:
+        position = self.position
+        start = time.perf_counter()
+        for batch in self.task.train_batches(position.epoch, position.batch):
+            self._train_step(batch, start)
+            event = self.method.step() if self.method else None
+            if event:
+                self._follow(event)
+            if position.step % self.configuration.run.log_interval == 0:
+                self._record_steps()
+            self._stop_if_asked()
+            start = time.perf_counter()
+        self._record_steps()
+        self._finish_epoch()
+
+    def _train_step(self, batch: Batch, start: float) -> None:
+        """Forward, backward, clip, optimizer. Nothing here waits for the device.
+
+        Args:
+            batch: this process's share.
+            start: time at which the wait for the batch began.
+        """
+        training = self.configuration.training
+        learning_rate = self.schedule.set(self.position.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = []
+        parts = batch.split(training.accumulation)
+        for part in parts:
+            with self.replicas.synchronize(part is parts[-1]):
+                loss = self.task.loss(self.replicas.module, part)
+                # Gradients are averaged over the processes; their sum is that of the mean loss.
+                (loss * self.runtime.process_count).backward()
+            losses.append(loss.detach())
+        if training.gradient_clip is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), training.gradient_clip)
+        self.optimizer.step()
+        self.position.step += 1
+        self.position.batch += 1
+        self._unrecorded.append(
+            _Step(
+                self.position.step,
+                torch.stack(losses).sum(),
+                learning_rate,
+                time.perf_counter() - start,
+                batch.global_count,
+            )
+        )
+
+    def _follow(self, event: Event) -> None:
+        """Let the replicas, the records and the user know what the method did."""
+        assert self.method
+        if event.shapes_changed:
+            self.replicas.rebuild()
+        percent = self.method.trainable_percent()
+        self.recorder.event(
+            event,
+            model=self.model,
+            trainable_percent=percent,
+            compression_percent=self.method.compression_percent(),
+            gradient_bytes=self.replicas.gradient_bytes(),
+        )
+        self.progress.event(event, percent)
+
+    def _record_steps(self) -> None:
+        """Fetch the losses since the last time from the device and record them. Collective.
+
+        Raises:
+            DivergedError: a loss is not finite.
+        """
+        steps, self._unrecorded = self._unrecorded, []
+        if not steps:
+            return
+        losses = torch.stack([step.loss for step in steps]).double()
+        for step, loss in zip(steps, self.runtime.processes.sum(losses).tolist(), strict=True):
+            if not math.isfinite(loss):
+                raise DivergedError(f"the loss is {loss} at step {step.step}")
+            self._last_loss = loss
+            self.recorder.step(
+                step=step.step,
+                epoch=self.position.epoch + 1,
+                loss=loss,
+                learning_rate=step.learning_rate,
+                samples_per_second=step.samples / step.seconds,
+                step_seconds=step.seconds,
+            )
+        self.recorder.flush()
+        self.progress.steps(len(steps), loss=self._last_loss, learning_rate=steps[-1].learning_rate)
+
+    def _finish_epoch(self) -> None:
+        """Evaluate, measure, write a checkpoint."""
+        self.position.epoch += 1
+        self.position.batch = 0
+        figures = self._evaluate("validation")
+        stability = self._measure_stability()
+        self.progress.epoch(
+            self.position.epoch,
+            self.position.step,
+            loss=self._last_loss,
+            figures=figures,
+            trainable_percent=self.method.trainable_percent() if self.method else 100.0,
+            stability=stability,
+        )
+        run, epochs = self.configuration.run, self.configuration.training.epochs
+        due = run.checkpoint_epochs and self.position.epoch % run.checkpoint_epochs == 0
+        if due or self.position.epoch == epochs:
+            self.save_checkpoint()
+
+    def test(self) -> dict[str, float]:
+        """Evaluate on the test part and record it. A collective call."""
+        return self._evaluate("test")
+
+    def _evaluate(self, split: str) -> dict[str, float]:
+        figures = evaluate(
+            self.model, self.task, split, self.runtime.processes, self.runtime.device
+        )
+        self.recorder.evaluation(
+            step=self.position.step, epoch=self.position.epoch, split=split, **figures
+        )
+        return figures
+
+    def _measure_stability(self) -> float:
+        """Measure and record if it is time to; return the mean over the layers, or NaN."""
+        if not self.tracker or self.position.epoch % self.configuration.stability.interval:
+            return math.nan
+        rows = self.tracker.measure(self.model, self.position.epoch)
+        self.recorder.stability(rows, epoch=self.position.epoch, step=self.position.step)
+        return mean_stability(rows)
+
+    def _stop_if_asked(self) -> None:
+        number = self._agreement.after_step()
+        if number or self.position.step == self.configuration.run.stop_after:
+            self._agreement.finish()
+            self._record_steps()
+            self.save_checkpoint()
+            reason = f"signal {number}" if number else "run.stop_after"
+            raise Stopped(f"stopped by {reason} after step {self.position.step}")
+
+    def save_checkpoint(self) -> None:
+        """Write everything that the rest of the run depends on. A collective call."""
+        now = time.perf_counter()
+        self.seconds += now - self._clock
+        self._clock = now
+        shared = {
+            "configuration": self.configuration.to_yaml(),
+            "process_count": self.runtime.process_count,
+            "position": vars(self.position),
+            "last_loss": self._last_loss,
+            "seconds": self.seconds,
+            "method": self.method.state_dict() if self.method else None,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rows": self.recorder.counts(),
+        }
+        own: dict[str, Any] = {
+            "random_state": torch.get_rng_state(),
+            "stability": self.tracker.state_dict() if self.tracker else None,
+        }
+        if self.runtime.device.type == "cuda":
+            own["random_state_cuda"] = torch.cuda.get_rng_state(self.runtime.device)
+        self.checkpoints.save(self.position.step, shared, own)
+
+    def load_checkpoint(self, shared: dict[str, Any], own: list[dict[str, Any]]) -> None:
+        """Continue where a checkpoint was written.
+
+        Args:
+            shared: what all processes share.
+            own: the parts of the processes; with another process count than this run's, of all, and
+                random states are not taken over.
+        """
+        if self.method and shared["method"]:
+            self.method.load_state_dict(shared["method"])
+        self.model.load_state_dict(shared["model"])
+        self.optimizer.load_state_dict(shared["optimizer"])
+        self.position = Position(**shared["position"])
+        self.seconds = shared["seconds"]
+        self._last_loss = shared["last_loss"]
+        if self.tracker and own[0]["stability"]:
+            self.tracker.load_state_dicts([part["stability"] for part in own], self.runtime.device)
+        if shared["process_count"] == self.runtime.process_count:
+            torch.set_rng_state(own[0]["random_state"])
+            if self.runtime.device.type == "cuda":
+                torch.cuda.set_rng_state(own[0]["random_state_cuda"], self.runtime.device)

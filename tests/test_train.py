@@ -1,0 +1,313 @@
+"""The program as a user starts it: command line, resume, signals, faults, mistakes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from launching import ROOT, command, environment, launch, train
+
+from app.metrics.store import read_rows
+
+# Nine factorized layers; conversion after step 15, cuts after 21 and 27, epochs of 8 steps.
+TINY = [
+    "training.epochs=4",
+    "training.warmup_epochs=1",
+    "oialr.delay=15",
+    "oialr.update_interval=6",
+    "oialr.layer_fraction=0.5",
+    "oialr.cutoff=0.4",
+    "model.arguments={patch_size: 2, embed_dim: 32, depth: 2, num_heads: 2, proj_drop_rate: 0.1}",
+    "data.train_samples=500",
+    "data.augmentation=crop",
+    "stability.window=2",
+    "run.log_interval=5",
+]
+TIMINGS = {"samples_per_second", "step_seconds", "seconds"}
+DISTURBED = ROOT / "tests" / "workers" / "disturbed.py"
+
+
+def last_checkpoint(folder):
+    path = sorted((folder / "checkpoints").glob("step-*"))[-1]
+    return torch.load(path / "state.pt", weights_only=True)
+
+
+def metrics(folder):
+    """Return every row of metrics.h5 but timings and sessions."""
+    layers = list(last_checkpoint(folder)["rows"])
+    rows = {}
+    for group in layers:
+        if group != "sessions":
+            columns = read_rows(folder / "metrics.h5", group)
+            rows |= {f"{group}/{k}": v for k, v in columns.items() if k not in TIMINGS}
+    return rows
+
+
+def assert_same_run(folder, reference):
+    mine, theirs = last_checkpoint(folder), last_checkpoint(reference)
+    assert mine["position"] == theirs["position"]
+    assert mine["model"].keys() == theirs["model"].keys()
+    for name, value in mine["model"].items():
+        assert torch.equal(value, theirs["model"][name]), name
+    mine, theirs = metrics(folder), metrics(reference)
+    assert mine.keys() == theirs.keys()
+    for name, value in mine.items():
+        np.testing.assert_array_equal(value, theirs[name], err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Run the tiny configuration on 1, 2, 3 processes, each once, on demand."""
+    runs = {}
+
+    def run(processes):
+        if processes not in runs:
+            folder = tmp_path_factory.mktemp(f"undisturbed-{processes}")
+            train(processes, *TINY, f"run.dir={folder}")
+            runs[processes] = folder
+        return runs[processes]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("processes", "stops"),
+    # 8: the end of an epoch; 14, 15, 16: before, right after and after the conversion; 20, 21: a
+    # cut.
+    [(0, [8, 15]), (1, [14, 27]), (2, [15, 21]), (3, [3, 16]), (3, [20, 26])],
+)
+def test_a_resumed_run_is_the_uninterrupted_run(tmp_path, undisturbed, processes, stops):
+    reference = undisturbed(max(1, processes))
+    arguments = [*TINY, f"run.dir={tmp_path}"]
+    for step in stops:
+        result = train(processes, *arguments, f"run.stop_after={step}", code=75)
+        assert f"after step {step}" in result.stderr
+        arguments = ["--resume", tmp_path]
+    train(processes, *arguments, "run.stop_after=null")
+    assert_same_run(tmp_path, reference)
+
+
+def test_a_run_leaves_everything_in_its_folder(undisturbed):
+    folder = undisturbed(2)
+    assert {path.name for path in folder.iterdir()} == {
+        "config.yaml",
+        "metrics.h5",
+        "checkpoints",
+        "summary.json",
+    }
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["steps"] == 32
+    assert summary["processes"] == 2
+    assert 0 <= summary["test_accuracy"] <= 1
+    assert summary["trainable_percent"] < 50
+    assert yaml.safe_load((folder / "config.yaml").read_text())["oialr"]["delay"] == 15
+    assert len(list((folder / "checkpoints").iterdir())) == 2  # run.keep_checkpoints
+
+    rows = read_rows(folder / "metrics.h5", "lowrank")
+    assert list(rows["event"]) == ["convert", "cut", "cut"]
+    assert list(rows["step"]) == [15, 21, 27]
+    assert (rows["broadcast_bytes"] > 0).all()
+    train_rows = read_rows(folder / "metrics.h5", "train")
+    assert list(train_rows["step"]) == list(range(1, 33))
+    evaluations = read_rows(folder / "metrics.h5", "eval")
+    assert list(evaluations["split"]) == ["validation"] * 4 + ["test"]
+    group = "layers/blocks.1.mlp.fc1.weight"
+    assert read_rows(folder / "metrics.h5", f"{group}/rank")["rank"][0] == 32
+    stability = read_rows(folder / "metrics.h5", f"{group}/stability")
+    assert list(stability["epoch"]) == [0, 1, 2, 3, 4]
+    assert np.isnan(stability["stability"]).tolist() == [True, True, False, False, False]
+    assert (stability["stability"][2:] > 0.5).all()
+
+
+def test_the_process_count_does_not_change_what_is_learned(undisturbed):
+    losses = [read_rows(undisturbed(count) / "metrics.h5", "train")["loss"] for count in (1, 2, 3)]
+    # The order of samples is the same; dropout differs, and summation in its last bits.
+    np.testing.assert_allclose(losses[1], losses[0], rtol=0.05)
+    np.testing.assert_allclose(losses[2], losses[0], rtol=0.05)
+
+
+def test_resume_on_another_number_of_processes(tmp_path):
+    train(2, *TINY, f"run.dir={tmp_path}", "run.stop_after=16", code=75)
+    train(1, "--resume", tmp_path, "run.stop_after=null")
+    assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 32
+    rows = read_rows(tmp_path / "metrics.h5", "sessions")
+    assert list(rows["process_count"]) == [2, 1]
+    assert list(rows["first_step"]) == [0, 16]
+
+
+def test_resume_of_a_finished_run_changes_nothing(undisturbed):
+    folder = undisturbed(1)
+    before = (folder / "metrics.h5").read_bytes()
+    result = train(0, "--resume", folder)
+    assert "test_accuracy" in result.stdout
+    assert (folder / "metrics.h5").read_bytes() == before
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, undisturbed):
+    train(1, *TINY, f"run.dir={tmp_path}", "run.stop_after=20", code=75)
+    newest = sorted((tmp_path / "checkpoints").iterdir())[-1]
+    state = newest / "state.pt"
+    state.write_bytes(state.read_bytes()[:1000])
+    result = train(1, "--resume", tmp_path, "run.stop_after=null")
+    assert f"{newest} cannot be read" in result.stderr
+    assert_same_run(tmp_path, undisturbed(1))
+
+
+def test_a_signal_that_reaches_one_process_stops_all_at_one_step(tmp_path, undisturbed):
+    arguments = [*TINY, f"run.dir={tmp_path}"]
+    result = launch(3, DISTURBED, "signal", 1, 7, *arguments, code=75)
+    assert result.stderr.count("stopped by signal") == 1
+    assert last_checkpoint(tmp_path)["position"]["step"] in range(7, 11)
+    train(3, "--resume", tmp_path)
+    assert_same_run(tmp_path, undisturbed(3))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_a_single_process(tmp_path, number):
+    process = subprocess.Popen(
+        command(0, "-m", "app.train", "training.epochs=500", f"run.dir={tmp_path}"),
+        cwd=ROOT,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        for line in process.stderr:
+            if line.startswith("epoch 1/"):
+                process.send_signal(number)
+                break
+        process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 75
+    assert last_checkpoint(tmp_path)["position"]["step"] >= 20
+
+
+@pytest.mark.parametrize(("what", "code"), [("fault", 1), ("kill", 9)])
+def test_a_fault_on_one_process_ends_all(tmp_path, what, code):
+    start = time.monotonic()
+    result = launch(3, DISTURBED, what, 1, 20, *TINY, f"run.dir={tmp_path}", code=code)
+    assert time.monotonic() - start < 200
+    if what == "fault":
+        assert "process 1 of 3 failed" in result.stderr
+        assert "the machine is on fire" in result.stderr
+    # Nothing is lost: the last checkpoint and the metrics are readable.
+    assert last_checkpoint(tmp_path)["position"]["step"] == 16
+    assert len(read_rows(tmp_path / "metrics.h5", "train")["step"]) >= 16
+
+
+MISTAKES = [
+    (["training.epoch=3"], "error: training.epoch: unknown key; did you mean training.epochs?"),
+    (["oialr.delay=5000"], "error: oialr.delay: 5000 is not less than the 1200 steps"),
+    (["--config", "gone.yaml"], "error: --config: cannot read gone.yaml"),
+    (["--resume", "gone"], "error: --resume: gone holds no run"),
+    (["model.name=resnet5"], "error: model.name"),
+    (["model.arguments.embed_dim=63"], "error: model.arguments"),
+    (["data.name=mnist", "data.root=gone"], "error: "),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=lambda v: str(v)[:30])
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, arguments, message):
+    result = train(0, *arguments, f"run.dir={tmp_path / 'run'}", code=2)
+    assert result.stderr.startswith(message)
+    assert result.stderr.count("\n") == 1
+    assert not result.stdout
+
+
+@pytest.mark.parametrize("arguments", [["training.epoch=3"], ["oialr.delay=5000"]])
+def test_a_mistake_is_reported_by_one_process(tmp_path, arguments):
+    result = train(2, *arguments, f"run.dir={tmp_path / 'run'}", code=2)
+    assert result.stderr.count("error:") == 1
+    assert "Traceback" not in result.stderr
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(undisturbed):
+    folder = undisturbed(1)
+    result = train(0, *TINY, f"run.dir={folder}", code=2)
+    assert f"--resume {folder}" in result.stderr
+
+
+def test_a_launch_of_n_copies_is_refused(tmp_path):
+    variables = {**environment(), "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}
+    result = subprocess.run(
+        command(0, "-m", "app.train", f"run.dir={tmp_path}"),
+        cwd=ROOT,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert "srun started 2 processes, but each sees 1" in result.stderr
+    assert "--mpi=pmi2" in result.stderr
+
+
+def test_one_process_needs_no_mpi_heat_or_propulate(tmp_path):
+    program = (
+        "import sys\n"
+        "for name in ('mpi4py', 'heat', 'propulate'): sys.modules[name] = None\n"
+        "from app.train import main\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    launch(0, "-c", program, *TINY, f"run.dir={tmp_path}")
+
+
+def test_torchrun_is_the_same_program(tmp_path, undisturbed):
+    arguments = ["--standalone", "--nproc-per-node=2", "-m", "app.train"]
+    launch(0, "-m", "torch.distributed.run", *arguments, *TINY, f"run.dir={tmp_path}")
+    assert_same_run(tmp_path, undisturbed(2))
+
+
+def test_help_imports_nothing_heavy():
+    program = (
+        "import sys, app.train\n"
+        "try: app.train.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules"
+    )
+    result = launch(0, "-c", program)
+    assert "mpirun -n 8 python -m app.train" in result.stdout
+    assert "oialr.cutoff" in train(0, "--keys").stdout
+
+
+def test_full_rank_baseline(tmp_path):
+    train(0, *TINY, "oialr.enabled=false", f"run.dir={tmp_path}")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["trainable_percent"] == 100
+    assert len(read_rows(tmp_path / "metrics.h5", "lowrank")["step"]) == 0
+
+
+@pytest.mark.parametrize("accumulation", [3])
+def test_gradient_accumulation_gives_the_same_losses(tmp_path, accumulation):
+    options = [*TINY, "model.arguments.proj_drop_rate=0"]
+    train(2, *options, f"run.dir={tmp_path / 'a'}")
+    train(2, *options, f"training.accumulation={accumulation}", f"run.dir={tmp_path / 'b'}")
+    losses = [read_rows(tmp_path / name / "metrics.h5", "train")["loss"] for name in "ab"]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)
+
+
+def test_global_generators_are_left_alone(tmp_path):
+    program = (
+        "import sys, torch, random, numpy\n"
+        "from app.train import main\n"
+        "before = torch.get_rng_state(), random.getstate(), str(numpy.random.get_state())\n"
+        "main(sys.argv[1:])\n"
+        "assert torch.equal(torch.get_rng_state(), before[0])\n"
+        "assert random.getstate() == before[1]\n"
+        "assert str(numpy.random.get_state()) == before[2]\n"
+    )
+    launch(0, "-c", program, *TINY, "training.epochs=2", f"run.dir={tmp_path}")
+
+
+def test_the_environment_is_not_inherited():
+    assert "PMI_RANK" not in environment()
+    assert os.path.exists(command(1)[0])
+    assert sys.executable in command(0)
