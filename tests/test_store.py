@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import h5py
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from launching import ROOT, environment
 
 from app.errors import UserError
-from app.metrics.store import MetricsStore, open_for_reading, read_rows
+from app.metrics.store import Follower, MetricsStore, open_for_reading, read_rows
 
 LAYERS = {"conv.weight": (8, 3, 3, 3), "blocks.0.fc.weight": (16, 4)}
 
@@ -189,7 +191,7 @@ def test_a_failed_resume_leaves_the_old_file(tmp_path, monkeypatch):
     with create(path) as store:
         store.append("train", **train_row(1))
     before = path.read_bytes()
-    with pytest.raises(UserError, match=r"train/\w+ has 1 rows, but the checkpoint knows of 2"):
+    with pytest.raises(UserError, match=r"train has 1 rows, but the checkpoint knows of 2"):
         MetricsStore.resume(path, counts={"train": 2})
     monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
@@ -221,3 +223,146 @@ def test_a_large_network_has_a_small_file(tmp_path):
     assert path.stat().st_size < 1_500_000
     with open_for_reading(path) as file:
         assert len(file.attrs["config"]) == 100_000
+
+
+def test_another_schema_is_named(tmp_path):
+    path = tmp_path / "metrics.h5"
+    create(path).close()
+    with h5py.File(path, "r+") as file:
+        file.attrs["schema_version"] = 2
+    with pytest.raises(UserError, match="schema_version is 2, not 1"):
+        read_rows(path, "train")
+
+
+@pytest.mark.parametrize("size", [20, 100, 10_000, -1])
+def test_a_truncated_file_is_named_and_does_not_hang(tmp_path, size):
+    path = tmp_path / "metrics.h5"
+    with create(path) as store:
+        store.append("train", **train_row(1))
+    os.truncate(path, size % path.stat().st_size)
+    with pytest.raises(UserError, match=r"metrics\.h5: .*truncated"):
+        open_for_reading(path)
+    with pytest.raises(UserError, match=r"metrics\.h5: .*truncated"):
+        MetricsStore.resume(path, counts={})
+
+
+def test_rows_of_a_group_that_is_not_there_are_missed(tmp_path):
+    path = tmp_path / "metrics.h5"
+    create(path).close()
+    with pytest.raises(UserError, match="layers/other/rank has 0 rows, but the checkpoint knows"):
+        MetricsStore.resume(path, counts={"layers/other/rank": 1})
+    MetricsStore.resume(path, counts={"layers/other/rank": 0}).close()
+
+
+def test_uneven_columns_count_to_the_shortest(tmp_path):
+    path = tmp_path / "metrics.h5"
+    with create(path) as store:
+        store.append("train", **train_row(1))
+    with h5py.File(path, "r+") as file:  # as in the middle of a flush
+        file["train/step"].resize(2, axis=0)
+    assert {len(values) for values in read_rows(path, "train").values()} == {1}
+    with pytest.raises(UserError, match="train has 1 rows"):
+        MetricsStore.resume(path, counts={"train": 2})
+
+
+def test_a_fraction_is_no_integer(tmp_path):
+    store = create(tmp_path / "metrics.h5")
+    store.append("layers/conv.weight/rank", step=1, rank=1.5, owner=0)
+    with pytest.raises(TypeError):
+        store.flush()
+
+
+def test_a_new_file_replaces_one_that_is_read_or_nothing_happens(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.h5"
+    with create(path) as store:
+        store.append("train", **train_row(1))
+    before = path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            create(path)
+    assert path.read_bytes() == before
+    with open_for_reading(path) as reader, create(path):
+        assert list(reader["train/step"]) == [1]
+        assert len(read_rows(path, "train")["step"]) == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.h5"]
+
+
+# For each number on stdin: follow /train until it has so many rows, and check each of them.
+FOLLOWER = """
+import sys
+from app.metrics.store import Follower
+follower = Follower(sys.argv[1])
+print("open", flush=True)
+seen = 0
+for line in sys.stdin:
+    while seen < int(line):
+        rows = follower.rows("train", seen)
+        steps = list(range(seen + 1, seen + len(rows["step"]) + 1))
+        assert rows["step"].tolist() == steps, (seen, rows)
+        assert rows["loss"].tolist() == [1 / step for step in steps], rows
+        seen += len(steps)
+    print(seen, flush=True)
+"""
+
+
+@contextmanager
+def follower_process(path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", FOLLOWER, path],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**environment(), "PYTHONPATH": str(ROOT)},
+    )
+    watchdog = threading.Timer(60, process.kill)  # ends a readline that waits in vain
+    watchdog.start()
+    try:
+        assert process.stdout.readline() == "open\n"
+        yield process
+    finally:
+        watchdog.cancel()
+        process.kill()
+        process.communicate()
+
+
+def ask(process, rows):
+    process.stdin.write(f"{rows}\n")
+    process.stdin.flush()
+
+
+def test_a_follower_in_another_process_sees_each_row_once_over_a_resume(tmp_path):
+    path = tmp_path / "metrics.h5"
+    with create(path) as store, follower_process(path) as follower:
+        ask(follower, 200)
+        for step in range(1, 201):
+            store.append("train", **train_row(step))
+            store.flush()
+        assert follower.stdout.readline() == "200\n"
+        store.close()
+        with MetricsStore.resume(path, counts={"train": 150}) as resumed:
+            ask(follower, 220)
+            for step in range(151, 221):
+                resumed.append("train", **train_row(step))
+                resumed.flush()
+            assert follower.stdout.readline() == "220\n"
+
+
+def test_a_follower_waits_for_the_rows_it_has(tmp_path):
+    path = tmp_path / "metrics.h5"
+    with create(path) as store:
+        for step in range(1, 4):
+            store.append("train", **train_row(step))
+        store.flush()
+        follower = Follower(path)
+        assert list(follower.rows("train", 1)["step"]) == [2, 3]
+    with MetricsStore.resume(path, counts={"train": 1}) as store:
+        assert list(follower.rows("train", 3)["step"]) == []
+        for step in range(2, 5):
+            store.append("train", **train_row(step))
+        store.flush()
+        assert list(follower.rows("train", 3)["step"]) == [4]
+        path.unlink()
+        with pytest.raises(UserError, match="no such file"):
+            follower.rows("train", 4)
+    follower.close()

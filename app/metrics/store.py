@@ -6,7 +6,8 @@ exists from the start. Readers use ``swmr=True``, also for the file of a process
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,6 +17,7 @@ import numpy as np
 from app.errors import UserError
 from app.metrics.schema import SCHEMA_VERSION, Column, layer_groups, run_groups
 
+_SUPERBLOCK_3 = b"\x89HDF\r\n\x1a\n\x03"
 _CHUNK_BYTES = 2048
 """Small, since most groups get few rows and there may be a thousand of them."""
 
@@ -53,17 +55,16 @@ class MetricsStore:
             layers: dense parameter name and shape of each layer.
             figures: figures of merit of an evaluation, beside the loss.
         """
-        file = _open_for_writing(Path(path))
-        file.attrs["schema_version"] = SCHEMA_VERSION
-        # Of fixed length: SWMR excludes variable-length strings.
-        file.attrs["config"] = np.bytes_(configuration.encode())
-        for name, columns in run_groups(figures).items():
-            _create_group(file, name, columns)
-        for layer, shape in layers.items():
-            file.create_group(f"layers/{layer}").attrs["shape"] = shape
-            for name, columns in layer_groups(shape).items():
-                _create_group(file, f"layers/{layer}/{name}", columns)
-        file.swmr_mode = True
+        with _replacement(Path(path)) as file:
+            file.attrs["schema_version"] = SCHEMA_VERSION
+            # Of fixed length: SWMR excludes variable-length strings.
+            file.attrs["config"] = np.bytes_(configuration.encode())
+            for name, columns in run_groups(figures).items():
+                _create_group(file, name, columns)
+            for layer, shape in layers.items():
+                file.create_group(f"layers/{layer}").attrs["shape"] = shape
+                for name, columns in layer_groups(shape).items():
+                    _create_group(file, f"layers/{layer}/{name}", columns)
         return cls(file)
 
     @classmethod
@@ -81,18 +82,10 @@ class MetricsStore:
             UserError: the file cannot be read, or has fewer rows.
         """
         path = Path(path)
-        partial = path.with_name(path.name + ".partial")
         with open_for_reading(path) as old:
-            new = _open_for_writing(partial)
-            try:
-                _copy(old, new, counts, path)
-                new.swmr_mode = True
-                _sync(new)
-                os.replace(partial, path)
-            except BaseException:
-                new.close()
-                partial.unlink()
-                raise
+            _check_counts(old, counts, path)
+            with _replacement(path) as new:
+                _copy(old, new, counts)
         return cls(new)
 
     def append(self, group: str, **values: Any) -> None:
@@ -150,12 +143,18 @@ def open_for_reading(path: Path | str) -> h5py.File:
     if not path.exists():
         raise UserError(f"{path}: no such file; a run's metrics are in its folder, in metrics.h5")
     try:
+        if _is_truncated(path):
+            raise OSError("truncated; restore it from a copy")
         file = h5py.File(path, "r", swmr=True, locking="best-effort")
     except OSError as error:
-        raise UserError(f"{path}: not a readable HDF5 file ({error})") from None
-    if "schema_version" not in file.attrs:
+        raise UserError(f"{path}: not a readable HDF5 file ({_one_line(error)})") from None
+    version = file.attrs.get("schema_version")
+    if not np.array_equal(version, SCHEMA_VERSION):
         file.close()
-        raise UserError(f"{path}: an HDF5 file, but not the metrics of a run")
+        raise UserError(
+            f"{path}: an HDF5 file, but not the metrics of a run "
+            f"(schema_version is {version}, not {SCHEMA_VERSION})"
+        )
     return file
 
 
@@ -170,17 +169,93 @@ def read_rows(path: Path | str, group: str) -> dict[str, np.ndarray]:
     with open_for_reading(path) as file:
         if group not in file:
             raise UserError(f"{path}: no group {group}")
-        columns = {k: node for k, node in file[group].items() if isinstance(node, h5py.Dataset)}
-        count = _length(columns)
-        rows = {name: dataset[:count] for name, dataset in columns.items()}
+        return _read(file[group], 0)
+
+
+class Follower:
+    """Reads the rows of a run as they come, also when a resumed run has replaced the file.
+
+    A row has the same index before and after a resume: who asks from the number of rows that it
+    has gets none twice.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        """Open the file.
+
+        Raises:
+            UserError: there is no such file, or it is no metrics.h5.
+        """
+        self._path = Path(path)
+        self._file = open_for_reading(self._path)
+
+    def rows(self, group: str, start: int = 0) -> dict[str, np.ndarray]:
+        """Return the rows of a group from index ``start`` on, as :func:`read_rows` does.
+
+        Raises:
+            UserError: the file is gone, or something else has taken its place.
+        """
+        if not self._is_current():
+            new = open_for_reading(self._path)
+            self._file.close()
+            self._file = new
+        return _read(self._file[group], start)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _is_current(self) -> bool:
+        # The open file keeps its inode from being used anew: equal numbers are the same file.
+        opened = os.fstat(self._file.id.get_vfd_handle())
+        try:
+            return os.path.samestat(opened, self._path.stat())
+        except FileNotFoundError:
+            return False
+
+
+def _read(group: h5py.Group, start: int) -> dict[str, np.ndarray]:
+    columns = {name: node for name, node in group.items() if isinstance(node, h5py.Dataset)}
+    for dataset in columns.values():
+        dataset.refresh()
+    end = _length(columns)
+    rows = {name: dataset[min(start, end) : end] for name, dataset in columns.items()}
     return {
         name: np.char.decode(values, "utf-8") if values.dtype.kind == "S" else values
         for name, values in rows.items()
     }
 
 
-def _open_for_writing(path: Path) -> h5py.File:
-    return h5py.File(path, "w", libver="latest", locking="best-effort")
+def _is_truncated(path: Path) -> bool:
+    """Whether a file ends before the end that its superblock gives.
+
+    In SWMR mode HDF5 waits for the missing part, in fact for ever. Version 3 of the superblock
+    (HDF5 file format specification, section II.A) has 48 bytes, the end of file in bytes 28 to 35.
+    HDF5 writes it after what lies before that end.
+    """
+    with path.open("rb") as file:
+        superblock = file.read(48)
+        size = os.fstat(file.fileno()).st_size
+    end = int.from_bytes(superblock[28:36], "little")
+    return superblock.startswith(_SUPERBLOCK_3) and (len(superblock) < 48 or end > size)
+
+
+@contextmanager
+def _replacement(path: Path) -> Iterator[h5py.File]:
+    """A new file that takes the path's place at the end of the block, complete and in SWMR mode.
+
+    If anything fails, what was there before stays, and nothing else.
+    """
+    partial = path.with_name(path.name + ".partial")
+    file = h5py.File(partial, "w", libver="latest", locking="best-effort")
+    try:
+        yield file
+        file.swmr_mode = True
+        _sync(file)
+        os.replace(partial, path)
+    except BaseException:
+        file.close()
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _sync(file: h5py.File) -> None:
@@ -204,17 +279,25 @@ def _create_group(file: h5py.File, name: str, columns: Sequence[Column]) -> None
         dataset.attrs["description"] = np.bytes_(column.description)
 
 
-def _copy(old: h5py.File, new: h5py.File, counts: Mapping[str, int], path: Path) -> None:
+def _check_counts(old: h5py.File, counts: Mapping[str, int], path: Path) -> None:
+    for group, count in counts.items():
+        try:
+            available = _length(old[group]) if group in old else 0
+        except (OSError, KeyError, RuntimeError) as error:
+            raise UserError(f"{path}: {group} cannot be read ({_one_line(error)})") from None
+        if count > available:
+            raise UserError(
+                f"{path}: {group} has {available} rows, but the checkpoint knows of {count}; "
+                f"resume from the run's own folder"
+            )
+
+
+def _copy(old: h5py.File, new: h5py.File, counts: Mapping[str, int]) -> None:
     """Copy the schema and the first rows of each group."""
 
     def visit(name: str, node: h5py.Group | h5py.Dataset) -> None:
         if isinstance(node, h5py.Dataset):
             count = counts.get(name.rpartition("/")[0], 0)
-            if count > len(node):
-                raise UserError(
-                    f"{path}: {name} has {len(node)} rows, but the checkpoint knows of {count}; "
-                    f"resume from the run's own folder"
-                )
             copy = new.create_dataset(
                 name,
                 shape=(count, *node.shape[1:]),
@@ -231,6 +314,10 @@ def _copy(old: h5py.File, new: h5py.File, counts: Mapping[str, int], path: Path)
     old.visititems(visit)
 
 
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
 def _length(columns: Mapping[str, h5py.Dataset]) -> int:
     return min(len(dataset) for dataset in columns.values())
 
@@ -240,7 +327,8 @@ def _as_array(values: list[Any], dataset: h5py.Dataset) -> np.ndarray:
     if dataset.dtype.kind == "S":
         return np.array([_cut(value, dataset.dtype.itemsize) for value in values], dataset.dtype)
     if dataset.ndim == 1:
-        return np.array(values, dataset.dtype)
+        # Not 1.7 as the integer 1.
+        return np.array(values).astype(dataset.dtype, casting="same_kind")
     rows = np.full((len(values), dataset.shape[1]), np.nan, dataset.dtype)
     for row, value in zip(rows, values, strict=True):
         row[: len(value)] = value
