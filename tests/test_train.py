@@ -149,6 +149,13 @@ def test_resume_of_a_finished_run_changes_nothing(undisturbed):
     assert (folder / "metrics.h5").read_bytes() == before
 
 
+def test_resume_before_the_first_checkpoint_starts_over(tmp_path):
+    launch(0, DISTURBED, "kill", 0, 3, *TINY, f"run.dir={tmp_path}", code=-signal.SIGKILL)
+    assert not (tmp_path / "checkpoints").exists()
+    train(0, "--resume", tmp_path, "training.epochs=3")
+    assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 24
+
+
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, undisturbed):
     train(1, *TINY, f"run.dir={tmp_path}", "run.stop_after=20", code=75)
     newest = sorted((tmp_path / "checkpoints").iterdir())[-1]

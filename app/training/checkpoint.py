@@ -64,17 +64,20 @@ class Checkpoints:
         """Return the complete checkpoints, oldest first."""
         return sorted(self._folder.glob("step-*"))
 
-    def load(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    def load(self) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
         """Read the newest checkpoint that all processes can read. A collective call.
 
         Returns:
             What all processes share, and the parts of the processes: of this one alone if the
-            process count is that of the checkpoint, otherwise of all.
+            process count is that of the checkpoint, otherwise of all. None if there is no
+            checkpoint yet.
 
         Raises:
-            UserError: there is none.
+            UserError: there are checkpoints, and none can be read.
         """
         candidates = self._processes.from_first(self.complete())
+        if not candidates:
+            return None
         for folder in reversed(candidates):
             loaded, problem = None, None
             try:

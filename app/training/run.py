@@ -39,7 +39,7 @@ def train(
         configuration: checked; run.dir may be None in a new run.
         runtime: this process among those that train together.
         stop_signal: asks for a stop.
-        resume: go on from the newest checkpoint in run.dir.
+        resume: go on from the newest checkpoint in run.dir; from the start if there is none.
 
     Returns:
         The summary, as in summary.json.
@@ -61,8 +61,7 @@ def train(
             quiet=not runtime.is_first,
         )
         try:
-            if not resume:
-                progress.say(_describe(trainer, folder))
+            progress.say(_describe(trainer, folder))
             trainer.train(progress)
             figures = trainer.test()
         finally:
@@ -237,10 +236,12 @@ def _finished(folder: Path, configuration: Configuration) -> dict[str, Any] | No
 
 def _describe(trainer: Trainer, folder: Path) -> str:
     runtime = trainer.runtime
+    step = trainer.position.step
+    start = f", from step {step} on" if step else ""
+    processes = "1 process" if runtime.process_count == 1 else f"{runtime.process_count} processes"
     lines = [
-        f"run {folder}: {runtime.process_count} process(es) on {runtime.device.type}, "
-        f"{trainer.task.train_size} training samples, "
-        f"{trainer.task.steps_per_epoch} steps per epoch"
+        f"run {folder}{start}: {processes} on {runtime.device.type}, {trainer.task.train_size} "
+        f"training samples, {trainer.task.steps_per_epoch} steps per epoch"
     ]
     if trainer.method:
         dense = [layer for layer in trainer.method.survey if layer.stays_dense]
