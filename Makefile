@@ -1,0 +1,44 @@
+# Everything runs from this folder, in the environment .venv that `make setup` creates.
+
+PYTHON ?= python3
+PROCESSES ?= 2
+ARGS ?=
+
+REQUIREMENTS := requirements.txt requirements-nodeps.txt requirements-dev.txt
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMP := .venv/installed
+
+.PHONY: help setup train test lint clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+setup: $(STAMP) ## Create .venv and install the requirements (PYTHON=python3), if they changed
+
+train: $(STAMP) ## Train the default configuration (PROCESSES=2 ARGS="training.epochs=10")
+	OMP_NUM_THREADS=1 $(BIN)/mpirun -n $(PROCESSES) $(BIN)/python -m app.train $(ARGS)
+
+test: $(STAMP) ## Run the tests (ARGS="-k linalg")
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP) ## Check style, format and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+clean: ## Remove .venv and all caches; runs/ and data/ stay
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find app tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): $(REQUIREMENTS)
+	@command -v $(PYTHON) >/dev/null || \
+		{ echo "$(PYTHON): not found; install Python 3.11 or newer, or name it: make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON): Python 3.11 or newer is needed; name it: make PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "$(PYTHON): venv or ensurepip is missing; on Debian install the package python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv --clear .venv
+	$(PIP) install -r requirements.txt -r requirements-dev.txt
+	$(PIP) install --no-deps -r requirements-nodeps.txt
+	@touch $@

@@ -1,0 +1,26 @@
+# shellcheck shell=bash
+# Settings of the site: the one file to edit before the first job. The batch scripts source it; what
+# is already set in the environment wins. Source it before sbatch, too, if you set SBATCH_* here:
+#
+#   source slurm/env.sh && sbatch slurm/oialr_resnet.sh training.epochs=100
+
+# Partition and account, read by sbatch in place of its options --partition and --account.
+# export SBATCH_PARTITION=gpu
+# export SBATCH_ACCOUNT=my_project
+
+# The software: the site's modules and a conda environment, or the .venv of `make setup`.
+# module load cuda mpich
+# conda activate oialr
+if [ -f .venv/bin/activate ]; then
+    # shellcheck source=/dev/null
+    source .venv/bin/activate
+fi
+
+# How srun starts MPI processes (srun --mpi=list): pmi2 for MPICH and its relatives, pmix for Open MPI.
+export SRUN_MPI="${SRUN_MPI:-pmi2}"
+
+# Folder of the data set: for ImageNet-2012 the one that holds train/ and val/.
+export DATA_ROOT="${DATA_ROOT:-data/imagenet}"
+
+# Folder of the run directories, on a file system that all nodes share, such as scratch.
+export RUNS_ROOT="${RUNS_ROOT:-runs}"

@@ -1,0 +1,170 @@
+"""The requirement files, environment.yml, the imports of app/ and the Makefile agree."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+"""Import names that differ from the name of the package on the Python Package Index."""
+CONDA_NAMES = {"matplotlib-base": "matplotlib", "pytorch": "torch"}
+"""Names of conda-forge that differ from those of the Python Package Index."""
+REQUIREMENT_FILES = ("requirements.txt", "requirements-nodeps.txt", "requirements-dev.txt")
+
+
+def read_requirements(name: str) -> dict[str, tuple[str, str]]:
+    """Version and comment of every package of a requirements file."""
+    packages = {}
+    for line in (ROOT / name).read_text().splitlines():
+        if not line or line.startswith("#"):
+            continue
+        match = re.fullmatch(r"([a-z0-9-]+)==([0-9.]+)(?:\s+#\s*(\S.*))?", line)
+        assert match, f"{name}: not an exact version: {line}"
+        assert match[1] not in packages, f"{name}: {match[1]} is there twice"
+        packages[match[1]] = (match[2], match[3] or "")
+    return packages
+
+
+def read_environment() -> dict[str, str]:
+    """Version of every package of environment.yml, by its name on the Python Package Index."""
+    packages = {}
+    for entry in yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]:
+        name, _, version = entry.partition("=")
+        packages[CONDA_NAMES.get(name, name)] = version.partition("=")[0]
+    return packages
+
+
+def imported_packages() -> dict[str, str]:
+    """Third-party packages imported anywhere under app/, each with one file that does it."""
+    packages = {}
+    for path in sorted((ROOT / "app").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                modules = [str(node.module)]
+            else:
+                continue
+            for module in (name.partition(".")[0] for name in modules):
+                if module != "app" and module not in sys.stdlib_module_names:
+                    packages[DISTRIBUTIONS.get(module, module)] = str(path.relative_to(ROOT))
+    return packages
+
+
+def test_every_requirement_is_pinned_in_one_file() -> None:
+    names = [name for file in REQUIREMENT_FILES for name in read_requirements(file)]
+    assert len(names) == len(set(names))
+    assert set(read_requirements("requirements-nodeps.txt")) == {"heat", "propulate"}
+
+
+def test_environment_has_the_versions_of_requirements() -> None:
+    environment = read_environment()
+    assert environment.pop("python") == "3.11"
+    assert environment.pop("pip") == ""
+    expected = {n: version for n, (version, _) in read_requirements("requirements.txt").items()}
+    assert environment == expected
+
+
+def test_imported_packages_are_required() -> None:
+    required = {**read_requirements("requirements.txt")}
+    required.update(read_requirements("requirements-nodeps.txt"))
+    missing = {name: path for name, path in imported_packages().items() if name not in required}
+    assert not missing
+
+
+def test_required_packages_are_imported_or_explained() -> None:
+    imported = imported_packages()
+    superfluous = [
+        name
+        for file in ("requirements.txt", "requirements-nodeps.txt")
+        for name, (_, comment) in read_requirements(file).items()
+        if name not in imported and not comment
+    ]
+    assert not superfluous
+
+
+FAKE_PYTHON = """\
+#!/bin/sh
+echo "$*" >>log
+case "$*" in
+    *version_info*) {old} ;;
+    *ensurepip*) {no_venv} ;;
+    *"-m venv"*) mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+esac
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A copy of the Makefile and of what it installs from."""
+    if not shutil.which("make"):
+        pytest.skip("make is not installed")
+    for name in ("Makefile", *REQUIREMENT_FILES):
+        shutil.copy(ROOT / name, tmp_path)
+    return tmp_path
+
+
+def make_setup(
+    project: Path, *, old: str = ":", no_venv: str = ":", python: str = "./python"
+) -> subprocess.CompletedProcess[str]:
+    """Run ``make setup`` with a stand-in for Python that records its arguments."""
+    (project / "python").write_text(FAKE_PYTHON.format(old=old, no_venv=no_venv))
+    (project / "python").chmod(0o755)
+    environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL")}
+    return subprocess.run(
+        ["make", "setup", f"PYTHON={python}"],
+        cwd=project,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def installations(project: Path) -> list[str]:
+    log = (project / "log").read_text().splitlines()
+    return [line.partition(" install ")[2] for line in log if " install " in line]
+
+
+def test_setup_installs_in_two_steps_and_only_once(project: Path) -> None:
+    steps = ["-r requirements.txt -r requirements-dev.txt", "--no-deps -r requirements-nodeps.txt"]
+    result = make_setup(project)
+    assert result.returncode == 0, result.stderr
+    assert installations(project) == steps
+    assert make_setup(project).returncode == 0
+    assert installations(project) == steps
+
+
+@pytest.mark.parametrize("name", REQUIREMENT_FILES)
+def test_setup_is_repeated_when_a_requirement_file_changes(project: Path, name: str) -> None:
+    make_setup(project)
+    installed = (project / ".venv" / "installed").stat().st_mtime
+    os.utime(project / name, (installed + 10, installed + 10))
+    make_setup(project)
+    assert len(installations(project)) == 4
+
+
+@pytest.mark.parametrize(
+    ("machine", "message"),
+    [
+        ({"old": "exit 1"}, r"Python 3\.11 or newer is needed"),
+        ({"no_venv": "exit 1"}, "install the package python3-venv"),
+        ({"python": "./no_python"}, "not found; install Python 3.11"),
+    ],
+)
+def test_setup_names_what_the_machine_lacks(
+    project: Path, machine: dict[str, str], message: str
+) -> None:
+    result = make_setup(project, **machine)
+    assert result.returncode != 0
+    complaint, end = result.stderr.strip().splitlines()  # ours, and make's own last line
+    assert re.search(message, complaint)
+    assert end.startswith("make: ***")
+    assert not (project / ".venv").exists()
