@@ -151,10 +151,7 @@ class OIALRSection(Section):
         0.1, gt=0, lt=1, description="Singular values below cutoff times the largest are cut, beta."
     )
     layer_fraction: float = Field(
-        0.1,
-        gt=0,
-        le=1,
-        description="Share of the layers, the last first, that each update adds, alpha.",
+        0.1, gt=0, le=1, description="Share of layers, last first, that each update adds, alpha."
     )
     keep_first_layer: bool = Field(False, description="The network's first layer stays full-rank.")
     keep_last_layer: bool = Field(True, description="The network's last layer stays full-rank.")
@@ -165,6 +162,11 @@ class OIALRSection(Section):
         0.5, gt=0, lt=1, description="Largest share of a layer's rank that one update may cut."
     )
     cut_at_conversion: bool = Field(False, description="Cut at the conversion itself already.")
+    include: list[str] = Field(["*"], description="Patterns (blocks.*) of layers to factorize.")
+    exclude: list[str] = Field([], description="Patterns of layers that stay full-rank.")
+    attention_projection: Literal["packed", "separate"] = Field(
+        "packed", description="nn.MultiheadAttention: in_proj_weight as one, or q, k and v each."
+    )
     core_learning_rate_factor: float = Field(
         1.0,
         gt=0,

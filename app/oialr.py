@@ -16,7 +16,6 @@ module has new Parameter objects and must be wrapped anew. All processes must ca
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -28,14 +27,15 @@ from app.distributed.factorization import factorize
 from app.distributed.processes import Processes
 from app.errors import DivergedError
 from app.linalg.svd import Factors
+from app.lowrank.attention import AttentionProjection
 from app.lowrank.conversion import (
     LayerReport,
     factorize_layer,
     get_layer,
-    matrix_shape,
     parameter_counts,
     survey,
 )
+from app.lowrank.event import Event, LayerEvent
 from app.lowrank.layer import FactoredLayer
 from app.lowrank.optimizer_state import (
     CoreGroups,
@@ -45,35 +45,6 @@ from app.lowrank.optimizer_state import (
     rotate_parameter,
 )
 from app.lowrank.schedule import event_at, kept_rank, layers_in_turn
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerEvent:
-    """What happened to one layer."""
-
-    name: str
-    """Dense parameter name."""
-    owner: int
-    """Index of the process that factorized it."""
-    previous_rank: int
-    rank: int
-    singular_values: Tensor
-    """All of them before the cut (previous_rank,), descending, on the CPU."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Event:
-    """What happened after an optimizer step."""
-
-    kind: Literal["convert", "update", "cut"]
-    """A conversion, an update that left all ranks, or one that cut some."""
-    step: int
-    """Optimizer steps taken so far."""
-    layers: Sequence[LayerEvent]
-    shapes_changed: bool
-    """The network has new Parameter objects: DistributedDataParallel must be made anew."""
-    seconds: float
-    broadcast_bytes: int
 
 
 class OIALR:
@@ -93,6 +64,9 @@ class OIALR:
         minimum_rank_fraction: float = 0.01,
         largest_cut: float = 0.5,
         cut_at_conversion: bool = False,
+        include: Sequence[str] = ("*",),
+        exclude: Sequence[str] = (),
+        attention_projection: AttentionProjection = "packed",
         core_learning_rate_factor: float = 1.0,
         unknown_optimizer_state: UnknownState = "error",
         factorization: Literal["auto", "owner", "replicated"] = "auto",
@@ -112,6 +86,10 @@ class OIALR:
             minimum_rank_fraction: no rank falls below this share of min(m, n).
             largest_cut: largest share of a layer's rank that one update may cut.
             cut_at_conversion: cut at the conversion itself already (the paper does not).
+            include, exclude: shell-style patterns of module names, such as "blocks.*.attn.*". A
+                layer is factorized only if it matches one of the first and none of the second.
+            attention_projection: "packed": in_proj_weight of nn.MultiheadAttention is one matrix;
+                "separate": one each for query, key and value, all cut to the same rank.
             core_learning_rate_factor: learning rate of cores over that of full-rank weights. Other
                 than 1 it adds a parameter group for the cores of each group, so a learning-rate
                 schedule must be made after this object.
@@ -123,9 +101,8 @@ class OIALR:
                 process alone.
 
         Raises:
-            ValueError: an argument out of range, a wrapped model, an unknown optimizer, no layer
-                that
-                could be factorized.
+            ValueError: an argument out of range, a wrapped model, an unknown optimizer, a pattern
+                that matches nothing, no layer that could be factorized.
         """
         _check_range("delay", delay, delay >= 1, "at least 1")
         _check_range("update_interval", update_interval, update_interval >= 1, "at least 1")
@@ -162,11 +139,14 @@ class OIALR:
             keep_first_layer=keep_first_layer,
             keep_last_layer=keep_last_layer,
             minimum_rank_fraction=minimum_rank_fraction,
+            include=include,
+            exclude=exclude,
+            attention_projection=attention_projection,
         )
         """Every multidimensional weight of the network, and why it stays dense if it does."""
         self.layers = [report for report in self.survey if report.stays_dense is None]
         """Layers that the method factorizes, in the order of the network's modules."""
-        self._full_rank = {report.name: min(report.matrix_shape) for report in self.layers}
+        self._reports = {report.name: report for report in self.layers}
         if not self.layers:
             reasons = {report.stays_dense or "" for report in self.survey}
             raise ValueError(f"no layer can be factorized: {'; '.join(sorted(reasons))}")
@@ -216,10 +196,10 @@ class OIALR:
 
     def ranks(self) -> dict[str, int]:
         """Return the present rank of each layer; full rank before the conversion."""
-        layers = {report.name: get_layer(self.model, report.name) for report in self.layers}
+        layers = [(report, get_layer(self.model, report.name)) for report in self.layers]
         return {
-            name: layer.rank if isinstance(layer, FactoredLayer) else self._full_rank[name]
-            for name, layer in layers.items()
+            report.name: layer.rank if isinstance(layer, FactoredLayer) else report.full_rank
+            for report, layer in layers
         }
 
     def trainable_percent(self) -> float:
@@ -255,12 +235,13 @@ class OIALR:
                 raise ValueError(f"the stored state is of another network: {', '.join(other)}")
             for report in self.layers:
                 rank = state["ranks"][report.name]
-                (m, n), like = report.matrix_shape, self._weight(report.name)
+                like = self._weight(report.name)
+                *batch, m, n = report.stack_shape
                 self._put_factors(
                     report.name,
-                    like.new_empty(m, rank),
-                    like.new_empty(rank, rank),
-                    like.new_empty(rank, n),
+                    like.new_empty(*batch, m, rank),
+                    like.new_empty(*batch, rank, rank),
+                    like.new_empty(*batch, rank, n),
                 )
         self.step_count = self._handled = state["step_count"]
 
@@ -268,9 +249,7 @@ class OIALR:
         self.step_count += 1
 
     def _weight(self, name: str) -> nn.Parameter:
-        weight = get_layer(self.model, name).weight
-        assert isinstance(weight, nn.Parameter)
-        return weight
+        return self.model.get_parameter(name)
 
     def _convert(self) -> Event:
         """Step 2 of the algorithm: every layer becomes U diag(s) Vh, layer by layer.
@@ -295,7 +274,7 @@ class OIALR:
         start, bytes_before = time.perf_counter(), self.processes.broadcast_bytes
         matrices = [get_matrix(report.name) for report in reports]
         self._check_finite(reports, matrices)
-        shapes = [matrix_shape(matrix.shape) for matrix in matrices]
+        shapes = [tuple(matrix.shape) for matrix in matrices]
         del matrices
         happened: dict[int, LayerEvent] = {}
         for i, factors, owner in factorize(
@@ -307,9 +286,9 @@ class OIALR:
             happened[i] = LayerEvent(
                 name=reports[i].name,
                 owner=owner,
-                previous_rank=min(shapes[i]),
+                previous_rank=factors.s.shape[-1],
                 rank=apply(reports[i].name, factors),
-                singular_values=factors.s.cpu(),
+                singular_values=factors.s.reshape(-1, factors.s.shape[-1]).amax(0).cpu(),
             )
         layers = [happened[i] for i in range(len(reports))]
         cut = any(layer.rank < layer.previous_rank for layer in layers)
@@ -333,8 +312,7 @@ class OIALR:
                 )
 
     def _full_rank_matrix(self, name: str) -> Tensor:
-        weight = self._weight(name)
-        return weight.detach().reshape(matrix_shape(weight.shape))
+        return self._weight(name).detach().reshape(self._reports[name].stack_shape)
 
     def _core(self, name: str) -> Tensor:
         layer = get_layer(self.model, name)
@@ -344,15 +322,16 @@ class OIALR:
     def _convert_layer(self, name: str, factors: Factors) -> int:
         dtype = self._weight(name).dtype
         U, s, Vh = (factor.to(dtype) for factor in factors)
-        r = self._kept_rank(name, s) if self.cut_at_conversion else len(s)
-        self._put_factors(name, U[:, :r].contiguous(), torch.diag(s[:r]), Vh[:r].contiguous())
+        r = self._kept_rank(name, s) if self.cut_at_conversion else s.shape[-1]
+        U, Vh = U[..., :r].contiguous(), Vh[..., :r, :].contiguous()
+        self._put_factors(name, U, torch.diag_embed(s[..., :r]), Vh)
         return r
 
     def _put_factors(self, name: str, U: Tensor, core: Tensor, Vh: Tensor) -> None:
         """Let a factorized layer take a dense one's place, in network and optimizer."""
         weight = self._weight(name)
         layer = factorize_layer(self.model, name, U, core, Vh)
-        self._replace_parameter(weight, layer.core, U, Vh.T)
+        self._replace_parameter(weight, layer.core, U, Vh.mT)
         if self._core_groups:
             self._core_groups.move(self.optimizer, weight, layer.core)
 
@@ -362,18 +341,18 @@ class OIALR:
         assert isinstance(layer, FactoredLayer)
         left, s, right = (factor.to(layer.core.dtype) for factor in factors)
         r = self._kept_rank(name, s)
-        left, right = left[:, :r], right[:r]
-        U, core, Vh = layer.U @ left, torch.diag(s[:r]), right @ layer.Vh
+        left, right = left[..., :r], right[..., :r, :]
+        U, core, Vh = layer.U @ left, torch.diag_embed(s[..., :r]), right @ layer.Vh
         if r < layer.rank:
             old = layer.core
             layer.set_factors(U, core, Vh)
-            self._replace_parameter(old, layer.core, left, right.T)
+            self._replace_parameter(old, layer.core, left, right.mT)
         else:  # the same Parameter objects, so that DistributedDataParallel can stay
             layer.U.copy_(U)
             layer.core.copy_(core)
             layer.Vh.copy_(Vh)
             rotate_parameter(
-                self.optimizer, layer.core, left, right.T, unknown=self.unknown_optimizer_state
+                self.optimizer, layer.core, left, right.mT, unknown=self.unknown_optimizer_state
             )
         return r
 
@@ -387,7 +366,7 @@ class OIALR:
     def _kept_rank(self, name: str, s: Tensor) -> int:
         return kept_rank(
             s,
-            full_rank=self._full_rank[name],
+            full_rank=self._reports[name].full_rank,
             cutoff=self.cutoff,
             largest_cut=self.largest_cut,
             minimum_rank_fraction=self.minimum_rank_fraction,

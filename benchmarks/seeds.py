@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-FIGURES = ("test_accuracy", "trainable_percent", "compression_percent", "seconds")
+FIGURES = ("test_accuracy", "trainable_percent", "compression_percent")
 
 
 def main() -> None:
@@ -76,8 +76,7 @@ def _cell(values: list[float], figure: str) -> str:
     scale, digits = (100, 2) if figure == "test_accuracy" else (1, 1)
     mean = statistics.fmean(values) * scale
     deviation = statistics.stdev(values) * scale if len(values) > 1 else 0
-    unit = " s" if figure == "seconds" else " %"
-    return f"{mean:.{digits}f} ± {deviation:.{digits}f}{unit}"
+    return f"{mean:.{digits}f} ± {deviation:.{digits}f} %"
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Factorizations spread over the processes: the owner computes, all receive."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -11,16 +12,17 @@ from app.linalg.svd import Factors, economy_svd
 
 
 def place(
-    shapes: Sequence[tuple[int, int]], processes: Processes, *, replicated: bool
+    shapes: Sequence[tuple[int, ...]], processes: Processes, *, replicated: bool
 ) -> list[int]:
-    """Return the owner of each matrix; every process itself where the work is replicated."""
+    """Return the owner of each matrix or stack; every process itself for replicated work."""
     if replicated:
         return [processes.index] * len(shapes)
-    return assign([svd_cost(*shape) for shape in shapes], processes.count)
+    costs = [math.prod(batch) * svd_cost(m, n) for *batch, m, n in shapes]
+    return assign(costs, processes.count)
 
 
 def factorize(
-    shapes: Sequence[tuple[int, int]],
+    shapes: Sequence[tuple[int, ...]],
     get_matrix: Callable[[int], Tensor],
     processes: Processes,
     *,
@@ -34,8 +36,8 @@ def factorize(
     the iterator is exhausted.
 
     Args:
-        shapes: (m, n) of each matrix.
-        get_matrix: returns the matrix of an index, (m, n), finite.
+        shapes: (m, n) of each matrix, or (g, m, n) of a stack that is treated as one.
+        get_matrix: returns the matrix or stack of an index, finite.
         processes: the group; all its processes must exhaust the iterator.
         replicated: every process factorizes every matrix and nothing is sent.
 
@@ -63,13 +65,15 @@ def _pack(factors: Factors) -> Tensor:
     return torch.cat([factor.flatten() for factor in factors])
 
 
-def _receive(shape: tuple[int, int], like: Tensor, owner: int, processes: Processes) -> Factors:
+def _receive(shape: tuple[int, ...], like: Tensor, owner: int, processes: Processes) -> Factors:
     """Receive packed factors of the dtype in which :func:`economy_svd` returns them."""
-    m, n = shape
+    *batch, m, n = shape
     k = min(m, n)
+    shapes = [(*batch, m, k), (*batch, k), (*batch, k, n)]
+    sizes = [math.prod(shape) for shape in shapes]
     dtype = torch.promote_types(like.dtype, torch.float32)
-    packed = torch.empty(m * k + k + k * n, dtype=dtype, device=like.device)
+    packed = torch.empty(sum(sizes), dtype=dtype, device=like.device)
     processes.broadcast(packed, owner)
-    U, s, Vh = packed.split([m * k, k, k * n])
+    parts = zip(packed.split(sizes), shapes, strict=True)
     # Copies of their own, so that no factor keeps the others' memory alive.
-    return Factors(U.view(m, k).clone(), s.clone(), Vh.view(k, n).clone())
+    return Factors(*(part.view(shape).clone() for part, shape in parts))

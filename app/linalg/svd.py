@@ -7,7 +7,10 @@ from torch import Tensor
 
 
 class Factors(NamedTuple):
-    """An economy SVD, W = U diag(s) Vh, with k = min(m, n)."""
+    """An economy SVD, W = U diag(s) Vh, with k = min(m, n).
+
+    That of a stack of g matrices has a leading dimension g everywhere.
+    """
 
     U: Tensor
     """Left singular vectors (m, k)."""
@@ -18,12 +21,12 @@ class Factors(NamedTuple):
 
 
 def economy_svd(matrix: Tensor) -> Factors:
-    """Factorize a matrix in its own precision, at least float32.
+    """Factorize a matrix, or each of a stack, in its own precision, at least float32.
 
     A factorization that does not converge is tried once more in float64.
 
     Args:
-        matrix: (m, n), any real floating dtype, finite.
+        matrix: (m, n) or (g, m, n), any real floating dtype, finite.
 
     Returns:
         Contiguous factors of the dtype of the computation: float32, or float64 for a float64

@@ -1,4 +1,4 @@
-"""The factorized two-dimensional convolution."""
+"""The factorized convolution in one, two and three dimensions, with groups."""
 
 from typing import Any, Self
 
@@ -8,76 +8,98 @@ from torch.nn import functional
 
 from app.lowrank.layer import FactoredLayer
 
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
-class FactoredConv2d(FactoredLayer):
-    """A convolution with W = U core Vh, (out_channels, in_channels * height * width) as a matrix.
+DENSE: dict[int, type[Conv]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+CONVOLVE = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
+
+
+class FactoredConv(FactoredLayer):
+    """A convolution with W = U core Vh, (out_channels, in_channels * prod(kernel)) as a matrix.
 
     Vh is applied as a convolution with r output channels and the kernel of the dense layer, with
-    its stride, padding and dilation; U core follows as a 1x1 convolution. U core is folded first:
-    that costs m r^2 multiply-adds, against r^2 for each pixel.
+    its stride, padding and dilation; U core follows as a convolution with a kernel of one. U core
+    is folded first: that costs m r^2 multiply-adds, against r^2 for each pixel.
+
+    With g groups each has a factorization of its own, of (out_channels / g, in_channels / g *
+    prod(kernel)), and both convolutions have g groups.
     """
 
-    def __init__(self, U: Tensor, core: Tensor, Vh: Tensor, *, dense: nn.Conv2d) -> None:
-        super().__init__(U, core, Vh, dense=dense)
-        assert dense.groups == 1
-        self.stride = dense.stride
-        self.padding = dense.padding
-        self.dilation = dense.dilation
-        self.padding_mode = dense.padding_mode
-        self._padding_by_side = list(dense._reversed_padding_repeated_twice)
+    stride: tuple[int, ...]
+    padding: str | tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding_mode: str
+    _padding_by_side: list[int]
 
     @classmethod
     def from_dense(cls, dense: nn.Module, U: Tensor, core: Tensor, Vh: Tensor) -> Self:
-        """Make the twin of an ungrouped nn.Conv2d from U (m, r), core (r, r), Vh (r, n)."""
-        assert isinstance(dense, nn.Conv2d)
-        return cls(U, core, Vh, dense=dense)
+        """Make the twin of a convolution from the factors of its weight."""
+        assert isinstance(dense, Conv)
+        bias = dense.bias
+        assert bias is None or isinstance(bias, nn.Parameter)
+        twin = cls(U, core, Vh, weight_shape=dense.weight.shape, bias=bias)
+        assert twin.groups == dense.groups
+        twin.stride = dense.stride
+        twin.padding = dense.padding
+        twin.dilation = dense.dilation
+        twin.padding_mode = dense.padding_mode
+        twin._padding_by_side = list(dense._reversed_padding_repeated_twice)
+        return twin.train(dense.training)
 
-    def to_dense(self) -> nn.Conv2d:
-        """Make the nn.Conv2d with the same function and the same bias object."""
+    def to_dense(self) -> Conv:
+        """Make the convolution with the same function and the same bias object."""
         arguments: dict[str, Any] = {
-            "kernel_size": tuple(self.weight_shape[2:]),
+            "kernel_size": self.kernel_size,
             "stride": self.stride,
             "padding": self.padding,
             "dilation": self.dilation,
+            "groups": self.groups,
             "padding_mode": self.padding_mode,
         }
-        dense = nn.Conv2d(
-            self.in_channels, self.out_channels, bias=False, device="meta", **arguments
-        )
+        kind = DENSE[len(self.kernel_size)]
+        dense = kind(self.in_channels, self.out_channels, bias=False, device="meta", **arguments)
         with torch.no_grad():
             dense.weight = nn.Parameter(self.weight)
         dense.register_parameter("bias", self.bias)
         return dense.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map x (b, in_channels, height, width) to (b, out_channels, height', width')."""
-        padding: Any = self.padding
+        """Map x (b, in_channels, ...) to (b, out_channels, ...), or the same without b."""
+        convolve: Any = CONVOLVE[len(self.kernel_size)]
+        padding = self.padding
         if self.padding_mode != "zeros":
             x = functional.pad(x, self._padding_by_side, mode=self.padding_mode)
-            padding = 0
-        inner = functional.conv2d(
+            padding = (0,) * len(self.kernel_size)
+        inner = convolve(
             x,
-            self.Vh.view(self.rank, *self.weight_shape[1:]),
+            self.Vh.reshape(-1, *self.weight_shape[1:]),
             stride=self.stride,
             padding=padding,
             dilation=self.dilation,
+            groups=self.groups,
         )
-        return functional.conv2d(inner, (self.U @ self.core)[:, :, None, None], self.bias)
+        left = (self.U @ self.core).reshape(-1, self.rank, *(1 for _ in self.kernel_size))
+        return convolve(inner, left, self.bias, groups=self.groups)
 
     @property
     def in_channels(self) -> int:
         """Channels of the input."""
-        return self.weight_shape[1]
+        return self.weight_shape[1] * self.groups
 
     @property
     def out_channels(self) -> int:
         """Channels of the output."""
         return self.weight_shape[0]
 
+    @property
+    def kernel_size(self) -> tuple[int, ...]:
+        """Extent of the kernel in each dimension."""
+        return tuple(self.weight_shape[2:])
+
     def extra_repr(self) -> str:
         """Describe the layer in one line."""
-        kernel = tuple(self.weight_shape[2:])
+        groups = f", groups={self.groups}" if self.groups > 1 else ""
         return (
-            f"{self.in_channels}, {self.out_channels}, kernel_size={kernel}, "
-            f"stride={self.stride}, padding={self.padding}, rank={self.rank}"
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, padding={self.padding}{groups}, rank={self.rank}"
         )

@@ -1,12 +1,16 @@
 """Which layers of a network can be factorized, and the replacement of a layer by its twin."""
 
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from app.lowrank.conv import FactoredConv2d
+from app.lowrank.attention import INPUT_PROJECTIONS, AttentionProjection, FactoredAttention
+from app.lowrank.conv import FactoredConv
 from app.lowrank.layer import FactoredLayer
 from app.lowrank.linear import FactoredLinear
 from app.lowrank.schedule import minimum_rank
@@ -15,9 +19,15 @@ Twin = TypeVar("Twin", bound=nn.Module)
 
 FACTORED: dict[type[nn.Module], type[FactoredLayer]] = {
     nn.Linear: FactoredLinear,
-    nn.Conv2d: FactoredConv2d,
+    NonDynamicallyQuantizableLinear: FactoredLinear,  # out_proj of nn.MultiheadAttention
+    nn.Conv1d: FactoredConv,
+    nn.Conv2d: FactoredConv,
+    nn.Conv3d: FactoredConv,
 }
-"""The twin of each layer type. The exact type counts: a subclass may use its weight otherwise."""
+"""The twin of each layer type with one weight; that of nn.MultiheadAttention is FactoredAttention.
+
+The exact type counts: a subclass may use its weight otherwise.
+"""
 
 LINEAR_MAPS = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.Bilinear)
 
@@ -34,11 +44,24 @@ class LayerReport:
     """Whether it is the weight of a linear, convolution or attention module."""
     stays_dense: str | None
     """Why the layer is not factorized; None if it is."""
+    groups: int = 1
+    """Number g of matrices that the weight is read as, one above the other."""
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
-        """Shape (m, n) of the weight read as a matrix."""
-        return matrix_shape(self.shape)
+        """Shape of the weight read as a matrix: (m, n), or (m / g, n) of each group's."""
+        m, n = matrix_shape(self.shape)
+        return m // self.groups, n
+
+    @property
+    def stack_shape(self) -> tuple[int, ...]:
+        """Shape in which the weight is factorized: (m, n), or (g, m / g, n) if g > 1."""
+        return self.matrix_shape if self.groups == 1 else (self.groups, *self.matrix_shape)
+
+    @property
+    def full_rank(self) -> int:
+        """Rank that the weight can have at most: the smaller side of its matrix."""
+        return min(self.matrix_shape)
 
 
 def matrix_shape(shape: tuple[int, ...] | torch.Size) -> tuple[int, int]:
@@ -49,9 +72,12 @@ def matrix_shape(shape: tuple[int, ...] | torch.Size) -> tuple[int, int]:
 def survey(
     model: nn.Module,
     *,
-    keep_first_layer: bool,
-    keep_last_layer: bool,
-    minimum_rank_fraction: float,
+    keep_first_layer: bool = False,
+    keep_last_layer: bool = True,
+    minimum_rank_fraction: float = 0.01,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    attention_projection: AttentionProjection = "packed",
 ) -> list[LayerReport]:
     """List every multidimensional weight of a dense network, in the order of its modules.
 
@@ -62,43 +88,67 @@ def survey(
         model: a dense network.
         keep_first_layer, keep_last_layer: leave the network's first or last layer full-rank.
         minimum_rank_fraction: share of min(m, n) below which no rank falls.
+        include, exclude: shell-style patterns of module names, such as "blocks.*.attn.*". A layer
+            is factorized only if it matches one of the first and none of the second.
+        attention_projection: whether in_proj_weight of nn.MultiheadAttention is one matrix or a
+            stack of three.
+
+    Raises:
+        ValueError: a pattern matches no module that holds a multidimensional weight.
     """
     found = [
-        (f"{path}.{key}" if path else key, module, key, parameter)
+        (path, module, key, parameter)
         for path, module in model.named_modules()
         for key, parameter in module.named_parameters(recurse=False)
         if parameter.dim() >= 2
     ]
-    layers = [entry for entry in found if isinstance(entry[1], (*LINEAR_MAPS, nn.Embedding))]
-    first, last = (layers[0][0], layers[-1][0]) if layers else ("", "")
+    _check_patterns([path for path, *_ in found], include=include, exclude=exclude)
+    layers = [
+        module
+        for _, module, key, _ in found
+        if _is_linear_map(module, key) or isinstance(module, nn.Embedding)
+    ]
+    first, last = (layers[0], layers[-1]) if layers else (None, None)
     holders = _holders(model)
     reports = []
-    for name, module, key, parameter in found:
-        if (reason := _why_not(module, key, minimum_rank_fraction)) is None:
+    for path, module, key, parameter in found:
+        groups = _groups(module, key, attention_projection)
+        report = LayerReport(
+            name=f"{path}.{key}" if path else key,
+            shape=tuple(parameter.shape),
+            is_linear_map=_is_linear_map(module, key),
+            stays_dense=None,
+            groups=groups,
+        )
+        if (reason := _why_not(model, module, report, minimum_rank_fraction)) is None:
             if module is model:
                 reason = "the model itself is this layer, and nothing holds it"
             elif not parameter.requires_grad:
                 reason = "not trained"
             elif holders[id(parameter)] > 1:
                 reason = "tied to another layer's weight"
-            elif keep_first_layer and name == first:
+            elif not _first_match(path, include):
+                reason = "matches no pattern of oialr.include"
+            elif pattern := _first_match(path, exclude):
+                reason = f"excluded by oialr.exclude pattern {pattern!r}"
+            elif keep_first_layer and module is first:
                 reason = "the network's first layer (keep_first_layer)"
-            elif keep_last_layer and name == last:
+            elif keep_last_layer and module is last:
                 reason = "the network's last layer (keep_last_layer)"
-        reports.append(
-            LayerReport(
-                name=name,
-                shape=tuple(parameter.shape),
-                is_linear_map=isinstance(module, LINEAR_MAPS),
-                stays_dense=reason,
-            )
-        )
+        reports.append(replace(report, stays_dense=reason))
     return reports
 
 
 def get_layer(model: nn.Module, name: str) -> nn.Module:
-    """Return the module that holds the weight of this dense parameter name."""
-    return model.get_submodule(name.rpartition(".")[0])
+    """Return the module that holds the weight of this dense parameter name.
+
+    Where the weight is factorized, this is the module that holds its factors.
+    """
+    path, _, key = name.rpartition(".")
+    module = model.get_submodule(path)
+    if isinstance(module, FactoredAttention):
+        return module.projection(key) or module
+    return module
 
 
 def factorize_layer(
@@ -109,16 +159,24 @@ def factorize_layer(
     Args:
         model: the network; changed in place.
         name: dense parameter name.
-        U: (m, r). core: (r, r). Vh: (r, n).
+        U: (m, r). core: (r, r). Vh: (r, n). With groups g > 1, a leading dimension g each and
+            m / g for m.
     """
-    dense = get_layer(model, name)
-    return _replace(model, dense, FACTORED[type(dense)].from_dense(dense, U, core, Vh))
+    path, _, key = name.rpartition(".")
+    module = model.get_submodule(path)
+    attention = module if key in INPUT_PROJECTIONS else _attention_of(model, module)
+    if type(attention) is nn.MultiheadAttention:
+        attention = _replace(model, attention, FactoredAttention.from_dense(attention))
+    if key in INPUT_PROJECTIONS:
+        assert isinstance(attention, FactoredAttention)
+        return attention.factorize(key, U, core, Vh)
+    return _replace(model, module, FACTORED[type(module)].from_dense(module, U, core, Vh))
 
 
 def to_dense(model: nn.Module) -> nn.Module:
     """Put the dense twin in the place of every factorized layer, in place, and return the model."""
     for module in list(model.modules()):
-        if isinstance(module, FactoredLayer):
+        if isinstance(module, FactoredLinear | FactoredConv | FactoredAttention):
             _replace(model, module, module.to_dense())
     return model
 
@@ -130,22 +188,71 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
     return trained, sum(p.numel() for p in parameters)
 
 
-def _why_not(module: nn.Module, key: str, minimum_rank_fraction: float) -> str | None:
+def _why_not(
+    model: nn.Module, module: nn.Module, report: LayerReport, minimum_rank_fraction: float
+) -> str | None:
     """Say why a weight cannot be factorized, judging by its module alone; None if it can be."""
-    kind = type(module)
-    if kind not in FACTORED or key != "weight":
-        return f"{kind.__name__} is not factorized"
+    kind, key = type(module), report.name.rpartition(".")[-1]
+    is_known = (
+        key in INPUT_PROJECTIONS
+        if kind is nn.MultiheadAttention
+        else kind in FACTORED and key == "weight"
+    )
+    if kind is NonDynamicallyQuantizableLinear:  # anyone else may read its weight himself
+        is_known = is_known and _attention_of(model, module) is not None
+    if not is_known:
+        return f"{key} of {kind.__name__} is never factorized"
     if module._forward_pre_hooks or module._forward_hooks or module._backward_hooks:
         return "has hooks, which its replacement would lose"
-    if isinstance(module, nn.Conv2d) and module.groups > 1:
-        return f"grouped convolution ({module.groups} groups)"
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    m, n = matrix_shape(weight.shape)
-    r = minimum_rank(min(m, n), minimum_rank_fraction)
+    m, n = report.matrix_shape
+    if _is_depthwise(module):
+        return f"depthwise, a grouped convolution ({module.groups} groups) of single channels"
+    r = minimum_rank(report.full_rank, minimum_rank_fraction)
     if r * (m + n) + r * r >= m * n:
         return "too small to save anything at any rank"
     return None
+
+
+def _is_linear_map(module: nn.Module, key: str) -> bool:
+    """Whether a multidimensional parameter is the weight of a linear map, and not a bias."""
+    return isinstance(module, LINEAR_MAPS) and key not in {"bias_k", "bias_v"}
+
+
+def _is_depthwise(module: nn.Module) -> TypeGuard[nn.modules.conv._ConvNd]:
+    return isinstance(module, nn.modules.conv._ConvNd) and 1 < module.groups == module.in_channels
+
+
+def _groups(module: nn.Module, key: str, attention_projection: AttentionProjection) -> int:
+    """Number of matrices that a weight is read as; a depthwise kernel is one, (m, n)."""
+    if isinstance(module, nn.modules.conv._ConvNd) and not module.transposed:
+        return 1 if _is_depthwise(module) else module.groups
+    return 3 if key == "in_proj_weight" and attention_projection == "separate" else 1
+
+
+def _attention_of(model: nn.Module, module: nn.Module) -> nn.MultiheadAttention | None:
+    """Return the attention, of no foreign kind, whose out_proj a module is."""
+    for attention in model.modules():
+        kinds = (nn.MultiheadAttention, FactoredAttention)
+        if type(attention) in kinds and attention.out_proj is module:
+            assert isinstance(attention, nn.MultiheadAttention)
+            return attention
+    return None
+
+
+def _first_match(path: str, patterns: Sequence[str]) -> str | None:
+    return next((pattern for pattern in patterns if fnmatchcase(path, pattern)), None)
+
+
+def _check_patterns(
+    paths: Sequence[str], *, include: Sequence[str], exclude: Sequence[str]
+) -> None:
+    """Reject a pattern that matches nothing: most likely it is misspelt."""
+    for option, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns:
+            if not any(fnmatchcase(path, pattern) for path in paths):
+                raise ValueError(
+                    f"{option}: the pattern {pattern!r} matches no module that holds a weight"
+                )
 
 
 def _holders(model: nn.Module) -> dict[int, int]:

@@ -11,7 +11,11 @@ class FactoredLayer(nn.Module):
 
     U (m, r) and Vh (r, n) are parameters without gradient: they are saved and moved with the
     module, yet DistributedDataParallel sends neither them (they would be sent at every forward if
-    they were buffers) nor a gradient for them. The core (r, r) and the bias are trained.
+    they were buffers) nor a gradient for them. The core (r, r) is trained, and so is the bias.
+
+    A weight may also be read as a stack of g > 1 matrices, one for each group of a convolution.
+    All of them have the same rank, and every factor has a leading dimension g: U (g, m / g, r),
+    core (g, r, r), Vh (g, r, n).
 
     The concrete layers say how the weight is applied; ``forward`` never forms W.
     """
@@ -24,18 +28,23 @@ class FactoredLayer(nn.Module):
     """Shape of the dense weight, (m, ...)."""
 
     def __init__(
-        self, U: Tensor, core: Tensor, Vh: Tensor, *, dense: nn.Linear | nn.Conv2d
+        self,
+        U: Tensor,
+        core: Tensor,
+        Vh: Tensor,
+        *,
+        weight_shape: torch.Size,
+        bias: nn.Parameter | None = None,
     ) -> None:
         super().__init__()
-        self.weight_shape = dense.weight.shape
+        self.weight_shape = weight_shape
         self.set_factors(U, core, Vh)
         # The same object as before, so that the optimizer and everyone else keep their hold on it.
-        self.register_parameter("bias", dense.bias)  # type: ignore[arg-type]
-        self.train(dense.training)
+        self.register_parameter("bias", bias)
 
     @classmethod
     def from_dense(cls, dense: nn.Module, U: Tensor, core: Tensor, Vh: Tensor) -> Self:
-        """Make the factorized twin of a dense layer from U (m, r), core (r, r), Vh (r, n)."""
+        """Make the factorized twin of a dense layer from the factors of its weight."""
         raise NotImplementedError
 
     def to_dense(self) -> nn.Module:
@@ -45,12 +54,17 @@ class FactoredLayer(nn.Module):
     @property
     def rank(self) -> int:
         """Rank r of the factorization."""
-        return self.core.shape[0]
+        return self.core.shape[-1]
+
+    @property
+    def groups(self) -> int:
+        """Number g of matrices that the weight is read as."""
+        return self.core.shape[0] if self.core.dim() == 3 else 1
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
-        """Shape (m, n) of the weight read as a matrix."""
-        return self.U.shape[0], self.Vh.shape[1]
+        """Shape of the weight read as a matrix: (m, n), or (m / g, n) of each group's."""
+        return self.U.shape[-2], self.Vh.shape[-1]
 
     @property
     def weight(self) -> Tensor:
@@ -61,7 +75,7 @@ class FactoredLayer(nn.Module):
         """Replace the factors by others of any rank: new Parameter objects.
 
         Args:
-            U: (m, r). core: (r, r). Vh: (r, n).
+            U: (m, r). core: (r, r). Vh: (r, n). With groups as described at the class.
         """
         self.U = nn.Parameter(U, requires_grad=False)
         self.core = nn.Parameter(core)

@@ -16,16 +16,21 @@ class FactoredLinear(FactoredLayer):
     keeps the products of width r instead of x, since only the core takes a gradient.
     """
 
+    dense_type: type[nn.Linear]
+    """nn.Linear, or the subclass of it that nn.MultiheadAttention has as its output projection."""
+
     @classmethod
     def from_dense(cls, dense: nn.Module, U: Tensor, core: Tensor, Vh: Tensor) -> Self:
         """Make the twin of an nn.Linear from U (out, r), core (r, r), Vh (r, in)."""
         assert isinstance(dense, nn.Linear)
-        return cls(U, core, Vh, dense=dense)
+        twin = cls(U, core, Vh, weight_shape=dense.weight.shape, bias=dense.bias)
+        twin.dense_type = type(dense)
+        return twin.train(dense.training)
 
     def to_dense(self) -> nn.Linear:
         """Make the nn.Linear with the same function and the same bias object."""
         m, n = self.matrix_shape
-        dense = nn.Linear(n, m, bias=False, device="meta")
+        dense = self.dense_type(n, m, bias=False, device="meta")
         with torch.no_grad():
             dense.weight = nn.Parameter(self.weight)
         dense.register_parameter("bias", self.bias)

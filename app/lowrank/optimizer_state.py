@@ -6,6 +6,9 @@ transported exactly by the same map. What it accumulates of the squared gradient
 transport; E[(L^T G R)^2] = (L*L)^T E[G*G] (R*R), elementwise squares, holds for uncorrelated
 entries of G and is the best of what was measured. Step counts belong to the moments and stay with
 them.
+
+A weight may be read as a stack of g matrices, one above the other: then L, R and the core have a
+leading dimension g, and every matrix is transported by itself.
 """
 
 from bisect import bisect
@@ -193,10 +196,10 @@ class CoreGroups:
 
 
 def _linear(value: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """L^T A R for A that is read as a matrix (m, n)."""
-    return left.T @ value.reshape(left.shape[0], right.shape[0]) @ right
+    """L^T A R for A that is read as a matrix (m, n), or as a stack of them."""
+    return left.mT @ value.reshape(*left.shape[:-1], right.shape[-2]) @ right
 
 
 def _squared(value: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """(L*L)^T v (R*R) for v that is read as a matrix (m, n)."""
+    """(L*L)^T v (R*R) for v that is read as a matrix (m, n), or as a stack of them."""
     return _linear(value, left.square(), right.square())

@@ -52,16 +52,17 @@ def kept_rank(
     """Rank that is left after one update.
 
     Kept are the singular values of at least cutoff * s[0]; never fewer than (1 - largest_cut) of
-    the present rank, and never fewer than :func:`minimum_rank`.
+    the present rank, and never fewer than :func:`minimum_rank`. Of the matrices of a stack each has
+    its own cutoff * s[0], and the one that keeps most decides for all.
 
     Args:
-        s: singular values (r,), descending.
+        s: singular values (r,), descending, or (g, r) of a stack.
         full_rank: k = min(m, n) of the layer.
         cutoff: beta, in (0, 1).
         largest_cut: largest share of the present rank that may be cut at once.
         minimum_rank_fraction: share of k below which no rank falls.
     """
-    rank = len(s)
-    kept = int((s >= cutoff * s[0]).sum())
+    rank = s.shape[-1]
+    kept = int((s >= cutoff * s[..., :1]).sum(-1).max())
     guard = math.ceil((1 - largest_cut) * rank - 1e-9)
     return min(rank, max(kept, guard, minimum_rank(full_rank, minimum_rank_fraction)))

@@ -17,12 +17,12 @@ from app.linalg.stability import (
     mixing_similarity,
 )
 from app.linalg.svd import economy_svd, effective_rank, numerical_rank
-from app.lowrank.conversion import LayerReport, get_layer, matrix_shape
+from app.lowrank.conversion import LayerReport, get_layer
 from app.lowrank.layer import FactoredLayer
 
 
 class Basis(NamedTuple):
-    """What is remembered of a layer: its determined singular vectors and its mixing."""
+    """What is remembered of a matrix: its determined singular vectors and its mixing."""
 
     U: Tensor
     """(m, r), r the numerical rank."""
@@ -34,7 +34,12 @@ class Basis(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class LayerStability:
-    """One measurement of one layer; NaN where there is no basis to compare with yet."""
+    """One measurement of one layer; NaN where there is no basis to compare with yet.
+
+    A weight that is a stack of matrices, such as a grouped convolution's, is measured matrix by
+    matrix. Similarities and effective rank are the means, ranks and singular values (each place in
+    the order by itself) the largest.
+    """
 
     name: str
     stability: float
@@ -66,16 +71,15 @@ class StabilityTracker:
             window: epochs between the bases that are compared.
         """
         layers = [layer for layer in layers if layer.is_linear_map]
-        owners = assign([svd_cost(*layer.matrix_shape) for layer in layers], processes.count)
+        costs = [layer.groups * svd_cost(*layer.matrix_shape) for layer in layers]
+        owners = assign(costs, processes.count)
         self._mine = [
-            layer.name
-            for layer, owner in zip(layers, owners, strict=True)
-            if owner == processes.index
+            layer for layer, owner in zip(layers, owners, strict=True) if owner == processes.index
         ]
         self._order = [layer.name for layer in layers]
         self._processes = processes
         self._window = window
-        self._bases: dict[int, dict[str, Basis]] = {}
+        self._bases: dict[int, dict[str, list[Basis]]] = {}
 
     @torch.no_grad()
     def measure(self, model: nn.Module, epoch: int) -> list[LayerStability]:
@@ -89,12 +93,11 @@ class StabilityTracker:
             One entry per layer, in the order of the network, on all processes.
         """
         earlier = self._bases.get(epoch - self._window, {})
-        bases: dict[str, Basis] = {}
+        bases: dict[str, list[Basis]] = {}
         mine = []
-        for name in self._mine:
-            basis, rank, s = _decompose(model, name)
-            mine.append(_compare(name, basis, rank, s, earlier.get(name)))
-            bases[name] = basis
+        for layer in self._mine:
+            bases[layer.name], s = _decompose(model, layer)
+            mine.append(_compare(layer.name, bases[layer.name], s, earlier.get(layer.name)))
         self._bases[epoch] = bases
         self._bases = {e: b for e, b in self._bases.items() if e > epoch - self._window}
         rows = {row.name: row for part in self._processes.gather(mine) for row in part}
@@ -104,7 +107,7 @@ class StabilityTracker:
         """Return the bases that this process remembers, as plain dictionaries and tensors."""
         return {
             "bases": {
-                epoch: {name: basis._asdict() for name, basis in bases.items()}
+                epoch: {name: [part._asdict() for part in parts] for name, parts in bases.items()}
                 for epoch, bases in self._bases.items()
             }
         }
@@ -112,53 +115,71 @@ class StabilityTracker:
     def load_state_dicts(self, states: Sequence[dict[str, Any]], device: torch.device) -> None:
         """Take back what this process owns from the states of one or more processes."""
         self._bases = {}
+        names = {layer.name for layer in self._mine}
         for state in states:
             for epoch, bases in state["bases"].items():
                 kept = self._bases.setdefault(epoch, {})
-                for name in set(bases) & set(self._mine):
-                    kept[name] = Basis(**{k: v.to(device) for k, v in bases[name].items()})
+                for name in set(bases) & names:
+                    kept[name] = [
+                        Basis(**{k: v.to(device) for k, v in part.items()}) for part in bases[name]
+                    ]
 
 
 def mean_stability(rows: Sequence[LayerStability]) -> float:
     """Mean over the layers whose stability is defined; NaN if there is none."""
-    values = [row.stability for row in rows if not math.isnan(row.stability)]
-    return math.fsum(values) / len(values) if values else math.nan
+    return _mean([row.stability for row in rows])
 
 
-def _decompose(model: nn.Module, name: str) -> tuple[Basis, int, Tensor]:
-    """Return a layer's basis, its rank and its singular values (rank,).
+def _mean(values: Sequence[float]) -> float:
+    defined = [value for value in values if not math.isnan(value)]
+    return math.fsum(defined) / len(defined) if defined else math.nan
 
-    Of a factorized layer only the core is decomposed, and no (m, n) product is formed.
-    """
-    layer = get_layer(model, name)
+
+def _decompose(model: nn.Module, report: LayerReport) -> tuple[list[Basis], Tensor]:
+    """Return the basis of each of a layer's matrices and their singular values (groups, rank)."""
+    layer = get_layer(model, report.name)
     if isinstance(layer, FactoredLayer):
-        core = economy_svd(layer.core)
-        U, s, Vh = layer.U @ core.U, core.s, core.Vh @ layer.Vh
-        R = mixing_factor_from_factors(layer.U, layer.core, layer.Vh)
+        stacks = [
+            factor.reshape(report.groups, *factor.shape[-2:])
+            for factor in (layer.U, layer.core, layer.Vh)
+        ]
+        decomposed = [_decompose_factors(*factors) for factors in zip(*stacks, strict=True)]
     else:
-        weight = model.get_parameter(name).detach()
-        matrix = weight.reshape(matrix_shape(weight.shape))
-        U, s, Vh = economy_svd(matrix)
-        R = mixing_factor(matrix)
+        weight = model.get_parameter(report.name).detach()
+        stack = weight.reshape(report.groups, *report.matrix_shape)
+        decomposed = [_decompose_matrix(matrix) for matrix in stack]
+    bases, spectra = zip(*decomposed, strict=True)
+    return list(bases), torch.stack(spectra).cpu()
+
+
+def _decompose_matrix(matrix: Tensor) -> tuple[Basis, Tensor]:
+    U, s, Vh = economy_svd(matrix)
+    return _determined(U, s, Vh, mixing_factor(matrix)), s
+
+
+def _decompose_factors(U: Tensor, core: Tensor, Vh: Tensor) -> tuple[Basis, Tensor]:
+    """Decompose W = U core Vh by its core alone: no (m, n) product is formed."""
+    left, s, right = economy_svd(core)
+    return _determined(U @ left, s, right @ Vh, mixing_factor_from_factors(U, core, Vh)), s
+
+
+def _determined(U: Tensor, s: Tensor, Vh: Tensor, R: Tensor) -> Basis:
     r = numerical_rank(s, (U.shape[0], Vh.shape[1]))
     # Copies, so that what is remembered is no larger than what is determined.
-    return Basis(U[:, :r].clone(), Vh[:r].clone(), R), len(s), s.cpu()
+    return Basis(U[:, :r].clone(), Vh[:r].clone(), R)
 
 
 def _compare(
-    name: str, basis: Basis, rank: int, s: Tensor, earlier: Basis | None
+    name: str, bases: list[Basis], s: Tensor, earlier: list[Basis] | None
 ) -> LayerStability:
-    stability = similarity = math.nan
-    if earlier is not None:
-        stability = basis_stability(earlier.U, earlier.Vh, basis.U, basis.Vh)
-        similarity = mixing_similarity(earlier.R, basis.R)
+    pairs = list(zip(earlier, bases, strict=True)) if earlier is not None else []
     return LayerStability(
         name=name,
-        stability=stability,
-        mixing_similarity=similarity,
-        rank=rank,
-        reference_rank=earlier.U.shape[1] if earlier is not None else 0,
-        numerical_rank=basis.U.shape[1],
-        effective_rank=effective_rank(s),
-        singular_values=s,
+        stability=_mean([basis_stability(a.U, a.Vh, b.U, b.Vh) for a, b in pairs]),
+        mixing_similarity=_mean([mixing_similarity(a.R, b.R) for a, b in pairs]),
+        rank=s.shape[1],
+        reference_rank=max((a.U.shape[1] for a, _ in pairs), default=0),
+        numerical_rank=max(basis.U.shape[1] for basis in bases),
+        effective_rank=_mean([effective_rank(row) for row in s]),
+        singular_values=s.amax(0),
     )

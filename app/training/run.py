@@ -122,12 +122,6 @@ def _assemble(
     configuration.check_steps(steps)
     model = processes.agree(lambda: _build_model(configuration, task))
     model.to(runtime.device)
-    layers = survey(
-        model,
-        keep_first_layer=configuration.oialr.keep_first_layer,
-        keep_last_layer=configuration.oialr.keep_last_layer,
-        minimum_rank_fraction=configuration.oialr.minimum_rank_fraction,
-    )
     optimizer = build_optimizer(model, configuration.training)
     method = None
     if configuration.oialr.enabled:
@@ -141,6 +135,7 @@ def _assemble(
             )
         except ValueError as error:
             raise UserError(f"oialr: {error}") from None
+    layers = method.survey if method else survey(model)
     # After the method, which may have added parameter groups.
     schedule = Schedule(
         optimizer,

@@ -1,0 +1,39 @@
+"""What is told of a conversion or an update."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerEvent:
+    """What happened to one layer."""
+
+    name: str
+    """Dense parameter name."""
+    owner: int
+    """Index of the process that factorized it."""
+    previous_rank: int
+    rank: int
+    singular_values: Tensor
+    """All of them before the cut (previous_rank,), descending, on the CPU.
+
+    Of a stack of matrices: of each place in the order the largest.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """What happened after an optimizer step."""
+
+    kind: Literal["convert", "update", "cut"]
+    """A conversion, an update that left all ranks, or one that cut some."""
+    step: int
+    """Optimizer steps taken so far."""
+    layers: Sequence[LayerEvent]
+    shapes_changed: bool
+    """The network has new Parameter objects: DistributedDataParallel must be made anew."""
+    seconds: float
+    broadcast_bytes: int
