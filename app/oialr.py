@@ -190,6 +190,14 @@ class OIALR:
         return self._convert() if number == 0 else self._update(number)
 
     @property
+    def conversion_due(self) -> bool:
+        """Whether the next :meth:`step` converts the network.
+
+        Who wraps the network may let go of the wrapper before, which holds the full-rank weights.
+        """
+        return self.step_count != self._handled and self.step_count == self.delay
+
+    @property
     def converted(self) -> bool:
         """Whether the network is low-rank already."""
         return isinstance(get_layer(self.model, self.layers[0].name), FactoredLayer)

@@ -1,6 +1,7 @@
 """The method in a training loop that is not ours, on one process."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -374,3 +375,25 @@ def test_random_state_is_left_alone():
     state = torch.get_rng_state()
     train(model, optimizer, method, 12)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("factor", [1, 3])
+def test_full_rank_weights_are_given_up_one_by_one(factor, monkeypatch):
+    model, optimizer, method = make(delay=2, core_learning_rate_factor=factor)
+    train(model, optimizer, None, 2)
+    optimizer.zero_grad()
+    dense = [weakref.ref(model[0].weight), weakref.ref(model[2].weight)]
+    alive = []
+    real = OIALR._full_rank_matrix
+
+    def count(self, name):
+        alive.append(sum(weight() is not None for weight in dense))
+        return real(self, name)
+
+    monkeypatch.setattr(OIALR, "_full_rank_matrix", count)
+    assert method.conversion_due
+    method.step()
+    assert not method.conversion_due
+    # Twice to look at all of them; then each is factorized when the one before is gone.
+    assert alive == [2, 2, 2, 1]
+    assert [weight() for weight in dense] == [None, None]

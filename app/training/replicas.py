@@ -40,6 +40,11 @@ class Replicas:
         """What the loss is computed with."""
         self.rebuild()
 
+    def release(self) -> None:
+        """Let go of the wrapper and of the gradients, and so of parameters that are replaced."""
+        self.module = self.model
+        self.model.zero_grad(set_to_none=True)
+
     def rebuild(self) -> None:
         """Make the wrapper anew, after the network got new Parameter objects.
 
@@ -50,8 +55,7 @@ class Replicas:
         """
         if not self._processes.group:
             return
-        self.module = self.model  # lets go of the old wrapper before the new one is made
-        self.model.zero_grad(set_to_none=True)
+        self.release()
         self.module = DistributedDataParallel(
             self.model,
             device_ids=[self._device] if self._device.type == "cuda" else None,

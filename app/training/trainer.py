@@ -114,6 +114,8 @@ class Trainer:
         start = time.perf_counter()
         for batch in self.task.train_batches(position.epoch, position.batch):
             self._train_step(batch, start)
+            if self.method and self.method.conversion_due:
+                self.replicas.release()
             event = self.method.step() if self.method else None
             if event:
                 self._follow(event)
