@@ -1,238 +1,22 @@
-"""Typed configuration: a YAML file plus ``section.key=value`` on the command line.
+"""Configuration from a YAML file plus ``section.key=value`` on the command line.
 
-Every field is documented here, checked when the configuration is built, and rejected with one line
-that names the key. Nothing is dropped silently: an unknown key is an error, and a near miss is
-suggested.
+Everything is checked when the configuration is built, and a mistake is one line that names the key.
+Nothing is dropped silently: an unknown key is an error, and a near miss is suggested.
 """
 
 import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ValidationError
 
 from app.errors import UserError
+from app.settings import Configuration, Section
 
 DEFAULT_CONFIGURATION = Path(__file__).resolve().parent.parent / "configs" / "digits_vit.yaml"
-
-
-class Section(BaseModel):
-    """A part of the configuration: immutable, keyword-only, no unknown keys, no coercion."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class RunSection(Section):
-    """Where a run lives and how it is reported."""
-
-    name: str = Field(
-        "run", min_length=1, description="Name of the run, part of the default run.dir."
-    )
-    dir: str | None = Field(
-        None, description="Folder of everything the run writes. Default: runs/NAME-TIME."
-    )
-    seed: int = Field(0, ge=0, lt=2**32, description="Seed of initialization, order and dropout.")
-    log_interval: int = Field(
-        50, gt=0, description="Steps between two progress lines and two writes to metrics.h5."
-    )
-    checkpoint_epochs: int = Field(
-        1, ge=0, description="Epochs between two checkpoints; 0: only at the end and when stopped."
-    )
-    keep_checkpoints: int = Field(
-        2, gt=0, description="Number of newest checkpoints that are kept."
-    )
-    stop_after: int | None = Field(
-        None, gt=0, description="Stop after this step as on a signal: checkpoint, exit code 75."
-    )
-
-
-class DataSection(Section):
-    """What is learned from."""
-
-    name: Literal["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "image_folder"] = (
-        Field(
-            "digits",
-            description="Data set. digits ships with scikit-learn, the others lie under data.root.",
-        )
-    )
-    root: str = Field("data", description="Folder that holds the data set in its official layout.")
-    download: bool = Field(False, description="Let torchvision download what is missing.")
-    validation_fraction: float = Field(
-        0.1, gt=0, lt=0.5, description="Share of the training part that serves as validation part."
-    )
-    train_samples: int | None = Field(
-        None, gt=0, description="Train on only this many samples (the first of the training part)."
-    )
-    drop_last: bool = Field(
-        False,
-        description="Drop the last, smaller global batch of an epoch. Otherwise it is trained on, "
-        "every sample with the weight 1 / (samples in that batch).",
-    )
-    augmentation: Literal["none", "crop", "crop_flip"] = Field(
-        "none",
-        description="Of training images in memory: random crops after zero-padding by an eighth of "
-        "the width; crop_flip: horizontal flips too.",
-    )
-    image_size: int = Field(224, gt=0, description="Crop size in pixels (image_folder only).")
-    workers: int = Field(2, ge=0, description="Loader processes per process (image_folder only).")
-
-
-class ModelSection(Section):
-    """The network, by name, built full-rank."""
-
-    name: str = Field(
-        "vision_transformer",
-        description="vision_transformer, cifar_resnet, or a name of timm, such as resnetrs101.",
-    )
-    arguments: dict[str, Any] = Field(
-        default_factory=dict, description="Keyword arguments of the network's constructor."
-    )
-
-
-class TrainingSection(Section):
-    """The optimizer and its schedule."""
-
-    epochs: int = Field(20, gt=0, description="Passes over the training part.")
-    batch_size: int = Field(64, gt=0, description="Global batch: samples per optimizer step.")
-    accumulation: int = Field(
-        1,
-        gt=0,
-        description="Backward passes per optimizer step that a process splits its share into.",
-    )
-    optimizer: Literal["adamw", "adam", "sgd", "rmsprop"] = Field(
-        "adamw", description="adamw, adam, sgd (Nesterov if momentum > 0) or rmsprop."
-    )
-    learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate.")
-    weight_decay: float = Field(
-        0.0, ge=0, description="Not applied to biases, normalization weights, tokens and positions."
-    )
-    momentum: float = Field(0.9, ge=0, lt=1, description="Of sgd and rmsprop; adam's first beta.")
-    schedule: Literal["cosine", "constant"] = Field(
-        "cosine",
-        description="After the warm-up: cosine to the minimum at the last step, or constant.",
-    )
-    warmup_epochs: float = Field(0.0, ge=0, description="Epochs of linear warm-up.")
-    warmup_learning_rate: float = Field(1e-6, ge=0, description="Learning rate of the first step.")
-    minimum_learning_rate: float = Field(0.0, ge=0, description="Learning rate of the last step.")
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Of the cross entropy.")
-    gradient_clip: float | None = Field(
-        None, gt=0, description="Largest norm of the gradient over all trained parameters."
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.accumulation > self.batch_size:
-            raise ValueError(
-                f"accumulation: {self.accumulation} backward passes cannot share "
-                f"a batch_size of {self.batch_size}"
-            )
-        if self.warmup_epochs >= self.epochs:
-            raise ValueError(
-                f"warmup_epochs: {self.warmup_epochs} must be less than epochs, {self.epochs}"
-            )
-        if self.minimum_learning_rate > self.learning_rate:
-            raise ValueError(
-                f"minimum_learning_rate: {self.minimum_learning_rate} exceeds "
-                f"learning_rate, {self.learning_rate}"
-            )
-        return self
-
-
-class OIALRSection(Section):
-    """The method (arXiv 2401.08505, section 4)."""
-
-    enabled: bool = Field(True, description="false: the full-rank baseline.")
-    delay: int = Field(1000, gt=0, description="Optimizer steps of full-rank training, d.")
-    update_interval: int = Field(500, gt=0, description="Optimizer steps between updates, nu.")
-    cutoff: float = Field(
-        0.1, gt=0, lt=1, description="Singular values below cutoff times the largest are cut, beta."
-    )
-    layer_fraction: float = Field(
-        0.1, gt=0, le=1, description="Share of layers, last first, that each update adds, alpha."
-    )
-    keep_first_layer: bool = Field(False, description="The network's first layer stays full-rank.")
-    keep_last_layer: bool = Field(True, description="The network's last layer stays full-rank.")
-    minimum_rank_fraction: float = Field(
-        0.01, ge=0, le=1, description="No rank falls below this share of min(m, n)."
-    )
-    largest_cut: float = Field(
-        0.5, gt=0, lt=1, description="Largest share of a layer's rank that one update may cut."
-    )
-    cut_at_conversion: bool = Field(False, description="Cut at the conversion itself already.")
-    include: list[str] = Field(["*"], description="Patterns (blocks.*) of layers to factorize.")
-    exclude: list[str] = Field([], description="Patterns of layers that stay full-rank.")
-    attention_projection: Literal["packed", "separate"] = Field(
-        "packed", description="nn.MultiheadAttention: in_proj_weight as one, or q, k and v each."
-    )
-    core_learning_rate_factor: float = Field(
-        1.0,
-        gt=0,
-        description="Learning rate of cores over that of full-rank weights: a step on a core moves "
-        "the weight less.",
-    )
-
-
-class DistributedSection(Section):
-    """Processes and devices."""
-
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="auto: one GPU per process where there are GPUs, otherwise the CPU."
-    )
-    factorization: Literal["auto", "owner", "replicated"] = Field(
-        "auto",
-        description="owner: each layer is factorized by one process and sent to the others; "
-        "replicated: every process factorizes every layer; auto: owner.",
-    )
-    timeout: float = Field(
-        1800.0, gt=0, description="Seconds after which a collective without answer ends the run."
-    )
-
-
-class StabilitySection(Section):
-    """The measurement of basis stability (arXiv 2401.08505, section 3)."""
-
-    enabled: bool = Field(True, description="Measure it.")
-    window: int = Field(5, gt=0, description="Epochs between the two bases that are compared.")
-    interval: int = Field(1, gt=0, description="Epochs between two measurements.")
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.window % self.interval:
-            raise ValueError(
-                f"window: {self.window} must be a multiple of interval, {self.interval}"
-            )
-        return self
-
-
-class Configuration(Section):
-    """The whole configuration of a run."""
-
-    run: RunSection = Field(default_factory=RunSection)
-    data: DataSection = Field(default_factory=DataSection)
-    model: ModelSection = Field(default_factory=ModelSection)
-    training: TrainingSection = Field(default_factory=TrainingSection)
-    oialr: OIALRSection = Field(default_factory=OIALRSection)
-    distributed: DistributedSection = Field(default_factory=DistributedSection)
-    stability: StabilitySection = Field(default_factory=StabilitySection)
-
-    def to_yaml(self) -> str:
-        """Return the resolved configuration as YAML, readable by :func:`load`."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False)
-
-    def check_steps(self, steps: int) -> None:
-        """Reject a delay that a run of ``steps`` optimizer steps would never reach.
-
-        Raises:
-            UserError: the delay is not less than the number of steps.
-        """
-        if self.oialr.enabled and self.oialr.delay >= steps:
-            raise UserError(
-                f"oialr.delay: {self.oialr.delay} is not less than the {steps} steps of this run; "
-                f"lower it, or set oialr.enabled=false for full-rank training"
-            )
 
 
 def load(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Configuration:
@@ -288,6 +72,11 @@ def build(values: Mapping[str, Any]) -> Configuration:
         problems = [_describe(problem) for problem in error.errors()]
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UserError(problems[0] + more) from None
+
+
+def to_yaml(configuration: Configuration) -> str:
+    """Return the resolved configuration as YAML, readable by :func:`load`."""
+    return yaml.safe_dump(configuration.model_dump(), sort_keys=False)
 
 
 def documented_keys() -> list[str]:

@@ -10,6 +10,7 @@ from app import config
 from app.command import EXIT_STOPPED, report_fault, run_command
 from app.distributed.launch import read_launch
 from app.errors import DivergedError, UserError
+from app.settings import Configuration
 
 EXAMPLES = """\
 examples:
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _run(configuration, resume=options.resume is not None)
 
 
-def _read_configuration(options: argparse.Namespace) -> config.Configuration:
+def _read_configuration(options: argparse.Namespace) -> Configuration:
     """Resolve the configuration; a resumed run's own one unless --config names another."""
     path, overrides = options.config, list(options.overrides)
     if options.resume is not None:
@@ -56,7 +57,7 @@ def _read_configuration(options: argparse.Namespace) -> config.Configuration:
     return config.load(path, overrides)
 
 
-def _run(configuration: config.Configuration, *, resume: bool) -> int:
+def _run(configuration: Configuration, *, resume: bool) -> int:
     """Start the processes, train, and end all of them alike."""
     from app.distributed.stopping import StopSignal
 

@@ -11,7 +11,7 @@ from app.errors import UserError
 def test_default_configuration_loads_and_survives_a_round_trip():
     loaded = config.load()
     assert loaded.run.name == "digits_vit"
-    assert config.build(config.parse(loaded.to_yaml(), source="")) == loaded
+    assert config.build(config.parse(config.to_yaml(loaded), source="")) == loaded
 
 
 def test_overrides():

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from app import config
 from app.compatibility import import_torchvision
-from app.config import DataSection
 from app.errors import UserError
+from app.settings import Configuration, DataSection
 from app.tasks import datasets
 from app.tasks.datasets import ImageSet, download, load
 from app.tasks.formats import read_cifar, read_idx
@@ -337,7 +337,7 @@ def downloads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
     return calls
 
 
-def configuration(name: str, root: Path, **data: Any) -> config.Configuration:
+def configuration(name: str, root: Path, **data: Any) -> Configuration:
     return config.build({"data": {"name": name, "root": str(root), **data}})
 
 

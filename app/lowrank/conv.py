@@ -1,5 +1,6 @@
 """The factorized convolution in one, two and three dimensions, with groups."""
 
+import math
 from typing import Any, Self
 
 import torch
@@ -18,8 +19,9 @@ class FactoredConv(FactoredLayer):
     """A convolution with W = U core Vh, (out_channels, in_channels * prod(kernel)) as a matrix.
 
     Vh is applied as a convolution with r output channels and the kernel of the dense layer, with
-    its stride, padding and dilation; U core follows as a convolution with a kernel of one. U core
-    is folded first: that costs m r^2 multiply-adds, against r^2 for each pixel.
+    its stride, padding and dilation; core and U follow as convolutions with a kernel of one, in
+    most cases folded into one. (The smaller side of a convolution is that of U but for very few
+    input channels, and those make it cheap anyway.)
 
     With g groups each has a factorization of its own, of (out_channels / g, in_channels / g *
     prod(kernel)), and both convolutions have g groups.
@@ -70,16 +72,38 @@ class FactoredConv(FactoredLayer):
         if self.padding_mode != "zeros":
             x = functional.pad(x, self._padding_by_side, mode=self.padding_mode)
             padding = (0,) * len(self.kernel_size)
-        inner = convolve(
-            x,
-            self.Vh.reshape(-1, *self.weight_shape[1:]),
-            stride=self.stride,
-            padding=padding,
-            dilation=self.dilation,
-            groups=self.groups,
-        )
-        left = (self.U @ self.core).reshape(-1, self.rank, *(1 for _ in self.kernel_size))
-        return convolve(inner, left, self.bias, groups=self.groups)
+
+        def spatial(kernel: Tensor, bias: Tensor | None = None) -> Tensor:
+            """Convolve x by a kernel (..., n), with stride, padding and dilation."""
+            result: Tensor = convolve(
+                x,
+                kernel.reshape(-1, *self.weight_shape[1:]),
+                bias,
+                stride=self.stride,
+                padding=padding,
+                dilation=self.dilation,
+                groups=self.groups,
+            )
+            return result
+
+        def pointwise(inner: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+            """Mix channels by a matrix (m, r), or (g, m / g, r), at every position."""
+            kernel = matrix.reshape(-1, matrix.shape[-1], *(1 for _ in self.kernel_size))
+            result: Tensor = convolve(inner, kernel, bias, groups=self.groups)
+            return result
+
+        way = self.way(self._positions(x))
+        if way == "dense":
+            return spatial(self.weight, self.bias)
+        inner = spatial(self.Vh)
+        if way == "factored":
+            return pointwise(pointwise(inner, self.core), self.U, self.bias)
+        return pointwise(inner, self.U @ self.core, self.bias)
+
+    def _positions(self, x: Tensor) -> int:
+        """Positions of the output, over the batch; those of the input over the stride, about."""
+        d = len(self.kernel_size)
+        return x.numel() // max(1, self.in_channels * math.prod(self.stride[-d:]))
 
     @property
     def in_channels(self) -> int:

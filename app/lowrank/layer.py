@@ -5,6 +5,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from app.lowrank.cost import Execution, Way, cheapest_way
+
 
 class FactoredLayer(nn.Module):
     """A layer whose weight, read as a matrix W (m, n), is held as U core Vh of rank r.
@@ -17,8 +19,12 @@ class FactoredLayer(nn.Module):
     All of them have the same rank, and every factor has a leading dimension g: U (g, m / g, r),
     core (g, r, r), Vh (g, r, n).
 
-    The concrete layers say how the weight is applied; ``forward`` never forms W.
+    The concrete layers say how the weight is applied; for every shape of the input they choose the
+    cheapest way (:mod:`app.lowrank.cost`) unless ``execution`` names one.
     """
+
+    execution: Execution = "auto"
+    """How the weight is applied; "auto": the cheapest way for the present rank and input."""
 
     U: nn.Parameter
     core: nn.Parameter
@@ -66,9 +72,15 @@ class FactoredLayer(nn.Module):
         """Shape of the weight read as a matrix: (m, n), or (m / g, n) of each group's."""
         return self.U.shape[-2], self.Vh.shape[-1]
 
+    def way(self, rows: int) -> Way:
+        """Return how the weight is applied to an input of so many rows (batch times positions)."""
+        if self.execution != "auto":
+            return self.execution
+        return cheapest_way(rows, *self.matrix_shape, self.rank)
+
     @property
     def weight(self) -> Tensor:
-        """The dense weight, formed anew at every access. For inspection and for foreign code."""
+        """The dense weight, formed anew at every access."""
         return (self.U @ self.core @ self.Vh).reshape(self.weight_shape)
 
     def set_factors(self, U: Tensor, core: Tensor, Vh: Tensor) -> None:

@@ -38,9 +38,15 @@ class FactoredLinear(FactoredLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in) to (..., out)."""
-        return functional.linear(
-            functional.linear(functional.linear(x, self.Vh), self.core), self.U, self.bias
-        )
+        linear = functional.linear
+        match self.way(x.numel() // max(1, x.shape[-1])):
+            case "factored":
+                return linear(linear(linear(x, self.Vh), self.core), self.U, self.bias)
+            case "dense":
+                return linear(x, self.weight, self.bias)
+        if self.out_features <= self.in_features:
+            return linear(linear(x, self.Vh), self.U @ self.core, self.bias)
+        return linear(linear(x, self.core @ self.Vh), self.U, self.bias)
 
     @property
     def in_features(self) -> int:

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from app.compatibility import import_torchvision
-from app.config import ModelSection
 from app.errors import UserError
+from app.settings import ModelSection
 
 _CONSTRUCTION_ERRORS = (
     ArithmeticError,

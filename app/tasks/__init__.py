@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from app.config import Configuration
+from app.settings import Configuration
 from app.tasks.datasets import download as download
 
 

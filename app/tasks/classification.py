@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from app.config import Configuration
 from app.errors import UserError
+from app.settings import Configuration
 from app.tasks import Batch, datasets, sharding
 from app.tasks.pixels import channel_statistics, crop_and_flip
 from app.tasks.sharding import Stream

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from app.compatibility import import_torchvision
-from app.config import Configuration, DataSection
 from app.errors import UserError
+from app.settings import Configuration, DataSection
 from app.tasks.formats import read_cifar, read_idx
 from app.tasks.splitting import limit_training_part, split_off, split_off_validation
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from app.compatibility import import_torchvision
-from app.config import Configuration, DataSection
 from app.errors import UserError
+from app.settings import Configuration, DataSection
 from app.tasks import Batch, sharding
 from app.tasks.classification import Classification
 from app.tasks.sharding import Stream

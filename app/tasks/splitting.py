@@ -6,8 +6,8 @@ samples.
 
 import numpy as np
 
-from app.config import DataSection
 from app.errors import UserError
+from app.settings import DataSection
 from app.tasks.sharding import Stream, generator
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from app.compatibility import import_torchvision
-from app.config import TrainingSection
+from app.settings import TrainingSection
 
 
 def build_optimizer(model: nn.Module, section: TrainingSection) -> Optimizer:

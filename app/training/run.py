@@ -13,13 +13,14 @@ import numpy as np
 import torch
 
 from app import models
-from app.config import Configuration
+from app.config import to_yaml
 from app.distributed.runtime import Runtime
 from app.distributed.stopping import StopSignal
 from app.errors import UserError
 from app.lowrank.conversion import survey
 from app.metrics.stability import StabilityTracker
 from app.oialr import OIALR
+from app.settings import Configuration
 from app.tasks import Task, build_task, download
 from app.training.checkpoint import Checkpoints
 from app.training.optimizer import Schedule, build_optimizer
@@ -86,7 +87,7 @@ def _prepare_folder(configuration: Configuration, runtime: Runtime, *, resume: b
             )
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _write_text(folder / "config.yaml", configuration.to_yaml())
+            _write_text(folder / "config.yaml", to_yaml(configuration))
         except OSError as error:
             raise UserError(f"run.dir: cannot write to {folder}: {error.strerror}") from None
         return folder
@@ -158,7 +159,7 @@ def _assemble(
         if state:
             return Recorder.resume(metrics, state[0]["rows"])
         return Recorder.create(
-            metrics, configuration=configuration.to_yaml(), layers=layers, figures=task.figures
+            metrics, configuration=to_yaml(configuration), layers=layers, figures=task.figures
         )
 
     trainer = Trainer(

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from app.config import Configuration
+from app.config import to_yaml
 from app.distributed.runtime import Runtime
 from app.distributed.stopping import StopAgreement, StopSignal
 from app.errors import DivergedError
 from app.metrics.stability import StabilityTracker, mean_stability
 from app.oialr import OIALR, Event
+from app.settings import Configuration
 from app.tasks import Batch, Task
 from app.training.checkpoint import Checkpoints
 from app.training.evaluation import evaluate
@@ -254,7 +255,7 @@ class Trainer:
         self.seconds += now - self._clock
         self._clock = now
         shared = {
-            "configuration": self.configuration.to_yaml(),
+            "configuration": to_yaml(self.configuration),
             "process_count": self.runtime.process_count,
             "position": vars(self.position),
             "last_loss": self._last_loss,
