@@ -1,14 +1,28 @@
 """What all front doors share: overrides in ``--help``, exit codes, errors from one process only."""
 
+import argparse
 import sys
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 from app.distributed.launch import read_launch
 from app.errors import UserError
 
 EXIT_USER = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL: to be resumed
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are those of any other mistake: one line, from one process."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what the user did wrong.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(f"{message} (see {self.prog} --help)")
 
 
 def run_command(main: Callable[[], int]) -> None:

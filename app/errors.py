@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class DivergedError(Exception):
     """A weight holds NaN or infinity: the training has diverged. Exit code 1."""
+
+
+class AgreedUserError(UserError):
+    """A user's mistake that all processes raise together, so that process 0 alone reports it."""

@@ -27,6 +27,7 @@ from app.distributed.factorization import factorize
 from app.distributed.processes import Processes
 from app.errors import DivergedError
 from app.linalg.svd import Factors
+from app.lowrank.arguments import Factorization, check_arguments
 from app.lowrank.attention import AttentionProjection
 from app.lowrank.conversion import (
     LayerReport,
@@ -35,6 +36,7 @@ from app.lowrank.conversion import (
     parameter_counts,
     survey,
 )
+from app.lowrank.cost import Execution
 from app.lowrank.event import Event, LayerEvent
 from app.lowrank.layer import FactoredLayer
 from app.lowrank.optimizer_state import (
@@ -63,19 +65,22 @@ class OIALR:
         keep_last_layer: bool = True,
         minimum_rank_fraction: float = 0.01,
         largest_cut: float = 0.5,
+        rank_multiple: int = 16,
         cut_at_conversion: bool = False,
+        execution: Execution = "auto",
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
         attention_projection: AttentionProjection = "packed",
         core_learning_rate_factor: float = 1.0,
         unknown_optimizer_state: UnknownState = "error",
-        factorization: Literal["auto", "owner", "replicated"] = "auto",
+        factorization: Factorization = "auto",
         processes: Processes | None = None,
     ) -> None:
         """Take hold of a full-rank network and its optimizer; nothing is changed yet.
 
         Args:
-            model: the network, not wrapped in DistributedDataParallel.
+            model: the network, not wrapped in DistributedDataParallel; master weights in float32
+                or float64, since products of half-precision bases lose their orthogonality.
             optimizer: Adam, AdamW, NAdam, RAdam, SGD or RMSprop.
             delay: optimizer steps of full-rank training, d.
             update_interval: optimizer steps between updates, nu.
@@ -85,7 +90,11 @@ class OIALR:
             keep_last_layer: the network's last layer stays full-rank.
             minimum_rank_fraction: no rank falls below this share of min(m, n).
             largest_cut: largest share of a layer's rank that one update may cut.
+            rank_multiple: ranks are rounded up to a multiple of this in layers with min(m, n) of
+                at least eight times as much; 1: not at all.
             cut_at_conversion: cut at the conversion itself already (the paper does not).
+            execution: how factorized weights are applied; "auto": the cheapest exact way for each
+                layer and rank (:mod:`app.lowrank.cost`).
             include, exclude: shell-style patterns of module names, such as "blocks.*.attn.*". A
                 layer is factorized only if it matches one of the first and none of the second.
             attention_projection: "packed": in_proj_weight of nn.MultiheadAttention is one matrix;
@@ -104,18 +113,19 @@ class OIALR:
             ValueError: an argument out of range, a wrapped model, an unknown optimizer, a pattern
                 that matches nothing, no layer that could be factorized.
         """
-        _check_range("delay", delay, delay >= 1, "at least 1")
-        _check_range("update_interval", update_interval, update_interval >= 1, "at least 1")
-        _check_range("cutoff", cutoff, 0 < cutoff < 1, "in (0, 1)")
-        _check_range("layer_fraction", layer_fraction, 0 < layer_fraction <= 1, "in (0, 1]")
-        fraction_is_right = 0 <= minimum_rank_fraction <= 1
-        _check_range("minimum_rank_fraction", minimum_rank_fraction, fraction_is_right, "in [0, 1]")
-        _check_range("largest_cut", largest_cut, 0 < largest_cut < 1, "in (0, 1)")
-        _check_range(
-            "core_learning_rate_factor",
-            core_learning_rate_factor,
-            core_learning_rate_factor > 0,
-            "positive",
+        check_arguments(
+            delay=delay,
+            update_interval=update_interval,
+            cutoff=cutoff,
+            layer_fraction=layer_fraction,
+            minimum_rank_fraction=minimum_rank_fraction,
+            largest_cut=largest_cut,
+            rank_multiple=rank_multiple,
+            execution=execution,
+            attention_projection=attention_projection,
+            core_learning_rate_factor=core_learning_rate_factor,
+            unknown_optimizer_state=unknown_optimizer_state,
+            factorization=factorization,
         )
         if isinstance(model, DistributedDataParallel):
             raise ValueError("OIALR takes the module inside DistributedDataParallel: model.module")
@@ -129,7 +139,9 @@ class OIALR:
         self.layer_fraction = layer_fraction
         self.minimum_rank_fraction = minimum_rank_fraction
         self.largest_cut = largest_cut
+        self.rank_multiple = rank_multiple
         self.cut_at_conversion = cut_at_conversion
+        self.execution = execution
         self.unknown_optimizer_state = unknown_optimizer_state
         self.replicated = factorization == "replicated"
         self.processes = processes or Processes.current()
@@ -161,8 +173,7 @@ class OIALR:
             if core_learning_rate_factor == 1
             else CoreGroups(optimizer, weights, learning_rate_factor=core_learning_rate_factor)
         )
-        self.dense_parameters = parameter_counts(model)[1]
-        """Numbers in the parameters of the full-rank network."""
+        self._dense_counts = parameter_counts(model)
 
         self.step_count = 0
         """Optimizer steps taken since this object was made."""
@@ -181,13 +192,16 @@ class OIALR:
         Raises:
             DivergedError: a weight to be factorized holds NaN or infinity; on all processes.
         """
-        if self._handled == self.step_count:
-            return None
+        due = [
+            number
+            for step in range(self._handled + 1, self.step_count + 1)
+            if (number := event_at(step, delay=self.delay, update_interval=self.update_interval))
+            is not None
+        ]
         self._handled = self.step_count
-        number = event_at(self.step_count, delay=self.delay, update_interval=self.update_interval)
-        if number is None:
+        if not due:
             return None
-        return self._convert() if number == 0 else self._update(number)
+        return self._update(due[-1]) if self.converted else self._convert()
 
     @property
     def conversion_due(self) -> bool:
@@ -195,7 +209,7 @@ class OIALR:
 
         Who wraps the network may let go of the wrapper before, which holds the full-rank weights.
         """
-        return self.step_count != self._handled and self.step_count == self.delay
+        return self._handled < self.delay <= self.step_count
 
     @property
     def converted(self) -> bool:
@@ -211,17 +225,18 @@ class OIALR:
         }
 
     def trainable_percent(self) -> float:
-        """Trained parameters, in percent of all parameters of the full-rank network."""
-        return 100 * parameter_counts(self.model)[0] / self.dense_parameters
+        """Trained parameters, in percent of those of the full-rank network."""
+        return 100 * parameter_counts(self.model)[0] / self._dense_counts[0]
 
     def compression_percent(self) -> float:
         """Stored parameters, frozen factors included, in percent of the full-rank network's."""
-        return 100 * parameter_counts(self.model)[1] / self.dense_parameters
+        return 100 * parameter_counts(self.model)[1] / self._dense_counts[1]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the step count and the ranks: what :meth:`load_state_dict` needs."""
         return {
             "step_count": self.step_count,
+            "handled": self._handled,
             "ranks": self.ranks() if self.converted else None,
         }
 
@@ -234,9 +249,9 @@ class OIALR:
         Raises:
             ValueError: the state belongs to another network, or this network is low-rank already.
         """
+        if self.converted:
+            raise ValueError("load_state_dict needs the full-rank network")
         if state["ranks"] is not None:
-            if self.converted:
-                raise ValueError("load_state_dict needs the full-rank network")
             names = [report.name for report in self.layers]
             if list(state["ranks"]) != names:
                 other = sorted(set(state["ranks"]) ^ set(names))
@@ -251,7 +266,7 @@ class OIALR:
                     like.new_empty(*batch, rank, rank),
                     like.new_empty(*batch, rank, n),
                 )
-        self.step_count = self._handled = state["step_count"]
+        self.step_count, self._handled = state["step_count"], state["handled"]
 
     def _count_step(self, *_: Any) -> None:
         self.step_count += 1
@@ -339,6 +354,7 @@ class OIALR:
         """Let a factorized layer take a dense one's place, in network and optimizer."""
         weight = self._weight(name)
         layer = factorize_layer(self.model, name, U, core, Vh)
+        layer.execution = self.execution
         self._replace_parameter(weight, layer.core, U, Vh.mT)
         if self._core_groups:
             self._core_groups.move(self.optimizer, weight, layer.core)
@@ -378,9 +394,5 @@ class OIALR:
             cutoff=self.cutoff,
             largest_cut=self.largest_cut,
             minimum_rank_fraction=self.minimum_rank_fraction,
+            multiple=self.rank_multiple,
         )
-
-
-def _check_range(name: str, value: float, is_right: bool, right: str) -> None:
-    if not is_right:
-        raise ValueError(f"{name} must be {right}, not {value!r}")

@@ -152,6 +152,12 @@ class OIALRSection(Section):
     largest_cut: float = Field(
         0.5, gt=0, lt=1, description="Largest share of a layer's rank that one update may cut."
     )
+    rank_multiple: int = Field(
+        16, gt=0, description="Ranks are multiples of it where min(m, n) is at least 8 times it."
+    )
+    execution: Literal["auto", "factored", "folded", "dense"] = Field(
+        "auto", description="How factorized weights are applied; auto: the cheapest exact way."
+    )
     cut_at_conversion: bool = Field(False, description="Cut at the conversion itself already.")
     include: list[str] = Field(["*"], description="Patterns (blocks.*) of layers to factorize.")
     exclude: list[str] = Field([], description="Patterns of layers that stay full-rank.")
@@ -170,7 +176,8 @@ class DistributedSection(Section):
     """Processes and devices."""
 
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="auto: one GPU per process where there are GPUs, otherwise the CPU."
+        "auto",
+        description="auto: a GPU for each process if there are enough, otherwise CPUs.",
     )
     factorization: Literal["auto", "owner", "replicated"] = Field(
         "auto",

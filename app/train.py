@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from app import config
-from app.command import EXIT_STOPPED, report_fault, run_command
+from app.command import EXIT_STOPPED, EXIT_USER, Parser, report_fault, run_command
 from app.distributed.launch import read_launch
-from app.errors import DivergedError, UserError
+from app.errors import AgreedUserError, DivergedError, UserError
 from app.settings import Configuration
 
 EXAMPLES = """\
@@ -27,7 +27,7 @@ run.stop_after with a checkpoint: go on with --resume.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, train, return the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m app.train",
         description=__doc__,
         epilog=EXAMPLES,
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--resume", metavar="DIR", help="go on with the run in this folder")
     parser.add_argument("--keys", action="store_true", help="list all keys of the configuration")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     if options.keys:
         print(config.describe_keys())
         return 0
@@ -59,7 +59,7 @@ def _read_configuration(options: argparse.Namespace) -> Configuration:
 
 def _run(configuration: Configuration, *, resume: bool) -> int:
     """Start the processes, train, and end all of them alike."""
-    from app.distributed.stopping import StopSignal
+    from app.distributed.stop_signal import StopSignal
 
     with StopSignal() as stop_signal:
         from app.distributed.runtime import start_runtime
@@ -74,8 +74,13 @@ def _run(configuration: Configuration, *, resume: bool) -> int:
             )
             try:
                 summary = train(configuration, runtime, stop_signal, resume=resume)
-            except UserError:
-                raise  # on all processes alike
+            except AgreedUserError:
+                raise
+            except UserError as error:  # on this process alone: nobody else would report it
+                if runtime.process_count > 1:
+                    print(f"error: {error}", file=sys.stderr, flush=True)
+                    runtime.abort(EXIT_USER)
+                raise
             except Stopped as stop:
                 if runtime.is_first:
                     print(f"{stop}: go on with --resume", file=sys.stderr)

@@ -7,6 +7,7 @@ from launching import ROOT, launch
 
 from app.distributed.assignment import assign
 from app.distributed.launch import read_launch
+from app.distributed.runtime import own_gpu
 
 WORKERS = ROOT / "tests" / "workers"
 
@@ -71,3 +72,19 @@ def test_method_on_several_processes_equals_one(processes):
 def test_the_innermost_launcher_counts(environment, launcher, index, count):
     found = read_launch(environment)
     assert (found.launcher, found.process_index, found.process_count) == (launcher, index, count)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "expected"),
+    [
+        ([["a", "b"], ["a", "b"]], [0, 1]),  # all are shown to all
+        ([["a"], ["b"]], [0, 0]),  # each its own
+        ([["b", "a"], ["a", "b"]], [0, 0]),
+        ([["a"], ["a"]], [None, None]),  # one GPU, two processes
+        ([["a"], []], [None, None]),
+        ([[]], [None]),
+        ([["a", "b"]], [0]),
+    ],
+)
+def test_no_two_processes_take_one_gpu(gpus, expected):
+    assert [own_gpu(gpus, i) for i in range(len(gpus))] == expected

@@ -238,6 +238,10 @@ CUT = {"full_rank": 100, "cutoff": 0.1, "largest_cut": 0.5, "minimum_rank_fracti
         ([10, 0.1], {"minimum_rank_fraction": 0.04}, 2),  # never growing
         ([0, 0, 0], {}, 3),  # a zero matrix tells nothing
         ([1.0], {}, 1),
+        ([10] * 5 + [0.1] * 15, {"multiple": 4}, 12),  # rounded up from the guard, 10
+        ([10] * 5 + [0.1] * 15, {"multiple": 4, "largest_cut": 0.9}, 8),
+        ([10] * 5 + [0.1] * 15, {"multiple": 13, "largest_cut": 0.9}, 5),  # 8 * 13 > 100
+        ([10, 9, 8], {"multiple": 4}, 3),  # never growing
     ],
 )
 def test_kept_rank(s, options, expected):

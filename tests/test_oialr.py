@@ -332,6 +332,10 @@ def test_unknown_optimizer_gets_a_clear_error_or_a_reset():
         ({"minimum_rank_fraction": 2}, "minimum_rank_fraction"),
         ({"core_learning_rate_factor": 0}, "core_learning_rate_factor"),
         ({"update_interval": 0}, "update_interval"),
+        ({"rank_multiple": 0}, "rank_multiple"),
+        ({"factorization": "replcated"}, "factorization must be one of auto, owner, replicated"),
+        ({"execution": "fast"}, "execution must be one of"),
+        ({"unknown_optimizer_state": "rest"}, "unknown_optimizer_state must be one of"),
     ],
 )
 def test_arguments_out_of_range(options, message):
@@ -397,3 +401,44 @@ def test_full_rank_weights_are_given_up_one_by_one(factor, monkeypatch):
     # Twice to look at all of them; then each is factorized when the one before is gone.
     assert alive == [2, 2, 2, 1]
     assert [weight() for weight in dense] == [None, None]
+
+
+@pytest.mark.parametrize("interval", [2, 3])
+def test_no_event_is_lost_when_step_is_called_rarely(interval):
+    model, optimizer, method = make(delay=3, update_interval=interval, layer_fraction=1)
+    kinds = []
+    for step in range(0, 12, 2):
+        train(model, optimizer, None, 2, first=step)
+        event = method.step()
+        kinds.append(event and event.kind)
+    assert kinds[:2] == [None, "convert"]
+    assert sum(kind in ("update", "cut") for kind in kinds) >= 2
+
+
+def test_an_event_that_is_due_survives_a_checkpoint():
+    model, optimizer, method = make()
+    train(model, optimizer, None, 5)
+    saved = method.state_dict(), model.state_dict(), optimizer.state_dict()
+    other, other_optimizer, other_method = make(seed=3)
+    other_method.load_state_dict(saved[0])
+    other.load_state_dict(saved[1])
+    other_optimizer.load_state_dict(saved[2])
+    assert other_method.conversion_due
+    assert other_method.step().kind == "convert"
+
+
+def test_lbfgs_is_refused():
+    model = network()
+    optimizer = torch.optim.LBFGS(model.parameters())
+    with pytest.raises(ValueError, match="LBFGS"):
+        OIALR(model, optimizer, delay=1, update_interval=1, unknown_optimizer_state="reset")
+
+
+def test_names_of_parameters_move_along_with_cores():
+    model = network()
+    optimizer = torch.optim.AdamW(model.named_parameters(), lr=1e-2)
+    method = OIALR(model, optimizer, delay=1, update_interval=9, core_learning_rate_factor=3)
+    train(model, optimizer, method, 1)
+    for group in optimizer.param_groups:
+        assert len(group["params"]) == len(group["param_names"])
+    assert optimizer.param_groups[1]["param_names"] == ["0.weight", "2.weight"]

@@ -156,6 +156,15 @@ def test_resume_before_the_first_checkpoint_starts_over(tmp_path):
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 24
 
 
+def test_a_resume_that_does_not_fit_changes_nothing(tmp_path):
+    train(0, *TINY, f"run.dir={tmp_path}", "run.stop_after=16", code=75)
+    files = [tmp_path / "config.yaml", tmp_path / "metrics.h5"]
+    before = [file.read_bytes() for file in files]
+    result = train(0, "--resume", tmp_path, "model.arguments.depth=1", code=2)
+    assert "the checkpoint does not fit the configuration" in result.stderr
+    assert [file.read_bytes() for file in files] == before
+
+
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, undisturbed):
     train(1, *TINY, f"run.dir={tmp_path}", "run.stop_after=20", code=75)
     newest = sorted((tmp_path / "checkpoints").iterdir())[-1]
@@ -213,6 +222,7 @@ MISTAKES = [
     (["training.epoch=3"], "error: training.epoch: unknown key; did you mean training.epochs?"),
     (["oialr.delay=5000"], "error: oialr.delay: 5000 is not less than the 1200 steps"),
     (["--config", "gone.yaml"], "error: --config: cannot read gone.yaml"),
+    (["--bogus"], "error: unrecognized arguments: --bogus"),
     (["--resume", "gone"], "error: --resume: gone holds no run"),
     (["model.name=resnet5"], "error: model.name"),
     (["model.arguments.embed_dim=63"], "error: model.arguments"),
@@ -232,6 +242,12 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, arguments, message):
 def test_a_mistake_is_reported_by_one_process(tmp_path, arguments):
     result = train(2, *arguments, f"run.dir={tmp_path / 'run'}", code=2)
     assert result.stderr.count("error:") == 1
+    assert "Traceback" not in result.stderr
+
+
+def test_a_mistake_that_shows_on_one_process_ends_all(tmp_path):
+    result = launch(2, DISTURBED, "mistake", 1, 5, *TINY, f"run.dir={tmp_path}", code=2)
+    assert result.stderr.count("error: image 7 is damaged") == 1
     assert "Traceback" not in result.stderr
 
 

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-# What each launcher tells its processes: index, count, index on this node.
+# What each launcher tells its processes: index and count.
 _MPI_VARIABLES = (
-    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),  # MPICH, Intel MPI, srun --mpi=pmi2
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK"),
+    ("PMI_RANK", "PMI_SIZE"),  # MPICH, Intel MPI, srun --mpi=pmi2
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),
 )
 
 
@@ -41,7 +41,7 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
             process_index=int(environment["RANK"]),
             process_count=int(environment["WORLD_SIZE"]),
         )
-    for index, count, _ in _MPI_VARIABLES:
+    for index, count in _MPI_VARIABLES:
         if index in environment and count in environment:
             return Launch(
                 launcher="mpi",

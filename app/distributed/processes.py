@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from app.errors import UserError
+from app.errors import AgreedUserError, UserError
 
 Result = TypeVar("Result")
 
@@ -83,7 +83,7 @@ class Processes:
         """Call a function on every process; if it is the user's mistake on one, it is on all.
 
         Raises:
-            UserError: the first process's, by index, on every process.
+            AgreedUserError: the first process's, by index, on every process.
         """
         result, message = None, None
         try:
@@ -92,7 +92,7 @@ class Processes:
             message = str(error)
         for problem in self.gather(message):
             if problem is not None:
-                raise UserError(problem)
+                raise AgreedUserError(problem)
         return result  # type: ignore[return-value]
 
 

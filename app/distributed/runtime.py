@@ -3,7 +3,8 @@
 import gc
 import os
 import socket
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,7 +15,7 @@ import torch.distributed as dist
 
 from app.distributed.launch import Launch, read_launch
 from app.distributed.processes import Processes
-from app.errors import UserError
+from app.errors import AgreedUserError, UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,26 +58,10 @@ def start_runtime(*, device: str, timeout: float) -> Iterator[Runtime]:
     """
     launch = read_launch()
     communicator = _connect_mpi(launch)
-    local_index, local_count = _local_place(launch, communicator)
-    chosen = _choose_device(device, local_index, local_count)
+    place = _start_groups(launch, communicator, device, timedelta(seconds=timeout))
     if launch.process_count == 1:
-        yield Runtime(
-            process_index=0,
-            process_count=1,
-            local_index=0,
-            device=chosen,
-            communicator=None,
-            processes=Processes(),
-        )
+        yield Runtime(process_index=0, process_count=1, processes=Processes(), **place)
         return
-    backend = "nccl" if chosen.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend,
-        store=_make_store(launch, communicator),
-        rank=launch.process_index,
-        world_size=launch.process_count,
-        timeout=timedelta(seconds=timeout),
-    )
     # A group of its own for host memory: the stop flags and objects travel beside the gradients.
     host_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
     processes = Processes(group=dist.group.WORLD, host_group=host_group)
@@ -84,10 +69,8 @@ def start_runtime(*, device: str, timeout: float) -> Iterator[Runtime]:
         yield Runtime(
             process_index=launch.process_index,
             process_count=launch.process_count,
-            local_index=local_index,
-            device=chosen,
-            communicator=communicator,
             processes=processes,
+            **place,
         )
     finally:
         # The groups' threads must end before the interpreter does: one that lets go of a tensor
@@ -123,40 +106,92 @@ def _connect_mpi(launch: Launch) -> Any:
     return MPI.COMM_WORLD
 
 
-def _local_place(launch: Launch, communicator: Any) -> tuple[int, int]:
-    """Return this process's index among those on its node, and their number."""
+def _choose_device(device: str, launch: Launch, communicator: Any) -> tuple[int, torch.device]:
+    """Return this process's index on its node and its device; the same kind on all processes.
+
+    Raises:
+        AgreedUserError: GPUs were asked for, and some process has none of its own.
+    """
+    mine = _visible_gpus() if device != "cpu" else []
     if communicator is not None:
         from mpi4py import MPI
 
         node = communicator.Split_type(MPI.COMM_TYPE_SHARED)
-        place = node.Get_rank(), node.Get_size()
+        local_index, gpus = node.Get_rank(), node.allgather(mine)
         node.Free()
-        return place
-    if launch.launcher == "torchrun":
-        return int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    return 0, 1
-
-
-def _choose_device(device: str, local_index: int, local_count: int) -> torch.device:
-    """Give every process of a node a GPU of its own, or the CPU.
-
-    Where the launcher shows each process one GPU only (srun --gpus-per-task=1), that one is taken.
-    """
-    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    visible = torch.cuda.device_count()
-    if visible == 0:
-        raise UserError("distributed.device: cuda was asked for, but PyTorch sees no GPU here")
-    if visible == 1:
-        local_index = 0
-    elif local_count > visible:
-        raise UserError(
-            f"distributed.device: {local_count} processes share a node with {visible} GPUs; "
-            f"start one process per GPU, or set distributed.device=cpu"
+    elif launch.launcher == "torchrun":
+        local_index = int(os.environ["LOCAL_RANK"])
+        gpus = [mine] * int(os.environ["LOCAL_WORLD_SIZE"])
+    else:
+        local_index, gpus = 0, [mine]
+    index = own_gpu(gpus, local_index)
+    all_have_one = index is not None
+    if communicator is not None:
+        all_have_one = all(communicator.allgather(all_have_one))
+    if device == "cuda" and not all_have_one:
+        raise AgreedUserError(
+            f"distributed.device: there is no GPU for each process: {len(gpus)} on this node, "
+            f"which shows {len(mine)} to this one; start one process per GPU, or set "
+            f"distributed.device=cpu"
         )
-    chosen = torch.device("cuda", local_index)
+    if index is None or not all_have_one:
+        return local_index, torch.device("cpu")
+    chosen = torch.device("cuda", index)
     torch.cuda.set_device(chosen)
-    return chosen
+    return local_index, chosen
+
+
+def own_gpu(gpus: Sequence[Sequence[str]], local_index: int) -> int | None:
+    """Choose a GPU that no other process of the node takes.
+
+    Args:
+        gpus: for each process of the node, the identities of the GPUs that it sees, in its order.
+            Launchers show every process all of them, or each its own.
+        local_index: of the process that asks.
+
+    Returns:
+        Index among the GPUs that it sees; None if some process of the node would have to share.
+    """
+    if all(seen == gpus[0] for seen in gpus):
+        return local_index if len(gpus) <= len(gpus[0]) else None
+    firsts = [seen[0] for seen in gpus if seen]
+    return 0 if len(set(firsts)) == len(gpus) else None
+
+
+def _visible_gpus() -> list[str]:
+    return [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
+
+
+def _start_groups(
+    launch: Launch, communicator: Any, device: str, timeout: timedelta
+) -> dict[str, Any]:
+    """Choose the device and start torch.distributed's default group: nccl for GPUs, else gloo.
+
+    Returns:
+        What :class:`Runtime` says of this process's place: device, local index, communicator.
+
+    Raises:
+        AgreedUserError: as :func:`_choose_device`.
+    """
+    try:
+        local_index, chosen = _choose_device(device, launch, communicator)
+        if launch.process_count > 1:
+            dist.init_process_group(
+                "nccl" if chosen.type == "cuda" else "gloo",
+                store=_make_store(launch, communicator),
+                rank=launch.process_index,
+                world_size=launch.process_count,
+                timeout=timeout,
+            )
+    except AgreedUserError:
+        raise
+    except Exception:
+        # The others wait for this process in a collective that it will never reach.
+        if communicator is not None:
+            traceback.print_exc()
+            communicator.Abort(1)
+        raise
+    return {"device": chosen, "local_index": local_index, "communicator": communicator}
 
 
 def _make_store(launch: Launch, communicator: Any) -> dist.Store:

@@ -1,37 +1,12 @@
 """Agreement on the step at which a run stops, without a synchronization in the step."""
 
-import signal
 from collections import deque
-from types import FrameType
-from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 
 from app.distributed.processes import Processes
-
-
-class StopSignal:
-    """Remembers a signal that asks the program to stop, instead of dying of it."""
-
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-
-    def __init__(self) -> None:
-        self.number = 0
-        """The signal's number; 0 as long as there was none."""
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> Self:
-        for number in self.SIGNALS:
-            self._previous[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
+from app.distributed.stop_signal import StopSignal
 
 
 class StopAgreement:

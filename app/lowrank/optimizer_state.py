@@ -29,8 +29,10 @@ def check_optimizer(optimizer: Optimizer, unknown: UnknownState) -> None:
     """Reject an optimizer whose state cannot be transported, unless it may be reset.
 
     Raises:
-        ValueError: the optimizer's type is not known and ``unknown`` is "error".
+        ValueError: the optimizer's type is not known and ``unknown`` is "error"; or LBFGS.
     """
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError("LBFGS keeps one state for all parameters and cannot follow a conversion")
     if unknown == "error" and not isinstance(optimizer, KNOWN_OPTIMIZERS):
         known = ", ".join(kind.__name__ for kind in KNOWN_OPTIMIZERS)
         raise ValueError(
@@ -64,7 +66,7 @@ def replace_parameter(
         ValueError: state of unknown meaning and ``unknown`` is "error".
     """
     for group in optimizer.param_groups:
-        group["params"] = [new if p is old else p for p in group["params"]]
+        group["params"][:] = [new if p is old else p for p in group["params"]]
     if old.grad is not None:
         new.grad = _linear(old.grad, left, right)
     state = optimizer.state.pop(old, None)
@@ -177,7 +179,8 @@ class CoreGroups:
             if mine:
                 twin = len(optimizer.param_groups)
                 rate = origin["lr"] * learning_rate_factor
-                optimizer.add_param_group({**origin, "params": [], "lr": rate})
+                names: dict[str, Any] = {"param_names": []} if "param_names" in origin else {}
+                optimizer.add_param_group({**origin, **names, "params": [], "lr": rate})
                 self._place |= {weights[i]: (twin, i) for i in mine}
                 self._moved[twin] = []
 
@@ -188,11 +191,16 @@ class CoreGroups:
         the same on all processes and in a checkpoint.
         """
         twin, index = self._place.pop(weight)
-        for group in optimizer.param_groups:
-            group["params"] = [p for p in group["params"] if p is not core]
         position = bisect(self._moved[twin], index)
         self._moved[twin].insert(position, index)
-        optimizer.param_groups[twin]["params"].insert(position, core)
+        target = optimizer.param_groups[twin]
+        for group in optimizer.param_groups:
+            for i, parameter in enumerate(group["params"]):
+                if parameter is core:
+                    target["params"].insert(position, group["params"].pop(i))
+                    if "param_names" in group:
+                        target["param_names"].insert(position, group["param_names"].pop(i))
+                    return
 
 
 def _linear(value: Tensor, left: Tensor, right: Tensor) -> Tensor:

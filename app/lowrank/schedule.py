@@ -48,6 +48,7 @@ def kept_rank(
     cutoff: float,
     largest_cut: float,
     minimum_rank_fraction: float,
+    multiple: int = 1,
 ) -> int:
     """Rank that is left after one update.
 
@@ -61,8 +62,13 @@ def kept_rank(
         cutoff: beta, in (0, 1).
         largest_cut: largest share of the present rank that may be cut at once.
         minimum_rank_fraction: share of k below which no rank falls.
+        multiple: the rank is rounded up to a multiple of this, since hardware multiplies matrices
+            of round sizes faster; not where k < 8 multiples, and never beyond the present rank.
     """
     rank = s.shape[-1]
     kept = int((s >= cutoff * s[..., :1]).sum(-1).max())
     guard = math.ceil((1 - largest_cut) * rank - 1e-9)
-    return min(rank, max(kept, guard, minimum_rank(full_rank, minimum_rank_fraction)))
+    kept = max(kept, guard, minimum_rank(full_rank, minimum_rank_fraction))
+    if full_rank >= 8 * multiple:
+        kept = math.ceil(kept / multiple) * multiple
+    return min(rank, kept)

@@ -7,7 +7,6 @@ and renamed when everything has reached the disk, so a folder of this name is al
 
 import logging
 import os
-import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 
 from app.distributed.processes import Processes
-from app.errors import UserError
+from app.errors import AgreedUserError
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +45,8 @@ class Checkpoints:
         partial = self._folder / f"partial-{step:08d}"
         first = self._processes.index == 0
         if first:
-            shutil.rmtree(partial, ignore_errors=True)
+            for leftover in self._folder.glob("partial-*"):
+                shutil.rmtree(leftover)
             partial.mkdir(parents=True)
         self._processes.barrier()
         _write(partial / _own_file(self._processes.index), own)
@@ -54,6 +54,7 @@ class Checkpoints:
             _write(partial / "state.pt", shared)
         self._processes.barrier()
         if first:
+            _sync_folder(partial)
             partial.rename(self._free_name(step))
             _sync_folder(self._folder)
             for old in self.complete()[: -self._keep]:
@@ -73,7 +74,7 @@ class Checkpoints:
             checkpoint yet.
 
         Raises:
-            UserError: there are checkpoints, and none can be read.
+            AgreedUserError: there are checkpoints, and none can be read.
         """
         candidates = self._processes.from_first(self.complete())
         if not candidates:
@@ -82,14 +83,16 @@ class Checkpoints:
             loaded, problem = None, None
             try:
                 loaded = self._read(folder)
-            except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError) as error:
+            except Exception as error:  # a damaged file may raise anything: it cannot be read
                 problem = f"{type(error).__name__}: {error}".splitlines()[0]
             problems = [p for p in self._processes.gather(problem) if p]
             if loaded and not problems:
                 return loaded
             if self._processes.index == 0:
                 logger.warning("%s cannot be read (%s): trying the one before", folder, problems[0])
-        raise UserError(f"{self._folder}: no readable checkpoint to resume from")
+                # Out of the way, so that it does not count among those that are kept.
+                folder.rename(folder.with_name(f"damaged-{folder.name}"))
+        raise AgreedUserError(f"{self._folder}: no readable checkpoint to resume from")
 
     def _read(self, folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         shared = _load(folder / "state.pt")

@@ -3,6 +3,7 @@
 A search calls :func:`train` too, with the processes that it gives to one evaluation.
 """
 
+import itertools
 import json
 import os
 import time
@@ -14,8 +15,9 @@ import torch
 
 from app import models
 from app.config import to_yaml
+from app.distributed.processes import Processes
 from app.distributed.runtime import Runtime
-from app.distributed.stopping import StopSignal
+from app.distributed.stop_signal import StopSignal
 from app.errors import UserError
 from app.lowrank.conversion import survey
 from app.metrics.stability import StabilityTracker
@@ -75,11 +77,12 @@ def train(
 
 
 def _prepare_folder(configuration: Configuration, runtime: Runtime, *, resume: bool) -> Path:
-    """Create the run's folder with the resolved configuration; the same path on all processes."""
+    """Create the run's folder; the same path on all processes."""
 
     def prepare() -> Path:
-        name = f"{configuration.run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        folder = Path(configuration.run.dir or Path("runs") / name)
+        if configuration.run.dir is None:
+            return _new_folder(configuration.run.name)
+        folder = Path(configuration.run.dir)
         if not resume and (folder / "metrics.h5").exists():
             raise UserError(
                 f"run.dir: {folder} holds a run already; go on with it by --resume {folder}, "
@@ -87,7 +90,6 @@ def _prepare_folder(configuration: Configuration, runtime: Runtime, *, resume: b
             )
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _write_text(folder / "config.yaml", to_yaml(configuration))
         except OSError as error:
             raise UserError(f"run.dir: cannot write to {folder}: {error.strerror}") from None
         return folder
@@ -97,6 +99,19 @@ def _prepare_folder(configuration: Configuration, runtime: Runtime, *, resume: b
     folder = processes.from_first(prepared)
     assert folder
     return folder
+
+
+def _new_folder(name: str) -> Path:
+    """Create runs/NAME-TIME; several runs may be started in the same second."""
+    name = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for number in itertools.count():
+        folder = Path("runs") / (f"{name}-{number}" if number else name)
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError("count has no end")
 
 
 def _assemble(
@@ -120,22 +135,11 @@ def _assemble(
         )
     )
     steps = configuration.training.epochs * task.steps_per_epoch
-    configuration.check_steps(steps)
+    processes.agree(lambda: configuration.check_steps(steps))
     model = processes.agree(lambda: _build_model(configuration, task))
     model.to(runtime.device)
     optimizer = build_optimizer(model, configuration.training)
-    method = None
-    if configuration.oialr.enabled:
-        try:
-            method = OIALR(
-                model,
-                optimizer,
-                **configuration.oialr.model_dump(exclude={"enabled"}),
-                factorization=configuration.distributed.factorization,
-                processes=processes,
-            )
-        except ValueError as error:
-            raise UserError(f"oialr: {error}") from None
+    method = processes.agree(lambda: _build_method(configuration, model, optimizer, processes))
     layers = method.survey if method else survey(model)
     # After the method, which may have added parameter groups.
     schedule = Schedule(
@@ -153,15 +157,6 @@ def _assemble(
     metrics = folder / "metrics.h5"
     state = checkpoints.load() if resume else None
 
-    def open_recorder() -> Recorder:
-        if not runtime.is_first:
-            return Recorder(None)
-        if state:
-            return Recorder.resume(metrics, state[0]["rows"])
-        return Recorder.create(
-            metrics, configuration=to_yaml(configuration), layers=layers, figures=task.figures
-        )
-
     trainer = Trainer(
         configuration=configuration,
         runtime=runtime,
@@ -171,14 +166,48 @@ def _assemble(
         schedule=schedule,
         method=method,
         tracker=tracker,
-        recorder=processes.agree(open_recorder),
+        recorder=Recorder(None),
         checkpoints=checkpoints,
         stop_signal=stop_signal,
     )
     if state:
         processes.agree(lambda: _load(trainer, *state))
+
+    def open_recorder() -> Recorder:
+        """Write to the run's folder, now that everything fits together."""
+        _write_text(folder / "config.yaml", to_yaml(configuration))
+        if state:
+            return Recorder.resume(metrics, state[0]["rows"])
+        return Recorder.create(
+            metrics, configuration=to_yaml(configuration), layers=layers, figures=task.figures
+        )
+
+    if runtime.is_first:
+        trainer.recorder = open_recorder()
+    processes.barrier()
     trainer.recorder.session(process_count=runtime.process_count, first_step=trainer.position.step)
     return trainer
+
+
+def _build_method(
+    configuration: Configuration,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    processes: Processes,
+) -> OIALR | None:
+    """Build the method; None for the full-rank baseline."""
+    if not configuration.oialr.enabled:
+        return None
+    try:
+        return OIALR(
+            model,
+            optimizer,
+            **configuration.oialr.model_dump(exclude={"enabled"}),
+            factorization=configuration.distributed.factorization,
+            processes=processes,
+        )
+    except ValueError as error:
+        raise UserError(f"oialr: {error}") from None
 
 
 def _build_model(configuration: Configuration, task: Task) -> torch.nn.Module:

@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 
 from app.config import to_yaml
 from app.distributed.runtime import Runtime
-from app.distributed.stopping import StopAgreement, StopSignal
+from app.distributed.stop_signal import StopSignal
+from app.distributed.stopping import StopAgreement
 from app.errors import DivergedError
 from app.metrics.stability import StabilityTracker, mean_stability
 from app.oialr import OIALR, Event

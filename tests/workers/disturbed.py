@@ -5,6 +5,7 @@ import signal
 import sys
 
 from app.command import run_command
+from app.errors import UserError
 from app.train import main
 
 
@@ -20,6 +21,8 @@ def disturb(what, process, step):
                 os.kill(os.getpid(), signal.SIGUSR1)
             if what == "fault":
                 raise RuntimeError("the machine is on fire")
+            if what == "mistake":
+                raise UserError("image 7 is damaged")
             if what == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
 

@@ -1,0 +1,252 @@
+"""Time, memory and FLOPs of a training step: full-rank against low-rank at several rank fractions.
+
+All variants of a model live in one process and take their steps in turn, so that a disturbance of
+the machine meets all alike; the figures are medians over rounds and ratios to full-rank. The
+prediction is that of the FLOP model: floor + (1 - floor) * FLOP ratio, where floor is the step's
+time at rank fraction 0.01, that is of everything which does not scale with the rank.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from app.compatibility import import_torchvision
+from app.lowrank.conversion import factorize_layer, get_layer, survey
+from app.lowrank.layer import FactoredLayer
+
+FLOOR = 0.01
+FRACTIONS = (FLOOR, 0.1, 0.25, 0.4, 0.5, 0.75)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network and a batch for it."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    channels_last: bool = False
+
+
+def vision_transformer(width: int, patch: int, heads: int) -> nn.Module:
+    """Build timm's VisionTransformer for 32x32 images, 6 blocks deep."""
+    import_torchvision()
+    from timm.models import VisionTransformer
+
+    return VisionTransformer(
+        img_size=32, patch_size=patch, embed_dim=width, depth=6, num_heads=heads, num_classes=10
+    )
+
+
+def perceptron() -> nn.Module:
+    """Build four linear layers of 1024 x 1024."""
+    layers: list[nn.Module] = []
+    for _ in range(4):
+        layers += [nn.Linear(1024, 1024), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def resnet() -> nn.Module:
+    """Build the CIFAR ResNet-20 of double width."""
+    from app.models.cifar_resnet import CifarResNet
+
+    return CifarResNet(depth=20, width=32)
+
+
+CASES = (
+    Case("MLP 4 x 1024", perceptron, (512, 1024)),
+    Case("ViT-192, patch 4", lambda: vision_transformer(192, 4, 3), (64, 3, 32, 32)),
+    Case("ViT-384, patch 8", lambda: vision_transformer(384, 8, 6), (64, 3, 32, 32)),
+    Case("ResNet-20 x 2", resnet, (32, 3, 32, 32), channels_last=True),
+)
+
+
+class Variant:
+    """One network with its optimizer, and what was measured of it."""
+
+    def __init__(self, name: str, model: nn.Module, batch: Tensor) -> None:
+        """Take a network that is ready to be trained."""
+        self.name = name
+        self.model = model
+        self.batch = batch
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-4)
+        self.wall: list[float] = []
+        self.cpu: list[float] = []
+
+    def step(self) -> None:
+        """Take a training step and note its times in seconds."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._loss().backward()
+        self.optimizer.step()
+        if self.batch.is_cuda:
+            torch.cuda.synchronize()
+        self.wall.append(time.perf_counter() - wall)
+        self.cpu.append(time.process_time() - cpu)
+
+    def _loss(self) -> Tensor:
+        result: Tensor = self.model(self.batch).square().mean()
+        return result
+
+    def figures(self) -> dict[str, float]:
+        """Return FLOPs, and bytes of activations, of what is trained, and of all parameters."""
+        with FlopCounterMode(display=False) as counter:
+            self._loss().backward()
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        stored = sum(p.numel() for p in self.model.parameters())
+        return {
+            "flops": counter.get_total_flops(),
+            "activation_bytes": self._activation_bytes(),
+            "trained_bytes": 4 * 4 * trained,  # parameter, gradient, two moments
+            "trained_and_frozen_bytes": 4 * (4 * trained + stored - trained),
+        }
+
+    def _activation_bytes(self) -> int:
+        """Bytes of all distinct storages that autograd saves for backward, parameters excluded."""
+        own = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
+        saved: dict[int, tuple[int, Tensor]] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                saved[storage.data_ptr()] = storage.nbytes(), tensor  # kept alive: no reuse
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = self._loss()
+        del loss
+        return sum(size for size, _ in saved.values())
+
+
+def at_rank_fraction(model: nn.Module, fraction: float, **options: Any) -> nn.Module:
+    """Return a factorized copy of a network, every rank that fraction of min(m, n).
+
+    Args:
+        model: a dense network; the first and last layer stay as OIALR's defaults say.
+        fraction: of the full rank.
+        options: attributes to set on every factorized layer.
+    """
+    model = copy.deepcopy(model)
+    kept = len([m for m in model.modules() if isinstance(m, nn.Linear)]) > 4 or None
+    for report in survey(
+        model, keep_first_layer=False, keep_last_layer=bool(kept), minimum_rank_fraction=0.01
+    ):
+        if report.stays_dense is None:
+            weight = get_layer(model, report.name).weight
+            assert isinstance(weight, Tensor)
+            m, n = report.matrix_shape
+            r = max(1, round(fraction * min(m, n)))
+            U = torch.linalg.qr(torch.randn(m, r, device=weight.device)).Q.contiguous()
+            V = torch.linalg.qr(torch.randn(n, r, device=weight.device)).Q.T.contiguous()
+            scale = weight.detach().norm() / r**0.5
+            layer = factorize_layer(
+                model, report.name, U, scale * torch.eye(r, device=weight.device), V
+            )
+            for name, value in options.items():
+                setattr(layer, name, value)
+    assert any(isinstance(module, FactoredLayer) for module in model.modules())
+    return model
+
+
+def measure(
+    case: Case, fractions: tuple[float, ...], executions: tuple[str, ...], rounds: int, device: str
+) -> dict[str, dict[str, float]]:
+    """Measure all variants of a case in turn.
+
+    Args:
+        case: network and batch.
+        fractions: rank fractions.
+        executions: "auto" and ways to be forced.
+        rounds: steps of each variant, after three that do not count.
+        device: where.
+
+    Returns:
+        Figures by variant: seconds are medians, ratios are to full-rank.
+    """
+    torch.manual_seed(0)
+    layout = torch.channels_last if case.channels_last else torch.contiguous_format
+    dense = case.build().to(device)
+    if case.channels_last:
+        dense = dense.to(memory_format=layout)  # type: ignore[call-overload]
+    batch = torch.randn(case.shape, device=device)
+    if case.channels_last:
+        batch = batch.contiguous(memory_format=layout)
+    variants = [Variant("full-rank", copy.deepcopy(dense), batch)]
+    for fraction in fractions:
+        for execution in executions:
+            model = at_rank_fraction(dense, fraction, execution=execution)
+            variants.append(Variant(f"{fraction} {execution}", model, batch))
+    for number in range(rounds + 3):
+        for variant in variants:
+            if number == 3:
+                variant.wall.clear()
+                variant.cpu.clear()
+            variant.step()
+    full = variants[0]
+    full_figures = full.figures()
+    result = {}
+    for variant in variants:
+        figures = variant.figures()
+        wall, cpu = statistics.median(variant.wall), statistics.median(variant.cpu)
+        # Round by round, so that a disturbance of both cancels.
+        ratios = [mine / theirs for mine, theirs in zip(variant.cpu, full.cpu, strict=True)]
+        quartiles = statistics.quantiles(ratios, n=4)
+        result[variant.name] = {
+            "wall_seconds": wall,
+            "cpu_seconds": cpu,
+            "time_ratio": statistics.median(ratios),
+            "time_ratio_spread": quartiles[2] - quartiles[0],
+            **{f"{key}_ratio": figures[key] / full_figures[key] for key in figures},
+        }
+    floor = result.get(f"{FLOOR} {executions[0]}", {}).get("time_ratio")
+    if floor is not None:
+        for figures in result.values():
+            figures["predicted_ratio"] = floor + (1 - floor) * figures["flops_ratio"]
+    return result
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--fractions", type=float, nargs="+", default=FRACTIONS)
+    parser.add_argument("--executions", nargs="+", default=["auto", "factored", "folded", "dense"])
+    parser.add_argument("--models", nargs="+", help="parts of the models' names")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    parser.add_argument("--quick", action="store_true", help="few rounds, two fractions, auto only")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    fractions, executions = tuple(options.fractions), tuple(options.executions)
+    rounds = options.rounds
+    if options.quick:
+        fractions, executions, rounds = (FLOOR, 0.25), ("auto",), 4
+    results = {
+        case.name: measure(case, fractions, executions, rounds, options.device)
+        for case in CASES
+        if not options.models or any(part in case.name for part in options.models)
+    }
+    if options.json:
+        print(json.dumps(results))
+        return
+    for name, result in results.items():
+        columns = list(next(iter(result.values())))
+        print(f"\n{name}\n\n| variant | " + " | ".join(columns) + " |")
+        print("| --- " * (len(columns) + 1) + "|")
+        for variant, figures in result.items():
+            cells = [f"{figures[column]:.3f}" for column in columns]
+            print(f"| {variant} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
