@@ -3,6 +3,8 @@
 import gc
 import os
 import socket
+import sys
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -39,6 +41,10 @@ class Runtime:
 
     def abort(self, code: int) -> None:
         """End all processes now, this one with the exit code given."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # mpirun hands output on in its own time, and drops what is under way when it ends all.
+        time.sleep(1)
         if self.communicator is not None:
             self.communicator.Abort(code)
         os._exit(code)  # under torchrun the agent ends the others
