@@ -36,12 +36,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", metavar="PATH", help="YAML file (configs/digits_vit.yaml)")
     parser.add_argument("--resume", metavar="DIR", help="go on with the run in this folder")
     parser.add_argument("--keys", action="store_true", help="list all keys of the configuration")
+    parser.add_argument(
+        "--explain",
+        action="store_true",
+        help="print for each layer how it is applied and what that costs; train nothing",
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_intermixed_args(arguments)
     if options.keys:
         print(config.describe_keys())
         return 0
     configuration = _read_configuration(options)
+    if options.explain:
+        return _explain(configuration, resume=options.resume is not None)
     return _run(configuration, resume=options.resume is not None)
 
 
@@ -55,6 +62,19 @@ def _read_configuration(options: argparse.Namespace) -> Configuration:
         path = path or stored
         overrides.append(f"run.dir={options.resume}")
     return config.load(path, overrides)
+
+
+def _explain(configuration: Configuration, *, resume: bool) -> int:
+    """Print the table of ways and costs."""
+    from app.distributed.runtime import start_runtime
+    from app.training.run import explain_run
+
+    distributed = configuration.distributed
+    with start_runtime(device=distributed.device, timeout=distributed.timeout) as runtime:
+        table = explain_run(configuration, runtime, resume=resume)
+        if runtime.is_first:
+            print(table)
+    return 0
 
 
 def _run(configuration: Configuration, *, resume: bool) -> int:

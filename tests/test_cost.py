@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from app.lowrank.conversion import FACTORED
+from app.lowrank.conversion import FACTORED, survey
 from app.lowrank.cost import SMALL_PRODUCT, cheapest_way, full_rank_cost, training_cost
+from app.lowrank.explain import explain, rows_per_sample
 
 
 def count(layer, x):
@@ -50,3 +51,27 @@ def test_the_cheapest_way(rows, m, n, r, way):
 def test_no_rows_and_rank_one_have_a_way_too():
     for rows in (0, 1):
         assert cheapest_way(rows, 4, 4, 1) in {"factored", "folded", "dense"}
+
+
+def test_explain_counts_rows_and_names_the_cheapest_way():
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3, stride=2, padding=1), nn.Flatten(2), nn.Linear(16, 64), nn.Linear(64, 9)
+    )
+    layers = survey(model)
+    batch = torch.zeros(2, 3, 8, 8)
+    rows = rows_per_sample(model, layers, lambda: model(batch), 2)
+    assert rows == {"0.weight": 16, "2.weight": 32, "3.weight": 32}
+    assert not any(module._forward_hooks for module in model.modules())
+    assert model.training
+    table = explain(layers, rows, 10, None).splitlines()
+    assert table[0].split() == ["layer", "shape", "rows", "rank", "way", "FLOPs"]
+    # 0.1, 0.25, 0.5 and 1 of the rank 16, and no rank twice
+    ranks = [line.split()[3] for line in table if line.startswith("2.weight")]
+    assert ranks == ["2", "4", "8", "16"]
+    assert "the network's last layer" in table[-1]
+    way = cheapest_way(320, 64, 16, 4)
+    ratio = training_cost(way, rows=320, m=64, n=16, r=4) / full_rank_cost(rows=320, m=64, n=16)
+    expected = ["2.weight", "64x16", "320", "4", way, f"{ratio:.2f}"]
+    assert expected in [line.split() for line in table]
+    present = explain(layers, rows, 10, {"0.weight": 5, "2.weight": 3}).splitlines()
+    assert [line.split()[3] for line in present[1:3]] == ["5", "3"]

@@ -442,3 +442,43 @@ def test_names_of_parameters_move_along_with_cores():
     for group in optimizer.param_groups:
         assert len(group["params"]) == len(group["param_names"])
     assert optimizer.param_groups[1]["param_names"] == ["0.weight", "2.weight"]
+
+
+def test_a_compiled_network_is_trained_across_conversion_and_cuts():
+    options = {"cutoff": 0.4, "layer_fraction": 1, "delay": 2}
+    model, optimizer, method = make("momentum", **options)
+    other, other_optimizer, other_method = make("momentum", **options)
+    compiled = torch.compile(other, backend="eager")
+    train(model, optimizer, method, 8)
+    for step in range(8):
+        other_optimizer.zero_grad()
+        x, y = batch(step)
+        nn.functional.cross_entropy(compiled(x), y).backward()
+        other_optimizer.step()
+        other_method.step()
+    assert other_method.ranks() == method.ranks()
+    assert method.ranks()["2.weight"] < 32
+    for mine, theirs in zip(weights(model), weights(other), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_bfloat16_autocast_keeps_master_factors_in_float32():
+    model = network(dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    method = OIALR(model, optimizer, delay=4, update_interval=2, cutoff=0.4, layer_fraction=1)
+    losses = []
+    for step in range(30):
+        x, y = batch(step, torch.float32)
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        method.step()
+        losses.append(float(loss.detach()))
+    assert method.ranks()["2.weight"] < 32
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    for U in (model[0].U, model[2].U):
+        identity = torch.eye(U.shape[1])
+        assert torch.linalg.matrix_norm(U.T @ U - identity, 2) < 1e-4
+    assert losses[-1] < losses[0]

@@ -301,6 +301,15 @@ def test_help_imports_nothing_heavy():
     assert "oialr.cutoff" in train(0, "--keys").stdout
 
 
+def test_explain_prints_a_table_and_trains_nothing(tmp_path, undisturbed):
+    result = train(0, *TINY, "--explain", f"run.dir={tmp_path / 'run'}")
+    assert "blocks.1.mlp.fc2.weight" in result.stdout
+    assert not (tmp_path / "run").exists()
+    folder = undisturbed(1)
+    line = train(0, "--explain", "--resume", folder).stdout.splitlines()[-2]
+    assert line.split()[3] == str(last_checkpoint(folder)["method"]["ranks"][line.split()[0]])
+
+
 def test_full_rank_baseline(tmp_path):
     train(0, *TINY, "oialr.enabled=false", f"run.dir={tmp_path}")
     summary = json.loads((tmp_path / "summary.json").read_text())

@@ -15,7 +15,6 @@ two
 A full-rank layer takes 3 b m n.
 """
 
-from functools import cache
 from typing import Literal
 
 Way = Literal["factored", "folded", "dense"]
@@ -54,7 +53,6 @@ def full_rank_cost(*, rows: int, m: int, n: int) -> float:
     return 3 * rows * m * n
 
 
-@cache
 def cheapest_way(rows: int, m: int, n: int, r: int) -> Way:
     """Return the way of the smallest :func:`training_cost`. It is a function of shapes alone."""
     ways: tuple[Way, ...] = ("factored", "folded", "dense")

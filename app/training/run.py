@@ -20,6 +20,7 @@ from app.distributed.runtime import Runtime
 from app.distributed.stop_signal import StopSignal
 from app.errors import UserError
 from app.lowrank.conversion import survey
+from app.lowrank.explain import explain, rows_per_sample
 from app.metrics.stability import StabilityTracker
 from app.oialr import OIALR
 from app.settings import Configuration
@@ -76,6 +77,35 @@ def train(
     return summary
 
 
+def explain_run(configuration: Configuration, runtime: Runtime, *, resume: bool) -> str:
+    """Return a table of what execution by cost does in each layer; nothing is trained or written.
+
+    Args:
+        configuration: checked.
+        runtime: this process alone, or one of those that would train.
+        resume: at the ranks of the newest checkpoint in run.dir; otherwise at several.
+
+    Raises:
+        UserError: as :func:`train`.
+    """
+    task, model = _build_task_and_model(configuration, runtime)
+    method = _build_method(
+        configuration, model, build_optimizer(model, configuration.training), runtime.processes
+    )
+    if method is None:
+        raise UserError("--explain: oialr.enabled is false: no layer is factorized")
+    ranks = None
+    if resume:
+        folder = Path(configuration.run.dir or "")
+        state = Checkpoints(folder / "checkpoints", runtime.processes, keep=1).load()
+        ranks = state[0]["method"]["ranks"] if state else None
+    batch = task.example_batch()
+    rows = rows_per_sample(model, method.layers, lambda: model(batch.inputs), len(batch.inputs))
+    training = configuration.training
+    samples = -(-training.batch_size // (runtime.process_count * training.accumulation))
+    return explain(method.survey, rows, samples, ranks)
+
+
 def _prepare_folder(configuration: Configuration, runtime: Runtime, *, resume: bool) -> Path:
     """Create the run's folder; the same path on all processes."""
 
@@ -124,20 +154,9 @@ def _assemble(
 ) -> Trainer:
     """Build the parts in the one order that is right and bring them to the checkpoint's state."""
     processes = runtime.processes
-    if configuration.data.download:
-        processes.agree(lambda: download(configuration) if runtime.local_index == 0 else None)
-    task = processes.agree(
-        lambda: build_task(
-            configuration,
-            process_index=runtime.process_index,
-            process_count=runtime.process_count,
-            device=runtime.device,
-        )
-    )
+    task, model = _build_task_and_model(configuration, runtime)
     steps = configuration.training.epochs * task.steps_per_epoch
     processes.agree(lambda: configuration.check_steps(steps))
-    model = processes.agree(lambda: _build_model(configuration, task))
-    model.to(runtime.device)
     optimizer = build_optimizer(model, configuration.training)
     method = processes.agree(lambda: _build_method(configuration, model, optimizer, processes))
     layers = method.survey if method else survey(model)
@@ -187,6 +206,25 @@ def _assemble(
     processes.barrier()
     trainer.recorder.session(process_count=runtime.process_count, first_step=trainer.position.step)
     return trainer
+
+
+def _build_task_and_model(
+    configuration: Configuration, runtime: Runtime
+) -> tuple[Task, torch.nn.Module]:
+    """Read the data and build the network on the device. A collective call."""
+    processes = runtime.processes
+    if configuration.data.download:
+        processes.agree(lambda: download(configuration) if runtime.local_index == 0 else None)
+    task = processes.agree(
+        lambda: build_task(
+            configuration,
+            process_index=runtime.process_index,
+            process_count=runtime.process_count,
+            device=runtime.device,
+        )
+    )
+    model = processes.agree(lambda: _build_model(configuration, task))
+    return task, model.to(runtime.device)
 
 
 def _build_method(
