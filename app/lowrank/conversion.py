@@ -17,7 +17,7 @@ from app.lowrank.schedule import minimum_rank
 
 Twin = TypeVar("Twin", bound=nn.Module)
 
-FACTORED: dict[type[nn.Module], type[FactoredLayer]] = {
+FACTORED: dict[type[nn.Module], type[FactoredLinear] | type[FactoredConv]] = {
     nn.Linear: FactoredLinear,
     NonDynamicallyQuantizableLinear: FactoredLinear,  # out_proj of nn.MultiheadAttention
     nn.Conv1d: FactoredConv,

@@ -1,7 +1,5 @@
 """What every factorized layer has in common: a weight held as U core Vh."""
 
-from typing import Self
-
 import torch
 from torch import Tensor, nn
 
@@ -47,15 +45,6 @@ class FactoredLayer(nn.Module):
         self.set_factors(U, core, Vh)
         # The same object as before, so that the optimizer and everyone else keep their hold on it.
         self.register_parameter("bias", bias)
-
-    @classmethod
-    def from_dense(cls, dense: nn.Module, U: Tensor, core: Tensor, Vh: Tensor) -> Self:
-        """Make the factorized twin of a dense layer from the factors of its weight."""
-        raise NotImplementedError
-
-    def to_dense(self) -> nn.Module:
-        """Make the dense twin, with the same bias object and W = U core Vh."""
-        raise NotImplementedError
 
     @property
     def rank(self) -> int:
