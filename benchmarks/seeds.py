@@ -75,8 +75,9 @@ def _run(
 def _cell(values: list[float], figure: str) -> str:
     scale, digits = (100, 2) if figure == "test_accuracy" else (1, 1)
     mean = statistics.fmean(values) * scale
-    deviation = statistics.stdev(values) * scale if len(values) > 1 else 0
-    return f"{mean:.{digits}f} ± {deviation:.{digits}f} %"
+    if len(values) == 1:
+        return f"{mean:.{digits}f} %"
+    return f"{mean:.{digits}f} ± {statistics.stdev(values) * scale:.{digits}f} %"
 
 
 if __name__ == "__main__":
