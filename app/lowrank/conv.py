@@ -6,6 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from app.lowrank.layer import FactoredLayer
 
@@ -25,7 +26,12 @@ class FactoredConv(FactoredLayer):
 
     With g groups each has a factorization of its own, of (out_channels / g, in_channels / g *
     prod(kernel)), and both convolutions have g groups.
+
+    A convolution keeps its input for backward in any case. With ``recompute`` it keeps nothing
+    beside it: the product with Vh, of r channels, is formed a second time in backward.
     """
+
+    recompute: bool = False
 
     stride: tuple[int, ...]
     padding: str | tuple[int, ...]
@@ -77,7 +83,8 @@ class FactoredConv(FactoredLayer):
             """Convolve x by a kernel (..., n), with stride, padding and dilation."""
             result: Tensor = convolve(
                 x,
-                kernel.reshape(-1, *self.weight_shape[1:]),
+                # In another layout than the input's it would cost up to a tenth more.
+                kernel.reshape(-1, *self.weight_shape[1:]).contiguous(memory_format=layout),
                 bias,
                 stride=self.stride,
                 padding=padding,
@@ -92,13 +99,21 @@ class FactoredConv(FactoredLayer):
             result: Tensor = convolve(inner, kernel, bias, groups=self.groups)
             return result
 
+        def low_rank() -> Tensor:
+            inner = spatial(self.Vh)
+            if way == "factored":
+                return pointwise(pointwise(inner, self.core), self.U, self.bias)
+            return pointwise(inner, self.U @ self.core, self.bias)
+
+        layout = _layout(x)
         way = self.way(self._positions(x))
         if way == "dense":
             return spatial(self.weight, self.bias)
-        inner = spatial(self.Vh)
-        if way == "factored":
-            return pointwise(pointwise(inner, self.core), self.U, self.bias)
-        return pointwise(inner, self.U @ self.core, self.bias)
+        if self.recompute and torch.is_grad_enabled():
+            # Stops as soon as what backward needs is there again: the last product is not repeated.
+            recomputed: Tensor = checkpoint(low_rank, use_reentrant=False, preserve_rng_state=False)
+            return recomputed
+        return low_rank()
 
     def _positions(self, x: Tensor) -> int:
         """Positions of the output, over the batch; those of the input over the stride, about."""
@@ -127,3 +142,15 @@ class FactoredConv(FactoredLayer):
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
             f"stride={self.stride}, padding={self.padding}{groups}, rank={self.rank}"
         )
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    """Return how a batch lies in memory: channels first, as is usual, or last."""
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if (
+        channels_last is None
+        or x.is_contiguous()
+        or not x.is_contiguous(memory_format=channels_last)
+    ):
+        return torch.contiguous_format
+    return channels_last
