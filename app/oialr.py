@@ -91,7 +91,7 @@ class OIALR:
             minimum_rank_fraction: no rank falls below this share of min(m, n).
             largest_cut: largest share of a layer's rank that one update may cut.
             rank_multiple: ranks are rounded up to a multiple of this in layers with min(m, n) of
-                at least eight times as much; 1: not at all.
+                at least twelve times as much; 1: not at all.
             cut_at_conversion: cut at the conversion itself already (the paper does not).
             execution: how factorized weights are applied; "auto": the cheapest exact way for each
                 layer and rank (:mod:`app.lowrank.cost`).

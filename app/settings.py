@@ -153,7 +153,7 @@ class OIALRSection(Section):
         0.5, gt=0, lt=1, description="Largest share of a layer's rank that one update may cut."
     )
     rank_multiple: int = Field(
-        16, gt=0, description="Ranks are multiples of it where min(m, n) is at least 8 times it."
+        16, gt=0, description="Ranks are multiples of it where min(m, n) is at least 12 times it."
     )
     execution: Literal["auto", "factored", "folded", "dense"] = Field(
         "auto", description="How factorized weights are applied; auto: the cheapest exact way."

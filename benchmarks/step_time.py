@@ -10,21 +10,37 @@ import argparse
 import copy
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import cast, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere as a script
+
 from app.compatibility import import_torchvision
+from app.lowrank.conv import FactoredConv
 from app.lowrank.conversion import factorize_layer, get_layer, survey
-from app.lowrank.layer import FactoredLayer
+from app.lowrank.cost import Execution, rank_pays
+from app.lowrank.memory import TensorMemory, tensors_of
+from app.lowrank.schedule import rounded_up
 
 FLOOR = 0.01
-FRACTIONS = (FLOOR, 0.1, 0.25, 0.4, 0.5, 0.75)
+MULTIPLE = 16  # of ranks, OIALR's default
+FRACTIONS = (FLOOR, 0.1, 0.25, 0.4, 0.5, 0.75, 1.0)
+OPTIONS = {
+    "auto": "the cheapest way by the cost model",
+    "factored": "x Vh^T core^T U^T, forced",
+    "folded": "core folded into the smaller factor, forced",
+    "dense": "the weight rebuilt, forced",
+    "deferred": "as auto, but layers whose rank does not pay stay full-rank",
+    "recompute": "as auto, but convolutions form the product with Vh again in backward",
+}
 
 
 @dataclass(frozen=True)
@@ -48,10 +64,10 @@ def vision_transformer(width: int, patch: int, heads: int) -> nn.Module:
 
 
 def perceptron() -> nn.Module:
-    """Build four linear layers of 1024 x 1024."""
+    """Build four linear layers of 1024 x 1024 with GELU between them, as in a transformer."""
     layers: list[nn.Module] = []
     for _ in range(4):
-        layers += [nn.Linear(1024, 1024), nn.ReLU()]
+        layers += [nn.Linear(1024, 1024), nn.GELU()]
     return nn.Sequential(*layers[:-1])
 
 
@@ -112,29 +128,22 @@ class Variant:
         }
 
     def _activation_bytes(self) -> int:
-        """Bytes of all distinct storages that autograd saves for backward, parameters excluded."""
-        own = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
-        saved: dict[int, tuple[int, Tensor]] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                saved[storage.data_ptr()] = storage.nbytes(), tensor  # kept alive: no reuse
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        """Bytes of all tensors that the forward pass leaves alive for backward."""
+        with TensorMemory([*tensors_of(self.model, self.optimizer), self.batch]) as memory:
+            before = memory.bytes
             loss = self._loss()
+            after = memory.bytes
         del loss
-        return sum(size for size, _ in saved.values())
+        return after - before
 
 
-def at_rank_fraction(model: nn.Module, fraction: float, **options: Any) -> nn.Module:
-    """Return a factorized copy of a network, every rank that fraction of min(m, n).
+def at_rank_fraction(model: nn.Module, fraction: float, option: str) -> nn.Module:
+    """Return a factorized copy of a network, every rank that fraction of min(m, n), rounded up.
 
     Args:
         model: a dense network; the first and last layer stay as OIALR's defaults say.
         fraction: of the full rank.
-        options: attributes to set on every factorized layer.
+        option: one of OPTIONS.
     """
     model = copy.deepcopy(model)
     kept = len([m for m in model.modules() if isinstance(m, nn.Linear)]) > 4 or None
@@ -146,27 +155,30 @@ def at_rank_fraction(model: nn.Module, fraction: float, **options: Any) -> nn.Mo
             assert isinstance(weight, Tensor)
             m, n = report.matrix_shape
             r = max(1, round(fraction * min(m, n)))
+            r = rounded_up(r, full_rank=min(m, n), multiple=MULTIPLE)
+            if option == "deferred" and not rank_pays(m, n, r):
+                continue
             U = torch.linalg.qr(torch.randn(m, r, device=weight.device)).Q.contiguous()
             V = torch.linalg.qr(torch.randn(n, r, device=weight.device)).Q.T.contiguous()
             scale = weight.detach().norm() / r**0.5
             layer = factorize_layer(
                 model, report.name, U, scale * torch.eye(r, device=weight.device), V
             )
-            for name, value in options.items():
-                setattr(layer, name, value)
-    assert any(isinstance(module, FactoredLayer) for module in model.modules())
+            layer.execution = cast(Execution, option) if option in get_args(Execution) else "auto"
+            if isinstance(layer, FactoredConv):
+                layer.recompute = option == "recompute"
     return model
 
 
 def measure(
-    case: Case, fractions: tuple[float, ...], executions: tuple[str, ...], rounds: int, device: str
+    case: Case, fractions: tuple[float, ...], options: tuple[str, ...], rounds: int, device: str
 ) -> dict[str, dict[str, float]]:
     """Measure all variants of a case in turn.
 
     Args:
         case: network and batch.
         fractions: rank fractions.
-        executions: "auto" and ways to be forced.
+        options: of OPTIONS.
         rounds: steps of each variant, after three that do not count.
         device: where.
 
@@ -183,9 +195,9 @@ def measure(
         batch = batch.contiguous(memory_format=layout)
     variants = [Variant("full-rank", copy.deepcopy(dense), batch)]
     for fraction in fractions:
-        for execution in executions:
-            model = at_rank_fraction(dense, fraction, execution=execution)
-            variants.append(Variant(f"{fraction} {execution}", model, batch))
+        for option in options:
+            model = at_rank_fraction(dense, fraction, option)
+            variants.append(Variant(f"{fraction} {option}", model, batch))
     for number in range(rounds + 3):
         for variant in variants:
             if number == 3:
@@ -208,44 +220,60 @@ def measure(
             "time_ratio_spread": quartiles[2] - quartiles[0],
             **{f"{key}_ratio": figures[key] / full_figures[key] for key in figures},
         }
-    floor = result.get(f"{FLOOR} {executions[0]}", {}).get("time_ratio")
+    floor = result.get(f"{FLOOR} {options[0]}", {}).get("time_ratio")
     if floor is not None:
         for figures in result.values():
             figures["predicted_ratio"] = floor + (1 - floor) * figures["flops_ratio"]
     return result
 
 
+def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
+    """Return all results as one Markdown table; ratios are to full-rank."""
+    columns = {
+        "step, s": "wall_seconds",
+        "CPU, s": "cpu_seconds",
+        "time": "time_ratio",
+        "spread": "time_ratio_spread",
+        "FLOPs": "flops_ratio",
+        "predicted": "predicted_ratio",
+        "activations": "activation_bytes_ratio",
+        "trained": "trained_bytes_ratio",
+        "with frozen": "trained_and_frozen_bytes_ratio",
+    }
+    lines = ["| network | variant | " + " | ".join(columns) + " |", "| --- " * 11 + "|"]
+    for name, result in results.items():
+        for variant, figures in result.items():
+            cells = [f"{figures[key]:.3f}" if key in figures else "" for key in columns.values()]
+            lines.append(f"| {name} | {variant} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="options: " + "; ".join(f"{name}: {text}" for name, text in OPTIONS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--fractions", type=float, nargs="+", default=FRACTIONS)
-    parser.add_argument("--executions", nargs="+", default=["auto", "factored", "folded", "dense"])
+    parser.add_argument("--options", nargs="+", choices=OPTIONS, default=list(OPTIONS))
     parser.add_argument("--models", nargs="+", help="parts of the models' names")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.add_argument("--quick", action="store_true", help="few rounds, two fractions, auto only")
-    options = parser.parse_args()
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    fractions, executions = tuple(options.fractions), tuple(options.executions)
-    rounds = options.rounds
-    if options.quick:
-        fractions, executions, rounds = (FLOOR, 0.25), ("auto",), 4
+    fractions, options = tuple(arguments.fractions), tuple(arguments.options)
+    rounds = arguments.rounds
+    if arguments.quick:
+        fractions, options, rounds = (FLOOR, 0.25), ("auto",), 4
     results = {
-        case.name: measure(case, fractions, executions, rounds, options.device)
+        case.name: measure(case, fractions, options, rounds, arguments.device)
         for case in CASES
-        if not options.models or any(part in case.name for part in options.models)
+        if not arguments.models or any(part in case.name for part in arguments.models)
     }
-    if options.json:
-        print(json.dumps(results))
-        return
-    for name, result in results.items():
-        columns = list(next(iter(result.values())))
-        print(f"\n{name}\n\n| variant | " + " | ".join(columns) + " |")
-        print("| --- " * (len(columns) + 1) + "|")
-        for variant, figures in result.items():
-            cells = [f"{figures[column]:.3f}" for column in columns]
-            print(f"| {variant} | " + " | ".join(cells) + " |")
+    print(json.dumps(results) if arguments.json else table(results))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,23 @@
 """The FLOP model against torch's own counter, and the choice that follows from it."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from app.lowrank.conversion import FACTORED, survey
-from app.lowrank.cost import SMALL_PRODUCT, cheapest_way, full_rank_cost, training_cost
+from app.lowrank.cost import (
+    MARGIN,
+    SMALL_PRODUCT,
+    cheapest_way,
+    full_rank_cost,
+    rank_pays,
+    training_cost,
+)
 from app.lowrank.explain import explain, rows_per_sample
+from app.lowrank.schedule import rounded_up
 
 
 def count(layer, x):
@@ -48,6 +58,17 @@ def test_the_cheapest_way(rows, m, n, r, way):
     assert cheapest_way(rows, m, n, r) == way
 
 
+@pytest.mark.parametrize(("m", "n"), [(192, 192), (1024, 1024), (768, 192), (64, 576)])
+def test_the_largest_rank_that_pays(m, n):
+    budget, k, linear = MARGIN * 3 * m * n, min(m, n), 2 * (m + n) + SMALL_PRODUCT
+    folded = budget / (2 * (m + n) + k)
+    factored = (math.sqrt(linear**2 + 12 * budget) - linear) / 6  # 3 r^2 + linear r = budget
+    largest = min(k, math.floor(max(folded, factored)))
+    pays = [rank_pays(m, n, r) for r in range(1, k + 1)]
+    assert pays == [True] * largest + [False] * (k - largest)
+    assert pays == [rank_pays(n, m, r) for r in range(1, k + 1)]
+
+
 def test_no_rows_and_rank_one_have_a_way_too():
     for rows in (0, 1):
         assert cheapest_way(rows, 4, 4, 1) in {"factored", "folded", "dense"}
@@ -75,3 +96,11 @@ def test_explain_counts_rows_and_names_the_cheapest_way():
     assert expected in [line.split() for line in table]
     present = explain(layers, rows, 10, {"0.weight": 5, "2.weight": 3}).splitlines()
     assert [line.split()[3] for line in present[1:3]] == ["5", "3"]
+
+
+def test_ranks_are_rounded_up_in_layers_of_twelve_multiples_and_more():
+    assert rounded_up(77, full_rank=192, multiple=16) == 80
+    assert rounded_up(80, full_rank=192, multiple=16) == 80
+    assert rounded_up(77, full_rank=191, multiple=16) == 77
+    assert rounded_up(195, full_rank=200, multiple=16) == 200
+    assert rounded_up(77, full_rank=192, multiple=1) == 77

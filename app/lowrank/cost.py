@@ -7,8 +7,7 @@ or pixels), with U (m, r) and Vh (r, n) frozen:
 - factored: ((x Vh^T) core^T) U^T. Forward b (n r + r^2 + r m), backward the same and b r^2 for the
   core's gradient: 2 b r (m + n) + 3 b r^2.
 - folded: the core is multiplied into the factor of the smaller side first, (m, r) or (r, n), and
-two
-  products are left. The folded factor takes a gradient, which is projected onto the core:
+  two products are left. The folded factor takes a gradient, which is projected onto the core:
   2 b r (m + n) + b r k + 2 k r^2, with k = min(m, n).
 - dense: W is rebuilt, and its gradient is projected onto the core: 3 b m n + 2 m n r + 2 m r^2.
 
@@ -20,13 +19,22 @@ from typing import Literal
 Way = Literal["factored", "folded", "dense"]
 Execution = Literal["auto", "factored", "folded", "dense"]
 
-SMALL_PRODUCT = 64
+SMALL_PRODUCT = 40
 """Columns of width that one more product of (b, r) matrices costs beyond its multiply-adds.
 
 Such a product reads and writes much for what it computes. Measured on one core of an AMD EPYC (Zen
 4) in float32, at 192 <= k <= 1024: with it the model's choice is the fastest way, or within 5 % of
-it.
+it. Folding into Vh also keeps the input (b, n) for backward and not the product (b, r), so of two
+ways that take the same time the factored one is better.
 """
+
+MARGIN = 0.9
+"""Share of a full-rank layer's multiply-adds up to which a factorized one is the faster of both.
+
+Several narrow products run at a lower rate than one wide one: measured as above.
+"""
+
+MANY_ROWS = 2**30
 
 
 def training_cost(way: Way, *, rows: int, m: int, n: int, r: int) -> float:
@@ -57,3 +65,14 @@ def cheapest_way(rows: int, m: int, n: int, r: int) -> Way:
     """Return the way of the smallest :func:`training_cost`. It is a function of shapes alone."""
     ways: tuple[Way, ...] = ("factored", "folded", "dense")
     return min(ways, key=lambda way: training_cost(way, rows=rows, m=m, n=n, r=r))
+
+
+def rank_pays(m: int, n: int, r: int) -> bool:
+    """Tell whether a factorized layer of this rank is trained faster than the full-rank layer.
+
+    Judged for many rows of input, where forming products of factors costs nothing, and with
+    :data:`MARGIN`. It is a function of shapes alone.
+    """
+    ways: tuple[Way, ...] = ("factored", "folded")
+    cost = min(training_cost(way, rows=MANY_ROWS, m=m, n=n, r=r) for way in ways)
+    return cost <= MARGIN * full_rank_cost(rows=MANY_ROWS, m=m, n=n)
