@@ -15,7 +15,8 @@ module has new Parameter objects and must be wrapped anew. All processes must ca
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -26,12 +27,10 @@ from torch.optim import Optimizer
 from app.distributed.factorization import factorize
 from app.distributed.processes import Processes
 from app.errors import DivergedError
-from app.linalg.svd import Factors
 from app.lowrank.arguments import Factorization, check_arguments
 from app.lowrank.attention import AttentionProjection
 from app.lowrank.conversion import (
     LayerReport,
-    factorize_layer,
     get_layer,
     parameter_counts,
     survey,
@@ -43,10 +42,9 @@ from app.lowrank.optimizer_state import (
     CoreGroups,
     UnknownState,
     check_optimizer,
-    replace_parameter,
-    rotate_parameter,
 )
 from app.lowrank.schedule import event_at, kept_rank, layers_in_turn
+from app.lowrank.transitions import Transitions
 
 
 class OIALR:
@@ -135,14 +133,7 @@ class OIALR:
         self.optimizer = optimizer
         self.delay = delay
         self.update_interval = update_interval
-        self.cutoff = cutoff
         self.layer_fraction = layer_fraction
-        self.minimum_rank_fraction = minimum_rank_fraction
-        self.largest_cut = largest_cut
-        self.rank_multiple = rank_multiple
-        self.cut_at_conversion = cut_at_conversion
-        self.execution = execution
-        self.unknown_optimizer_state = unknown_optimizer_state
         self.replicated = factorization == "replicated"
         self.processes = processes or Processes.current()
 
@@ -158,20 +149,33 @@ class OIALR:
         """Every multidimensional weight of the network, and why it stays dense if it does."""
         self.layers = [report for report in self.survey if report.stays_dense is None]
         """Layers that the method factorizes, in the order of the network's modules."""
-        self._reports = {report.name: report for report in self.layers}
         if not self.layers:
             reasons = {report.stays_dense or "" for report in self.survey}
             raise ValueError(f"no layer can be factorized: {'; '.join(sorted(reasons))}")
-        weights = [self._weight(report.name) for report in self.layers]
+        weights = [model.get_parameter(report.name) for report in self.layers]
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if missing := [
             r.name for r, w in zip(self.layers, weights, strict=True) if id(w) not in held
         ]:
             raise ValueError(f"{missing[0]} is not among the optimizer's parameters")
-        self._core_groups = (
-            None
-            if core_learning_rate_factor == 1
-            else CoreGroups(optimizer, weights, learning_rate_factor=core_learning_rate_factor)
+        self._transitions = Transitions(
+            model,
+            optimizer,
+            kept_rank=partial(
+                kept_rank,
+                cutoff=cutoff,
+                largest_cut=largest_cut,
+                minimum_rank_fraction=minimum_rank_fraction,
+                multiple=rank_multiple,
+            ),
+            cut_at_conversion=cut_at_conversion,
+            execution=execution,
+            unknown_optimizer_state=unknown_optimizer_state,
+            core_groups=(
+                None
+                if core_learning_rate_factor == 1
+                else CoreGroups(optimizer, weights, learning_rate_factor=core_learning_rate_factor)
+            ),
         )
         self._dense_counts = parameter_counts(model)
 
@@ -201,7 +205,10 @@ class OIALR:
         self._handled = self.step_count
         if not due:
             return None
-        return self._update(due[-1]) if self.converted else self._convert()
+        if not self.converted:
+            return self._event("convert", self.layers)
+        turn = layers_in_turn(due[-1], len(self.layers), layer_fraction=self.layer_fraction)
+        return self._event("update", self.layers[-turn:])
 
     @property
     def conversion_due(self) -> bool:
@@ -258,10 +265,10 @@ class OIALR:
                 raise ValueError(f"the stored state is of another network: {', '.join(other)}")
             for report in self.layers:
                 rank = state["ranks"][report.name]
-                like = self._weight(report.name)
+                like = self._transitions.weight(report)
                 *batch, m, n = report.stack_shape
-                self._put_factors(
-                    report.name,
+                self._transitions.put_factors(
+                    report,
                     like.new_empty(*batch, m, rank),
                     like.new_empty(*batch, rank, rank),
                     like.new_empty(*batch, rank, n),
@@ -271,38 +278,20 @@ class OIALR:
     def _count_step(self, *_: Any) -> None:
         self.step_count += 1
 
-    def _weight(self, name: str) -> nn.Parameter:
-        return self.model.get_parameter(name)
+    def _event(self, kind: Literal["convert", "update"], reports: list[LayerReport]) -> Event:
+        """Factorize one matrix per layer, apply the factors, tell what happened.
 
-    def _convert(self) -> Event:
-        """Step 2 of the algorithm: every layer becomes U diag(s) Vh, layer by layer.
-
-        On each process at most one layer is there both dense and as factors.
+        At a conversion at most one layer is there both dense and as factors on each process.
         """
-        return self._event("convert", self.layers, self._full_rank_matrix, self._convert_layer)
-
-    def _update(self, number: int) -> Event:
-        """Step 3: core = U' diag(s') Vh'; U <- U U', Vh <- Vh' Vh, core <- diag(s'), cut."""
-        turn = layers_in_turn(number, len(self.layers), layer_fraction=self.layer_fraction)
-        return self._event("update", self.layers[-turn:], self._core, self._update_layer)
-
-    def _event(
-        self,
-        kind: Literal["convert", "update"],
-        reports: list[LayerReport],
-        get_matrix: Callable[[str], Tensor],
-        apply: Callable[[str, Factors], int],
-    ) -> Event:
-        """Factorize one matrix per layer, apply the factors, tell what happened."""
         start, bytes_before = time.perf_counter(), self.processes.broadcast_bytes
-        matrices = [get_matrix(report.name) for report in reports]
+        matrices = [self._transitions.matrix(report) for report in reports]
         self._check_finite(reports, matrices)
         shapes = [tuple(matrix.shape) for matrix in matrices]
         del matrices
         happened: dict[int, LayerEvent] = {}
         for i, factors, owner in factorize(
             shapes,
-            lambda i: get_matrix(reports[i].name),
+            lambda i: self._transitions.matrix(reports[i]),
             self.processes,
             replicated=self.replicated,
         ):
@@ -310,7 +299,7 @@ class OIALR:
                 name=reports[i].name,
                 owner=owner,
                 previous_rank=factors.s.shape[-1],
-                rank=apply(reports[i].name, factors),
+                rank=self._transitions.apply(reports[i], factors),
                 singular_values=factors.s.reshape(-1, factors.s.shape[-1]).amax(0).cpu(),
             )
         layers = [happened[i] for i in range(len(reports))]
@@ -333,66 +322,3 @@ class OIALR:
                     f"{report.name} holds NaN or infinity at step {self.step_count}: "
                     f"the training has diverged"
                 )
-
-    def _full_rank_matrix(self, name: str) -> Tensor:
-        return self._weight(name).detach().reshape(self._reports[name].stack_shape)
-
-    def _core(self, name: str) -> Tensor:
-        layer = get_layer(self.model, name)
-        assert isinstance(layer, FactoredLayer)
-        return layer.core.detach()
-
-    def _convert_layer(self, name: str, factors: Factors) -> int:
-        dtype = self._weight(name).dtype
-        U, s, Vh = (factor.to(dtype) for factor in factors)
-        r = self._kept_rank(name, s) if self.cut_at_conversion else s.shape[-1]
-        U, Vh = U[..., :r].contiguous(), Vh[..., :r, :].contiguous()
-        self._put_factors(name, U, torch.diag_embed(s[..., :r]), Vh)
-        return r
-
-    def _put_factors(self, name: str, U: Tensor, core: Tensor, Vh: Tensor) -> None:
-        """Let a factorized layer take a dense one's place, in network and optimizer."""
-        weight = self._weight(name)
-        layer = factorize_layer(self.model, name, U, core, Vh)
-        layer.execution = self.execution
-        self._replace_parameter(weight, layer.core, U, Vh.mT)
-        if self._core_groups:
-            self._core_groups.move(self.optimizer, weight, layer.core)
-
-    @torch.no_grad()
-    def _update_layer(self, name: str, factors: Factors) -> int:
-        layer = get_layer(self.model, name)
-        assert isinstance(layer, FactoredLayer)
-        left, s, right = (factor.to(layer.core.dtype) for factor in factors)
-        r = self._kept_rank(name, s)
-        left, right = left[..., :r], right[..., :r, :]
-        U, core, Vh = layer.U @ left, torch.diag_embed(s[..., :r]), right @ layer.Vh
-        if r < layer.rank:
-            old = layer.core
-            layer.set_factors(U, core, Vh)
-            self._replace_parameter(old, layer.core, left, right.mT)
-        else:  # the same Parameter objects, so that DistributedDataParallel can stay
-            layer.U.copy_(U)
-            layer.core.copy_(core)
-            layer.Vh.copy_(Vh)
-            rotate_parameter(
-                self.optimizer, layer.core, left, right.mT, unknown=self.unknown_optimizer_state
-            )
-        return r
-
-    def _replace_parameter(
-        self, old: nn.Parameter, new: nn.Parameter, left: Tensor, right: Tensor
-    ) -> None:
-        replace_parameter(
-            self.optimizer, old, new, left, right, unknown=self.unknown_optimizer_state
-        )
-
-    def _kept_rank(self, name: str, s: Tensor) -> int:
-        return kept_rank(
-            s,
-            full_rank=self._reports[name].full_rank,
-            cutoff=self.cutoff,
-            largest_cut=self.largest_cut,
-            minimum_rank_fraction=self.minimum_rank_fraction,
-            multiple=self.rank_multiple,
-        )

@@ -11,6 +11,7 @@ from app import OIALR
 from app.errors import DivergedError
 from app.lowrank.conversion import get_layer
 from app.lowrank.layer import FactoredLayer
+from app.lowrank.transitions import Transitions
 
 OPTIMIZERS = {
     "adam": lambda p: torch.optim.Adam(p, lr=1e-2),
@@ -388,13 +389,13 @@ def test_full_rank_weights_are_given_up_one_by_one(factor, monkeypatch):
     optimizer.zero_grad()
     dense = [weakref.ref(model[0].weight), weakref.ref(model[2].weight)]
     alive = []
-    real = OIALR._full_rank_matrix
+    real = Transitions.matrix
 
-    def count(self, name):
+    def count(self, report):
         alive.append(sum(weight() is not None for weight in dense))
-        return real(self, name)
+        return real(self, report)
 
-    monkeypatch.setattr(OIALR, "_full_rank_matrix", count)
+    monkeypatch.setattr(Transitions, "matrix", count)
     assert method.conversion_due
     method.step()
     assert not method.conversion_due

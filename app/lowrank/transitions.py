@@ -1,0 +1,147 @@
+"""What an event does to one layer: from full-rank to factors, and from one basis to the next."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from app.linalg.svd import Factors
+from app.lowrank.conversion import LayerReport, factorize_layer, get_layer
+from app.lowrank.cost import Execution
+from app.lowrank.layer import FactoredLayer
+from app.lowrank.optimizer_state import (
+    CoreGroups,
+    UnknownState,
+    replace_parameter,
+    rotate_parameter,
+)
+
+
+class Transitions:
+    """Applies a factorization to a layer of a network and to its optimizer's state.
+
+    Whether a layer is dense or factorized is seen at the layer itself: a dense one is converted, a
+    factorized one is updated.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        kept_rank: Callable[..., int],
+        cut_at_conversion: bool,
+        execution: Execution,
+        unknown_optimizer_state: UnknownState,
+        core_groups: CoreGroups | None,
+    ) -> None:
+        """Take hold of a network and its optimizer; nothing is changed yet.
+
+        Args:
+            model: the network.
+            optimizer: holds the layers' weights.
+            kept_rank: :func:`app.lowrank.schedule.kept_rank` but for ``s`` and ``full_rank``.
+            cut_at_conversion, execution, unknown_optimizer_state: as of the method.
+            core_groups: moves cores to parameter groups of their own.
+        """
+        self._model = model
+        self._optimizer = optimizer
+        self._kept_rank = kept_rank
+        self._cut_at_conversion = cut_at_conversion
+        self._execution = execution
+        self._unknown_optimizer_state = unknown_optimizer_state
+        self._core_groups = core_groups
+
+    def is_dense(self, report: LayerReport) -> bool:
+        """Whether a layer is full-rank as yet."""
+        return not isinstance(get_layer(self._model, report.name), FactoredLayer)
+
+    def weight(self, report: LayerReport) -> nn.Parameter:
+        """Return what is trained of a layer's weight: the dense weight or the core."""
+        layer = get_layer(self._model, report.name)
+        if isinstance(layer, FactoredLayer):
+            return layer.core
+        return self._model.get_parameter(report.name)
+
+    def matrix(self, report: LayerReport) -> Tensor:
+        """Return what an event factorizes: a dense weight as matrix or stack, or the core."""
+        weight = self.weight(report).detach()
+        return weight.reshape(report.stack_shape) if self.is_dense(report) else weight
+
+    def tensors(self, report: LayerReport) -> list[Tensor]:
+        """Return what is stored of a layer's weight: factors or weight, and optimizer state."""
+        layer = get_layer(self._model, report.name)
+        frozen = [layer.U, layer.Vh] if isinstance(layer, FactoredLayer) else []
+        weight = self.weight(report)
+        state = self._optimizer.state.get(weight, {})
+        stored = [value for value in state.values() if isinstance(value, Tensor)]
+        return [tensor.detach() for tensor in (weight, *frozen, *stored)]
+
+    def apply(self, report: LayerReport, factors: Factors) -> int:
+        """Let factors take the place of what was factorized, and return the rank that is left.
+
+        Args:
+            report: the layer.
+            factors: of :meth:`matrix`.
+        """
+        if self.is_dense(report):
+            return self._convert(report, factors)
+        return self._update(report, factors)
+
+    def put_factors(self, report: LayerReport, U: Tensor, core: Tensor, Vh: Tensor) -> None:
+        """Let a factorized layer take a dense one's place, in network and optimizer."""
+        weight = self.weight(report)
+        layer = factorize_layer(self._model, report.name, U, core, Vh)
+        layer.execution = self._execution
+        self._replace_parameter(weight, layer.core, U, Vh.mT)
+        if self._core_groups:
+            self._core_groups.move(self._optimizer, weight, layer.core)
+
+    def _convert(self, report: LayerReport, factors: Factors) -> int:
+        """W = U diag(s) Vh."""
+        dtype = self.weight(report).dtype
+        U, s, Vh = (factor.to(dtype) for factor in factors)
+        r = self.rank_after(report, s)
+        U, Vh = U[..., :r].contiguous(), Vh[..., :r, :].contiguous()
+        self.put_factors(report, U, torch.diag_embed(s[..., :r]), Vh)
+        return r
+
+    @torch.no_grad()
+    def _update(self, report: LayerReport, factors: Factors) -> int:
+        """Update: core = U' diag(s') Vh', U <- U U', Vh <- Vh' Vh, core <- diag(s'), cut."""
+        layer = get_layer(self._model, report.name)
+        assert isinstance(layer, FactoredLayer)
+        left, s, right = (factor.to(layer.core.dtype) for factor in factors)
+        r = self.rank_after(report, s)
+        left, right = left[..., :r], right[..., :r, :]
+        U, core, Vh = layer.U @ left, torch.diag_embed(s[..., :r]), right @ layer.Vh
+        if r < layer.rank:
+            old = layer.core
+            layer.set_factors(U, core, Vh)
+            self._replace_parameter(old, layer.core, left, right.mT)
+        else:  # the same Parameter objects, so that DistributedDataParallel can stay
+            layer.U.copy_(U)
+            layer.core.copy_(core)
+            layer.Vh.copy_(Vh)
+            rotate_parameter(
+                self._optimizer,
+                layer.core,
+                left,
+                right.mT,
+                unknown=self._unknown_optimizer_state,
+            )
+        return r
+
+    def rank_after(self, report: LayerReport, s: Tensor) -> int:
+        """Return the rank that an event leaves a layer with these singular values."""
+        if self.is_dense(report) and not self._cut_at_conversion:
+            return s.shape[-1]
+        return self._kept_rank(s, full_rank=report.full_rank)
+
+    def _replace_parameter(
+        self, old: nn.Parameter, new: nn.Parameter, left: Tensor, right: Tensor
+    ) -> None:
+        replace_parameter(
+            self._optimizer, old, new, left, right, unknown=self._unknown_optimizer_state
+        )
