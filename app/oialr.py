@@ -31,13 +31,12 @@ from app.lowrank.arguments import Factorization, check_arguments
 from app.lowrank.attention import AttentionProjection
 from app.lowrank.conversion import (
     LayerReport,
-    get_layer,
     parameter_counts,
     survey,
 )
 from app.lowrank.cost import Execution
 from app.lowrank.event import Event, LayerEvent
-from app.lowrank.layer import FactoredLayer
+from app.lowrank.memory import TensorMemory, tensors_of
 from app.lowrank.optimizer_state import (
     CoreGroups,
     UnknownState,
@@ -65,7 +64,9 @@ class OIALR:
         largest_cut: float = 0.5,
         rank_multiple: int = 16,
         cut_at_conversion: bool = False,
+        defer_conversion: bool = False,
         execution: Execution = "auto",
+        recompute_convolutions: bool = False,
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
         attention_projection: AttentionProjection = "packed",
@@ -91,8 +92,13 @@ class OIALR:
             rank_multiple: ranks are rounded up to a multiple of this in layers with min(m, n) of
                 at least twelve times as much; 1: not at all.
             cut_at_conversion: cut at the conversion itself already (the paper does not).
+            defer_conversion: a layer is converted, and cut at once, only when its spectrum leaves a
+                rank with which a step takes less time than full-rank; judged at the conversion and
+                at every update (the paper converts all layers at once).
             execution: how factorized weights are applied; "auto": the cheapest exact way for each
                 layer and rank (:mod:`app.lowrank.cost`).
+            recompute_convolutions: form the product with Vh again in backward, which saves its
+                memory and costs its time.
             include, exclude: shell-style patterns of module names, such as "blocks.*.attn.*". A
                 layer is factorized only if it matches one of the first and none of the second.
             attention_projection: "packed": in_proj_weight of nn.MultiheadAttention is one matrix;
@@ -169,7 +175,9 @@ class OIALR:
                 multiple=rank_multiple,
             ),
             cut_at_conversion=cut_at_conversion,
+            defer_conversion=defer_conversion,
             execution=execution,
+            recompute_convolutions=recompute_convolutions,
             unknown_optimizer_state=unknown_optimizer_state,
             core_groups=(
                 None
@@ -205,7 +213,7 @@ class OIALR:
         self._handled = self.step_count
         if not due:
             return None
-        if not self.converted:
+        if due[0] == 0:
             return self._event("convert", self.layers)
         turn = layers_in_turn(due[-1], len(self.layers), layer_fraction=self.layer_fraction)
         return self._event("update", self.layers[-turn:])
@@ -220,15 +228,16 @@ class OIALR:
 
     @property
     def converted(self) -> bool:
-        """Whether the network is low-rank already."""
-        return isinstance(get_layer(self.model, self.layers[0].name), FactoredLayer)
+        """Whether a layer is low-rank already."""
+        return not all(self._transitions.is_dense(report) for report in self.layers)
 
     def ranks(self) -> dict[str, int]:
-        """Return the present rank of each layer; full rank before the conversion."""
-        layers = [(report, get_layer(self.model, report.name)) for report in self.layers]
+        """Return the present rank of each layer; full rank before its conversion."""
         return {
-            report.name: layer.rank if isinstance(layer, FactoredLayer) else report.full_rank
-            for report, layer in layers
+            report.name: self._transitions.weight(report).shape[-1]
+            if not self._transitions.is_dense(report)
+            else report.full_rank
+            for report in self.layers
         }
 
     def trainable_percent(self) -> float:
@@ -240,11 +249,15 @@ class OIALR:
         return 100 * parameter_counts(self.model)[1] / self._dense_counts[1]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the step count and the ranks: what :meth:`load_state_dict` needs."""
+        """Return the step count and the ranks of factorized layers, for :meth:`load_state_dict`."""
+        ranks = self.ranks()
         return {
             "step_count": self.step_count,
             "handled": self._handled,
-            "ranks": self.ranks() if self.converted else None,
+            "ranks": {
+                report.name: None if self._transitions.is_dense(report) else ranks[report.name]
+                for report in self.layers
+            },
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -258,13 +271,12 @@ class OIALR:
         """
         if self.converted:
             raise ValueError("load_state_dict needs the full-rank network")
-        if state["ranks"] is not None:
-            names = [report.name for report in self.layers]
-            if list(state["ranks"]) != names:
-                other = sorted(set(state["ranks"]) ^ set(names))
-                raise ValueError(f"the stored state is of another network: {', '.join(other)}")
-            for report in self.layers:
-                rank = state["ranks"][report.name]
+        names = [report.name for report in self.layers]
+        if list(state["ranks"]) != names:
+            other = sorted(set(state["ranks"]) ^ set(names))
+            raise ValueError(f"the stored state is of another network: {', '.join(other)}")
+        for report in self.layers:
+            if (rank := state["ranks"][report.name]) is not None:
                 like = self._transitions.weight(report)
                 *batch, m, n = report.stack_shape
                 self._transitions.put_factors(
@@ -279,11 +291,26 @@ class OIALR:
         self.step_count += 1
 
     def _event(self, kind: Literal["convert", "update"], reports: list[LayerReport]) -> Event:
-        """Factorize one matrix per layer, apply the factors, tell what happened.
+        """Let every layer of some go to its next basis, and tell what happened.
 
         At a conversion at most one layer is there both dense and as factors on each process.
         """
         start, bytes_before = time.perf_counter(), self.processes.broadcast_bytes
+        with TensorMemory(tensors_of(self.model, self.optimizer)) as memory:
+            layers = self._factorize(reports)
+        cut = any(layer.rank < layer.previous_rank for layer in layers)
+        return Event(
+            kind="cut" if kind == "update" and cut else kind,
+            step=self.step_count,
+            layers=layers,
+            shapes_changed=cut or kind == "convert",
+            peak_bytes=memory.peak_bytes,
+            seconds=time.perf_counter() - start,
+            broadcast_bytes=self.processes.broadcast_bytes - bytes_before,
+        )
+
+    def _factorize(self, reports: list[LayerReport]) -> list[LayerEvent]:
+        """Factorize one matrix per layer and apply the factors."""
         matrices = [self._transitions.matrix(report) for report in reports]
         self._check_finite(reports, matrices)
         shapes = [tuple(matrix.shape) for matrix in matrices]
@@ -302,16 +329,7 @@ class OIALR:
                 rank=self._transitions.apply(reports[i], factors),
                 singular_values=factors.s.reshape(-1, factors.s.shape[-1]).amax(0).cpu(),
             )
-        layers = [happened[i] for i in range(len(reports))]
-        cut = any(layer.rank < layer.previous_rank for layer in layers)
-        return Event(
-            kind="cut" if kind == "update" and cut else kind,
-            step=self.step_count,
-            layers=layers,
-            shapes_changed=cut or kind == "convert",
-            seconds=time.perf_counter() - start,
-            broadcast_bytes=self.processes.broadcast_bytes - bytes_before,
-        )
+        return [happened[i] for i in range(len(reports))]
 
     def _check_finite(self, reports: list[LayerReport], matrices: list[Tensor]) -> None:
         """Find a diverged run before anything is sent: all processes hold the same weights."""

@@ -159,6 +159,14 @@ class OIALRSection(Section):
         "auto", description="How factorized weights are applied; auto: the cheapest exact way."
     )
     cut_at_conversion: bool = Field(False, description="Cut at the conversion itself already.")
+    defer_conversion: bool = Field(
+        False,
+        description="Not the paper's: a layer is converted, and cut at once, when its spectrum "
+        "leaves a rank that is trained faster than full-rank; judged at every event.",
+    )
+    recompute_convolutions: bool = Field(
+        False, description="Form their product of r channels again in backward: less memory."
+    )
     include: list[str] = Field(["*"], description="Patterns (blocks.*) of layers to factorize.")
     exclude: list[str] = Field([], description="Patterns of layers that stay full-rank.")
     attention_projection: Literal["packed", "separate"] = Field(

@@ -35,5 +35,8 @@ class Event:
     layers: Sequence[LayerEvent]
     shapes_changed: bool
     """The network has new Parameter objects: DistributedDataParallel must be made anew."""
+    peak_bytes: int
+    """The most that parameters, gradients, optimizer state and all that the event made took at once
+    on this process; not what LAPACK or cuSOLVER allocate inside."""
     seconds: float
     broadcast_bytes: int

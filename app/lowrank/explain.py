@@ -52,7 +52,10 @@ def rows_per_sample(
 
 
 def explain(
-    layers: Sequence[LayerReport], rows: dict[str, int], samples: int, ranks: dict[str, int] | None
+    layers: Sequence[LayerReport],
+    rows: dict[str, int],
+    samples: int,
+    ranks: dict[str, int | None] | None,
 ) -> str:
     """Return the table: layer, shape, rank, way, FLOPs of a training step against full-rank.
 
@@ -60,7 +63,8 @@ def explain(
         layers: every multidimensional weight of the network.
         rows: per sample, by dense parameter name.
         samples: per backward pass of a process.
-        ranks: the present rank of each layer; None: several fractions of the full rank.
+        ranks: the present rank of each layer, None for one that is full-rank as yet; or None: at
+            several fractions of the full rank.
     """
     lines = [("layer", "shape", "rows", "rank", "way", "FLOPs")]
     for layer in layers:
@@ -71,7 +75,11 @@ def explain(
         m, n = layer.matrix_shape
         b = rows[layer.name] * samples
         several = {max(1, round(fraction * layer.full_rank)) for fraction in FRACTIONS}
-        for r in [ranks[layer.name]] if ranks else sorted(several):
+        present = ranks[layer.name] if ranks else None
+        if ranks and present is None:
+            lines.append((layer.name, shape, str(b), str(layer.full_rank), "full-rank", "1.00"))
+            continue
+        for r in [present] if present else sorted(several):
             way = cheapest_way(b, m, n, r)
             ratio = training_cost(way, rows=b, m=m, n=n, r=r) / full_rank_cost(rows=b, m=m, n=n)
             lines.append((layer.name, shape, str(b), str(r), way, f"{ratio:.2f}"))

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from app.linalg.svd import Factors
+from app.lowrank.conv import FactoredConv
 from app.lowrank.conversion import LayerReport, factorize_layer, get_layer
-from app.lowrank.cost import Execution
+from app.lowrank.cost import Execution, rank_pays
 from app.lowrank.layer import FactoredLayer
 from app.lowrank.optimizer_state import (
     CoreGroups,
@@ -32,7 +33,9 @@ class Transitions:
         *,
         kept_rank: Callable[..., int],
         cut_at_conversion: bool,
+        defer_conversion: bool,
         execution: Execution,
+        recompute_convolutions: bool,
         unknown_optimizer_state: UnknownState,
         core_groups: CoreGroups | None,
     ) -> None:
@@ -42,14 +45,17 @@ class Transitions:
             model: the network.
             optimizer: holds the layers' weights.
             kept_rank: :func:`app.lowrank.schedule.kept_rank` but for ``s`` and ``full_rank``.
-            cut_at_conversion, execution, unknown_optimizer_state: as of the method.
+            cut_at_conversion, defer_conversion, execution, recompute_convolutions,
+                unknown_optimizer_state: as of the method.
             core_groups: moves cores to parameter groups of their own.
         """
         self._model = model
         self._optimizer = optimizer
         self._kept_rank = kept_rank
-        self._cut_at_conversion = cut_at_conversion
+        self._cut_at_conversion = cut_at_conversion or defer_conversion
+        self._defer_conversion = defer_conversion
         self._execution = execution
+        self._recompute_convolutions = recompute_convolutions
         self._unknown_optimizer_state = unknown_optimizer_state
         self._core_groups = core_groups
 
@@ -81,6 +87,8 @@ class Transitions:
     def apply(self, report: LayerReport, factors: Factors) -> int:
         """Let factors take the place of what was factorized, and return the rank that is left.
 
+        With deferral a dense layer may stay as it is: then it is the full rank that is left.
+
         Args:
             report: the layer.
             factors: of :meth:`matrix`.
@@ -94,6 +102,8 @@ class Transitions:
         weight = self.weight(report)
         layer = factorize_layer(self._model, report.name, U, core, Vh)
         layer.execution = self._execution
+        if isinstance(layer, FactoredConv):
+            layer.recompute = self._recompute_convolutions
         self._replace_parameter(weight, layer.core, U, Vh.mT)
         if self._core_groups:
             self._core_groups.move(self._optimizer, weight, layer.core)
@@ -103,6 +113,8 @@ class Transitions:
         dtype = self.weight(report).dtype
         U, s, Vh = (factor.to(dtype) for factor in factors)
         r = self.rank_after(report, s)
+        if self._defer_conversion and not rank_pays(*report.matrix_shape, r):
+            return report.full_rank
         U, Vh = U[..., :r].contiguous(), Vh[..., :r, :].contiguous()
         self.put_factors(report, U, torch.diag_embed(s[..., :r]), Vh)
         return r

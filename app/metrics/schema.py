@@ -48,6 +48,7 @@ LOWRANK = (
     Column("seconds", "f8", "s", "Wall time of the event"),
     Column("gradient_bytes", "i8", "B", "Gradients that a process contributes per step; 0 alone"),
     Column("broadcast_bytes", "i8", "B", "Factors broadcast during the event"),
+    Column("peak_bytes", "i8", "B", "Most that tensors of process 0 took during the event"),
 )
 RANK = (
     STEP,

@@ -60,7 +60,7 @@ class Progress:
         self.say(
             f"step {event.step}: {event.kind} of {len(event.layers)} layers, "
             f"sum of ranks {before} -> {after}, trainable {trainable_percent:.1f} %, "
-            f"{event.seconds:.2f} s"
+            f"{event.seconds:.2f} s, peak {event.peak_bytes / 2**20:.1f} MiB"
         )
 
     def say(self, line: str) -> None:

@@ -93,6 +93,7 @@ class Recorder:
             seconds=event.seconds,
             gradient_bytes=gradient_bytes,
             broadcast_bytes=event.broadcast_bytes,
+            peak_bytes=event.peak_bytes,
         )
         for layer in event.layers:
             self._append(

@@ -99,6 +99,8 @@ def explain_run(configuration: Configuration, runtime: Runtime, *, resume: bool)
         folder = Path(configuration.run.dir or "")
         state = Checkpoints(folder / "checkpoints", runtime.processes, keep=1).load()
         ranks = state[0]["method"]["ranks"] if state else None
+        if ranks and not any(ranks.values()):
+            ranks = None  # before the conversion
     batch = task.example_batch()
     rows = rows_per_sample(model, method.layers, lambda: model(batch.inputs), len(batch.inputs))
     training = configuration.training
