@@ -93,6 +93,14 @@ class TrainingSection(Section):
         gt=0,
         description="Backward passes per optimizer step that a process splits its share into.",
     )
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32",
+        description="Of products in forward and backward; float16 scales the loss. Weights, "
+        "factors, factorizations and optimizer state stay in float32.",
+    )
+    compile: bool = Field(
+        False, description="torch.compile, anew after events that changed shapes."
+    )
     optimizer: Literal["adamw", "adam", "sgd", "rmsprop"] = Field(
         "adamw", description="adamw, adam, sgd (Nesterov if momentum > 0) or rmsprop."
     )

@@ -17,6 +17,7 @@ A full-rank layer takes 3 b m n.
 from typing import Literal
 
 Way = Literal["factored", "folded", "dense"]
+OTHER_WAYS: tuple[Way, ...] = ("folded", "dense")
 Execution = Literal["auto", "factored", "folded", "dense"]
 
 SMALL_PRODUCT = 40
@@ -63,8 +64,13 @@ def full_rank_cost(*, rows: int, m: int, n: int) -> float:
 
 def cheapest_way(rows: int, m: int, n: int, r: int) -> Way:
     """Return the way of the smallest :func:`training_cost`. It is a function of shapes alone."""
-    ways: tuple[Way, ...] = ("factored", "folded", "dense")
-    return min(ways, key=lambda way: training_cost(way, rows=rows, m=m, n=n, r=r))
+    cheapest: Way = "factored"
+    least = training_cost(cheapest, rows=rows, m=m, n=n, r=r)
+    for way in OTHER_WAYS:  # not min with a key, which torch.compile does not follow
+        cost = training_cost(way, rows=rows, m=m, n=n, r=r)
+        if cost < least:
+            cheapest, least = way, cost
+    return cheapest
 
 
 def rank_pays(m: int, n: int, r: int) -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from app.distributed.processes import Processes
+from app.training.compilation import Compiled
 
 
 class Replicas:
@@ -23,6 +24,8 @@ class Replicas:
         processes: Processes,
         device: torch.device,
         throw_away_loss: Callable[[nn.Module], Tensor],
+        *,
+        compiled: bool = False,
     ) -> None:
         """Wrap a network.
 
@@ -31,32 +34,40 @@ class Replicas:
             processes: who shares the work.
             device: where the network is.
             throw_away_loss: a loss of the network on some small batch, for :meth:`rebuild`.
+            compiled: compile the network, anew whenever shapes changed.
         """
         self.model = model
         self._processes = processes
         self._device = device
         self._throw_away_loss = throw_away_loss
+        self._compiled = compiled
+        self._wrapper: DistributedDataParallel | None = None
         self.module: nn.Module = model
         """What the loss is computed with."""
         self.rebuild()
 
     def release(self) -> None:
         """Let go of the wrapper and of the gradients, and so of parameters that are replaced."""
-        self.module = self.model
+        self.module, self._wrapper = self.model, None
         self.model.zero_grad(set_to_none=True)
 
     def rebuild(self) -> None:
-        """Make the wrapper anew, after the network got new Parameter objects.
+        """Make the wrapper anew, after the network got new Parameter objects."""
+        self.release()
+        module: nn.Module = self.model
+        if self._processes.group:
+            module = self._wrapper = self._wrap()
+        self.module = Compiled(module) if self._compiled else module
+
+    def _wrap(self) -> DistributedDataParallel:
+        """Wrap the network, and see to it that the order of the buckets is the final one.
 
         DistributedDataParallel puts its buckets in another order after its first backward pass.
         From three processes on the order decides the order of summation and so the last bits: a
         resumed run would differ from one that was not stopped. So one throw-away pass comes first,
-        here as after a resume, and all real steps see the final order.
+        here as after a resume.
         """
-        if not self._processes.group:
-            return
-        self.release()
-        self.module = DistributedDataParallel(
+        wrapper = DistributedDataParallel(
             self.model,
             device_ids=[self._device] if self._device.type == "cuda" else None,
             process_group=self._processes.group,
@@ -66,16 +77,17 @@ class Replicas:
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         devices = [self._device] if self._device.type == "cuda" else []
         with torch.random.fork_rng(devices):
-            self._throw_away_loss(self.module).backward()
+            self._throw_away_loss(wrapper).backward()
         with torch.no_grad():
             for buffer, saved in zip(self.model.buffers(), buffers, strict=True):
                 buffer.copy_(saved)
         self.model.zero_grad(set_to_none=True)
+        return wrapper
 
     def synchronize(self, wanted: bool) -> AbstractContextManager[None]:
         """Return the context of a backward pass that averages gradients, or only adds them up."""
-        if isinstance(self.module, DistributedDataParallel) and not wanted:
-            return self.module.no_sync()
+        if self._wrapper and not wanted:
+            return self._wrapper.no_sync()
         return nullcontext()
 
     def gradient_bytes(self) -> int:

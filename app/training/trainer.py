@@ -21,6 +21,7 @@ from app.tasks import Batch, Task
 from app.training.checkpoint import Checkpoints
 from app.training.evaluation import evaluate
 from app.training.optimizer import Schedule
+from app.training.precision import Precision
 from app.training.progress import Progress
 from app.training.recorder import Recorder
 from app.training.replicas import Replicas
@@ -82,6 +83,7 @@ class Trainer:
         self.tracker = tracker
         self.recorder = recorder
         self.checkpoints = checkpoints
+        self.precision = Precision(configuration.training.precision, runtime.device)
         self.position = Position()
         self.seconds = 0.0
         """Seconds of training, of all sessions."""
@@ -102,7 +104,8 @@ class Trainer:
             self.model,
             self.runtime.processes,
             self.runtime.device,
-            lambda module: self.task.loss(module, self.task.example_batch()),
+            self._throw_away_loss,
+            compiled=self.configuration.training.compile,
         )
         self._clock = time.perf_counter()
         if self.position.step == 0:
@@ -142,13 +145,12 @@ class Trainer:
         parts = batch.split(training.accumulation)
         for part in parts:
             with self.replicas.synchronize(part is parts[-1]):
-                loss = self.task.loss(self.replicas.module, part)
+                with self.precision.autocast():
+                    loss = self.task.loss(self.replicas.module, part)
                 # Gradients are averaged over the processes; their sum is that of the mean loss.
-                (loss * self.runtime.process_count).backward()
+                self.precision.backward(loss * self.runtime.process_count)
             losses.append(loss.detach())
-        if training.gradient_clip is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), training.gradient_clip)
-        self.optimizer.step()
+        self.precision.step(self.optimizer, self.model, training.gradient_clip)
         self.position.step += 1
         self.position.batch += 1
         self._unrecorded.append(
@@ -160,6 +162,10 @@ class Trainer:
                 batch.global_count,
             )
         )
+
+    def _throw_away_loss(self, module: nn.Module) -> Tensor:
+        with self.precision.autocast():
+            return self.task.loss(module, self.task.example_batch())
 
     def _follow(self, event: Event) -> None:
         """Let the replicas, the records and the user know what the method did."""
@@ -225,9 +231,10 @@ class Trainer:
         return self._evaluate("test")
 
     def _evaluate(self, split: str) -> dict[str, float]:
-        figures = evaluate(
-            self.model, self.task, split, self.runtime.processes, self.runtime.device
-        )
+        with self.precision.autocast():
+            figures = evaluate(
+                self.model, self.task, split, self.runtime.processes, self.runtime.device
+            )
         self.recorder.evaluation(
             step=self.position.step, epoch=self.position.epoch, split=split, **figures
         )
@@ -264,6 +271,7 @@ class Trainer:
             "method": self.method.state_dict() if self.method else None,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "precision": self.precision.state_dict(),
             "rows": self.recorder.counts(),
         }
         own: dict[str, Any] = {
@@ -286,6 +294,7 @@ class Trainer:
             self.method.load_state_dict(shared["method"])
         self.model.load_state_dict(shared["model"])
         self.optimizer.load_state_dict(shared["optimizer"])
+        self.precision.load_state_dict(shared["precision"])
         self.position = Position(**shared["position"])
         self.seconds = shared["seconds"]
         self._last_loss = shared["last_loss"]

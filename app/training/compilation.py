@@ -1,0 +1,44 @@
+"""torch.compile for a network whose shapes change, with a way out."""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Compiled(nn.Module):
+    """A network compiled for itself: what was compiled before its shapes changed does not count.
+
+    It compiles at its first call. Where that fails, because there is no C++ compiler for example,
+    the network runs as it is from then on, after a warning.
+    """
+
+    def __init__(self, module: nn.Module, *, backend: str = "inductor") -> None:
+        """Prepare; nothing is compiled yet.
+
+        Args:
+            module: a network, or the DistributedDataParallel around it.
+            backend: of torch.compile.
+        """
+        super().__init__()
+        self._module = module
+        # The overloads that torch declares lack isolate_recompiles.
+        compile_: Any = torch.compile
+        self._run: Any = compile_(module, backend=backend, isolate_recompiles=True)
+
+    def forward(self, *inputs: Any) -> Any:
+        """Call the network."""
+        try:
+            return self._run(*inputs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            if self._run is self._module:
+                raise
+            reason = " ".join(str(error).split())[:200]
+            warnings.warn(
+                f"training.compile: the network is trained without compilation, which failed: "
+                f"{type(error).__name__}: {reason}",
+                stacklevel=2,
+            )
+            self._run = self._module
+            return self._run(*inputs)

@@ -1,0 +1,193 @@
+"""torch.compile and mixed precision around conversions and cuts."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from app import OIALR
+from app.distributed.processes import Processes
+from app.training import compilation
+from app.training.compilation import Compiled
+from app.training.precision import Precision
+from app.training.replicas import Replicas
+
+CPU = torch.device("cpu")
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.GELU(), nn.Flatten(), nn.Linear(288, 32), nn.Tanh(), nn.Linear(32, 4)
+    )
+
+
+def batches(sizes):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(size, 3, 8, 8, generator=generator) for size in sizes]
+
+
+class CountingBackend:
+    """Compiles nothing, and counts the graphs that it was given."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        return graph.forward
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    """Let the network be compiled by a backend that counts."""
+    counting = CountingBackend()
+    original = torch.compile
+    monkeypatch.setattr(
+        compilation.torch,
+        "compile",
+        lambda module, **options: original(module, **{**options, "backend": counting}),
+    )
+    torch.compiler.reset()
+    return counting
+
+
+def train(model, sizes, *, compiled, precision="float32", clip=None):
+    """Train across a conversion after 3 steps and cuts every 2; return events by step."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    method = OIALR(
+        model, optimizer, delay=3, update_interval=2, cutoff=0.5, layer_fraction=1, rank_multiple=1
+    )
+    precise = Precision(precision, CPU)
+    replicas = Replicas(model, Processes.current(), CPU, lambda module: None, compiled=compiled)
+    events, losses = {}, []
+    for step, batch in enumerate(batches(sizes)):
+        optimizer.zero_grad()
+        with precise.autocast():
+            loss = replicas.module(batch).square().mean()
+        precise.backward(loss)
+        precise.step(optimizer, model, clip)
+        losses.append(loss.item())
+        if event := method.step():
+            events[step] = event
+            if event.shapes_changed:
+                replicas.rebuild()
+    return events, losses
+
+
+@pytest.mark.parametrize("sizes", [[6] * 12, [6, 6, 5, 6] * 3], ids=["even", "uneven"])
+def test_a_compiled_network_trains_like_the_plain_one(backend, sizes):
+    plain, compiled = network(), network()
+    events, _ = train(plain, sizes, compiled=False)
+    train(compiled, sizes, compiled=True)
+    changes = sum(event.shapes_changed for event in events.values())
+    assert changes >= 3
+    for mine, theirs in zip(compiled.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    # Once at first, once more for the first smaller batch, and once after each event that changed
+    # shapes.
+    assert max(events) < len(sizes) - 1
+    assert backend.graphs == 1 + (5 in sizes) + changes
+
+
+def test_more_changes_than_torch_allows_recompilations(backend):
+    model = network()
+    replicas = Replicas(model, Processes.current(), CPU, lambda module: None, compiled=True)
+    for count in range(1, 12):
+        model[3] = nn.Linear(288, 30 + count)
+        model[5] = nn.Linear(30 + count, 4)
+        replicas.rebuild()
+        replicas.module(*batches([2]))
+        replicas.module(*batches([2]))
+        assert backend.graphs == count
+
+
+def test_a_smaller_last_batch_is_compiled_once_more_and_not_at_every_turn(backend):
+    model = network()
+    replicas = Replicas(model, Processes.current(), CPU, lambda module: None, compiled=True)
+    for batch in batches([6, 6, 5, 6, 6, 5, 4, 6, 3]):
+        replicas.module(batch)
+    assert backend.graphs == 2
+
+
+def test_where_compilation_fails_training_goes_on_with_a_warning():
+    def broken(graph, inputs):
+        raise RuntimeError("no C++ compiler")
+
+    torch.compiler.reset()
+    model = network()
+    compiled = Compiled(model, backend=broken)
+    (x,) = batches([2])
+    with pytest.warns(UserWarning, match="training.compile: .* without compilation.*no C\\+\\+"):
+        out = compiled(x)
+    torch.testing.assert_close(out, model(x))
+    compiled(x)  # silently now
+
+
+def test_errors_of_the_network_itself_are_not_hidden():
+    class Faulty(nn.Module):
+        def forward(self, x):
+            return x @ torch.ones(7, 7)
+
+    torch.compiler.reset()
+    compiled = Compiled(Faulty(), backend="eager")
+    with (
+        pytest.warns(UserWarning, match="without compilation"),
+        pytest.raises(RuntimeError, match="shapes"),
+    ):
+        compiled(torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_mixed_precision_keeps_factors_and_state_in_float32(precision, clip):
+    exact, mixed = network(), network()
+    _, losses = train(exact, [16] * 8, compiled=False, clip=clip)
+    events, mixed_losses = train(mixed, [16] * 8, compiled=False, precision=precision, clip=clip)
+    assert next(iter(events.values())).kind == "convert"
+    assert all(parameter.dtype == torch.float32 for parameter in mixed.parameters())
+    layers = [layer for event in events.values() for layer in event.layers]
+    assert all(layer.singular_values.dtype == torch.float32 for layer in layers)
+    eye = mixed[3].U.T @ mixed[3].U
+    torch.testing.assert_close(eye, torch.eye(len(eye)), atol=1e-5, rtol=0)
+    if precision == "float16":  # skips its first steps, until the scale is small enough
+        assert mixed_losses[-1] < 0.8 * mixed_losses[0]
+    else:
+        theirs = torch.tensor(losses)
+        torch.testing.assert_close(torch.tensor(mixed_losses), theirs, rtol=0.1, atol=1e-3)
+    assert mixed_losses != losses
+
+
+def test_an_overflow_skips_the_step_and_halves_the_scale():
+    model = nn.Linear(4, 2)
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    precision = Precision("float16", CPU)
+    scale = precision.state_dict()["scale"]
+    with precision.autocast():
+        loss = (model(torch.full((3, 4), 100.0)) * 1e4).float().mean()
+    precision.backward(loss)
+    precision.step(optimizer, model, clip=1.0)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    state = precision.state_dict()
+    assert state["scale"] == scale / 2
+    other = Precision("float16", CPU)
+    other.load_state_dict(state)
+    assert other.state_dict() == state
+
+
+def test_a_run_that_changes_its_precision_can_be_resumed():
+    assert Precision("float32", CPU).state_dict() == {}
+    Precision("float16", CPU).load_state_dict({})
+    Precision("float32", CPU).load_state_dict(Precision("float16", CPU).state_dict())
+
+
+def test_the_clipped_norm_is_that_of_the_unscaled_gradients():
+    models = [nn.Linear(4, 2) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for model, name in zip(models, ("float32", "float16"), strict=True):
+        precision = Precision(name, CPU)
+        precision.backward(model(torch.ones(3, 4)).sum())
+        precision.step(torch.optim.SGD(model.parameters(), lr=1.0), model, clip=0.1)
+    torch.testing.assert_close(models[0].weight, models[1].weight)
