@@ -29,7 +29,7 @@ TINY = [
     "stability.window=2",
     "run.log_interval=5",
 ]
-TIMINGS = {"samples_per_second", "step_seconds", "seconds"}
+TIMINGS = {"samples_per_second", "step_seconds", "seconds", "peak_bytes"}
 DISTURBED = ROOT / "tests" / "workers" / "disturbed.py"
 
 
