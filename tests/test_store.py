@@ -61,6 +61,21 @@ def test_schema_is_the_documented_one(tmp_path):
         assert file["layers/blocks.0.fc.weight/spectrum/singular_values"].shape == (0, 4)
 
 
+def test_layers_keep_the_order_of_the_network_over_a_resume(tmp_path):
+    path = tmp_path / "metrics.h5"
+    layers = {"patch.weight": (8, 3), "blocks.10.weight": (4, 4), "blocks.2.weight": (6, 4)}
+    options = {"configuration": "run: {name: a}\n", "layers": layers}
+    MetricsStore.create(path, not_averaged={"patch.weight"}, **options).close()
+    MetricsStore.resume(path, counts={}).close()
+    reader = Follower(path)
+    found = [(layer.name, layer.shape, layer.averaged) for layer in reader.layers()]
+    assert found == [(name, shape, name != "patch.weight") for name, shape in layers.items()]
+    assert reader.configuration() == "run: {name: a}\n"
+    assert "layers/patch.weight/rank" in reader
+    assert "layers/other" not in reader
+    reader.close()
+
+
 def test_other_figures_of_merit(tmp_path):
     path = tmp_path / "metrics.h5"
     with create(path, figures=("mse", "mae")) as store:

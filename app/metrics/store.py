@@ -6,8 +6,9 @@ exists from the start. Readers use ``swmr=True``, also for the file of a process
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -46,14 +47,16 @@ class MetricsStore:
         configuration: str,
         layers: Mapping[str, tuple[int, ...]],
         figures: Sequence[str] = ("accuracy",),
+        not_averaged: Collection[str] = (),
     ) -> Self:
         """Start a new file.
 
         Args:
             path: an existing file is replaced.
             configuration: the resolved configuration as YAML.
-            layers: dense parameter name and shape of each layer.
+            layers: dense parameter name and shape of each layer, in the order of the network.
             figures: figures of merit of an evaluation, beside the loss.
+            not_averaged: layers that means over the layers leave out.
         """
         with _replacement(Path(path)) as file:
             file.attrs["schema_version"] = SCHEMA_VERSION
@@ -61,8 +64,12 @@ class MetricsStore:
             file.attrs["config"] = np.bytes_(configuration.encode())
             for name, columns in run_groups(figures).items():
                 _create_group(file, name, columns)
-            for layer, shape in layers.items():
-                file.create_group(f"layers/{layer}").attrs["shape"] = shape
+            file.create_group("layers")
+            for index, (layer, shape) in enumerate(layers.items()):
+                attributes = file.create_group(f"layers/{layer}").attrs
+                attributes["shape"] = shape
+                attributes["index"] = index  # HDF5 lists groups by name
+                attributes["averaged"] = layer not in not_averaged
                 for name, columns in layer_groups(shape).items():
                     _create_group(file, f"layers/{layer}/{name}", columns)
         return cls(file)
@@ -172,6 +179,18 @@ def read_rows(path: Path | str, group: str) -> dict[str, np.ndarray]:
         return _read(file[group], 0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class StoredLayer:
+    """What the file says of a layer, beside its rows."""
+
+    name: str
+    """Dense parameter name."""
+    shape: tuple[int, ...]
+    """Of the dense weight."""
+    averaged: bool
+    """Whether means over the layers take it in."""
+
+
 class Follower:
     """Reads the rows of a run as they come, also when a resumed run has replaced the file.
 
@@ -187,6 +206,27 @@ class Follower:
         """
         self._path = Path(path)
         self._file = open_for_reading(self._path)
+
+    def configuration(self) -> str:
+        """Return the resolved configuration as YAML."""
+        return bytes(self._file.attrs["config"]).decode()
+
+    def layers(self) -> list[StoredLayer]:
+        """Return all layers, in the order of the network."""
+        nodes = self._file["layers"]
+        found = [
+            StoredLayer(
+                name=name,
+                shape=tuple(int(size) for size in nodes[name].attrs["shape"]),
+                averaged=bool(nodes[name].attrs.get("averaged", True)),
+            )
+            for name in nodes
+        ]
+        return sorted(found, key=lambda layer: int(nodes[layer.name].attrs.get("index", 0)))
+
+    def __contains__(self, group: str) -> bool:
+        """Whether there is such a group: not every program writes all of them."""
+        return group in self._file
 
     def rows(self, group: str, start: int = 0) -> dict[str, np.ndarray]:
         """Return the rows of a group from index ``start`` on, as :func:`read_rows` does.

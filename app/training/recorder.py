@@ -42,10 +42,14 @@ class Recorder:
             layers: the dense network's multidimensional weights.
             figures: figures of merit that an evaluation gives beside the loss.
         """
-        shapes = {layer.name: layer.shape for layer in layers}
-        return cls(
-            MetricsStore.create(path, configuration=configuration, layers=shapes, figures=figures)
+        store = MetricsStore.create(
+            path,
+            configuration=configuration,
+            layers={layer.name: layer.shape for layer in layers},
+            figures=figures,
+            not_averaged={layer.name for layer in layers if not layer.is_linear_map},
         )
+        return cls(store)
 
     @classmethod
     def resume(cls, path: Path, counts: Mapping[str, int]) -> "Recorder":
