@@ -1,0 +1,108 @@
+"""Draw what runs have recorded: figures and one self-contained HTML page."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from app.command import Parser, run_command
+from app.errors import UserError
+from app.reporting.drawing import FORMATS
+from app.reporting.reference import REFERENCE_CURVES
+
+EXAMPLES = """\
+examples:
+  python -m app.report runs/digits_vit-20261124-115810
+  python -m app.report runs/oialr-0 runs/oialr-1 runs/full-rank-0 --output comparison
+  python -m app.report runs/vit --reference vit_b16 --layers 'blocks.*.attn.qkv.weight'
+  python -m app.report runs/vit --follow
+
+RUN is the folder of a run or of an analysis (python -m app.analyze), finished or not. Runs whose
+configurations differ in seed, folder and name alone are averaged in the table.
+
+exit codes: 0 done, 1 a fault, 2 a mistake in what was asked for.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line, report, return the exit code."""
+    parser = Parser(
+        prog="python -m app.report",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="folder of a run")
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        type=Path,
+        help="folder of the report (RUN/report for one run, ./report for several)",
+    )
+    parser.add_argument(
+        "--formats",
+        metavar="LIST",
+        default="png,pdf",
+        help=f"formats of the figures' files, of {', '.join(FORMATS)} (png,pdf)",
+    )
+    parser.add_argument(
+        "--layers",
+        metavar="PATTERN",
+        action="append",
+        default=[],
+        help="draw the spectra of layers that match, such as 'blocks.0.*' (six of all); repeatable",
+    )
+    parser.add_argument(
+        "--reference",
+        choices=REFERENCE_CURVES,
+        help="draw the paper's mean stability (arXiv 2401.08505) beside the run's own",
+    )
+    parser.add_argument(
+        "--follow",
+        action="store_true",
+        help="show a running job in the terminal instead, until it ends or Ctrl-C",
+    )
+    parser.add_argument(
+        "--interval",
+        metavar="SECONDS",
+        type=float,
+        default=2.0,
+        help="seconds between two looks with --follow (2)",
+    )
+    options = parser.parse_args(arguments)
+    return _follow(options) if options.follow else _write(options)
+
+
+def _write(options: argparse.Namespace) -> int:
+    formats = [part for part in options.formats.split(",") if part]
+    for part in formats:
+        if part not in FORMATS:
+            raise UserError(f"--formats: {part!r} is not one of {', '.join(FORMATS)}")
+    from app.reporting.report import write_report
+
+    written = write_report(
+        options.runs,
+        output=options.output,
+        formats=formats,
+        layers=options.layers,
+        reference=options.reference,
+    )
+    for notice in written.notices:
+        print(f"note: {notice}", file=sys.stderr)
+    print(f"{written.page} and {len(written.figures)} files in {written.page.parent / 'figures'}")
+    return 0
+
+
+def _follow(options: argparse.Namespace) -> int:
+    if len(options.runs) != 1:
+        raise UserError(f"--follow: shows one run, {len(options.runs)} were given")
+    if not options.interval > 0:
+        raise UserError(f"--interval: {options.interval} is not a positive number of seconds")
+    from app.reporting.follow import follow
+
+    follow(options.runs[0], interval=options.interval)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

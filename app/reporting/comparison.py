@@ -1,0 +1,137 @@
+"""Which runs are the same but for their seed, what others differ in, and their final figures."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from app.reporting.runs import Run
+
+IGNORED_KEYS = {"run.seed", "run.dir", "run.name"}
+"""Keys of the configuration that do not make another configuration."""
+
+LONGEST_LABEL = 44  # characters; longer ones do not fit into a legend
+ABSENT = "(absent)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunGroup:
+    """Runs of one configuration."""
+
+    label: str
+    """What tells it from the others, for legends."""
+    differing: Mapping[str, str]
+    """The keys in which groups differ, with this one's values."""
+    runs: Sequence[Run]
+
+
+def group_runs(runs: Sequence[Run]) -> list[RunGroup]:
+    """Put runs together whose configurations differ in seed, folder and name alone."""
+    groups: dict[tuple[tuple[str, str], ...], list[Run]] = {}
+    for run in runs:
+        keys = _flatten(run.configuration)
+        groups.setdefault(tuple(sorted(keys.items())), []).append(run)
+    configurations = [dict(key) for key in groups]
+    differing = [
+        key
+        for key in dict.fromkeys(key for keys in configurations for key in keys)
+        if len({keys.get(key, ABSENT) for keys in configurations}) > 1
+    ]
+    parts = [{key: keys.get(key, ABSENT) for key in differing} for keys in configurations]
+    labels = [", ".join(f"{key}={value}" for key, value in part.items()) for part in parts]
+    if len(groups) == 1:
+        labels = [str(runs[0].configuration.get("run", {}).get("name", runs[0].name))]
+    elif max(map(len, labels)) > LONGEST_LABEL:
+        labels = [f"configuration {number}" for number in range(1, len(groups) + 1)]
+    return [
+        RunGroup(label=label, differing=part, runs=members)
+        for label, part, members in zip(labels, parts, groups.values(), strict=True)
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinalFigures:
+    """A table: one row for the finished runs of a group, and one for the others."""
+
+    columns: Sequence[str]
+    rows: Sequence[tuple[str, str, Sequence[str]]]
+    """Label, which runs, and one cell per column: mean ± sample deviation."""
+
+
+def final_figures(groups: Sequence[RunGroup]) -> FinalFigures:
+    """Compare what the runs ended with, or have reached so far."""
+    parts = [
+        (group, [run for run in group.runs if run.is_finished == finished], finished)
+        for group in groups
+        for finished in (True, False)
+    ]
+    parts = [part for part in parts if part[1]]
+    figures = [[_figures(run) for run in members] for _, members, _ in parts]
+    columns = list(dict.fromkeys(key for part in figures for run in part for key in run))
+    rows = []
+    for (group, members, finished), values in zip(parts, figures, strict=True):
+        count = f"{len(members)} run" + "s" * (len(members) > 1)
+        which = f"{count}, finished" if finished else f"{count}, {members[0].state()}"
+        if not finished and len(members) > 1:
+            which = f"{count}, not finished"
+        cells = [_cell([run[key] for run in values if key in run], key) for key in columns]
+        rows.append((group.label, which, cells))
+    return FinalFigures(columns=columns, rows=rows)
+
+
+def merits(run: Run) -> list[str]:
+    """Return the figures of merit of a run's evaluations, such as accuracy."""
+    return [key for key in run.evaluation if key not in {"step", "epoch", "split", "loss"}]
+
+
+def _figures(run: Run) -> dict[str, float]:
+    """The numbers of one run, by the heading of their column."""
+    found: dict[str, float] = {}
+    summary = run.summary or {}
+    for key, value in summary.items():
+        if key.startswith("test_"):
+            found[key.replace("_", " ")] = value
+    validation = run.evaluation["split"] == "validation"
+    for key in merits(run):
+        if validation.any():
+            found[f"last validation {key}"] = float(run.evaluation[key][validation][-1])
+    for key in ("trainable_percent", "compression_percent"):
+        if len(run.events["step"]):
+            found[key.replace("_percent", ", %")] = float(run.events[key][-1])
+        elif len(run.train["step"]):
+            found[key.replace("_percent", ", %")] = 100.0
+    mean = run.series("stability").mean()
+    if len(mean):
+        found["last mean stability"] = float(mean[-1])
+    for key in ("epochs", "steps", "seconds"):
+        if key in summary:
+            found[key] = summary[key]
+    if not summary and len(run.train["step"]):
+        found["epochs"] = float(run.evaluation["epoch"].max(initial=0))
+        found["steps"] = float(run.train["step"][-1])
+    return found
+
+
+def _cell(values: Sequence[float], column: str) -> str:
+    values = [value for value in values if math.isfinite(value)]
+    if not values:
+        return "-"
+    digits = 0 if column in {"epochs", "steps"} else 1 if column.endswith(("%", "seconds")) else 4
+    text = f"{statistics.fmean(values):.{digits}f}"
+    if len(values) == 1 or (digits == 0 and np.ptp(values) == 0):
+        return text
+    return f"{text} ± {statistics.stdev(values):.{digits}f}"
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{name}.")
+        elif name not in IGNORED_KEYS:
+            flat[name] = str(value).lower() if isinstance(value, bool) else str(value)
+    return flat

@@ -1,0 +1,123 @@
+"""A running job in the terminal: its last epochs, and what its layers are like."""
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from app.reporting.comparison import merits
+from app.reporting.runs import Run, read_run
+
+_EPOCHS = 12  # rows of the first table
+_LAYERS = 6  # rows of the second
+
+
+def follow(
+    path: Path,
+    *,
+    interval: float,
+    console: Console | None = None,
+    wait: Callable[[float], None] = time.sleep,
+) -> None:
+    """Show a run until it has finished or Ctrl-C is pressed.
+
+    Args:
+        path: its folder.
+        interval: seconds between two looks.
+        console: where to write; None: stdout. What is no terminal gets the last state alone.
+        wait: called with the interval after each look.
+
+    Raises:
+        UserError: the run cannot be read.
+    """
+    with Live(console=console or Console(), auto_refresh=False) as live:
+        try:
+            while True:
+                run = read_run(path)
+                live.update(show(run), refresh=True)
+                if run.is_finished:
+                    return
+                wait(interval)
+        except KeyboardInterrupt:
+            return
+
+
+def show(run: Run) -> RenderableType:
+    """Return the state of a run as it is shown."""
+    parts: list[RenderableType] = [_headline(run), _epochs(run)]
+    if len(run.series("stability").steps):
+        parts.append(_layers(run))
+    if len(run.events["step"]):
+        last = {column: values[-1] for column, values in run.events.items()}
+        parts.append(
+            Text(
+                f"last event: {last['event']} at step {last['step']}, "
+                f"trainable {last['trainable_percent']:.1f} %, {last['seconds']:.2f} s"
+            )
+        )
+    return Group(*parts)
+
+
+def _headline(run: Run) -> Text:
+    text = Text(f"{run.folder}: {run.state()}", style="bold")
+    if len(run.train["step"]):
+        recent = slice(-50, None)
+        text.append(
+            f"; loss {run.train['loss'][-1]:.4f}, "
+            f"{np.median(run.train['samples_per_second'][recent]):.0f} samples/s",
+            style="not bold",
+        )
+    return text
+
+
+def _epochs(run: Run) -> Table:
+    """The last epochs: loss, figures of merit, size, mean stability and mixing similarity."""
+    table = Table(box=None, pad_edge=False)
+    keys = ["loss", *merits(run)]
+    for heading in ("epoch", "step", *(f"validation {key}" for key in keys), "trainable, %"):
+        table.add_column(heading, justify="right")
+    means = {}
+    for column in ("stability", "mixing_similarity"):
+        table.add_column(f"mean {column.replace('_', ' ')}", justify="right")
+        series = run.series(column)
+        means[column] = dict(zip(series.steps.tolist(), series.mean().tolist(), strict=True))
+    validation = np.flatnonzero(run.evaluation["split"] == "validation")
+    for row in validation[-_EPOCHS:]:
+        step = run.evaluation["step"][row]
+        before = run.events["trainable_percent"][run.events["step"] <= step]
+        table.add_row(
+            str(run.evaluation["epoch"][row]),
+            str(step),
+            *(f"{run.evaluation[key][row]:.4f}" for key in keys),
+            f"{before[-1] if len(before) else 100.0:.1f}",
+            *(_number(means[column].get(step, math.nan)) for column in means),
+        )
+    return table
+
+
+def _layers(run: Run) -> Table:
+    """The layers that are least stable."""
+    series = run.series("stability")
+    ranks = {
+        layer.name: rows["rank"] for layer, rows in zip(run.layers, run.stability, strict=True)
+    }
+    last = series.values[:, -1]
+    table = Table(box=None, pad_edge=False)
+    table.add_column("least stable layers")
+    for heading in ("stability", "rank", "of"):
+        table.add_column(heading, justify="right")
+    for place in np.argsort(last)[:_LAYERS]:
+        name = series.layers[place].name
+        rank = ranks[name]
+        table.add_row(name, _number(last[place]), str(rank[-1]), str(rank.max()))
+    return table
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if math.isfinite(value) else "-"

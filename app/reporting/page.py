@@ -1,0 +1,89 @@
+"""The page: one HTML file that needs nothing else, for screens, phones and paper."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from app.reporting.comparison import FinalFigures, RunGroup
+from app.reporting.drawing import Drawing, to_svg
+from app.reporting.runs import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class _RunSection:
+    """What the page says of one run."""
+
+    name: str
+    configuration: str
+    state: str
+    started: str
+    processes: str
+    versions: str
+    yaml: str
+    drawings: Sequence[Drawing]
+
+
+def render_page(
+    *,
+    title: str,
+    groups: Sequence[RunGroup],
+    table: FinalFigures,
+    together: Sequence[Drawing],
+    drawings: Mapping[Path, Sequence[Drawing]],
+    notices: Sequence[str],
+) -> str:
+    """Return the HTML document.
+
+    Args:
+        title: heading.
+        groups: all runs, by configuration.
+        table: the final figures.
+        together: drawings of all runs.
+        drawings: those of each run, by its folder.
+        notices: what the reader should know first.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    sections = [
+        _section(run, group, drawings[run.folder]) for group in groups for run in group.runs
+    ]
+    shown = [*together, *(drawing for section in sections for drawing in section.drawings)]
+    return environment.get_template("page.html").render(
+        title=title,
+        made=datetime.now(UTC).isoformat(timespec="minutes"),
+        groups=groups,
+        table=table,
+        together=together,
+        runs=sections,
+        notices=notices,
+        images={drawing.name: _as_address(drawing) for drawing in shown},
+    )
+
+
+def _section(run: Run, group: RunGroup, drawings: Sequence[Drawing]) -> _RunSection:
+    last = {column: str(values[-1]) for column, values in run.sessions.items() if len(values)}
+    count = last.get("process_count", "")
+    return _RunSection(
+        name=run.name,
+        configuration=group.label,
+        state=run.state(),
+        started=last.get("started", ""),
+        processes=f"{count} process" + ("es" if count != "1" else ""),
+        versions=last.get("versions", ""),
+        yaml=run.yaml,
+        drawings=drawings,
+    )
+
+
+def _as_address(drawing: Drawing) -> str:
+    """The drawing itself as the address of an image: names inside one SVG meet no other's."""
+    return "data:image/svg+xml;base64," + base64.b64encode(to_svg(drawing)).decode()

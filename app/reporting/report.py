@@ -1,0 +1,113 @@
+"""A report from its runs to its files: puts the parts together."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from app.errors import UserError
+from app.reporting.comparison import final_figures, group_runs
+from app.reporting.curves import learning, means, other_measures, seconds
+from app.reporting.drawing import Drawing, save, style
+from app.reporting.layer_maps import mixing_map, rank_map, stability_map
+from app.reporting.page import render_page
+from app.reporting.reference import REFERENCE_CURVES, ReferenceCurve
+from app.reporting.runs import Run, choose_layers, read_run
+from app.reporting.spectra import spectra
+
+_SPECTRA = 6  # panels, where nobody says which
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What a report has written."""
+
+    page: Path
+    figures: Sequence[Path]
+    notices: Sequence[str]
+    """What is missing in it, a line each."""
+
+
+def write_report(
+    paths: Sequence[Path],
+    *,
+    output: Path | None,
+    formats: Sequence[str],
+    layers: Sequence[str],
+    reference: str | None,
+) -> Written:
+    """Draw everything that was recorded of some runs, and write figures and page.
+
+    Args:
+        paths: folders of runs.
+        output: folder of the report; None: RUN/report for one run, ./report for several.
+        formats: of the figures' files, of drawing.FORMATS.
+        layers: patterns of the layers whose spectra are drawn; none: some of them.
+        reference: key of REFERENCE_CURVES, or None.
+
+    Raises:
+        UserError: a run cannot be read, or the folder not written to.
+    """
+    runs = _read_runs(paths)
+    curve = REFERENCE_CURVES[reference] if reference else None
+    groups = group_runs(runs)
+    folder = output or (runs[0].folder / "report" if len(runs) == 1 else Path("report"))
+    notices = [
+        f"{run.folder}: no basis stability was recorded yet that could be compared; its maps are "
+        f"left out"
+        for run in runs
+        if not len(run.series("stability").steps)
+    ]
+    with style():
+        together = [drawing for drawing in (learning(groups), seconds(groups)) if drawing]
+        if len(runs) > 1 and (drawing := means(groups, curve)):
+            together.insert(1, drawing)
+        drawings = {
+            run.folder: _draw_run(run, number if len(runs) > 1 else None, layers, curve)
+            for number, run in enumerate(runs, 1)
+        }
+        figures = [
+            path
+            for drawing in [*together, *(d for part in drawings.values() for d in part)]
+            for path in save(drawing, folder / "figures", formats)
+        ]
+        page = render_page(
+            title=f"Run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs",
+            groups=groups,
+            table=final_figures(groups),
+            together=together,
+            drawings=drawings,
+            notices=notices,
+        )
+    target = folder / "report.html"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(page, encoding="utf-8")
+    return Written(page=target, figures=figures, notices=notices)
+
+
+def _read_runs(paths: Sequence[Path]) -> list[Run]:
+    runs: dict[Path, Run] = {}
+    for path in paths:
+        run = read_run(path)
+        if run.folder.resolve() in runs:
+            raise UserError(f"{path}: given twice")
+        runs[run.folder.resolve()] = run
+    return list(runs.values())
+
+
+def _draw_run(
+    run: Run, number: int | None, layers: Sequence[str], reference: ReferenceCurve | None
+) -> list[Drawing]:
+    """Draw what belongs to one run alone; its number tells its files from those of others."""
+
+    def name(kind: str) -> str:
+        return kind if number is None else f"{kind}-{number}-{run.name}"
+
+    chosen = choose_layers(run, layers, count=_SPECTRA)
+    found = [
+        stability_map(run, name("stability"), reference),
+        mixing_map(run, name("mixing")),
+        rank_map(run, name("rank")),
+        spectra(run, chosen, name("spectra")),
+        other_measures(run, name("measures")),
+    ]
+    return [drawing for drawing in found if drawing]

@@ -1,0 +1,264 @@
+"""What metrics.h5 and summary.json say of a run, as arrays."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from app.config import parse
+from app.errors import UserError
+from app.metrics.store import Follower, StoredLayer
+
+Rows = dict[str, np.ndarray]
+"""The columns of a group, all of the same length."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeAxis:
+    """The axis on which the steps of a run are drawn."""
+
+    label: str
+    steps_per_unit: float
+
+    def __call__(self, steps: np.ndarray) -> np.ndarray:
+        """Turn steps into places on the axis, in float64."""
+        return np.asarray(steps, float) / self.steps_per_unit
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSeries:
+    """One figure of all layers over time."""
+
+    layers: Sequence[StoredLayer]
+    """The L layers that it was measured for, in the order of the network."""
+    steps: np.ndarray
+    """(T,) ascending."""
+    values: np.ndarray
+    """(L, T) in float64; NaN where there is nothing."""
+
+    def averaged(self) -> np.ndarray:
+        """Return the rows of the layers that means take in."""
+        return self.values[[layer.averaged for layer in self.layers]]
+
+    def mean(self) -> np.ndarray:
+        """Return the mean over the layers (T,), as far as they have a value; NaN if none has."""
+        values = self.averaged()
+        count = np.isfinite(values).sum(0)
+        total = np.where(np.isfinite(values), values, 0.0).sum(0)
+        return np.divide(total, count, out=np.full(len(count), np.nan), where=count > 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything of a run but its spectra, which may be large: see :func:`read_spectra`."""
+
+    folder: Path
+    name: str
+    configuration: dict[str, Any]
+    """Sections of the resolved configuration; of an analysis, the section analysis alone."""
+    yaml: str
+    """The same as text."""
+    summary: dict[str, Any] | None
+    """The final figures; None: not finished."""
+    sessions: Rows
+    train: Rows
+    evaluation: Rows
+    events: Rows
+    """Of /lowrank."""
+    measurements: Rows
+    """Of /stability; empty where the program did not write it."""
+    layers: Sequence[StoredLayer]
+    stability: Sequence[Rows]
+    """Of each layer."""
+    rank: Sequence[Rows]
+    """Of each layer."""
+
+    @cached_property
+    def axis(self) -> TimeAxis:
+        """Epochs where an evaluation tells how many steps they have; otherwise steps.
+
+        An analysis says itself what it counts.
+        """
+        if analysis := self.configuration.get("analysis"):
+            return TimeAxis(label=str(analysis["position"]), steps_per_unit=1)
+        finished = self.evaluation["epoch"] > 0
+        if not finished.any():
+            return TimeAxis(label="optimizer step", steps_per_unit=1)
+        steps = self.evaluation["step"][finished] / self.evaluation["epoch"][finished]
+        return TimeAxis(label="epoch", steps_per_unit=float(steps[0]))
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run reached its end; an analysis always has."""
+        return self.summary is not None or "analysis" in self.configuration
+
+    def state(self) -> str:
+        """Say how far the run has come."""
+        if self.is_finished:
+            return "finished"
+        epochs = self.configuration.get("training", {}).get("epochs", "?")
+        if not len(self.train["step"]):
+            return "not finished: no step yet"
+        return (
+            f"not finished: in epoch {self.train['epoch'][-1]} of {epochs}, "
+            f"step {self.train['step'][-1]}"
+        )
+
+    def conversions(self) -> np.ndarray:
+        """Return the places on the axis at which layers turned low-rank."""
+        return self.axis(self.events["step"][self.events["event"] == "convert"])
+
+    def columns(self) -> list[str]:
+        """Return the names of what was measured of each layer, beside epoch and step."""
+        found = dict.fromkeys(column for rows in self.stability for column in rows)
+        return [column for column in found if column not in {"epoch", "step"}]
+
+    def series(self, column: str) -> LayerSeries:
+        """Return a column of /layers/NAME/stability, of all layers that have finite values in it.
+
+        Steps at which no layer has one are left out.
+        """
+        tracks = [
+            (layer, rows["step"], rows[column].astype(float))
+            for layer, rows in zip(self.layers, self.stability, strict=True)
+            if column in rows and np.isfinite(rows[column]).any()
+        ]
+        return _join(tracks)
+
+    def relative_ranks(self) -> LayerSeries:
+        """Return each layer's rank over its largest one, at every event and measurement."""
+        tracks = []
+        for layer, stability, rank in zip(self.layers, self.stability, self.rank, strict=True):
+            steps = np.concatenate([stability["step"], rank["step"]])
+            ranks = np.concatenate([stability["rank"], rank["rank"]]).astype(float)
+            if len(steps):
+                order = np.argsort(steps, kind="stable")
+                tracks.append((layer, steps[order], ranks[order] / max(1.0, ranks.max())))
+        return _join(tracks, carry=True)
+
+
+def read_run(path: Path | str) -> Run:
+    """Read a run that goes on, was stopped, or has ended.
+
+    Args:
+        path: its folder, or the metrics.h5 in it.
+
+    Raises:
+        UserError: no metrics there, no metrics of a run, or nothing recorded yet.
+    """
+    path = Path(path)
+    metrics = path if path.is_file() else path / "metrics.h5"
+    folder = metrics.parent
+    reader = Follower(metrics)
+    try:
+        layers = reader.layers()
+        yaml = reader.configuration()
+        run = Run(
+            folder=folder,
+            name=folder.resolve().name,
+            configuration=parse(yaml, source=f"{metrics}: config"),
+            yaml=yaml,
+            summary=_read_summary(folder / "summary.json"),
+            sessions=reader.rows("sessions"),
+            train=reader.rows("train"),
+            evaluation=reader.rows("eval"),
+            events=reader.rows("lowrank"),
+            measurements=reader.rows("stability") if "stability" in reader else {},
+            layers=layers,
+            stability=[reader.rows(f"layers/{layer.name}/stability") for layer in layers],
+            rank=[reader.rows(f"layers/{layer.name}/rank") for layer in layers],
+        )
+    finally:
+        reader.close()
+    if not len(run.train["step"]) and not any(len(rows["step"]) for rows in run.stability):
+        raise UserError(f"{metrics}: nothing is recorded yet; try again when the run has begun")
+    return run
+
+
+def read_spectra(run: Run, names: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Read the singular values of some layers.
+
+    Returns:
+        For each layer the steps (T,), ascending and each once, and the values (T, k), descending
+        and padded with NaN.
+    """
+    spectra = []
+    reader = Follower(run.folder / "metrics.h5")
+    try:
+        for name in names:
+            rows = reader.rows(f"layers/{name}/spectrum")
+            # The last of the rows of a step: after an event comes the epoch's measurement.
+            steps, last = np.unique(rows["step"][::-1], return_index=True)
+            spectra.append((steps, rows["singular_values"][::-1][last]))
+    finally:
+        reader.close()
+    return spectra
+
+
+def choose_layers(run: Run, patterns: Sequence[str], *, count: int) -> list[str]:
+    """Choose the layers whose spectra are drawn, in the order of the network.
+
+    Args:
+        run: the run.
+        patterns: shell-style, of layer names. None given: some at even distances.
+        count: how many at most.
+
+    Raises:
+        UserError: a pattern matches no layer with a spectrum.
+    """
+    names = [
+        layer.name
+        for layer, stability, rank in zip(run.layers, run.stability, run.rank, strict=True)
+        if len(stability["step"]) or len(rank["step"])
+    ]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise UserError(
+                f"--layers: {pattern!r} matches no measured layer of {run.folder} "
+                f"(such as {names[0] if names else 'none'})"
+            )
+    if patterns:
+        names = [name for name in names if any(fnmatchcase(name, p) for p in patterns)]
+    if len(names) <= count:
+        return names
+    places = np.linspace(0, len(names) - 1, count).round().astype(int)
+    return [names[place] for place in places]
+
+
+def _read_summary(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        summary = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); remove it") from None
+    if not isinstance(summary, dict):
+        raise UserError(f"{path}: not the summary of a run; remove it")
+    return summary
+
+
+def _join(
+    tracks: Sequence[tuple[StoredLayer, np.ndarray, np.ndarray]], *, carry: bool = False
+) -> LayerSeries:
+    """Bring the layers' values onto common steps.
+
+    Args:
+        tracks: layer, steps and values.
+        carry: a value holds until the layer's next one.
+    """
+    seen = [steps[np.isfinite(values)] for _, steps, values in tracks]
+    common = np.unique(np.concatenate(seen)) if seen else np.empty(0)
+    table = np.full((len(tracks), len(common)), np.nan)
+    for row, (_, steps, values) in zip(table, tracks, strict=True):
+        if carry:
+            last = np.searchsorted(steps, common, side="right") - 1
+            row[last >= 0] = values[last[last >= 0]]
+        else:
+            finite = np.isfinite(values)
+            row[np.searchsorted(common, steps[finite])] = values[finite]
+    return LayerSeries(layers=[layer for layer, *_ in tracks], steps=common, values=table)
