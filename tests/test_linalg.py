@@ -14,7 +14,13 @@ from app.linalg.stability import (
     mixing_factor_from_factors,
     mixing_similarity,
 )
-from app.linalg.svd import economy_svd, effective_rank, numerical_rank
+from app.linalg.svd import (
+    diagonal_svd,
+    economy_svd,
+    effective_rank,
+    is_diagonal,
+    numerical_rank,
+)
 
 SHAPES = [(1, 1), (7, 7), (40, 12), (12, 40), (64, 1)]
 
@@ -49,20 +55,80 @@ def test_svd_of_half_precision_is_computed_in_float32(dtype):
     assert economy_svd(random_matrix(6, 4).to(dtype)).U.dtype == torch.float32
 
 
-def test_svd_is_retried_in_float64(monkeypatch):
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5), (2, 4, 3), (2, 3, 4)])
+@pytest.mark.parametrize("failures", [0, 1, 2])
+def test_svd_is_retried_in_float64_and_then_by_another_driver(monkeypatch, failures, shape):
     real, dtypes = torch.linalg.svd, []
 
     def svd(matrix, **options):
         dtypes.append(matrix.dtype)
-        if matrix.dtype == torch.float32:
+        if len(dtypes) <= failures:
             raise torch.linalg.LinAlgError("did not converge")
         return real(matrix, **options)
 
     monkeypatch.setattr(torch.linalg, "svd", svd)
-    matrix = random_matrix(5, 3, dtype=torch.float32)
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     U, s, Vh = economy_svd(matrix)
-    assert dtypes == [torch.float32, torch.float64]
-    torch.testing.assert_close(U * s @ Vh, matrix)
+    assert dtypes == [torch.float32, torch.float64][: failures + 1]
+    assert U.dtype == s.dtype == Vh.dtype == torch.float32
+    assert U.is_contiguous()
+    assert Vh.is_contiguous()
+    torch.testing.assert_close(U * s[..., None, :] @ Vh, matrix)
+
+
+def test_svd_that_returns_nonsense_is_retried(monkeypatch):
+    real = torch.linalg.svd
+
+    def svd(matrix, **options):
+        U, s, Vh = real(matrix, **options)
+        return U, s * (math.nan if matrix.dtype == torch.float32 else 1), Vh
+
+    monkeypatch.setattr(torch.linalg, "svd", svd)
+    assert economy_svd(torch.ones(4, 2)).s[0] == pytest.approx(8**0.5)
+
+
+def test_svd_that_nothing_can_do_is_an_error(monkeypatch):
+    def fail(*_, **__):
+        raise torch.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(torch.linalg, "svd", fail)
+    monkeypatch.setattr("scipy.linalg.svd", fail)
+    with pytest.raises(torch.linalg.LinAlgError, match=r"no SVD of \(5, 3\) converges"):
+        economy_svd(torch.ones(5, 3))
+
+
+@pytest.mark.parametrize("k", [64, 1024])
+@pytest.mark.parametrize("spectrum", ["flat", "wide", "deficient"])
+def test_singular_vectors_of_float32_are_orthonormal_to_1e_5(k, spectrum):
+    matrix = random_matrix(k + 16, k, dtype=torch.float32)
+    if spectrum == "wide":
+        matrix = matrix * torch.logspace(0, -6, k)
+    if spectrum == "deficient":
+        matrix[:, k // 2 :] = 0
+    factors = economy_svd(matrix)
+    for vectors in (factors.U, factors.Vh.T):
+        error = vectors.T.double() @ vectors.double() - torch.eye(k, dtype=torch.float64)
+        assert torch.linalg.matrix_norm(error, 2) < 1e-5
+
+
+@given(st.lists(st.sampled_from([-2.0, -1.0, 0.0, 1.0, 3.0]), min_size=1, max_size=6))
+def test_svd_of_a_diagonal_matrix_is_exact(values):
+    matrix = torch.diag(torch.tensor(values))
+    for stack in (matrix, torch.stack([matrix, -matrix])):
+        left, s, right = diagonal_svd(stack)
+        assert is_diagonal(stack)
+        assert torch.equal(left * s[..., None, :] @ right, stack)
+        assert torch.equal(s, torch.linalg.svdvals(stack.double()).float())
+        identity = torch.eye(len(values)).expand_as(stack)
+        assert torch.equal(left.mT @ left, identity)
+        assert torch.equal(right @ right.mT, identity)
+
+
+def test_what_is_not_diagonal():
+    matrix = torch.diag(torch.tensor([1.0, 0.0, 2.0]))
+    matrix[2, 0] = 1e-30
+    assert not is_diagonal(matrix)
+    assert not is_diagonal(torch.stack([torch.eye(3), matrix]))
 
 
 def test_numerical_rank_ignores_rounding_noise():
