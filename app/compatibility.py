@@ -2,6 +2,8 @@
 
 import importlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 _libraries: list[Any] = []
@@ -38,3 +40,29 @@ def import_torchvision() -> None:
         library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _libraries.append(library)
     importlib.import_module("torchvision")
+
+
+@contextmanager
+def free_communicators_of_heat() -> Iterator[None]:
+    """Free the MPI communicators that heat makes in the block, at its end.
+
+    Seen with heat 1.8.0: its linear algebra never frees the communicators that it makes by
+    MPICommunication.Split; under MPICH the 1,022nd tall-skinny QR aborts for want of another. All
+    processes of a communicator split it in the same order, so they also free in the same order, as
+    MPI demands. It can go with the release after 1.8, which frees them itself.
+    """
+    from heat.core.communication import MPICommunication
+
+    split, made = MPICommunication.Split, []
+
+    def remember(self: Any, *arguments: Any, **options: Any) -> Any:
+        made.append(split(self, *arguments, **options))
+        return made[-1]
+
+    MPICommunication.Split = remember
+    try:
+        yield
+        for communicator in made:
+            communicator.Free()
+    finally:
+        MPICommunication.Split = split

