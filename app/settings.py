@@ -9,6 +9,19 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from app.errors import UserError
 
+DataName = Literal[
+    "digits",
+    "mnist",
+    "fashion_mnist",
+    "cifar10",
+    "cifar100",
+    "image_folder",
+    "etth1",
+    "etth2",
+    "ettm1",
+    "ettm2",
+]
+
 
 class Section(BaseModel):
     """A part of the configuration: immutable, keyword-only, no unknown keys, no coercion."""
@@ -43,11 +56,9 @@ class RunSection(Section):
 class DataSection(Section):
     """What is learned from."""
 
-    name: Literal["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "image_folder"] = (
-        Field(
-            "digits",
-            description="Data set. digits ships with scikit-learn, the others lie under data.root.",
-        )
+    name: DataName = Field(
+        "digits",
+        description="Data set. digits ships with scikit-learn, the others lie under data.root.",
     )
     root: str = Field("data", description="Folder that holds the data set in its official layout.")
     download: bool = Field(False, description="Let torchvision download what is missing.")
@@ -69,6 +80,8 @@ class DataSection(Section):
     )
     image_size: int = Field(224, gt=0, description="Crop size in pixels (image_folder only).")
     workers: int = Field(2, ge=0, description="Loader processes per process (image_folder only).")
+    input_length: int = Field(96, gt=0, description="Known steps of a time series (ETT only).")
+    horizon: int = Field(96, gt=0, description="Steps to be forecast (ETT only).")
 
 
 class ModelSection(Section):
@@ -76,7 +89,8 @@ class ModelSection(Section):
 
     name: str = Field(
         "vision_transformer",
-        description="vision_transformer, cifar_resnet, or a name of timm, such as resnetrs101.",
+        description="vision_transformer, cifar_resnet, autoformer (for time series), or a name of "
+        "timm, such as resnetrs101.",
     )
     arguments: dict[str, Any] = Field(
         default_factory=dict, description="Keyword arguments of the network's constructor."

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -10,6 +11,12 @@ from torch import nn
 from app.compatibility import import_torchvision
 from app.errors import UserError
 from app.settings import ModelSection
+
+_OWN = {
+    "autoformer": ("app.models.autoformer", "Autoformer"),
+    "cifar_resnet": ("app.models.cifar_resnet", "CifarResNet"),
+}
+"""Our own networks, by module and class: imported when they are asked for."""
 
 _CONSTRUCTION_ERRORS = (
     ArithmeticError,
@@ -23,20 +30,26 @@ _CONSTRUCTION_ERRORS = (
 """What constructors raise at arguments that they do not expect."""
 
 
-def build(
-    name: str, arguments: Mapping[str, Any], *, input_shape: tuple[int, ...], outputs: int
-) -> nn.Module:
-    """Build a network for images, with random weights drawn from torch's default generator.
+Outputs = int | tuple[int, ...]
+"""Of a network for one sample: a number of classes, or the (horizon, variables) of a forecast."""
 
-    The number of channels, the image size where the network depends on it, and the number of
-    classes are filled in as timm's ``in_chans``, ``img_size`` and ``num_classes``, unless
-    ``arguments`` give them.
+
+def build(
+    name: str, arguments: Mapping[str, Any], *, input_shape: tuple[int, ...], outputs: Outputs
+) -> nn.Module:
+    """Build a network with random weights drawn from torch's default generator.
+
+    What the task decides is filled in unless ``arguments`` give it. For images: the number of
+    channels, the image size where the network depends on it, and the number of classes, as timm's
+    ``in_chans``, ``img_size`` and ``num_classes``. For time series: ``variables``,
+    ``time_features``, ``input_length`` and ``horizon``.
 
     Args:
-        name: "vision_transformer" (timm's, of any size), "cifar_resnet", or a name of timm.
+        name: "vision_transformer" (timm's, of any size), "cifar_resnet", "autoformer", or a name of
+            timm.
         arguments: keyword arguments of the network's constructor.
-        input_shape: (channels, height, width).
-        outputs: classes.
+        input_shape: (channels, height, width), or (steps, variables + time features).
+        outputs: classes, or (horizon, variables).
 
     Returns:
         The network, on the CPU unless the caller chose another default device.
@@ -45,10 +58,16 @@ def build(
         UserError: the name is unknown, or the network cannot be built with these arguments.
     """
     constructor, depends_on_size = _find(name)
-    channels, *size = input_shape
-    filled_in: dict[str, Any] = {"in_chans": channels, "num_classes": outputs}
-    if depends_on_size:
-        filled_in["img_size"] = tuple(size)
+    is_forecast = isinstance(outputs, tuple)
+    if is_forecast != (name == "autoformer"):
+        needed, given = ("time series", "images") if name == "autoformer" else ("images", "series")
+        raise UserError(f"model.name: {name} is for {needed}, and data.name gives {given}")
+    if isinstance(outputs, tuple):
+        filled_in = _of_a_forecast(input_shape, outputs)
+    else:
+        filled_in = {"in_chans": input_shape[0], "num_classes": outputs}
+        if depends_on_size:
+            filled_in["img_size"] = tuple(input_shape[1:])
     try:
         return constructor(**{**filled_in, **arguments})
     except _CONSTRUCTION_ERRORS as error:
@@ -57,50 +76,61 @@ def build(
         ) from None
 
 
-def check(section: ModelSection, *, input_shape: tuple[int, ...], outputs: int) -> None:
+def check(section: ModelSection, *, input_shape: tuple[int, ...], outputs: Outputs) -> None:
     """Find out early, without memory or computation, whether a network can be built and fits.
 
     It is built on the meta device and given a batch there, which draws no random numbers.
 
     Raises:
-        UserError: as in :func:`build`; or the network cannot take these images, or does not give
-            one output per class.
+        UserError: as in :func:`build`; or the network cannot take these inputs, or gives other
+            outputs.
     """
+    inputs = "images" if isinstance(outputs, int) else "series"
     with torch.device("meta"), torch.no_grad():
         model = build(section.name, section.arguments, input_shape=input_shape, outputs=outputs)
         try:
             result = model.eval()(torch.empty(2, *input_shape))
         except _CONSTRUCTION_ERRORS as error:
             raise UserError(
-                f"model.name: {section.name} with {section.arguments} cannot take images of shape "
-                f"{tuple(input_shape)}: {_one_line(error)}"
+                f"model.name: {section.name} with {section.arguments} cannot take {inputs} of "
+                f"shape {tuple(input_shape)}: {_one_line(error)}"
             ) from None
     shape = getattr(result, "shape", None)
-    if shape != (2, outputs):
+    expected = (2, outputs) if isinstance(outputs, int) else (2, *outputs)
+    if shape != expected:
         raise UserError(
             f"model.arguments: {section.name} with {section.arguments} gives outputs of shape "
-            f"{shape and tuple(shape)} for 2 images, expected {(2, outputs)}"
+            f"{shape and tuple(shape)} for 2 {inputs}, expected {expected}"
         )
+
+
+def _of_a_forecast(input_shape: tuple[int, ...], outputs: tuple[int, ...]) -> dict[str, Any]:
+    (steps, columns), (horizon, variables) = input_shape, outputs
+    return {
+        "variables": variables,
+        "time_features": columns - variables,
+        "input_length": steps - horizon,
+        "horizon": horizon,
+    }
 
 
 def _find(name: str) -> tuple[Callable[..., nn.Module], bool]:
     """Return the constructor of a network, and whether it takes the image size."""
-    if name == "cifar_resnet":
-        from app.models.cifar_resnet import CifarResNet
-
-        return CifarResNet, False
+    if name in _OWN:
+        module, constructor = _OWN[name]
+        return getattr(import_module(module), constructor), False
     import_torchvision()
     import timm
 
     if name == "vision_transformer":
         return timm.models.VisionTransformer, True
     if not timm.is_model(name):
-        known = ["vision_transformer", "cifar_resnet", *timm.list_models()]
+        known = ["vision_transformer", *_OWN, *timm.list_models()]
         near = difflib.get_close_matches(name, known, n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise UserError(
-            f"model.name: {name!r} is neither vision_transformer, cifar_resnet nor a name that "
-            f"timm knows{hint}"
+            f"model.name: {name!r} is neither vision_transformer, {', '.join(_OWN)} nor a name "
+            f"that timm knows{hint}"
         )
 
     try:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from app.settings import Configuration
 from app.tasks.datasets import download as download
+from app.tasks.ett import is_series
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +54,9 @@ class Task(Protocol):
     steps_per_epoch: int
     """Global batches of an epoch."""
     input_shape: tuple[int, ...]
-    """Of one sample: (channels, height, width) for images."""
-    outputs: int
-    """Outputs of the network per sample: classes for a classification."""
+    """Of one sample: (channels, height, width) for images, (steps, columns) for time series."""
+    outputs: int | tuple[int, ...]
+    """Outputs of the network per sample: classes, or the (horizon, variables) of a forecast."""
     figures: tuple[str, ...]
     """Names of the figures of merit, beside the loss."""
     splits: tuple[str, ...]
@@ -110,6 +111,12 @@ def build_task(
         from app.tasks.image_folder import ImageFolderClassification
 
         return ImageFolderClassification(
+            configuration, process_index=process_index, process_count=process_count, device=device
+        )
+    if is_series(configuration.data.name):
+        from app.tasks.forecasting import Forecasting
+
+        return Forecasting(
             configuration, process_index=process_index, process_count=process_count, device=device
         )
     from app.tasks.classification import InMemoryClassification

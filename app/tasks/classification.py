@@ -1,72 +1,32 @@
 """Image classification: loss, accuracy, and the sets that fit into memory."""
 
-import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from app.errors import UserError
 from app.settings import Configuration
 from app.tasks import Batch, datasets, sharding
 from app.tasks.pixels import channel_statistics, crop_and_flip
+from app.tasks.sharded import ShardedTask
 from app.tasks.sharding import Stream
 
 
-class Classification:
-    """What all tasks of image classification share: sizes, loss and figures of merit."""
+class Classification(ShardedTask):
+    """What all tasks of image classification share: loss and figures of merit."""
 
     figures: tuple[str, ...] = ("accuracy",)
-    splits: tuple[str, ...] = ("validation", "test")
 
-    def __init__(
-        self,
-        configuration: Configuration,
-        *,
-        train_size: int,
-        input_shape: tuple[int, ...],
-        outputs: int,
-        process_index: int,
-        process_count: int,
-        device: torch.device,
-    ) -> None:
-        """Set the sizes.
-
-        Args:
-            configuration: training and run.seed are read.
-            train_size: samples of the training part.
-            input_shape: (channels, height, width).
-            outputs: classes.
-            process_index: of this process.
-            process_count: processes that share every global batch.
-            device: where batches are put.
+    def __init__(self, configuration: Configuration, **sizes: Any) -> None:
+        """Set the sizes; see :class:`app.tasks.sharded.ShardedTask`.
 
         Raises:
             UserError: an epoch would have no batch.
         """
-        training = configuration.training
-        self.train_size = train_size
-        self.input_shape = input_shape
-        self.outputs = outputs
-        self.steps_per_epoch = sharding.steps_per_epoch(
-            train_size, training.batch_size, drop_last=configuration.data.drop_last
-        )
-        if self.steps_per_epoch == 0:
-            raise UserError(
-                f"training.batch_size: {training.batch_size} exceeds the {train_size} training "
-                f"samples, and data.drop_last drops the only batch; lower it, or set "
-                f"data.drop_last=false"
-            )
-        self.device = device
-        self._seed = configuration.run.seed
-        self._batch_size = training.batch_size
-        self._label_smoothing = training.label_smoothing
-        self._process = (process_index, process_count)
-        # No more samples at once than a forward in training has.
-        self._evaluation_batch_size = math.ceil(
-            training.batch_size / (process_count * training.accumulation)
-        )
+        super().__init__(configuration, **sizes)
+        self._label_smoothing = configuration.training.label_smoothing
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the cross entropy with label smoothing; see :class:`app.tasks.Task`."""
@@ -101,16 +61,6 @@ class Classification:
             count=2,
             global_count=2,
         )
-
-    def _share(self, global_batch: slice) -> tuple[slice, int]:
-        """Return this process's share within a global batch, and its number of true samples.
-
-        An empty share becomes the first sample of the global batch, as padding: a real image keeps
-        the running statistics of normalizations sensible.
-        """
-        mine = sharding.share(global_batch.stop - global_batch.start, *self._process)
-        count = mine.stop - mine.start
-        return (mine if count else slice(0, 1)), count
 
 
 class InMemoryClassification(Classification):

@@ -19,6 +19,7 @@ import numpy as np
 from app.compatibility import import_torchvision
 from app.errors import UserError
 from app.settings import Configuration, DataSection
+from app.tasks.ett import is_series, series_path
 from app.tasks.formats import read_cifar, read_idx
 from app.tasks.splitting import limit_training_part, split_off, split_off_validation
 
@@ -166,6 +167,11 @@ def download(configuration: Configuration) -> None:
         raise UserError(
             "data.download: image_folder is your own data and cannot be downloaded; put train/ and "
             "val/ into data.root"
+        )
+    if is_series(data.name):
+        raise UserError(
+            f"data.download: {data.name} has no official place to download from; put "
+            f"{series_path(data).name} into {series_path(data).parent}"
         )
     source = _SOURCES[data.name]
     if all(source.find(data.root, name) for name in (*source.train_files, *source.test_files)):

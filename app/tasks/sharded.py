@@ -1,0 +1,72 @@
+"""What all tasks share that spread every global batch over the processes."""
+
+import math
+
+import torch
+
+from app.errors import UserError
+from app.settings import Configuration
+from app.tasks import sharding
+
+
+class ShardedTask:
+    """Sizes of a task, and this process's share of a global batch."""
+
+    splits: tuple[str, ...] = ("validation", "test")
+
+    def __init__(
+        self,
+        configuration: Configuration,
+        *,
+        train_size: int,
+        input_shape: tuple[int, ...],
+        outputs: int | tuple[int, ...],
+        process_index: int,
+        process_count: int,
+        device: torch.device,
+    ) -> None:
+        """Set the sizes.
+
+        Args:
+            configuration: training and run.seed are read.
+            train_size: samples of the training part.
+            input_shape: of one sample.
+            outputs: see :class:`app.tasks.Task`.
+            process_index: of this process.
+            process_count: processes that share every global batch.
+            device: where batches are put.
+
+        Raises:
+            UserError: an epoch would have no batch.
+        """
+        training = configuration.training
+        self.train_size = train_size
+        self.input_shape = input_shape
+        self.outputs = outputs
+        self.steps_per_epoch = sharding.steps_per_epoch(
+            train_size, training.batch_size, drop_last=configuration.data.drop_last
+        )
+        if self.steps_per_epoch == 0:
+            raise UserError(
+                f"training.batch_size: {training.batch_size} exceeds the {train_size} training "
+                f"samples, and data.drop_last drops the only batch; lower it, or set "
+                f"data.drop_last=false"
+            )
+        self.device = device
+        self._seed = configuration.run.seed
+        self._batch_size = training.batch_size
+        self._process = (process_index, process_count)
+        # No more samples at once than a forward in training has.
+        self._evaluation_batch_size = math.ceil(
+            training.batch_size / (process_count * training.accumulation)
+        )
+
+    def _share(self, global_batch: slice) -> tuple[slice, int]:
+        """Return this process's share within a global batch, and its number of true samples.
+
+        An empty share becomes the first sample of the global batch, as padding: a real sample keeps
+        the running statistics of normalizations sensible.
+        """
+        mine = sharding.share(global_batch.stop - global_batch.start, *self._process)
+        count = mine.stop - mine.start
+        return (mine if count else slice(0, 1)), count
