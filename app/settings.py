@@ -89,8 +89,8 @@ class ModelSection(Section):
 
     name: str = Field(
         "vision_transformer",
-        description="vision_transformer, cifar_resnet, autoformer (for time series), or a name of "
-        "timm, such as resnetrs101.",
+        description="vision_transformer, cifar_resnet, lenet5, autoformer (for time series), or a "
+        "name of timm, such as resnetrs101.",
     )
     arguments: dict[str, Any] = Field(
         default_factory=dict, description="Keyword arguments of the network's constructor."

@@ -30,11 +30,12 @@ def check(name: str, arguments: dict[str, Any] | None = None) -> None:
     [
         ("vision_transformer", {**SMALL_VIT, "patch_size": 4}),
         ("cifar_resnet", {"depth": 8}),
+        ("lenet5", {}),
         ("resnet18", {}),
         ("vit_tiny_patch16_224", {"patch_size": 4}),
     ],
 )
-@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 24)])
+@pytest.mark.parametrize("shape", [(1, 16, 16), (3, 32, 24)])
 def test_task_is_filled_in(name: str, arguments: dict[str, Any], shape: tuple[int, ...]) -> None:
     model = build(name, arguments, input_shape=shape, outputs=7)
     assert model(torch.zeros(2, *shape)).shape == (2, 7)
@@ -85,6 +86,8 @@ WRONG_ARGUMENTS = [
     ("cifar_resnet", {"depth": 2}, r"depth must be 6n \+ 2"),
     ("cifar_resnet", {"width": 0}, "width must be at least 1"),
     ("cifar_resnet", {"shortcut": "C"}, "shortcut must be 'A' or 'B'"),
+    ("lenet5", {"activation": "C"}, "activation must be tanh or relu, not 'C'"),
+    ("lenet5", {"img_size": [8, 8]}, "img_size must be at least 12 x 12"),
 ]
 
 
@@ -152,6 +155,26 @@ def test_parameter_free_shortcut_subsamples_and_fills_with_zeros() -> None:
     result = block(features)
     assert torch.equal(result[:, :4], features[:, :, ::2, ::2])
     assert torch.count_nonzero(result[:, 4:]) == 0
+
+
+@pytest.mark.parametrize(("size", "channels"), [(28, 1), (32, 1)])
+def test_lenet5_has_the_size_of_the_paper(size: int, channels: int) -> None:
+    """LeCun et al., section II.B: 48,120 weights in C5 and 10,164 in F6; C3 is connected fully."""
+    model = build("lenet5", input_shape=(channels, size, size))
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in model.children()]
+    assert sizes == [156, 2416, 48_120, 10_164, 850]
+
+
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+def test_every_parameter_of_lenet5_is_trained(activation: str) -> None:
+    model = build("lenet5", {"activation": activation}, input_shape=(1, 28, 28))
+    model(torch.rand(8, 1, 28, 28)).square().sum().backward()
+    assert all(torch.count_nonzero(p.grad) for p in model.parameters())
+
+
+def test_cifar_mini_vit_has_its_size() -> None:
+    arguments = {"patch_size": 8, "embed_dim": 768, "depth": 6, "num_heads": 6, "mlp_ratio": 4}
+    assert sum(p.numel() for p in build("vision_transformer", arguments).parameters()) == 42_698_506
 
 
 @pytest.mark.parametrize("shortcut", ["A", "B"])

@@ -15,6 +15,7 @@ from app.settings import ModelSection
 _OWN = {
     "autoformer": ("app.models.autoformer", "Autoformer"),
     "cifar_resnet": ("app.models.cifar_resnet", "CifarResNet"),
+    "lenet5": ("app.models.lenet", "LeNet5"),
 }
 """Our own networks, by module and class: imported when they are asked for."""
 
@@ -45,8 +46,8 @@ def build(
     ``time_features``, ``input_length`` and ``horizon``.
 
     Args:
-        name: "vision_transformer" (timm's, of any size), "cifar_resnet", "autoformer", or a name of
-            timm.
+        name: "vision_transformer" (timm's, of any size), "cifar_resnet", "lenet5", "autoformer", or
+            a name of timm.
         arguments: keyword arguments of the network's constructor.
         input_shape: (channels, height, width), or (steps, variables + time features).
         outputs: classes, or (horizon, variables).
@@ -118,7 +119,7 @@ def _find(name: str) -> tuple[Callable[..., nn.Module], bool]:
     """Return the constructor of a network, and whether it takes the image size."""
     if name in _OWN:
         module, constructor = _OWN[name]
-        return getattr(import_module(module), constructor), False
+        return getattr(import_module(module), constructor), name == "lenet5"
     import_torchvision()
     import timm
 
