@@ -62,6 +62,8 @@ class OIALR:
         keep_last_layer: bool = True,
         minimum_rank_fraction: float = 0.01,
         largest_cut: float = 0.5,
+        retained_energy: float | None = None,
+        largest_energy_cut: float = 1.0,
         rank_multiple: int = 16,
         cut_at_conversion: bool = False,
         defer_conversion: bool = False,
@@ -89,6 +91,9 @@ class OIALR:
             keep_last_layer: the network's last layer stays full-rank.
             minimum_rank_fraction: no rank falls below this share of min(m, n).
             largest_cut: largest share of a layer's rank that one update may cut.
+            retained_energy: in place of the cutoff: keep the fewest singular values that hold this
+                share of a layer's spectral energy, the sum of their squares.
+            largest_energy_cut: largest share of the spectral energy that one update may cut.
             rank_multiple: ranks are rounded up to a multiple of this in layers with min(m, n) of
                 at least twelve times as much; 1: not at all.
             cut_at_conversion: cut at the conversion itself already (the paper does not).
@@ -124,6 +129,8 @@ class OIALR:
             layer_fraction=layer_fraction,
             minimum_rank_fraction=minimum_rank_fraction,
             largest_cut=largest_cut,
+            retained_energy=retained_energy,
+            largest_energy_cut=largest_energy_cut,
             rank_multiple=rank_multiple,
             execution=execution,
             attention_projection=attention_projection,
@@ -173,6 +180,8 @@ class OIALR:
                 largest_cut=largest_cut,
                 minimum_rank_fraction=minimum_rank_fraction,
                 multiple=rank_multiple,
+                retained_energy=retained_energy,
+                largest_energy_cut=largest_energy_cut,
             ),
             cut_at_conversion=cut_at_conversion,
             defer_conversion=defer_conversion,

@@ -174,6 +174,16 @@ class OIALRSection(Section):
     largest_cut: float = Field(
         0.5, gt=0, lt=1, description="Largest share of a layer's rank that one update may cut."
     )
+    retained_energy: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Share of a layer's spectral energy, the sum of squared singular values, that "
+        "is kept; it takes the place of the cutoff.",
+    )
+    largest_energy_cut: float = Field(
+        1.0, gt=0, le=1, description="Largest share of that energy that one update may cut."
+    )
     rank_multiple: int = Field(
         16, gt=0, description="Ranks are multiples of it where min(m, n) is at least 12 times it."
     )

@@ -3,8 +3,11 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from app.linalg.svd import economy_svd
@@ -17,7 +20,7 @@ from app.lowrank.conversion import (
     to_dense,
 )
 from app.lowrank.layer import FactoredLayer
-from app.lowrank.schedule import event_at, kept_rank, layers_in_turn, minimum_rank
+from app.lowrank.schedule import energy_rank, event_at, kept_rank, layers_in_turn, minimum_rank
 
 KEEP = {"keep_first_layer": False, "keep_last_layer": False, "minimum_rank_fraction": 0.01}
 
@@ -242,10 +245,34 @@ CUT = {"full_rank": 100, "cutoff": 0.1, "largest_cut": 0.5, "minimum_rank_fracti
         ([10] * 5 + [0.1] * 15, {"multiple": 4, "largest_cut": 0.9}, 8),
         ([10] * 5 + [0.1] * 15, {"multiple": 13, "largest_cut": 0.9}, 5),  # 8 * 13 > 100
         ([10, 9, 8], {"multiple": 4}, 3),  # never growing
+        # Energies 16, 4, 1, 1.
+        ([4, 2, 1, 1], {"retained_energy": 0.72, "largest_cut": 0.9}, 1),
+        ([4, 2, 1, 1], {"retained_energy": 0.9, "largest_cut": 0.9}, 2),
+        ([4, 2, 1, 1], {"retained_energy": 0.92, "largest_cut": 0.9}, 3),
+        ([4, 2, 1, 1], {"retained_energy": 0.72}, 2),  # the guard, (1 - largest_cut) r
+        ([0, 0, 0, 0], {"retained_energy": 0.99}, 2),
+        # 1 is below the cutoff, 2 of 22 may go or not
+        ([4, 2, 1, 1], {"cutoff": 0.4, "largest_energy_cut": 0.1}, 2),
+        ([4, 2, 1, 1], {"cutoff": 0.4, "largest_energy_cut": 0.09}, 3),
+        ([4, 2, 1, 1], {"cutoff": 0.4, "largest_energy_cut": 0.04}, 4),
+        ([[4, 2, 1, 1], [4, 0, 0, 0]], {"retained_energy": 0.92, "largest_cut": 0.9}, 3),
     ],
 )
 def test_kept_rank(s, options, expected):
     assert kept_rank(torch.tensor(s), **{**CUT, **options}) == expected
+
+
+@given(
+    values=st.lists(st.floats(0, 1e3, width=32), min_size=1, max_size=12),
+    share=st.floats(0.01, 0.99),
+)
+def test_energy_rank_is_the_smallest_that_loses_no_more(values, share):
+    s = np.sort(np.array(values, dtype=np.float64))[::-1].copy()
+    kept = energy_rank(torch.from_numpy(s), largest_loss=share)
+    total, margin = (s**2).sum(), 1 + 1e-9
+    assert (s[kept:] ** 2).sum() <= share * total * margin
+    if kept:
+        assert (s[kept - 1 :] ** 2).sum() > share * total / margin
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,15 @@ from app.lowrank.optimizer_state import UnknownState
 
 Factorization = Literal["auto", "owner", "replicated"]
 
-RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "delay": (lambda value: value >= 1, "at least 1"),
     "update_interval": (lambda value: value >= 1, "at least 1"),
     "cutoff": (lambda value: 0 < value < 1, "in (0, 1)"),
     "layer_fraction": (lambda value: 0 < value <= 1, "in (0, 1]"),
     "minimum_rank_fraction": (lambda value: 0 <= value <= 1, "in [0, 1]"),
     "largest_cut": (lambda value: 0 < value < 1, "in (0, 1)"),
+    "retained_energy": (lambda value: value is None or 0 < value < 1, "in (0, 1), or None"),
+    "largest_energy_cut": (lambda value: 0 < value <= 1, "in (0, 1]"),
     "rank_multiple": (lambda value: value >= 1, "at least 1"),
     "core_learning_rate_factor": (lambda value: value > 0, "positive"),
 }

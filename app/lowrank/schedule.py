@@ -49,12 +49,15 @@ def kept_rank(
     largest_cut: float,
     minimum_rank_fraction: float,
     multiple: int = 1,
+    retained_energy: float | None = None,
+    largest_energy_cut: float = 1.0,
 ) -> int:
     """Rank that is left after one update.
 
-    Kept are the singular values of at least cutoff * s[0]; never fewer than (1 - largest_cut) of
-    the present rank, and never fewer than :func:`minimum_rank`. Of the matrices of a stack each has
-    its own cutoff * s[0], and the one that keeps most decides for all.
+    Kept are the singular values of at least cutoff * s[0], or those that hold the retained energy;
+    never fewer than (1 - largest_cut) of the present rank, never so few that more energy is lost
+    than allowed, and never fewer than :func:`minimum_rank`. Each matrix of a stack is judged by
+    itself, and the one that keeps most decides for all.
 
     Args:
         s: singular values (r,), descending, or (g, r) of a stack.
@@ -63,12 +66,33 @@ def kept_rank(
         largest_cut: largest share of the present rank that may be cut at once.
         minimum_rank_fraction: share of k below which no rank falls.
         multiple: see :func:`rounded_up`; never beyond the present rank.
+        retained_energy: keep the fewest values that hold this share of the energy, and do not look
+            at the cutoff; None: by the cutoff.
+        largest_energy_cut: largest share of the energy that may be cut at once, in (0, 1].
     """
     rank = s.shape[-1]
-    kept = int((s >= cutoff * s[..., :1]).sum(-1).max())
+    if retained_energy is None:
+        kept = int((s >= cutoff * s[..., :1]).sum(-1).max())
+    else:
+        kept = energy_rank(s, largest_loss=1 - retained_energy)
     guard = math.ceil((1 - largest_cut) * rank - 1e-9)
-    kept = max(kept, guard, minimum_rank(full_rank, minimum_rank_fraction))
+    bound = energy_rank(s, largest_loss=largest_energy_cut)
+    kept = max(kept, guard, bound, minimum_rank(full_rank, minimum_rank_fraction))
     return min(rank, rounded_up(kept, full_rank=full_rank, multiple=multiple))
+
+
+def energy_rank(s: Tensor, *, largest_loss: float) -> int:
+    """Smallest rank that loses no more than a share of the spectral energy, the sum of s^2.
+
+    The energy is the squared Frobenius norm of the matrix, so the share is the squared relative
+    error of the cut (Eckart and Young, 1936). Of a zero matrix nothing can be lost.
+
+    Args:
+        s: singular values (r,), descending, or (g, r) of a stack, of which none loses more.
+        largest_loss: the share, in [0, 1].
+    """
+    lost = s.double().square().flip(-1).cumsum(-1).flip(-1)  # by keeping 0, 1, 2, ... values
+    return int((lost > largest_loss * lost[..., :1]).sum(-1).max())
 
 
 def rounded_up(rank: int, *, full_rank: int, multiple: int) -> int:
