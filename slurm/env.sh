@@ -16,11 +16,21 @@ if [ -f .venv/bin/activate ]; then
     source .venv/bin/activate
 fi
 
+# What python is started with: nothing, or a container (apptainer.def) with the folders it needs.
+# WITHIN=(apptainer exec --nv --bind "$PWD" oialr.sif)
+# shellcheck disable=SC2034  # read by job.sh
+WITHIN=()
+
 # How srun starts MPI processes (srun --mpi=list): pmi2 for MPICH and its relatives, pmix for Open MPI.
 export SRUN_MPI="${SRUN_MPI:-pmi2}"
 
-# Folder of the data set: for ImageNet-2012 the one that holds train/ and val/.
-export DATA_ROOT="${DATA_ROOT:-data/imagenet}"
+# The network between the nodes, where a node has several (ip -brief address): docs/cluster.md.
+# export GLOO_SOCKET_IFNAME=ib0
+# export NCCL_SOCKET_IFNAME=ib0
+
+# Folder of the data sets, each in its official layout, and that of ImageNet-2012 (train/ and val/).
+export DATA_ROOT="${DATA_ROOT:-data}"
+export IMAGENET_ROOT="${IMAGENET_ROOT:-$DATA_ROOT/imagenet}"
 
 # Folder of the run directories, on a file system that all nodes share, such as scratch.
 export RUNS_ROOT="${RUNS_ROOT:-runs}"

@@ -1,7 +1,11 @@
-"""The Slurm launcher, run with stand-ins for srun and scontrol that record their arguments."""
+"""The batch scripts, run with stand-ins for srun and scontrol that record their arguments.
+
+A real Slurm runs them in test_slurm.py.
+"""
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -9,12 +13,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from machine import need
 
 from app.config import load
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "slurm" / "oialr_resnet.sh"
+SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
+BATCH_SCRIPTS = [path for path in SCRIPTS if path.name not in ("env.sh", "job.sh")]
 CONFIGURATION = ROOT / "configs" / "imagenet_resnetrs101.yaml"
+NOT_YET_WRITTEN = {"configs/ettm2_autoformer.yaml", "configs/imagenet_vit_b16.yaml"}
 JOB = "4711"
 
 FAKE_SRUN = """\
@@ -29,6 +36,13 @@ signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
 print("step is running", flush=True)
 signal.sigwait([signal.SIGUSR1])
 raise SystemExit(75)
+"""
+FAKE_SRUN_KILLED_BEFORE_IT_LISTENS = """\
+#!/usr/bin/env bash
+echo "step is running"
+sleep 30 &
+trap 'kill %1; exit 138' USR1
+wait
 """
 FAKE_SCONTROL = """\
 #!/usr/bin/env bash
@@ -52,11 +66,13 @@ def install(site: Path, name: str, text: str) -> None:
     (site / "bin" / name).chmod(0o755)
 
 
-def start(site: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-    """Start the script as Slurm does: from a copy that lies elsewhere, in any folder."""
+def start(
+    site: Path, *arguments: str, script: str = "oialr_resnet.sh", **environment: str
+) -> subprocess.Popen[str]:
+    """Start a script as Slurm does: from a copy that lies elsewhere, in any folder."""
     spool = site / "spool"
     spool.mkdir(exist_ok=True)
-    shutil.copy(site / "slurm" / "oialr_resnet.sh", spool / "slurm_script")
+    shutil.copy(site / "slurm" / script, spool / "slurm_script")
     return subprocess.Popen(
         ["bash", str(spool / "slurm_script"), *arguments],
         cwd=spool,
@@ -72,9 +88,9 @@ def start(site: Path, *arguments: str, **environment: str) -> subprocess.Popen[s
     )
 
 
-def submit(site: Path, *arguments: str, **environment: str) -> tuple[int, str, str]:
-    """Run the script to its end: exit code, stdout, stderr."""
-    process = start(site, *arguments, **environment)
+def submit(site: Path, *arguments: str, **options: str) -> tuple[int, str, str]:
+    """Run a script to its end: exit code, stdout, stderr."""
+    process = start(site, *arguments, **options)
     output, errors = process.communicate(timeout=30)
     return process.returncode, output, errors
 
@@ -83,15 +99,28 @@ def srun_arguments(site: Path) -> list[str]:
     return (site / "srun_arguments").read_text().splitlines()
 
 
-@pytest.mark.parametrize("path", ["slurm/env.sh", "slurm/oialr_resnet.sh", ".ci/run"])
-def test_scripts_are_clean(path: str) -> None:
+def program(site: Path) -> list[str]:
+    """What srun was asked to start, without srun's own options."""
+    arguments = srun_arguments(site)
+    return arguments[arguments.index("python") :]
+
+
+@pytest.mark.parametrize("path", [*SCRIPTS, ROOT / ".ci" / "run"], ids=lambda path: path.name)
+def test_scripts_are_clean(path: Path) -> None:
     subprocess.run(["bash", "-n", path], cwd=ROOT, check=True)
-    if not shutil.which("shellcheck"):
-        pytest.skip("shellcheck is not installed")
+    need("shellcheck")
     result = subprocess.run(
-        ["shellcheck", path], cwd=ROOT, capture_output=True, text=True, check=False
+        ["shellcheck", "-x", path], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_no_site_is_written_into_the_scripts(path: Path) -> None:
+    text = path.read_text()
+    assert not re.search(r"(?<![\w.$}/])/(?!usr/bin/env bash|dev/null)[a-z]+/", text)
+    for option in ("--partition", "--account", "--mail"):
+        assert f"#SBATCH {option}" not in text
 
 
 def test_command_forwards_settings_and_overrides(site: Path) -> None:
@@ -100,21 +129,20 @@ def test_command_forwards_settings_and_overrides(site: Path) -> None:
         "training.epochs=3",
         "run.name=a b",
         SRUN_MPI="pmix",
-        DATA_ROOT="/data/with blank",
+        IMAGENET_ROOT="/data/with blank",
         RUNS_ROOT="scratch",
     )
     assert (exit_code, errors) == (0, "")
-    arguments = srun_arguments(site)
-    assert arguments == [
-        "--mpi=pmix",
+    assert srun_arguments(site)[0] == "--mpi=pmix"
+    assert program(site) == [
         *("python", "-m", "app.train"),
         *("--config", str(CONFIGURATION.relative_to(ROOT))),
         "data.root=/data/with blank",
-        f"run.dir=scratch/oialr_resnet-{JOB}",
         "training.epochs=3",
         "run.name=a b",
+        f"run.dir=scratch/oialr_resnet-{JOB}",
     ]
-    assert "srun --mpi=pmix python -m app.train" in output
+    assert shlex.join(program(site)[:4]) in output
     assert "training.epochs=3 run.name=a\\ b" in output
 
 
@@ -122,6 +150,23 @@ def test_command_has_harmless_defaults(site: Path) -> None:
     assert submit(site)[0] == 0
     assert "--mpi=pmi2" in srun_arguments(site)
     assert f"run.dir=runs/oialr_resnet-{JOB}" in srun_arguments(site)
+    assert "data.root=data/imagenet" in srun_arguments(site)
+
+
+def test_all_processes_are_given_time_to_leave(site: Path) -> None:
+    submit(site)
+    # Otherwise the first to leave with 75 has the others killed, and srun reports 137.
+    assert "--kill-on-bad-exit=0" in srun_arguments(site)
+    assert "--wait=60" in srun_arguments(site)
+
+
+def test_a_container_is_started_within_srun(site: Path) -> None:
+    with (site / "slurm" / "env.sh").open("a") as file:
+        file.write('WITHIN=(apptainer exec --nv "my image.sif")\n')
+    submit(site)
+    arguments = srun_arguments(site)
+    start = arguments.index("apptainer")
+    assert arguments[start : start + 5] == ["apptainer", "exec", "--nv", "my image.sif", "python"]
 
 
 def test_run_that_was_started_before_is_resumed(site: Path) -> None:
@@ -130,16 +175,44 @@ def test_run_that_was_started_before_is_resumed(site: Path) -> None:
     assert "--resume" not in srun_arguments(site)
     (site / run_dir).mkdir(parents=True)
     (site / run_dir / "config.yaml").touch()
-    submit(site)
-    arguments = srun_arguments(site)
-    assert arguments[arguments.index("--resume") + 1] == run_dir
-    assert f"run.dir={run_dir}" in arguments
+    submit(site, "training.epochs=3")
+    assert program(site) == [
+        *("python", "-m", "app.train", "--resume", run_dir),
+        *("data.root=data/imagenet", "training.epochs=3", f"run.dir={run_dir}"),
+    ]
+
+
+def test_another_job_goes_on_with_a_run(site: Path) -> None:
+    (site / "elsewhere").mkdir()
+    (site / "elsewhere" / "config.yaml").touch()
+    submit(site, RUN_DIR="elsewhere")
+    assert program(site)[3:5] == ["--resume", "elsewhere"]
+
+
+def test_processes_follow_the_nodes_that_the_job_has_now(site: Path) -> None:
+    tasks = {"SLURM_NTASKS": "8", "SLURM_NTASKS_PER_NODE": "4"}
+    submit(site, SLURM_JOB_NUM_NODES="1", **tasks)
+    assert "--ntasks=4" in srun_arguments(site)
 
 
 @pytest.mark.parametrize("code", [1, 2, 137])
 def test_bad_exit_code_is_handed_on(site: Path, code: int) -> None:
     install(site, "srun", FAKE_SRUN.format(body=f"exit {code}"))
     assert submit(site)[0] == code
+    assert not (site / "scontrol_arguments").exists()
+
+
+@pytest.mark.parametrize("code", [1, 2, 137])
+def test_a_fault_after_progress_requeues_the_job(site: Path, code: int) -> None:
+    """A user's mistake (2) never does."""
+    checkpoints = site / "runs" / f"oialr_resnet-{JOB}" / "checkpoints"
+    (checkpoints / "step-00000100").mkdir(parents=True)
+    body = f"mkdir -p {checkpoints}/step-00000200; exit {code}"
+    install(site, "srun", FAKE_SRUN.format(body=body))
+    assert submit(site)[0] == code
+    assert (site / "scontrol_arguments").exists() == (code != 2)
+    (site / "scontrol_arguments").unlink(missing_ok=True)
+    assert submit(site)[0] == code  # the same checkpoint as before: it would fail for ever
     assert not (site / "scontrol_arguments").exists()
 
 
@@ -157,42 +230,99 @@ def test_failed_requeue_names_the_run(site: Path) -> None:
     assert f"runs/oialr_resnet-{JOB}" in errors
 
 
-def test_signal_is_forwarded_and_the_step_waited_for(site: Path) -> None:
-    install(site, "srun", FAKE_SRUN_WITH_CHECKPOINT)
+def signalled(site: Path, number: signal.Signals) -> tuple[int, str]:
+    """Send a signal to the batch script while its step is running: exit code, stderr."""
     process = start(site)
     try:
         assert process.stdout
         assert "step is running\n" in iter(process.stdout.readline, "")
-        process.send_signal(signal.SIGUSR1)
+        process.send_signal(number)
         _, errors = process.communicate(timeout=30)
     finally:
         process.kill()
-    assert (process.returncode, errors) == (75, "")
+    return process.returncode, errors
+
+
+@pytest.mark.parametrize(
+    ("step", "code"), [(FAKE_SRUN_WITH_CHECKPOINT, 75), (FAKE_SRUN_KILLED_BEFORE_IT_LISTENS, 138)]
+)
+def test_signal_is_forwarded_and_the_step_waited_for(site: Path, step: str, code: int) -> None:
+    install(site, "srun", step)
+    assert signalled(site, signal.SIGUSR1) == (code, "")
     assert (site / "scontrol_arguments").exists()
+
+
+def test_termination_leaves_the_requeue_to_slurm(site: Path) -> None:
+    install(site, "srun", FAKE_SRUN.format(body='echo "step is running"; sleep 1; exit 75'))
+    assert signalled(site, signal.SIGTERM) == (75, "")
+    assert not (site / "scontrol_arguments").exists()
 
 
 def test_run_directory_cannot_be_overridden(site: Path) -> None:
     exit_code, _, errors = submit(site, "training.epochs=3", "run.dir=elsewhere")
     assert exit_code == 2
-    assert re.fullmatch(r"run\.dir: .*RUNS_ROOT.*\n", errors)
+    assert re.fullmatch(r"run\.dir: .*RUN_DIR.*\n", errors)
     assert not (site / "srun_arguments").exists()
 
 
 def test_other_folders_are_refused(site: Path) -> None:
-    (site / "slurm" / "env.sh").unlink()
+    (site / "slurm" / "job.sh").unlink()
     exit_code, _, errors = submit(site)
     assert exit_code == 2
-    assert re.fullmatch(r".*slurm/env\.sh: not found; .*repository root\n", errors)
+    assert re.fullmatch(r".*slurm/job\.sh: not found; .*repository root\n", errors)
 
 
-def test_configuration_fits_the_header() -> None:
+def header(path: Path) -> dict[str, str]:
+    """The options of sbatch that a script sets."""
+    return dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?$", path.read_text(), re.MULTILINE))
+
+
+@pytest.mark.parametrize("path", BATCH_SCRIPTS, ids=lambda path: path.name)
+def test_every_header_allows_to_go_on(path: Path) -> None:
+    options = header(path)
+    assert options["signal"] == "B:USR1@120"
+    assert {"requeue", "open-mode", "output"} <= set(options)
+    assert options["gres"] == f"gpu:{options['ntasks-per-node']}"
+    assert ("%A_%a" if "array" in options else "%j") in options["output"]
+    assert os.access(path, os.X_OK)
+
+
+@pytest.mark.parametrize("path", BATCH_SCRIPTS, ids=lambda path: path.name)
+def test_every_configuration_exists(path: Path) -> None:
+    named = re.findall(r"configs/[\w/]+\.yaml", path.read_text())
+    assert named
+    for name in named:
+        if not (ROOT / name).exists() and name in NOT_YET_WRITTEN:
+            pytest.skip(f"{name} is not written yet")
+        assert (ROOT / name).exists()
+
+
+def test_seeds_are_the_indices_of_the_array(site: Path) -> None:
+    arguments = ["run.seed=7", "training.epochs=3"]
+    variables = {"SLURM_ARRAY_JOB_ID": "90", "SLURM_ARRAY_TASK_ID": "3"}
+    assert submit(site, *arguments, script="seeds.sh", **variables)[0] == 0
+    assert program(site)[-4:] == [*arguments, "run.seed=3", "run.dir=runs/seed-90_3"]
+
+
+def test_the_study_ends_in_a_report(site: Path) -> None:
+    install(site, "python", '#!/usr/bin/env bash\nprintf "%s " "$@" >report_arguments\n')
+    submit(site, script="stability_study.sh")
+    run_dir = f"runs/stability_study-{JOB}"
+    assert (site / "report_arguments").read_text().split() == ["-m", "app.report", run_dir]
+    assert "oialr.enabled=false" in srun_arguments(site)
+    (site / "report_arguments").unlink()
+    install(site, "srun", FAKE_SRUN.format(body="exit 75"))
+    submit(site, script="stability_study.sh")
+    assert not (site / "report_arguments").exists()
+
+
+@pytest.mark.parametrize("name", ["oialr_resnet.sh", "full_rank_resnet.sh", "stability_study.sh"])
+def test_configuration_fits_the_header(name: str) -> None:
     configuration = load(CONFIGURATION, ["data.root=imagenet"])
-    header = dict(re.findall(r"^#SBATCH --([a-z-]+)=(\S+)$", SCRIPT.read_text(), re.MULTILINE))
-    assert header["signal"] == "B:USR1@120"
-    assert header["gres"] == f"gpu:{header['ntasks-per-node']}"
-    processes = int(header["nodes"]) * int(header["ntasks-per-node"])
+    options = header(ROOT / "slurm" / name)
+    processes = int(options["nodes"]) * int(options["ntasks-per-node"])
     assert configuration.training.batch_size % processes == 0
-    assert configuration.data.workers < int(header["cpus-per-task"])
+    assert configuration.data.workers < int(options["cpus-per-task"])
     assert configuration.model.name == "resnetrs101"
     images = round(1_281_167 * (1 - configuration.data.validation_fraction))
     steps = images // configuration.training.batch_size

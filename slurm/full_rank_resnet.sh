@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Train ResNet-RS 101 on ImageNet-2012 full-rank: the baseline of oialr_resnet.sh.
+#
+#   sbatch slurm/full_rank_resnet.sh [section.key=value ...]
+#SBATCH --job-name=full-rank-resnet
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=4
+#SBATCH --gres=gpu:4
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --output=%x-%j.out
+#SBATCH --open-mode=append
+
+cd "${SLURM_SUBMIT_DIR:?submit this script with sbatch}" || exit 1
+if [ ! -f slurm/job.sh ]; then
+    echo "$PWD/slurm/job.sh: not found; submit this script from the repository root" >&2
+    exit 2
+fi
+source slurm/job.sh
+
+train full_rank_resnet configs/imagenet_resnetrs101.yaml \
+    oialr.enabled=false "data.root=$IMAGENET_ROOT" "$@"

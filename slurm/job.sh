@@ -1,0 +1,92 @@
+# shellcheck shell=bash
+# What the batch scripts share; each sources this file from the repository root.
+#
+#   train NAME CONFIG [section.key=value ...]   a training, started or gone on with
+#   supervise PROGRAM ...                       a step that may be stopped and requeued
+
+source slurm/env.sh
+set -euo pipefail # only now: modules and conda are not written for it
+
+export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # srun does not take it over from sbatch
+
+# A requeued job keeps its id, an element of an array those of the array and its own. RUN_DIR lets
+# another job go on with a run.
+if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then
+    job="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
+    RUN_DIR=
+else
+    job="$SLURM_JOB_ID"
+fi
+
+# The job may have come back with other nodes, which SLURM_NTASKS does not know of.
+processes=$((${SLURM_JOB_NUM_NODES:-1} * ${SLURM_NTASKS_PER_NODE:-1}))
+
+# All processes leave with 75 after a checkpoint, but not in the same instant: so the first to leave
+# must not end the others (a site may have set that), unless they stay for long.
+launch=(
+    srun "--mpi=$SRUN_MPI" "--ntasks=$processes" --kill-on-bad-exit=0 --wait=60
+    "${WITHIN[@]}" python -m
+)
+
+# Name the run's folder, so that a requeued job finds it: run_dir.
+name_run() {
+    local name=$1
+    shift
+    if [[ " $* " == *" run.dir="* ]]; then
+        echo "run.dir: named by this script, so that a requeued job finds it; set RUN_DIR instead" >&2
+        exit 2
+    fi
+    run_dir="${RUN_DIR:-$RUNS_ROOT/$name-$job}"
+}
+
+# Train in run_dir; a run that was started before has its configuration there, with a checkpoint.
+train() {
+    local name=$1 from=(--config "$2")
+    shift 2
+    name_run "$name" "$@"
+    if [ -f "$run_dir/config.yaml" ]; then
+        from=(--resume "$run_dir")
+    fi
+    supervise "${launch[@]}" app.train "${from[@]}" "$@" "run.dir=$run_dir"
+}
+
+newest_checkpoint() {
+    find "$run_dir/checkpoints" -maxdepth 1 -name 'step-*' 2>/dev/null | sort | tail -n 1
+}
+
+# Run a step in run_dir to its end; return only if it is done, otherwise requeue the job or fail.
+supervise() {
+    echo "Job $job on ${SLURM_JOB_NODELIST:-this node}, $processes processes, restart ${SLURM_RESTART_COUNT:-0}:"
+    printf '%q ' "$@"
+    echo
+    local before exit_code interrupted=true stopped=false terminated=false
+    before=$(newest_checkpoint || true)
+    "$@" &
+    local step=$!
+    # Slurm tells this shell of the time limit (--signal=B:USR1); srun hands it on to all processes.
+    trap 'interrupted=true; stopped=true; kill -USR1 "$step" || true' USR1
+    # Slurm tells all processes by itself, and decides by itself whether the job is requeued.
+    trap 'interrupted=true; terminated=true' TERM
+    while $interrupted; do # a signal ends the wait, not the step
+        interrupted=false
+        exit_code=0
+        wait "$step" || exit_code=$?
+    done
+    trap - USR1 TERM
+
+    if [ "$exit_code" -eq 0 ]; then
+        return
+    elif [ "$exit_code" -eq 2 ] || $terminated; then
+        exit "$exit_code"
+    elif [ "$exit_code" -eq 75 ] || $stopped; then
+        echo "Stopped (exit code $exit_code); requeueing job $job"
+    elif [ "$(newest_checkpoint || true)" != "$before" ]; then
+        echo "Failed (exit code $exit_code), after a new checkpoint; requeueing job $job"
+    else # it would fail again
+        echo "Failed (exit code $exit_code), without a new checkpoint: $run_dir" >&2
+        exit "$exit_code"
+    fi
+    scontrol requeue "$SLURM_JOB_ID" || echo "Not requeued; the run can be resumed: $run_dir" >&2
+    exit "$exit_code"
+}
