@@ -138,7 +138,9 @@ class Variant:
 
 
 def at_rank_fraction(model: nn.Module, fraction: float, option: str) -> nn.Module:
-    """Return a factorized copy of a network, every rank that fraction of min(m, n), rounded up.
+    """Return a factorized copy of a network, every rank that fraction of min(m, n).
+
+    Ranks are rounded down to a whole number, and then up to the multiple that OIALR keeps.
 
     Args:
         model: a dense network; the first and last layer stay as OIALR's defaults say.
@@ -154,7 +156,7 @@ def at_rank_fraction(model: nn.Module, fraction: float, option: str) -> nn.Modul
             weight = get_layer(model, report.name).weight
             assert isinstance(weight, Tensor)
             m, n = report.matrix_shape
-            r = max(1, round(fraction * min(m, n)))
+            r = max(1, int(fraction * min(m, n)))
             r = rounded_up(r, full_rank=min(m, n), multiple=MULTIPLE)
             if option == "deferred" and not rank_pays(m, n, r):
                 continue
