@@ -22,6 +22,10 @@ DEFAULT_CONFIGURATION = Path(__file__).resolve().parent.parent / "configs" / "di
 def load(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Configuration:
     """Read a configuration file, apply ``section.key=value`` overrides, check everything.
 
+    A file may extend another one, ``extends: other.yaml`` with a path relative to its own folder:
+    keys that it does not give come from there, and those that it gives count as a whole, also where
+    a value is a mapping (model.arguments).
+
     Args:
         path: a YAML file; None: the default configuration.
         overrides: assignments; the value is read as YAML.
@@ -30,17 +34,40 @@ def load(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Confi
         UserError: one line with the culprit and what would be right.
     """
     path = DEFAULT_CONFIGURATION if path is None else Path(path)
-    try:
-        text = path.read_text()
-    except OSError as error:
-        raise UserError(f"--config: cannot read {path}: {error.strerror}") from None
-    values = parse(text, source=str(path))
+    values = _read(path, "--config")
     values.setdefault("run", {})
     if isinstance(values["run"], dict):
         values["run"].setdefault("name", path.stem)
     for override in overrides:
         _assign(values, override)
     return build(values)
+
+
+def _read(path: Path, reason: str, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Read a file and what it extends; the file's own keys come on top, each as a whole.
+
+    Args:
+        path: of the file.
+        reason: what names it, for messages.
+        extending: the files that extend this one.
+    """
+    if path.resolve() in extending:
+        raise UserError(f"{reason}: {path} extends itself")
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise UserError(f"{reason}: cannot read {path}: {error.strerror}") from None
+    values = parse(text, source=str(path))
+    if "extends" not in values:
+        return values
+    other = values.pop("extends")
+    if not isinstance(other, str):
+        raise UserError(f"{path}: extends: expected the path of a configuration, got {other!r}")
+    base = _read(path.parent / other, f"{path}: extends", (*extending, path.resolve()))
+    for section, keys in values.items():
+        is_section = isinstance(keys, dict) and isinstance(base.get(section), dict)
+        base[section] = {**base[section], **keys} if is_section else keys
+    return base
 
 
 def parse(text: str, *, source: str) -> dict[str, Any]:

@@ -81,6 +81,45 @@ def test_mistakes_in_a_file(tmp_path, text, message):
     assert "\n" not in str(caught.value)
 
 
+def write(folder, **files):
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return folder / f"{next(iter(files))}.yaml"
+
+
+def test_a_file_may_extend_another(tmp_path):
+    (tmp_path / "sub").mkdir()
+    write(tmp_path, base="extends: sub/root.yaml\ntraining: {epochs: 7}\noialr: {delay: 9}")
+    write(
+        tmp_path / "sub",
+        root="training: {epochs: 3, batch_size: 5}\nmodel: {name: a, arguments: {x: 1, y: 2}}",
+    )
+    path = write(tmp_path, top="extends: base.yaml\nmodel: {arguments: {y: 3}}")
+    loaded = config.load(path, ["oialr.cutoff=0.3"])
+    assert loaded.run.name == "top"
+    assert (loaded.training.epochs, loaded.training.batch_size) == (7, 5)
+    assert (loaded.oialr.delay, loaded.oialr.cutoff) == (9, 0.3)
+    assert (loaded.model.name, loaded.model.arguments) == ("a", {"y": 3})
+    assert "extends" not in config.to_yaml(loaded)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a": "extends: a.yaml"}, "a.yaml: extends: .*a.yaml extends itself"),
+        ({"a": "extends: b.yaml", "b": "extends: a.yaml"}, "b.yaml: extends: .* extends itself"),
+        ({"a": "extends: gone.yaml"}, "a.yaml: extends: cannot read .*gone.yaml: No such file"),
+        ({"a": "extends: [b]"}, r"a.yaml: extends: expected the path .* got \['b'\]"),
+        ({"a": "extends: b.yaml", "b": "- 3"}, "b.yaml: expected sections"),
+        ({"a": "extends: b.yaml\nrun: 3", "b": "run: {seed: 1}"}, "run: expected keys below"),
+    ],
+)
+def test_mistakes_in_extending(tmp_path, files, message):
+    with pytest.raises(UserError, match=message) as caught:
+        config.load(write(tmp_path, **files))
+    assert "\n" not in str(caught.value)
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"cannot read .*gone\.yaml: No such file"):
         config.load(tmp_path / "gone.yaml")
