@@ -31,6 +31,7 @@ from app.lowrank.arguments import Factorization, check_arguments
 from app.lowrank.attention import AttentionProjection
 from app.lowrank.conversion import (
     LayerReport,
+    empty_factors,
     parameter_counts,
     survey,
 )
@@ -286,14 +287,7 @@ class OIALR:
             raise ValueError(f"the stored state is of another network: {', '.join(other)}")
         for report in self.layers:
             if (rank := state["ranks"][report.name]) is not None:
-                like = self._transitions.weight(report)
-                *batch, m, n = report.stack_shape
-                self._transitions.put_factors(
-                    report,
-                    like.new_empty(*batch, m, rank),
-                    like.new_empty(*batch, rank, rank),
-                    like.new_empty(*batch, rank, n),
-                )
+                self._transitions.put_factors(report, *empty_factors(self.model, report, rank))
         self.step_count, self._handled = state["step_count"], state["handled"]
 
     def _count_step(self, *_: Any) -> None:

@@ -78,10 +78,39 @@ class DataSection(Section):
         description="Of training images in memory: random crops after zero-padding by an eighth of "
         "the width; crop_flip: horizontal flips too.",
     )
+    mixup: float = Field(
+        0.0, ge=0, description="Parameter a of Beta(a, a) for the share of each image; 0: no mixup."
+    )
+    cutmix: float = Field(
+        0.0, ge=0, description="The same for CutMix; of both, a batch gets one or the other."
+    )
+    random_augment: str | None = Field(
+        None, description="RandAugment as timm writes it: rand-m9-mstd0.5-inc1 (image_folder only)."
+    )
+    random_erasing: float = Field(
+        0.0, ge=0, le=1, description="Share of images with a part erased (image_folder only)."
+    )
+    stage_to: str | None = Field(
+        None,
+        description="Folder on each node's own disk: data.root is copied there first, by one "
+        "process per node (image_folder only).",
+    )
     image_size: int = Field(224, gt=0, description="Crop size in pixels (image_folder only).")
     workers: int = Field(2, ge=0, description="Loader processes per process (image_folder only).")
     input_length: int = Field(96, gt=0, description="Known steps of a time series (ETT only).")
     horizon: int = Field(96, gt=0, description="Steps to be forecast (ETT only).")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        unused = {"random_augment", "random_erasing", "stage_to"}
+        if self.name == "image_folder":
+            unused = {"augmentation"}
+        elif self.name.startswith("ett"):
+            unused |= {"augmentation", "mixup", "cutmix"}
+        for key in sorted(unused):
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key}: is not for data.name={self.name}; leave it out")
+        return self
 
 
 class ModelSection(Section):
@@ -130,6 +159,33 @@ class TrainingSection(Section):
     warmup_epochs: float = Field(0.0, ge=0, description="Epochs of linear warm-up.")
     warmup_learning_rate: float = Field(1e-6, ge=0, description="Learning rate of the first step.")
     minimum_learning_rate: float = Field(0.0, ge=0, description="Learning rate of the last step.")
+    cycle_limit: int = Field(1, gt=0, description="Cycles of the cosine, each from the top again.")
+    cycle_mul: float = Field(1.0, ge=1, description="Length of a cycle over that of the last one.")
+    cycle_decay: float = Field(1.0, gt=0, le=1, description="Peak of a cycle over the last one's.")
+    k_decay: float = Field(
+        1.0, gt=0, description="Exponent of time in the cosine: more than 1 stays high for longer."
+    )
+    warmup_after_conversion: int = Field(
+        0,
+        ge=0,
+        description="Steps of linear warm-up after oialr.delay, where layers turn low-rank.",
+    )
+    ema_decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Evaluate an exponential moving average of the weights; share of it that "
+        "remains at a step.",
+    )
+    synchronize_batch_norm: bool = Field(
+        False, description="Batch statistics over all processes (GPUs only: torch has no other)."
+    )
+    early_stopping: int | None = Field(
+        None,
+        gt=0,
+        description="Epochs without a smaller validation loss after which training stops; the "
+        "weights of the best epoch are tested.",
+    )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Of the cross entropy.")
     gradient_clip: float | None = Field(
         None, gt=0, description="Largest norm of the gradient over all trained parameters."

@@ -216,6 +216,14 @@ def test_network_of_no_weight_forecasts_the_mean() -> None:
     torch.testing.assert_close(model(inputs), mean.expand(-1, 8, -1))
 
 
+def test_mixed_precision_is_close() -> None:
+    model = small().float().eval()
+    inputs = random(2, 20, 8).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(inputs)
+    assert (rounded - model(inputs)).norm() < 0.05 * model(inputs).norm()
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_every_parameter_is_trained(shared: bool) -> None:
     model = small(shared_delays=shared)

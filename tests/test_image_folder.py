@@ -15,7 +15,7 @@ from torch import Tensor
 from app import config
 from app.errors import UserError
 from app.tasks import Task, build_task
-from app.tasks.image_folder import MEAN, STD
+from app.tasks.image_files import MEAN, STD
 
 SIZE = 16
 CLASSES = ("ant", "bee", "cat")

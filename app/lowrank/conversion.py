@@ -1,6 +1,6 @@
 """Which layers of a network can be factorized, and the replacement of a layer by its twin."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TypeGuard, TypeVar
@@ -179,6 +179,37 @@ def to_dense(model: nn.Module) -> nn.Module:
         if isinstance(module, FactoredLinear | FactoredConv | FactoredAttention):
             _replace(model, module, module.to_dense())
     return model
+
+
+def restore(
+    model: nn.Module,
+    layers: Sequence[LayerReport],
+    ranks: Mapping[str, int | None],
+    weights: Mapping[str, Tensor],
+) -> None:
+    """Give a network stored weights, whatever ranks it had then and has now.
+
+    Args:
+        model: the network, dense or factorized; changed in place.
+        layers: those that may be factorized.
+        ranks: of each of them by name; None: it was dense.
+        weights: the network's state_dict of then.
+    """
+    to_dense(model)
+    for report in layers:
+        if (rank := ranks[report.name]) is not None:
+            factorize_layer(model, report.name, *empty_factors(model, report, rank))
+    model.load_state_dict(weights)
+
+
+def empty_factors(
+    model: nn.Module, report: LayerReport, rank: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U, core and Vh of a rank for a dense layer, with undefined values."""
+    like = model.get_parameter(report.name)
+    *batch, m, n = report.stack_shape
+    U, core, Vh = ((m, rank), (rank, rank), (rank, n))
+    return like.new_empty(*batch, *U), like.new_empty(*batch, *core), like.new_empty(*batch, *Vh)
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:

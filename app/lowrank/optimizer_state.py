@@ -21,7 +21,9 @@ from torch.optim import Adam, AdamW, NAdam, Optimizer, RAdam, RMSprop
 UnknownState = Literal["error", "reset"]
 
 KNOWN_OPTIMIZERS = (Adam, AdamW, NAdam, RAdam, torch.optim.SGD, RMSprop)
-LINEAR = frozenset({"exp_avg", "momentum_buffer", "grad_avg"})
+WEIGHT_AVERAGE = "weight_average"
+"""Not an optimizer's own: an average of the weight itself, which is linear in it."""
+LINEAR = frozenset({"exp_avg", "momentum_buffer", "grad_avg", WEIGHT_AVERAGE})
 SQUARED = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg"})
 
 

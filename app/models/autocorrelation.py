@@ -40,7 +40,7 @@ def circular_correlation(a: Tensor, b: Tensor) -> Tensor:
     Returns:
         (batch, L, ...), real.
     """
-    spectrum = torch.fft.rfft(a, dim=1) * torch.fft.rfft(b, dim=1).conj()
+    spectrum = _spectrum(a) * _spectrum(b).conj()
     return torch.fft.irfft(spectrum, n=a.shape[1], dim=1)
 
 
@@ -56,7 +56,7 @@ def mean_correlation(queries: Tensor, keys: Tensor) -> Tensor:
     Returns:
         (batch, L, heads): at [:, tau] the similarity of queries and of keys tau steps earlier.
     """
-    spectrum = torch.fft.rfft(queries, dim=1) * torch.fft.rfft(keys, dim=1).conj()
+    spectrum = _spectrum(queries) * _spectrum(keys).conj()
     return torch.fft.irfft(spectrum.mean(dim=-1), n=queries.shape[1], dim=1)
 
 
@@ -98,3 +98,8 @@ def aggregate(values: Tensor, weights: Tensor) -> Tensor:
         (batch, L, heads, d).
     """
     return circular_correlation(values, weights[..., None])
+
+
+def _spectrum(series: Tensor) -> Tensor:
+    """FFT over time, in float32 at least: there is none of bfloat16."""
+    return torch.fft.rfft(series.to(torch.promote_types(series.dtype, torch.float32)), dim=1)

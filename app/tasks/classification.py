@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from app.settings import Configuration
-from app.tasks import Batch, datasets, sharding
+from app.tasks import Batch, datasets, mixing, sharding
 from app.tasks.pixels import channel_statistics, crop_and_flip
 from app.tasks.sharded import ShardedTask
 from app.tasks.sharding import Stream
@@ -27,6 +28,7 @@ class Classification(ShardedTask):
         """
         super().__init__(configuration, **sizes)
         self._label_smoothing = configuration.training.label_smoothing
+        self._mixup, self._cutmix = configuration.data.mixup, configuration.data.cutmix
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the cross entropy with label smoothing; see :class:`app.tasks.Task`."""
@@ -62,6 +64,29 @@ class Classification(ShardedTask):
             global_count=2,
         )
 
+    def _mix(
+        self, own: tuple[Tensor, Tensor], partners: tuple[Tensor, Tensor], epoch: int, number: int
+    ) -> tuple[Tensor, Tensor]:
+        """Mix images with their partners, in the same way in all shares of a global batch.
+
+        Args:
+            own: images (b, channels, height, width) and labels (b,).
+            partners: the same of the partners.
+            epoch: part of the key of the random numbers, as ``number`` is.
+            number: of the global batch.
+
+        Returns:
+            Images, and probabilities of the classes (b, classes).
+        """
+        assert isinstance(self.outputs, int)
+        height, width = self.input_shape[1:]
+        random = sharding.generator(Stream.MIXING, self._seed, epoch, number)
+        mix = mixing.draw(random, mixup=self._mixup, cutmix=self._cutmix, size=(height, width))
+        return (
+            mixing.mix_images(own[0], partners[0], mix),
+            mixing.mix_labels(own[1], partners[1], mix, classes=self.outputs),
+        )
+
 
 class InMemoryClassification(Classification):
     """A set that fits into memory: bytes on the device, where batches are formed and augmented."""
@@ -90,6 +115,7 @@ class InMemoryClassification(Classification):
             device=device,
         )
         self._augmentation = configuration.data.augmentation
+        self._margin = self.input_shape[-1] // 8
         mean, std = channel_statistics(images.train.images)
         self._mean = torch.tensor(mean, dtype=torch.float32, device=device)[:, None, None]
         self._std = torch.tensor(std, dtype=torch.float32, device=device)[:, None, None]
@@ -106,21 +132,25 @@ class InMemoryClassification(Classification):
         """Yield this process's shares of the global batches; see :class:`app.tasks.Task`.
 
         A sample is augmented in the same way whatever the process count and the first batch: random
-        numbers follow (seed, epoch, global batch, position in it).
+        numbers follow (seed, epoch, global batch, position in it). With mixup or CutMix its partner
+        is the sample as far from the end of the global batch as it is from the start.
         """
-        images, labels = self._parts["train"]
         order = sharding.epoch_order(self.train_size, seed=self._seed, epoch=epoch)
         order_on_device = torch.from_numpy(order).to(self.device)
         for number in range(first_batch, self.steps_per_epoch):
             positions = sharding.global_batch(self.train_size, self._batch_size, number)
             share, count = self._share(positions)
-            samples = order_on_device[positions][share]
-            inputs = images[samples]
-            if self._augmentation != "none":
-                inputs = self._augment(inputs, epoch, number, share)
+            samples = order_on_device[positions]
+            random = self._random_crops(epoch, number, len(samples))
+            inputs, targets = self._take(samples[share], *(numbers[share] for numbers in random))
+            if self._mixup or self._cutmix:
+                partners = self._take(
+                    samples.flip(0)[share], *(numbers[::-1][share] for numbers in random)
+                )
+                inputs, targets = self._mix((inputs, targets), partners, epoch, number)
             yield Batch(
-                inputs=self._normalize(inputs),
-                targets=labels[samples],
+                inputs=inputs,
+                targets=targets,
                 count=count,
                 global_count=positions.stop - positions.start,
             )
@@ -143,23 +173,25 @@ class InMemoryClassification(Classification):
         """Turn bytes into float32 of mean 0 and standard deviation 1 over the training part."""
         return (images - self._mean) / self._std
 
-    def _augment(self, images: Tensor, epoch: int, number: int, share: slice) -> Tensor:
-        """Crop at random, and flip at random if so configured.
-
-        Args:
-            images: this process's share of the global batch, (b, channels, height, width).
-            epoch: part of the key of the random numbers, as ``number`` is.
-            number: of the global batch.
-            share: positions of ``images`` in the global batch.
-        """
-        # Numbers for a whole, full-sized batch: a share takes its own by their positions.
+    def _random_crops(self, epoch: int, number: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return corners (size, 2) and flips (size,) for the samples of a global batch."""
+        # Numbers for a full-sized batch, so that the last one's do not depend on its size.
         random = sharding.generator(Stream.AUGMENTATION, self._seed, epoch, number)
-        margin = images.shape[-1] // 8
-        corners = random.integers(2 * margin + 1, size=(self._batch_size, 2))[share]
-        flips = random.random(self._batch_size)[share] < 0.5
-        return crop_and_flip(
-            images,
-            torch.from_numpy(corners).to(self.device),
-            torch.from_numpy(flips & (self._augmentation == "crop_flip")).to(self.device),
-            margin=margin,
-        )
+        corners = random.integers(2 * self._margin + 1, size=(self._batch_size, 2))[:size]
+        flips = random.random(self._batch_size)[:size] < 0.5
+        return corners, flips & (self._augmentation == "crop_flip")
+
+    def _take(
+        self, samples: Tensor, corners: np.ndarray, flips: np.ndarray
+    ) -> tuple[Tensor, Tensor]:
+        """Return normalized training images (b, channels, height, width) and labels (b,)."""
+        images, labels = self._parts["train"]
+        taken = images[samples]
+        if self._augmentation != "none":
+            taken = crop_and_flip(
+                taken,
+                torch.from_numpy(corners.copy()).to(self.device),
+                torch.from_numpy(flips.copy()).to(self.device),
+                margin=self._margin,
+            )
+        return self._normalize(taken), labels[samples]

@@ -5,32 +5,28 @@ validation part is val/. Without it val/ is the test part, as is usual for Image
 the validation part is ``data.validation_fraction`` of train/, by a fixed seed.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from app.compatibility import import_torchvision
 from app.errors import UserError
 from app.settings import Configuration, DataSection
 from app.tasks import Batch, sharding
 from app.tasks.classification import Classification
-from app.tasks.sharding import Stream
+from app.tasks.image_files import (
+    File,
+    ImageFiles,
+    collate,
+    evaluation_transform,
+    normalization,
+    training_transform,
+)
 from app.tasks.splitting import limit_training_part, split_off, split_off_validation
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of ImageNet's red, green and blue in [0, 1], as torchvision and timm use them."""
-
-CROP_RATIO = 0.875
-"""Share of the shorter side that the central crop keeps in evaluation."""
-
-File = tuple[str, int]
-"""Path of an image and its class."""
 
 
 class ImageFolderClassification(Classification):
@@ -62,18 +58,22 @@ class ImageFolderClassification(Classification):
             device=device,
         )
         self._workers = data.workers
-        self._train_transform, self._evaluation_transform = _transforms(data.image_size)
+        self._normalize = normalization(device)
+        self._train_transform = training_transform(data)
+        self._evaluation_transform = evaluation_transform(data.image_size)
 
     def train_batches(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
         """Yield this process's shares of the global batches; see :class:`app.tasks.Task`.
 
         The random numbers of a sample follow (seed, epoch, index of the sample), so that images are
-        the same whatever the process count, the workers and the first batch.
+        the same whatever the process count, the workers and the first batch. With mixup or CutMix
+        the partner of an image is the one as far from the end of this process's share as it is
+        from the start: another one for another process count.
 
         Raises:
             UserError: an image is damaged.
         """
-        files = _Files(self._parts["train"], self._train_transform, key=(self._seed, epoch))
+        files = ImageFiles(self._parts["train"], self._train_transform, key=(self._seed, epoch))
         order = sharding.epoch_order(self.train_size, seed=self._seed, epoch=epoch)
         batches = [
             sharding.global_batch(self.train_size, self._batch_size, number)
@@ -84,10 +84,16 @@ class ImageFolderClassification(Classification):
             order[positions][share] for positions, (share, _) in zip(batches, shares, strict=True)
         ]
         loaded = self._load(files, indices)
-        for positions, (_, count), tensors in zip(batches, shares, loaded, strict=True):
+        for number, positions, (_, count), (images, labels) in zip(
+            range(first_batch, self.steps_per_epoch), batches, shares, loaded, strict=True
+        ):
+            inputs, targets = images, labels
+            if self._mixup or self._cutmix:
+                partners = images.flip(0), labels.flip(0)
+                inputs, targets = self._mix((images, labels), partners, epoch, number)
             yield Batch(
-                inputs=tensors[0],
-                targets=tensors[1],
+                inputs=inputs,
+                targets=targets,
                 count=count,
                 global_count=positions.stop - positions.start,
             )
@@ -98,7 +104,7 @@ class ImageFolderClassification(Classification):
         Raises:
             UserError: an image is damaged.
         """
-        files = _Files(self._parts[split], self._evaluation_transform)
+        files = ImageFiles(self._parts[split], self._evaluation_transform)
         batches = sharding.evaluation_batches(
             len(files), self._evaluation_batch_size, *self._process
         )
@@ -107,92 +113,22 @@ class ImageFolderClassification(Classification):
             yield Batch(inputs=inputs, targets=targets, count=len(inputs), global_count=len(files))
 
     def _load(
-        self, files: "_Files", batches: Sequence[np.ndarray]
+        self, files: ImageFiles, batches: Sequence[np.ndarray]
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the images and classes with the given indices on the device, batch by batch."""
         loader = DataLoader(
             files,
             batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of indices will do
             num_workers=self._workers,
-            collate_fn=_collate,
+            collate_fn=collate,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # for the seeds of workers, instead of the global one
         )
         for loaded in loader:
             if isinstance(loaded, UserError):
                 raise loaded
-            inputs, targets = loaded
-            yield (
-                inputs.to(self.device, non_blocking=True),
-                targets.to(self.device, non_blocking=True),
-            )
-
-
-class _Files(Dataset[tuple[Tensor, int] | UserError]):
-    """Reads and transforms one image at a time; its only state is its arguments."""
-
-    def __init__(
-        self, files: Sequence[File], transform: Any, key: tuple[int, int] | None = None
-    ) -> None:
-        """Take what is to be read.
-
-        Args:
-            files: paths and classes.
-            transform: from a PIL image to a (3, size, size) float32 tensor, random numbers from
-                torch's default generator.
-            key: (seed, epoch) of the random numbers; None: the transform needs none.
-        """
-        self._files = files
-        self._transform = transform
-        self._key = key
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int] | UserError:
-        """Return image and class, or what is wrong with the file.
-
-        An exception would reach the main process as a traceback of several lines, hence the value.
-        """
-        from torchvision.datasets.folder import default_loader
-
-        path, label = self._files[index]
-        try:
-            image = default_loader(path)
-        except Exception as error:  # decoders fail in many ways
-            reason = " ".join(str(error).split())
-            return UserError(f"data.root: {path} is not a readable image ({reason}); remove it")
-        if self._key is None:
-            return self._transform(image), label
-        seed = sharding.generator(Stream.SAMPLE, *self._key, int(index)).integers(2**63)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(int(seed))
-            return self._transform(image), label
-
-
-def _collate(
-    samples: Sequence[tuple[Tensor, int] | UserError],
-) -> tuple[Tensor, Tensor] | UserError:
-    """Stack images (b, 3, size, size) and classes (b,) int64, or return the first error."""
-    images, labels = [], []
-    for sample in samples:
-        if isinstance(sample, UserError):
-            return sample
-        images.append(sample[0])
-        labels.append(sample[1])
-    return torch.stack(images), torch.tensor(labels)
-
-
-def _transforms(size: int) -> tuple[Any, Any]:
-    """Return the transforms of training and of evaluation."""
-    import_torchvision()
-    from torchvision import transforms as t
-
-    tensor = [t.ToTensor(), t.Normalize(MEAN, STD)]
-    return (
-        t.Compose([t.RandomResizedCrop(size), t.RandomHorizontalFlip(), *tensor]),
-        t.Compose([t.Resize(math.ceil(size / CROP_RATIO)), t.CenterCrop(size), *tensor]),
-    )
+            inputs, targets = (part.to(self.device, non_blocking=True) for part in loaded)
+            yield (self._normalize(inputs) if inputs.dtype == torch.uint8 else inputs), targets
 
 
 def _list_parts(data: DataSection) -> tuple[dict[str, list[File]], int]:

@@ -19,6 +19,7 @@ class Stream(IntEnum):
     ORDER = 2
     AUGMENTATION = 3
     SAMPLE = 4
+    MIXING = 5
 
 
 def generator(stream: Stream, *key: int) -> np.random.Generator:

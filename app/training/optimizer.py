@@ -37,7 +37,13 @@ class Schedule:
     """Learning rate by optimizer steps: a function of the step alone, without state to store."""
 
     def __init__(
-        self, optimizer: Optimizer, section: TrainingSection, *, steps: int, steps_per_epoch: int
+        self,
+        optimizer: Optimizer,
+        section: TrainingSection,
+        *,
+        steps: int,
+        steps_per_epoch: int,
+        conversion: int | None = None,
     ) -> None:
         """Make the schedule; parameter groups that are added later would not follow it.
 
@@ -46,6 +52,7 @@ class Schedule:
             section: shape of the schedule.
             steps: optimizer steps of the whole run.
             steps_per_epoch: optimizer steps of an epoch.
+            conversion: step after which layers turn low-rank; None: they never do.
         """
         import_torchvision()
         from timm.scheduler import CosineLRScheduler, StepLRScheduler
@@ -58,16 +65,24 @@ class Schedule:
         }
         self._scheduler: Any
         if section.schedule == "cosine":
+            # Length of all cycles over that of the first. The last step has the minimum.
+            cycles = sum(section.cycle_mul**i for i in range(section.cycle_limit))
+            common["t_initial"] = max(1, steps - warmup - 1) / cycles
             self._scheduler = CosineLRScheduler(
                 optimizer,
-                t_initial=max(1, steps - warmup - 1),  # the last step has the minimum
                 lr_min=section.minimum_learning_rate,
+                cycle_limit=section.cycle_limit,
+                cycle_mul=section.cycle_mul,
+                cycle_decay=section.cycle_decay,
+                k_decay=section.k_decay,
                 warmup_prefix=True,
                 **common,
             )
         else:
             self._scheduler = StepLRScheduler(optimizer, decay_t=steps, decay_rate=1.0, **common)
         self._optimizer = optimizer
+        self._conversion = conversion
+        self._warmup_after_conversion = section.warmup_after_conversion
 
     def set(self, step: int) -> float:
         """Set the learning rates of a step.
@@ -79,4 +94,9 @@ class Schedule:
             The learning rate of the first group.
         """
         self._scheduler.step_update(step)
+        if self._conversion is not None:
+            since = step - self._conversion
+            if 0 <= since < self._warmup_after_conversion:
+                for group in self._optimizer.param_groups:
+                    group["lr"] *= (since + 1) / self._warmup_after_conversion
         return float(self._optimizer.param_groups[0]["lr"])

@@ -7,8 +7,35 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from app.compatibility import import_torchvision
 from app.distributed.processes import Processes
+from app.errors import UserError
 from app.training.compilation import Compiled
+
+
+def synchronize_batch_norm(
+    model: nn.Module, processes: Processes, device: torch.device
+) -> nn.Module:
+    """Let batch normalizations take their statistics over all processes; alone, do nothing.
+
+    Returns:
+        The network, changed in place.
+
+    Raises:
+        UserError: on CPUs.
+    """
+    if not processes.group:
+        return model
+    if device.type != "cuda":
+        raise UserError(
+            "training.synchronize_batch_norm: torch synchronizes batch statistics on GPUs only; "
+            "set it to false, or run on GPUs or in one process"
+        )
+    import_torchvision()
+    from timm.layers import convert_sync_batchnorm
+
+    converted: nn.Module = convert_sync_batchnorm(model, processes.group)
+    return converted
 
 
 class Replicas:

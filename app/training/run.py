@@ -25,10 +25,14 @@ from app.metrics.stability import StabilityTracker
 from app.oialr import OIALR
 from app.settings import Configuration
 from app.tasks import Task, build_task, download
+from app.tasks.staging import stage, staged_root
+from app.training.average import WeightAverage
 from app.training.checkpoint import Checkpoints
+from app.training.early_stopping import EarlyStopping
 from app.training.optimizer import Schedule, build_optimizer
 from app.training.progress import Progress
 from app.training.recorder import Recorder
+from app.training.replicas import synchronize_batch_norm
 from app.training.trainer import Trainer
 
 
@@ -168,6 +172,7 @@ def _assemble(
         configuration.training,
         steps=steps,
         steps_per_epoch=task.steps_per_epoch,
+        conversion=method.delay if method else None,
     )
     tracker = None
     if configuration.stability.enabled:
@@ -189,6 +194,8 @@ def _assemble(
         tracker=tracker,
         recorder=Recorder(None),
         checkpoints=checkpoints,
+        average=_build_average(configuration, model, optimizer),
+        early_stopping=_build_early_stopping(configuration, folder, processes),
         stop_signal=stop_signal,
     )
     if state:
@@ -217,15 +224,24 @@ def _build_task_and_model(
     processes = runtime.processes
     if configuration.data.download:
         processes.agree(lambda: download(configuration) if runtime.local_index == 0 else None)
+    data = configuration.data
+    if data.stage_to:
+        processes.agree(lambda: stage(data) if runtime.local_index == 0 else None)
+    read = configuration.model_copy(
+        update={"data": data.model_copy(update={"root": staged_root(data)})}
+    )
     task = processes.agree(
         lambda: build_task(
-            configuration,
+            read,
             process_index=runtime.process_index,
             process_count=runtime.process_count,
             device=runtime.device,
         )
     )
     model = processes.agree(lambda: _build_model(configuration, task))
+    if configuration.training.synchronize_batch_norm:
+        dense = model
+        model = processes.agree(lambda: synchronize_batch_norm(dense, processes, runtime.device))
     return task, model.to(runtime.device)
 
 
@@ -248,6 +264,23 @@ def _build_method(
         )
     except ValueError as error:
         raise UserError(f"oialr: {error}") from None
+
+
+def _build_average(
+    configuration: Configuration, model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> WeightAverage | None:
+    decay = configuration.training.ema_decay
+    return None if decay is None else WeightAverage(model, optimizer, decay=decay)
+
+
+def _build_early_stopping(
+    configuration: Configuration, folder: Path, processes: Processes
+) -> EarlyStopping | None:
+    patience = configuration.training.early_stopping
+    if patience is None:
+        return None
+    best = Checkpoints(folder / "checkpoints" / "best", processes, keep=1)
+    return EarlyStopping(best, patience=patience)
 
 
 def _build_model(configuration: Configuration, task: Task) -> torch.nn.Module:

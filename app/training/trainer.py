@@ -2,6 +2,7 @@
 
 import math
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,9 @@ from app.metrics.stability import StabilityTracker, mean_stability
 from app.oialr import OIALR, Event
 from app.settings import Configuration
 from app.tasks import Batch, Task
+from app.training.average import WeightAverage
 from app.training.checkpoint import Checkpoints
+from app.training.early_stopping import EarlyStopping
 from app.training.evaluation import evaluate
 from app.training.optimizer import Schedule
 from app.training.precision import Precision
@@ -70,6 +73,8 @@ class Trainer:
         tracker: StabilityTracker | None,
         recorder: Recorder,
         checkpoints: Checkpoints,
+        average: WeightAverage | None,
+        early_stopping: EarlyStopping | None,
         stop_signal: StopSignal,
     ) -> None:
         """Put the parts together; ``method`` is None for full-rank training."""
@@ -84,6 +89,8 @@ class Trainer:
         self.recorder = recorder
         self.checkpoints = checkpoints
         self.precision = Precision(configuration.training.precision, runtime.device)
+        self.average = average
+        self.early_stopping = early_stopping
         self.position = Position()
         self.seconds = 0.0
         """Seconds of training, of all sessions."""
@@ -110,9 +117,14 @@ class Trainer:
         self._clock = time.perf_counter()
         if self.position.step == 0:
             self._measure_stability()
-        while self.position.epoch < self.configuration.training.epochs:
+        while not self._finished():
             self._train_epoch()
         self._agreement.finish()
+
+    def _finished(self) -> bool:
+        stopping = self.early_stopping
+        early = stopping is not None and stopping.exhausted
+        return early or self.position.epoch >= self.configuration.training.epochs
 
     def _train_epoch(self) -> None:
         position = self.position
@@ -152,6 +164,8 @@ class Trainer:
             losses.append(loss.detach())
         self.precision.step(self.optimizer, self.model, training.gradient_clip)
         self.position.step += 1
+        if self.average:
+            self.average.update(self.position.step)
         self.position.batch += 1
         self._unrecorded.append(
             _Step(
@@ -211,7 +225,15 @@ class Trainer:
         """Evaluate, measure, write a checkpoint."""
         self.position.epoch += 1
         self.position.batch = 0
-        figures = self._evaluate("validation")
+        with self._evaluated_weights():
+            figures = self._evaluate("validation")
+            if self.early_stopping and self.early_stopping.improves(figures["loss"]):
+                self.early_stopping.keep(
+                    self.position.step,
+                    self.model,
+                    self.method,
+                    process_count=self.runtime.process_count,
+                )
         stability = self._measure_stability()
         self.progress.epoch(
             self.position.epoch,
@@ -221,14 +243,25 @@ class Trainer:
             trainable_percent=self.method.trainable_percent() if self.method else 100.0,
             stability=stability,
         )
-        run, epochs = self.configuration.run, self.configuration.training.epochs
-        due = run.checkpoint_epochs and self.position.epoch % run.checkpoint_epochs == 0
-        if due or self.position.epoch == epochs:
+        interval = self.configuration.run.checkpoint_epochs
+        due = interval and self.position.epoch % interval == 0
+        if due or self._finished():
             self.save_checkpoint()
 
     def test(self) -> dict[str, float]:
-        """Evaluate on the test part and record it. A collective call."""
-        return self._evaluate("test")
+        """Evaluate on the test part and record it; nothing is trained after it. A collective call.
+
+        With early stopping the network gets the weights of its best epoch.
+        """
+        if self.early_stopping:
+            self.early_stopping.restore_best(self.model, self.method)
+            return self._evaluate("test")
+        with self._evaluated_weights():
+            return self._evaluate("test")
+
+    def _evaluated_weights(self) -> AbstractContextManager[None]:
+        """Return the context in which the network has the weights that count."""
+        return self.average.applied() if self.average else nullcontext()
 
     def _evaluate(self, split: str) -> dict[str, float]:
         with self.precision.autocast():
@@ -272,6 +305,8 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "precision": self.precision.state_dict(),
+            "average": self.average.state_dict() if self.average else None,
+            "early_stopping": self.early_stopping.state_dict() if self.early_stopping else None,
             "rows": self.recorder.counts(),
         }
         own: dict[str, Any] = {
@@ -295,6 +330,10 @@ class Trainer:
         self.model.load_state_dict(shared["model"])
         self.optimizer.load_state_dict(shared["optimizer"])
         self.precision.load_state_dict(shared["precision"])
+        if self.average and shared["average"]:
+            self.average.load_state_dict(shared["average"])
+        if self.early_stopping and shared["early_stopping"]:
+            self.early_stopping.load_state_dict(shared["early_stopping"])
         self.position = Position(**shared["position"])
         self.seconds = shared["seconds"]
         self._last_loss = shared["last_loss"]

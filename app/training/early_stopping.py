@@ -1,0 +1,67 @@
+"""The end of a training whose validation loss does not fall any more."""
+
+import math
+from typing import Any
+
+from torch import nn
+
+from app.lowrank.conversion import restore
+from app.oialr import OIALR
+from app.training.checkpoint import Checkpoints
+
+
+class EarlyStopping:
+    """Keeps the weights of the epoch with the least validation loss, and says when to stop."""
+
+    def __init__(self, checkpoints: Checkpoints, *, patience: int) -> None:
+        """Start before the first epoch.
+
+        Args:
+            checkpoints: where the best weights are kept.
+            patience: epochs without a smaller loss after which training stops.
+        """
+        self._checkpoints = checkpoints
+        self._patience = patience
+        self._best = math.inf
+        self._epochs_since = 0
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether it is time to stop."""
+        return self._epochs_since >= self._patience
+
+    def improves(self, loss: float) -> bool:
+        """Take note of an epoch's validation loss; tell whether it is the least so far."""
+        if loss < self._best:
+            self._best, self._epochs_since = loss, 0
+            return True
+        self._epochs_since += 1
+        return False
+
+    def keep(
+        self, step: int, model: nn.Module, method: OIALR | None, *, process_count: int
+    ) -> None:
+        """Write the weights as the best ones. A collective call."""
+        shared = {
+            "process_count": process_count,
+            "ranks": method.state_dict()["ranks"] if method else {},
+            "model": model.state_dict(),
+        }
+        self._checkpoints.save(step, shared, {})
+
+    def restore_best(self, model: nn.Module, method: OIALR | None) -> None:
+        """Give the network the best weights, at the ranks that it had then. A collective call.
+
+        The optimizer does not follow: nothing can be trained after it.
+        """
+        if loaded := self._checkpoints.load():
+            best, _ = loaded
+            restore(model, method.layers if method else [], best["ranks"], best["model"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, but for the best weights."""
+        return {"best": self._best, "epochs_since": self._epochs_since}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a stored state."""
+        self._best, self._epochs_since = state["best"], state["epochs_since"]
