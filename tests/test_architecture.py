@@ -20,6 +20,7 @@ ALLOWED = {
     "oialr": {"lowrank", "distributed", "linalg"},
     "metrics": {"oialr", "lowrank", "distributed", "linalg"},
     "reporting": {"metrics"},
+    "analysis": {"training", "metrics", "lowrank", "distributed", "linalg"},
     "training": {"oialr", "metrics", "tasks", "models", "lowrank", "distributed", "linalg"},
     "command": {"distributed"},
     "errors": set(),

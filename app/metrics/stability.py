@@ -63,14 +63,13 @@ class StabilityTracker:
     """
 
     def __init__(self, layers: Sequence[LayerReport], processes: Processes, *, window: int) -> None:
-        """Prepare for the linear maps among the layers.
+        """Prepare for these weights.
 
         Args:
-            layers: the weights of the dense network.
+            layers: weights of the dense network.
             processes: who shares the work.
             window: epochs between the bases that are compared.
         """
-        layers = [layer for layer in layers if layer.is_linear_map]
         costs = [layer.groups * svd_cost(*layer.matrix_shape) for layer in layers]
         owners = assign(costs, processes.count)
         self._mine = [

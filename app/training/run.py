@@ -176,7 +176,8 @@ def _assemble(
     )
     tracker = None
     if configuration.stability.enabled:
-        tracker = StabilityTracker(layers, processes, window=configuration.stability.window)
+        linear_maps = [layer for layer in layers if layer.is_linear_map]
+        tracker = StabilityTracker(linear_maps, processes, window=configuration.stability.window)
     checkpoints = Checkpoints(
         folder / "checkpoints", processes, keep=configuration.run.keep_checkpoints
     )

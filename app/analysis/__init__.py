@@ -1,0 +1,1 @@
+"""Measures the weights in checkpoints that this or any other program wrote."""

@@ -1,0 +1,222 @@
+"""An analysis from the files to metrics.h5: puts the parts together."""
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+from torch import nn
+from tqdm import tqdm
+
+from app.analysis.checkpoint import CheckpointError, StoredFactors, as_module, read_checkpoint
+from app.analysis.files import find_checkpoints, number_in
+from app.analysis.selection import Shapes, select_weights, shapes_of, signature
+from app.distributed.processes import Processes
+from app.distributed.runtime import Runtime
+from app.errors import AgreedUserError, UserError
+from app.lowrank.conversion import LayerReport
+from app.metrics.stability import StabilityTracker
+from app.training.recorder import Recorder
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """A checkpoint that was looked into."""
+
+    path: Path
+    shapes: Shapes
+    step: int | None
+    epoch: int | None
+
+
+@dataclass
+class Analysis:
+    """What came of an analysis; the same on all processes."""
+
+    metrics: Path
+    measured: int = 0
+    """Checkpoints."""
+    layers: int = 0
+    problems: list[str] = field(default_factory=list)
+    """A line for each file that was skipped."""
+
+
+def analyze(
+    paths: Sequence[Path],
+    *,
+    output: Path | None,
+    window: int,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    not_averaged: Sequence[str],
+    runtime: Runtime,
+) -> Analysis:
+    """Measure the weights of checkpoints of one network. A collective call.
+
+    Args:
+        paths: files, and folders of them.
+        output: folder of metrics.h5; None: "analysis" in the only folder given, or else here.
+        window: checkpoints between the two that are compared.
+        include, exclude, not_averaged: as in :func:`app.analysis.selection.select_weights`.
+        runtime: the processes that share the layers.
+
+    Raises:
+        AgreedUserError: there is nothing to measure, or the folder cannot be written to.
+    """
+    processes = runtime.processes
+    files = processes.from_first(
+        processes.agree(lambda: find_checkpoints(paths) if runtime.is_first else [])
+    )
+    found, problems = _survey(files, processes)
+    found, others = _of_one_network(found)
+    problems += others
+    if not found:
+        reason = f": {problems[0]}" if problems else ""
+        raise AgreedUserError(f"no checkpoint can be read{reason}")
+    found, label, positions = order(found)
+    layers = processes.agree(
+        lambda: select_weights(
+            [checkpoint.shapes for checkpoint in found],
+            include=include,
+            exclude=exclude,
+            not_averaged=not_averaged,
+        )
+    )
+    folder = output or _default_output(paths)
+    configuration = json.dumps(
+        {
+            "analysis": {
+                "checkpoints": [str(path) for path in paths],
+                "position": label,
+                "window": window,
+                "include": list(include),
+                "exclude": list(exclude),
+                "not_averaged": list(not_averaged),
+            }
+        },
+        indent=2,
+    )
+    recorder = processes.agree(
+        lambda: _open(folder, configuration, layers) if runtime.is_first else Recorder(None)
+    )
+    result = Analysis(metrics=folder / "metrics.h5", layers=len(layers), problems=problems)
+    tracker = StabilityTracker(layers, processes, window=window)
+    try:
+        recorder.session(process_count=runtime.process_count, first_step=0)
+        quiet = not (runtime.is_first and sys.stderr.isatty())
+        bar = tqdm(found, unit="checkpoint", dynamic_ncols=True, disable=quiet)
+        for checkpoint, position in zip(bar, positions, strict=True):
+            model = _load(checkpoint.path, layers, runtime, problems)
+            if model is None:
+                continue
+            rows = tracker.measure(model, result.measured)
+            epoch = position if checkpoint.epoch is None else checkpoint.epoch
+            recorder.stability(rows, epoch=epoch, step=position)
+            result.measured += 1
+    finally:
+        recorder.close()
+    return result
+
+
+def order(found: Sequence[_Found]) -> tuple[list[_Found], str, list[int]]:
+    """Sort checkpoints by time.
+
+    Returns:
+        The checkpoints, what their time is counted in, and the time of each: the epoch or step that
+        they all hold, or the number in their names, or their number in natural order.
+    """
+    for label, times in (
+        ("epoch", [checkpoint.epoch for checkpoint in found]),
+        ("optimizer step", [checkpoint.step for checkpoint in found]),
+    ):
+        known = [time for time in times if time is not None]
+        if len(set(known)) == len(found):
+            pairs = sorted(zip(known, found, strict=True), key=lambda pair: pair[0])
+            return [checkpoint for _, checkpoint in pairs], label, [time for time, _ in pairs]
+    numbers = [number_in(checkpoint.path) for checkpoint in found]
+    known = [number for number in numbers if number is not None]
+    if len(known) == len(found) and all(a < b for a, b in pairwise(known)):
+        return list(found), "number in the name", known
+    return list(found), "checkpoint", list(range(1, len(found) + 1))
+
+
+def _survey(files: Sequence[Path], processes: Processes) -> tuple[list[_Found], list[str]]:
+    """Look into all files, each process into its share. A collective call."""
+    mine: list[tuple[int, _Found | str]] = []
+    for index in range(processes.index, len(files), processes.count):
+        try:
+            stored = read_checkpoint(files[index])
+        except CheckpointError as error:
+            mine.append((index, str(error)))
+            continue
+        shapes = shapes_of(stored.weights)
+        entry = _Found(path=files[index], shapes=shapes, step=stored.step, epoch=stored.epoch)
+        mine.append((index, entry))
+    gathered = [entry for part in processes.gather(mine) for entry in part]
+    entries = [entry for _, entry in sorted(gathered, key=lambda pair: pair[0])]
+    return (
+        [entry for entry in entries if isinstance(entry, _Found)],
+        [entry for entry in entries if isinstance(entry, str)],
+    )
+
+
+def _of_one_network(found: Sequence[_Found]) -> tuple[list[_Found], list[str]]:
+    """Keep the checkpoints of the network that most of them are of."""
+    signatures = [signature(checkpoint.shapes) for checkpoint in found]
+    if not found:
+        return [], []
+    common, _ = Counter(signatures).most_common(1)[0]
+    kept, problems = [], []
+    for checkpoint, own in zip(found, signatures, strict=True):
+        if own == common:
+            kept.append(checkpoint)
+            continue
+        name, m, n = next(iter(sorted(set(own) ^ set(common))))
+        problems.append(
+            f"{checkpoint.path}: of another network than the others: {name} ({m}, {n}) is "
+            f"{'only here' if (name, m, n) in own else 'missing'}"
+        )
+    return kept, problems
+
+
+def _load(
+    path: Path, layers: Sequence[LayerReport], runtime: Runtime, problems: list[str]
+) -> nn.Module | None:
+    """Read the weights; None, with a line more in ``problems``, where they cannot be measured.
+
+    A collective call. Each process looks for NaN in its share.
+    """
+    problem, model = "", None
+    try:
+        stored = read_checkpoint(path).weights
+        weights = {layer.name: stored[layer.name] for layer in layers}
+        for layer in layers[runtime.process_index :: runtime.process_count]:
+            weight = weights[layer.name]
+            parts = weight if isinstance(weight, StoredFactors) else (weight,)
+            if not all(part.isfinite().all() for part in parts):
+                problem = f"{path}: {layer.name} holds NaN or infinity"
+                break
+        model = as_module(weights, runtime.device)
+    except (CheckpointError, KeyError) as error:  # replaced since it was looked into
+        problem = str(error)
+    found = [line for line in runtime.processes.gather(problem) if line]
+    problems += found[:1]
+    return None if found else model
+
+
+def _default_output(paths: Sequence[Path]) -> Path:
+    return paths[0] / "analysis" if len(paths) == 1 and paths[0].is_dir() else Path("analysis")
+
+
+def _open(folder: Path, configuration: str, layers: Sequence[LayerReport]) -> Recorder:
+    metrics = folder / "metrics.h5"
+    if metrics.exists():
+        raise UserError(f"--output: {folder} holds metrics already; choose another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return Recorder.create(metrics, configuration=configuration, layers=layers, figures=())
+    except OSError as error:
+        raise UserError(f"--output: cannot write to {folder}: {error.strerror}") from None

@@ -1,0 +1,108 @@
+"""Measure basis stability on checkpoints of any PyTorch model, without training."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from app.command import EXIT_USER, Parser, report_fault, run_command
+from app.distributed.launch import read_launch
+from app.errors import AgreedUserError, UserError
+
+EXAMPLES = """\
+examples:
+  python -m app.analyze checkpoints/
+  python -m app.analyze epoch-*.pt --window 1 --output analysis
+  mpirun -n 8 python -m app.analyze /data/gpt2 --exclude '*.attn.bias' --not-averaged '*wte*'
+  python -m app.report checkpoints/analysis
+
+CHECKPOINT is a file or a folder of files: of torch.save (a state_dict, alone or under state_dict or
+model), of safetensors, or of this program. They are sorted by the epoch or step that they hold, or
+else by name, 2 before 10. All floating tensors of two or more dimensions are measured; those whose
+names are those of embeddings, tokens, positions or masks are not averaged.
+
+exit codes: 0 done; 2 a mistake in what was asked for, or some files were skipped, each named on
+stderr, and the others measured; 1 a fault.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line, analyze, return the exit code."""
+    parser = Parser(
+        prog="python -m app.analyze",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "checkpoints", nargs="+", metavar="CHECKPOINT", type=Path, help="file or folder of files"
+    )
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        type=Path,
+        help="folder of metrics.h5 (FOLDER/analysis for one folder, otherwise ./analysis)",
+    )
+    parser.add_argument(
+        "--window",
+        metavar="N",
+        type=int,
+        default=5,
+        help="compare with the checkpoint N before (5)",
+    )
+    for option, what in (
+        ("--include", "measure only weights that match (*); repeatable"),
+        ("--exclude", "do not measure weights that match; repeatable"),
+        ("--not-averaged", "measure weights that match, but leave them out of means; repeatable, "
+         "instead of the names of embeddings, tokens, positions and masks"),
+    ):  # fmt: skip
+        parser.add_argument(option, metavar="PATTERN", action="append", help=what)
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto: a GPU for each process if there are enough, otherwise CPUs",
+    )
+    options = parser.parse_args(arguments)
+    if options.window < 1:
+        raise UserError(f"--window: {options.window} is not a positive number of checkpoints")
+    return _run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Start the processes, analyze, and end all of them alike."""
+    from app.analysis.run import analyze
+    from app.analysis.selection import NOT_AVERAGED
+    from app.distributed.runtime import start_runtime
+
+    with start_runtime(device=options.device, timeout=1800) as runtime:
+        try:
+            result = analyze(
+                options.checkpoints,
+                output=options.output,
+                window=options.window,
+                include=options.include or ["*"],
+                exclude=options.exclude or [],
+                not_averaged=options.not_averaged or NOT_AVERAGED,
+                runtime=runtime,
+            )
+        except AgreedUserError:
+            raise
+        except BaseException as error:
+            if runtime.process_count == 1:
+                raise
+            report_fault(error)
+            runtime.abort(1)
+            raise
+    if read_launch().process_index == 0:
+        for problem in result.problems:
+            print(f"skipped: {problem}", file=sys.stderr)
+        print(
+            f"{result.metrics}: {result.measured} checkpoints, {result.layers} weights; "
+            f"draw them: python -m app.report {result.metrics.parent}"
+        )
+    return EXIT_USER if result.problems else 0
+
+
+if __name__ == "__main__":
+    run_command(main)

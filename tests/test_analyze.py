@@ -1,0 +1,330 @@
+"""python -m app.analyze: checkpoints of any origin, measured as during training."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from launching import environment, launch
+from safetensors.torch import save_file
+from torch import nn
+
+from app import OIALR, analyze, report
+from app.analysis.checkpoint import CheckpointError, read_checkpoint
+from app.analysis.files import find_checkpoints, natural_order, number_in
+from app.analysis.run import _Found, order
+from app.distributed.processes import Processes
+from app.errors import UserError
+from app.lowrank.conversion import survey
+from app.metrics.stability import StabilityTracker
+from app.metrics.store import Follower, read_rows
+
+
+class Network(nn.Module):
+    """One of each kind of weight that is stored in a way of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens = nn.Embedding(7, 8)
+        self.position = nn.Parameter(torch.zeros(1, 5, 8))
+        self.conv = nn.Conv1d(8, 8, 3, groups=2, padding=1)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.cross = nn.MultiheadAttention(8, 2, kdim=6, vdim=10, batch_first=True)
+        self.fc = nn.Linear(8, 12)
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x):
+        x = self.tokens(x) + self.position
+        x = x + self.conv(x.transpose(1, 2)).transpose(1, 2)
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        x = x + self.cross(x, x[..., :6], torch.cat([x, x[..., :2]], -1), need_weights=False)[0]
+        return self.head(self.fc(x).relu())
+
+
+def train_and_save(folder, *, checkpoints=6):
+    """Train across a conversion and cuts; save each time, and measure as a training does."""
+    torch.manual_seed(0)
+    folder.mkdir()
+    model = Network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    method = OIALR(
+        model, optimizer, delay=6, update_interval=2, cutoff=0.3, layer_fraction=1.0,
+        rank_multiple=1,
+    )  # fmt: skip
+    tracker = StabilityTracker(survey(model), Processes(), window=2)
+    rows = []
+    for epoch in range(checkpoints):
+        torch.save({"model": model.state_dict(), "epoch": epoch}, folder / f"epoch-{epoch}.pt")
+        rows.append(tracker.measure(model, epoch))
+        for _ in range(3):
+            x = torch.randint(7, (16, 5))
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x).flatten(0, 1), (x % 3).flatten()).backward()
+            optimizer.step()
+            method.step()
+    assert min(method.ranks().values()) < 6
+    return rows
+
+
+def test_checkpoints_are_measured_as_the_training_was_across_the_conversion(tmp_path, capsys):
+    expected = train_and_save(tmp_path / "run")
+    code = analyze.main([str(tmp_path / "run"), "--window", "2", "--output", str(tmp_path / "out")])
+    assert code == 0, capsys.readouterr().err
+    metrics = tmp_path / "out" / "metrics.h5"
+    reader = Follower(metrics)
+    names = [layer.name for layer in reader.layers()]
+    shapes = {layer.name: layer.shape for layer in reader.layers()}
+    assert sorted(names) == sorted(row.name for row in expected[0])
+    assert {name for name in names if "_proj_weight" in name} == {
+        "attention.in_proj_weight",
+        "cross.q_proj_weight",
+        "cross.k_proj_weight",
+        "cross.v_proj_weight",
+    }
+    assert shapes["conv.weight"] == (8, 4, 3)
+    for name in names:
+        stored = read_rows(metrics, f"layers/{name}/stability")
+        assert stored["epoch"].tolist() == list(range(6))
+        assert stored["step"].tolist() == list(range(6))
+        rows = [next(row for row in part if row.name == name) for part in expected]
+        for column in ("stability", "mixing_similarity", "rank", "numerical_rank",
+                       "reference_rank", "effective_rank"):  # fmt: skip
+            np.testing.assert_allclose(
+                stored[column], [getattr(row, column) for row in rows], rtol=1e-5, err_msg=name
+            )
+    reader.close()
+
+
+def test_tokens_and_positions_are_recorded_and_not_averaged(tmp_path):
+    train_and_save(tmp_path / "run", checkpoints=2)
+    folder, output = str(tmp_path / "run"), tmp_path / "out"
+    analyze.main([folder, "--output", str(output)])
+    reader = Follower(output / "metrics.h5")
+    left_out = {layer.name for layer in reader.layers() if not layer.averaged}
+    assert left_out == {"position"}  # "tokens" is this network's name for an embedding
+    reader.close()
+    output = tmp_path / "other"
+    options = ["--include", "*.weight", "--exclude", "*conv*", "--not-averaged", "tokens.*"]
+    analyze.main([folder, "--output", str(output), *options])
+    reader = Follower(output / "metrics.h5")
+    assert {layer.name: layer.averaged for layer in reader.layers()} == {
+        "tokens.weight": False,
+        "attention.out_proj.weight": True,
+        "cross.out_proj.weight": True,
+        "fc.weight": True,
+        "head.weight": True,
+    }
+    reader.close()
+
+
+@pytest.mark.parametrize("name", [
+    "cls_token", "pos_embed", "embeddings.position_embeddings", "encoder.pos_embedding",
+    "transformer.wte.weight", "model.embed_tokens.weight", "embeddings.word_embeddings.weight",
+    "layers.0.attn.relative_position_bias_table", "h.0.attn.bias", "class_token",
+])  # fmt: skip
+def test_names_of_what_is_no_linear_map(name):
+    from app.analysis.selection import NOT_AVERAGED, select_weights
+
+    linear = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight",
+              "conv_proj.weight", "blocks.0.attn.qkv.weight")  # fmt: skip
+    shapes = {key: ((4, 4), 1, False) for key in (name, *linear)}
+    options = {"include": ["*"], "exclude": [], "not_averaged": NOT_AVERAGED}
+    reports = select_weights([shapes], **options)
+    assert {report.name for report in reports if not report.is_linear_map} == {name}
+
+
+def states():
+    """The same weights in every form in which programs store them."""
+    state = {"fc.weight": torch.randn(4, 3), "fc.bias": torch.randn(4), "count": torch.tensor(3)}
+    prefixed = {f"module.{name}": tensor for name, tensor in state.items()}
+    compiled = {f"module._orig_mod.{name}": tensor for name, tensor in state.items()}
+    half = {name: tensor.to(torch.bfloat16) for name, tensor in state.items()}
+    return state, {
+        "plain.pt": state,
+        "wrapped.pth": {"state_dict": prefixed, "epoch": 7, "global_step": 70},
+        "model.bin": {"model": compiled, "optimizer": {"state": {}}},
+        "tree.ckpt": {"model_state_dict": state, "position": {"step": 9, "epoch": 2}},
+        "half.pt": half,
+    }
+
+
+def test_every_form_of_a_state_dict_is_read(tmp_path):
+    state, forms = states()
+    for name, content in forms.items():
+        torch.save(content, tmp_path / name)
+    torch.save(state, tmp_path / "old.tar", _use_new_zipfile_serialization=False)
+    save_file(state, tmp_path / "model.safetensors")
+    found = {path.name: read_checkpoint(path) for path in find_checkpoints([tmp_path])}
+    assert found.keys() == {*forms, "old.tar", "model.safetensors"}
+    for name, checkpoint in found.items():
+        assert list(checkpoint.weights) == ["fc.weight"], name
+        tolerance = 0.02 if name == "half.pt" else 0
+        torch.testing.assert_close(
+            checkpoint.weights["fc.weight"].float(), state["fc.weight"], rtol=tolerance, atol=0
+        )
+    assert (found["wrapped.pth"].epoch, found["wrapped.pth"].step) == (7, 70)
+    assert (found["tree.ckpt"].epoch, found["tree.ckpt"].step) == (2, 9)
+    assert found["plain.pt"].epoch is None
+
+
+class Harmful:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_what_cannot_be_read_is_named_and_runs_no_code(tmp_path):
+    torch.save({"fc.weight": torch.randn(2, 2), "x": Harmful(tmp_path / "ran")}, tmp_path / "a.pt")
+    (tmp_path / "b.pt").write_bytes(b"no checkpoint")
+    (tmp_path / "c.safetensors").write_bytes(b"nothing")
+    torch.save([1, 2], tmp_path / "d.pt")
+    torch.save({"optimizer": {"lr": 1}}, tmp_path / "e.pt")
+    torch.save({"fc.bias": torch.zeros(3)}, tmp_path / "f.pt")
+    for name, message in (
+        ("a.pt", "more than tensors and plain values, or is damaged"),
+        ("b.pt", "cannot be read"),
+        ("c.safetensors", "cannot be read"),
+        ("d.pt", "holds a list, not a dictionary"),
+        ("e.pt", "no state_dict, neither at the top nor under state_dict, model"),
+        ("f.pt", "no floating tensor of two or more dimensions"),
+    ):
+        with pytest.raises(CheckpointError, match=message) as caught:
+            read_checkpoint(tmp_path / name)
+        assert str(tmp_path / name) in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_files_are_found_below_a_folder_in_natural_order(tmp_path):
+    for name in ("step-10/state.pt", "step-9/state.pt", "step-9/process-00000.pt",
+                 "step-9/optimizer.pt", "stability-epochs-00000001/process-00000.pt",
+                 "partial-11/state.pt", "notes.txt"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = find_checkpoints([tmp_path, tmp_path / "step-9" / "state.pt"])
+    assert [path.relative_to(tmp_path).as_posix() for path in found] == [
+        "step-9/state.pt",
+        "step-10/state.pt",
+    ]
+    assert [number_in(path) for path in found] == [9, 10]
+    assert natural_order(Path("a2")) < natural_order(Path("a10")) < natural_order(Path("b1"))
+
+
+def found_at(name, *, epoch=None, step=None):
+    return _Found(path=Path("f") / name, shapes={}, epoch=epoch, step=step)
+
+
+def test_time_is_the_epoch_or_the_step_or_the_name_or_the_order():
+    for entries, label, names, times in (
+        ([("a.pt", 3, 30), ("b.pt", 1, 10)], "epoch", ["b.pt", "a.pt"], [1, 3]),
+        ([("a.pt", 1, 30), ("b.pt", 1, 20)], "optimizer step", ["b.pt", "a.pt"], [20, 30]),
+        ([("a5.pt", 1, None), ("a9.pt", 1, None)], "number in the name", ["a5.pt", "a9.pt"],
+         [5, 9]),
+        ([("a9.pt", None, None), ("b5.pt", None, None)], "checkpoint", ["a9.pt", "b5.pt"],
+         [1, 2]),
+        ([("a.pt", None, None), ("b5.pt", 2, 3)], "checkpoint", ["a.pt", "b5.pt"], [1, 2]),
+    ):  # fmt: skip
+        found = [found_at(name, epoch=epoch, step=step) for name, epoch, step in entries]
+        ordered, its_label, its_times = order(found)
+        assert (its_label, its_times) == (label, times)
+        assert [checkpoint.path.name for checkpoint in ordered] == names
+
+
+def save_series(folder, count=4):
+    torch.manual_seed(0)
+    folder.mkdir()
+    weights = {f"fc{i}.weight": torch.randn(6 + i, 5) for i in range(5)}
+    for number in range(count):
+        torch.save({k: v + number * 0.1 * torch.randn_like(v) for k, v in weights.items()},
+                   folder / f"model-{number}.pt")  # fmt: skip
+    return folder
+
+
+def test_skipped_files_are_named_and_the_rest_is_measured(tmp_path, capsys):
+    folder = save_series(tmp_path / "run")
+    torch.save({"other.weight": torch.randn(3, 3)}, folder / "model-5.pt")
+    broken = torch.load(folder / "model-1.pt")
+    broken["fc2.weight"][0, 0] = torch.nan
+    torch.save(broken, folder / "model-6.pt")
+    (folder / "model-7.pt").write_bytes((folder / "model-1.pt").read_bytes()[:900])
+    assert analyze.main([str(folder), "--window", "1"]) == 2
+    captured = capsys.readouterr()
+    lines = sorted(captured.err.splitlines())
+    assert len(lines) == 3
+    assert all(line.startswith("skipped: ") for line in lines)
+    assert (
+        "model-5.pt: of another network than the others: fc0.weight (6, 5) is missing" in lines[0]
+    )
+    assert "model-6.pt: fc2.weight holds NaN or infinity" in lines[1]
+    assert "model-7.pt: cannot be read" in lines[2]
+    assert "4 checkpoints, 5 weights" in captured.out
+    rows = read_rows(folder / "analysis" / "metrics.h5", "layers/fc2.weight/stability")
+    assert rows["step"].tolist() == [0, 1, 2, 3]
+    assert np.isfinite(rows["stability"][1:]).all()
+    # What was written is what the report reads.
+    assert report.main([str(folder / "analysis"), "--formats", "svg"]) == 0
+    page = (folder / "analysis" / "report" / "report.html").read_text()
+    assert "number in the name" in page
+
+
+def test_bad_input_is_one_line_with_culprit_and_cure(tmp_path):
+    folder = str(save_series(tmp_path / "run", count=2))
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "a.pt").write_text("x")
+    taken = tmp_path / "taken"
+    analyze.main([folder, "--output", str(taken)])
+    for arguments, message in (
+        ([str(tmp_path / "gone")], "gone: no such file or folder"),
+        ([str(empty)], r"empty: no checkpoint there \(no file \.pt"),
+        ([str(bad)], r"no checkpoint can be read: .*a\.pt: cannot be read"),
+        ([folder, "--window", "0"], "--window: 0 is not a positive number"),
+        ([folder, "--include", "no*"], r"--include: 'no\*' matches none of the 5 weights"),
+        ([folder, "--exclude", "*"], "--exclude: no weight is left"),
+        ([folder, "--output", str(taken)], "--output: .*taken holds metrics already"),
+        ([folder, "--output", f"{folder}/model-0.pt"], "--output: cannot write to"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            analyze.main(arguments)
+        assert "\n" not in str(caught.value)
+
+
+def test_two_processes_measure_what_one_does(tmp_path):
+    folder = save_series(tmp_path / "run")
+    (folder / "model-9.pt").write_text("x")
+    analyze.main([str(folder), "--window", "2", "--output", str(tmp_path / "one")])
+    arguments = ("-m", "app.analyze", folder, "--window", "2", "--output", tmp_path / "two")
+    result = launch(2, *arguments, code=2)
+    assert result.stderr.count("skipped:") == 1
+    for number in range(5):
+        group = f"layers/fc{number}.weight/stability"
+        one = read_rows(tmp_path / "one" / "metrics.h5", group)
+        two = read_rows(tmp_path / "two" / "metrics.h5", group)
+        assert one.keys() == two.keys()
+        for column, values in one.items():
+            np.testing.assert_array_equal(two[column], values, err_msg=column)
+
+
+def test_help_imports_nothing_heavy():
+    program = (
+        "import sys\nfrom app import analyze\ntry:\n    analyze.main(['--help'])\n"
+        "except SystemExit:\n    pass\nprint({'torch', 'h5py', 'safetensors'} & set(sys.modules))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+        env=environment(),
+    )
+    assert "exit codes:" in result.stdout
+    assert result.stdout.splitlines()[-1] == "set()"
