@@ -1,5 +1,6 @@
 """Economy SVD of one matrix, and what is read from its spectrum."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -130,3 +131,26 @@ def effective_rank(s: Tensor) -> float:
     """
     p = s.double() / s.double().sum()
     return float(torch.exp(-torch.special.xlogy(p, p).sum()))
+
+
+def stable_rank(s: Tensor) -> float:
+    """Squared Frobenius norm over squared spectral norm (Rudelson and Vershynin, JACM 54, 2007).
+
+    Between 1 and the rank, and hardly moved by small singular values; NaN for a zero matrix.
+
+    Args:
+        s: singular values (k,), descending.
+    """
+    return float((s.double() / s[0].double()).square().sum())
+
+
+def orthonormality_error(factor: Tensor) -> float:
+    """Return ||Q^T Q - I||_F / sqrt(r): how far columns are from orthonormal, per column.
+
+    Args:
+        factor: Q (m, r). The product is formed in float64, so that it adds nothing itself.
+    """
+    Q = factor.double()
+    gram = Q.T @ Q
+    gram.diagonal().sub_(1)
+    return float(torch.linalg.norm(gram)) / math.sqrt(Q.shape[1])

@@ -1,0 +1,150 @@
+"""The polar factor by each method, against the singular value decomposition in float64."""
+
+import math
+from typing import get_args
+
+import pytest
+import torch
+
+from app.linalg.polar import Method, choose_method, cubic_coefficients, polar
+from app.linalg.svd import numerical_rank
+
+METHODS = get_args(Method)
+SHAPES = [(48, 48), (200, 40), (40, 200), (1, 30), (30, 1), (1, 1)]
+EPS = torch.finfo(torch.float32).eps
+
+
+def random_matrix(m, n, seed=0):
+    return torch.randn(m, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def gaussian(m, n):
+    return random_matrix(m, n).float()
+
+
+def power_law(m, n):
+    """Singular values i^(-a) down to 1e-4."""
+    k = min(m, n)
+    U, V = torch.linalg.qr(random_matrix(m, k)).Q, torch.linalg.qr(random_matrix(n, k, 1)).Q
+    s = torch.arange(1, k + 1, dtype=torch.float64) ** (-4 / math.log10(max(k, 2)))
+    return ((U * s) @ V.T).float()
+
+
+def rank_deficient(m, n):
+    """Rank of half of the columns; what is left is rounding noise."""
+    r = math.ceil(min(m, n) / 2)
+    return (random_matrix(m, r) @ random_matrix(r, n, 1)).float()
+
+
+def reference(matrix):
+    """Factor, singular values, rank by the definition."""
+    U, s, Vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    r = numerical_rank(s.float(), tuple(matrix.shape))
+    return U[:, :r] @ Vh[:r], s, r
+
+
+@pytest.mark.parametrize("draw", [gaussian, power_law, rank_deficient])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_error_is_that_of_rounding_the_matrix(method, shape, draw):
+    matrix = draw(*shape)
+    B, s, r = reference(matrix)
+    measured = polar(matrix, method)
+    assert measured.rank == r
+    assert measured.factor.shape == shape
+    assert measured.factor.dtype == torch.float32
+    assert measured.factor.is_contiguous()
+    # As the docstring has it: of the order of eps times the condition of what is determined.
+    bound = EPS * (math.sqrt(max(shape)) + 2 * float(s[0] / s[r - 1]))
+    error = measured.factor.double() - B
+    assert torch.linalg.matrix_norm(error, 2) < bound
+    torch.testing.assert_close(measured.s.double(), s, rtol=0, atol=20 * EPS * float(s[0]))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", [(60, 25), (25, 60)])
+def test_a_null_space_is_left_out(method, shape):
+    measured = polar(rank_deficient(*shape), method)
+    assert measured.rank == 13
+    B = measured.factor.double()
+    projector = B.T @ B
+    torch.testing.assert_close(projector @ projector, projector, rtol=0, atol=1e-4)
+    assert float(projector.trace()) == pytest.approx(13, abs=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5)])
+def test_a_zero_matrix_has_rank_zero(method, shape):
+    factor, s, rank = polar(torch.zeros(shape), method)
+    assert rank == 0
+    assert not factor.any()
+    assert not s.any()
+    assert (factor.shape, s.shape) == (shape, (3,))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_scale_does_not_matter(method):
+    matrix = gaussian(40, 30)
+    for scale in (1e-15, 1e15):
+        scaled = polar(scale * matrix, method)
+        torch.testing.assert_close(scaled.factor, polar(matrix, method).factor, rtol=0, atol=1e-5)
+        assert scaled.rank == 30
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_other_precisions(method):
+    matrix = gaussian(20, 30).bfloat16()
+    B, _, _ = reference(matrix)
+    factor = polar(matrix, method).factor
+    torch.testing.assert_close(factor.double(), B, rtol=0, atol=1e-5)
+    exact = polar(random_matrix(20, 30), method).factor
+    U, _, Vh = torch.linalg.svd(random_matrix(20, 30), full_matrices=False)
+    torch.testing.assert_close(exact, U @ Vh, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("lower", [1.0, 0.5, 1e-2, 1e-4, 1e-6])
+def test_the_cubics_bring_the_whole_interval_to_one_in_few_steps(lower):
+    x = torch.logspace(math.log10(lower), 0, 1000, dtype=torch.float64)
+    steps = 0
+    for a, b in cubic_coefficients(lower, EPS):
+        x = a * x + b * x**3
+        steps += 1
+    assert (x - 1).abs().max() <= EPS * 1.01
+    plain = torch.tensor(lower, dtype=torch.float64)  # Newton-Schulz without scaling
+    plain_steps = 0
+    while 1 - plain > EPS:
+        plain = 1.5 * plain - 0.5 * plain**3
+        plain_steps += 1
+    assert steps <= max(1, plain_steps)
+    if lower <= 1e-4:
+        assert steps < 0.6 * plain_steps
+
+
+def test_no_other_cubic_is_closer_to_one():
+    lower = 0.1
+    a, b = next(cubic_coefficients(lower, EPS))
+    x = torch.linspace(lower, 1, 2000, dtype=torch.float64)
+
+    def distance(a, b):
+        return float((a * x + b * x**3 - 1).abs().max())
+
+    for change in (1e-3, -1e-3):
+        assert distance(a + change, b) > distance(a, b)
+        assert distance(a, b + change) > distance(a, b)
+        assert distance(a + change, b - change) > distance(a, b)
+
+
+def test_the_choice_of_a_method():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert choose_method((768, 3072), torch.float32, cpu) == "eigh"
+    assert choose_method((3072, 768), torch.float32, cpu) == "eigh"
+    assert choose_method((768, 768), torch.float32, cpu) == "svd"
+    assert choose_method((64, 64), torch.float32, cpu) == "eigh"
+    assert choose_method((768, 768), torch.float32, gpu) == "products"
+    assert choose_method((64, 768), torch.float64, gpu) == "svd"
+
+
+def test_the_default_is_the_chosen_method():
+    matrix = gaussian(30, 20)
+    assert torch.equal(polar(matrix).factor, polar(matrix, "eigh").factor)
+    assert torch.equal(polar(matrix.double()).factor, polar(matrix.double(), "svd").factor)
