@@ -268,7 +268,9 @@ def test_skipped_files_are_named_and_the_rest_is_measured(tmp_path, capsys):
     assert rows["step"].tolist() == [0, 1, 2, 3]
     assert np.isfinite(rows["stability"][1:]).all()
     # What was written is what the report reads.
-    assert report.main([str(folder / "analysis"), "--formats", "svg"]) == 0
+    arguments = [str(folder / "analysis"), "--formats", "svg", "--reference", "vit_b16"]
+    assert report.main(arguments) == 0
+    assert "--reference counts epochs, and this run number in the name" in capsys.readouterr().err
     page = (folder / "analysis" / "report" / "report.html").read_text()
     assert "number in the name" in page
 

@@ -35,6 +35,7 @@ class _Panel:
     curve: Callable[[Run], Curve]
     kinds: Callable[[Run], np.ndarray] | None = None
     """What happened at each place, drawn as a marker; None: a line."""
+    from_zero: bool = False
 
 
 def learning(groups: Sequence[RunGroup]) -> Drawing | None:
@@ -44,7 +45,7 @@ def learning(groups: Sequence[RunGroup]) -> Drawing | None:
     panels = [
         _Panel(label=f"validation {key}", curve=partial(_validation, key=key)) for key in keys
     ]
-    panels.append(_Panel(label="trainable, %", curve=_trainable))
+    panels.append(_Panel(label="trainable, %", curve=_trainable, from_zero=True))
     drawn = _panels(groups, panels)
     if drawn is None:
         return None
@@ -75,7 +76,7 @@ def means(groups: Sequence[RunGroup], reference: ReferenceCurve | None) -> Drawi
     if drawn is None:
         return None
     figure, shown = drawn
-    if reference and "mean stability" in shown:
+    if reference and "mean stability" in shown and _axis_label(groups) == "epoch":
         axes = figure.axes[shown.index("mean stability")]
         limits = axes.get_xlim()
         draw_reference(axes, reference)
@@ -140,7 +141,12 @@ def seconds(groups: Sequence[RunGroup]) -> Drawing | None:
     """Draw what steps, events and measurements took; None for an analysis."""
     panels = [
         _Panel(label="step, ms", curve=_step_milliseconds),
-        _Panel(label="event, s", curve=_event_seconds, kinds=lambda run: run.events["event"]),
+        _Panel(
+            label="event, s",
+            curve=_event_seconds,
+            kinds=lambda run: run.events["event"],
+            from_zero=True,
+        ),
         _Panel(label="measurement, s", curve=_measurement_seconds),
     ]
     drawn = _panels(groups, panels)
@@ -181,7 +187,7 @@ def _panels(
             for run in group.runs:
                 _draw(axes, panel, run, *colour_and_line(index))
         axes.set_ylabel(_wrapped(panel.label))
-        if panel.kinds:
+        if panel.from_zero:
             axes.set_ylim(bottom=0)
     rows[-1][0].set_xlabel(_axis_label(groups))
     _legend(figure, groups)

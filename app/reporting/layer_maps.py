@@ -121,7 +121,7 @@ def _map(
     bottom.set_ylabel(f"mean {quantity}")
     for place in run.conversions():
         bottom.axvline(place, color="black", linewidth=0.9, linestyle=":")
-    if reference:
+    if reference and run.axis.label == "epoch":
         draw_reference(bottom, reference)
         figure.legend(*bottom.get_legend_handles_labels(), loc="outside lower left", ncols=2)
     bottom.set_ylim(top=high + 0.02 * (high - bottom.get_ylim()[0]))

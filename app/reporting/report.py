@@ -57,6 +57,11 @@ def write_report(
         for run in runs
         if not len(run.series("stability").steps)
     ]
+    notices += [
+        f"{run.folder}: --reference counts epochs, and this run {run.axis.label}: left out"
+        for run in runs
+        if reference and run.axis.label != "epoch"
+    ]
     with style():
         together = [drawing for drawing in (learning(groups), seconds(groups)) if drawing]
         if len(runs) > 1 and (drawing := means(groups, curve)):
