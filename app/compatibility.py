@@ -59,10 +59,10 @@ def free_communicators_of_heat() -> Iterator[None]:
         made.append(split(self, *arguments, **options))
         return made[-1]
 
-    MPICommunication.Split = remember
+    MPICommunication.Split = remember  # type: ignore[method-assign]
     try:
         yield
         for communicator in made:
             communicator.Free()
     finally:
-        MPICommunication.Split = split
+        MPICommunication.Split = split  # type: ignore[method-assign]

@@ -9,5 +9,9 @@ class DivergedError(Exception):
     """A weight holds NaN or infinity: the training has diverged. Exit code 1."""
 
 
+class DifferingReplicasError(Exception):
+    """The processes no longer hold the same network. Exit code 1, on all processes alike."""
+
+
 class AgreedUserError(UserError):
     """A user's mistake that all processes raise together, so that process 0 alone reports it."""

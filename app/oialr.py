@@ -14,20 +14,19 @@ Under DistributedDataParallel it is given the module inside, and where ``event.s
 module has new Parameter objects and must be wrapped anew. All processes must call ``step`` alike.
 """
 
-import time
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from app.distributed.factorization import factorize
+from app.distributed.assignment import Costs, Factorization
+from app.distributed.factorization import Factorizer
 from app.distributed.processes import Processes
-from app.errors import DivergedError
-from app.lowrank.arguments import Factorization, check_arguments
+from app.events import Events
+from app.lowrank.arguments import check_arguments
 from app.lowrank.attention import AttentionProjection
 from app.lowrank.conversion import (
     LayerReport,
@@ -36,8 +35,7 @@ from app.lowrank.conversion import (
     survey,
 )
 from app.lowrank.cost import Execution
-from app.lowrank.event import Event, LayerEvent
-from app.lowrank.memory import TensorMemory, tensors_of
+from app.lowrank.event import Event
 from app.lowrank.optimizer_state import (
     CoreGroups,
     UnknownState,
@@ -77,6 +75,7 @@ class OIALR:
         unknown_optimizer_state: UnknownState = "error",
         factorization: Factorization = "auto",
         processes: Processes | None = None,
+        costs: Costs | None = None,
     ) -> None:
         """Take hold of a full-rank network and its optimizer; nothing is changed yet.
 
@@ -114,14 +113,17 @@ class OIALR:
                 schedule must be made after this object.
             unknown_optimizer_state: "reset" accepts any optimizer and drops what it knows of a
                 weight at every event where the transport of that is not known.
-            factorization: "owner" (and "auto"): each layer is factorized by one process and sent;
-                "replicated": every process factorizes every layer.
+            factorization: "owner": each layer is factorized by one process and sent; "heat": layers
+                that can be are split over as many processes as they can be; "auto": where that
+                ends an event earlier; "replicated": every process factorizes every layer.
             processes: who shares the work; None: torch.distributed's default group, or this
                 process alone.
+            costs: what factorizations cost on this machine (app.calibrate measures it).
 
         Raises:
             ValueError: an argument out of range, a wrapped model, an unknown optimizer, a pattern
                 that matches nothing, no layer that could be factorized.
+            UserError: the processes cannot factorize in the way that was asked for.
         """
         check_arguments(
             delay=delay,
@@ -148,8 +150,8 @@ class OIALR:
         self.delay = delay
         self.update_interval = update_interval
         self.layer_fraction = layer_fraction
-        self.replicated = factorization == "replicated"
         self.processes = processes or Processes.current()
+        self.factorizer = Factorizer(self.processes, mode=factorization, costs=costs)
 
         self.survey: list[LayerReport] = survey(
             model,
@@ -195,6 +197,7 @@ class OIALR:
                 else CoreGroups(optimizer, weights, learning_rate_factor=core_learning_rate_factor)
             ),
         )
+        self._events = Events(self._transitions, self.factorizer, self.processes)
         self._dense_counts = parameter_counts(model)
 
         self.step_count = 0
@@ -213,6 +216,7 @@ class OIALR:
 
         Raises:
             DivergedError: a weight to be factorized holds NaN or infinity; on all processes.
+            DifferingReplicasError: the processes hold different bits; on all processes.
         """
         due = [
             number
@@ -224,9 +228,9 @@ class OIALR:
         if not due:
             return None
         if due[0] == 0:
-            return self._event("convert", self.layers)
+            return self._events.run("convert", self.layers, self.step_count)
         turn = layers_in_turn(due[-1], len(self.layers), layer_fraction=self.layer_fraction)
-        return self._event("update", self.layers[-turn:])
+        return self._events.run("update", self.layers[-turn:], self.step_count)
 
     @property
     def conversion_due(self) -> bool:
@@ -292,54 +296,3 @@ class OIALR:
 
     def _count_step(self, *_: Any) -> None:
         self.step_count += 1
-
-    def _event(self, kind: Literal["convert", "update"], reports: list[LayerReport]) -> Event:
-        """Let every layer of some go to its next basis, and tell what happened.
-
-        At a conversion at most one layer is there both dense and as factors on each process.
-        """
-        start, bytes_before = time.perf_counter(), self.processes.broadcast_bytes
-        with TensorMemory(tensors_of(self.model, self.optimizer)) as memory:
-            layers = self._factorize(reports)
-        cut = any(layer.rank < layer.previous_rank for layer in layers)
-        return Event(
-            kind="cut" if kind == "update" and cut else kind,
-            step=self.step_count,
-            layers=layers,
-            shapes_changed=cut or kind == "convert",
-            peak_bytes=memory.peak_bytes,
-            seconds=time.perf_counter() - start,
-            broadcast_bytes=self.processes.broadcast_bytes - bytes_before,
-        )
-
-    def _factorize(self, reports: list[LayerReport]) -> list[LayerEvent]:
-        """Factorize one matrix per layer and apply the factors."""
-        matrices = [self._transitions.matrix(report) for report in reports]
-        self._check_finite(reports, matrices)
-        shapes = [tuple(matrix.shape) for matrix in matrices]
-        del matrices
-        happened: dict[int, LayerEvent] = {}
-        for i, factors, owner in factorize(
-            shapes,
-            lambda i: self._transitions.matrix(reports[i]),
-            self.processes,
-            replicated=self.replicated,
-        ):
-            happened[i] = LayerEvent(
-                name=reports[i].name,
-                owner=owner,
-                previous_rank=factors.s.shape[-1],
-                rank=self._transitions.apply(reports[i], factors),
-                singular_values=factors.s.reshape(-1, factors.s.shape[-1]).amax(0).cpu(),
-            )
-        return [happened[i] for i in range(len(reports))]
-
-    def _check_finite(self, reports: list[LayerReport], matrices: list[Tensor]) -> None:
-        """Find a diverged run before anything is sent: all processes hold the same weights."""
-        finite = torch.stack([matrix.detach().isfinite().all() for matrix in matrices]).tolist()
-        for report, is_finite in zip(reports, finite, strict=True):
-            if not is_finite:
-                raise DivergedError(
-                    f"{report.name} holds NaN or infinity at step {self.step_count}: "
-                    f"the training has diverged"
-                )

@@ -275,10 +275,16 @@ class DistributedSection(Section):
         "auto",
         description="auto: a GPU for each process if there are enough, otherwise CPUs.",
     )
-    factorization: Literal["auto", "owner", "replicated"] = Field(
+    factorization: Literal["auto", "owner", "heat", "replicated"] = Field(
         "auto",
-        description="owner: each layer is factorized by one process and sent to the others; "
-        "replicated: every process factorizes every layer; auto: owner.",
+        description="owner: each layer is factorized by one process and sent to the others; heat: "
+        "layers that can be are split over the processes by Heat; auto: where that ends an event "
+        "earlier; replicated: every process factorizes every layer.",
+    )
+    calibration: str | None = Field(
+        None,
+        description="File of app.calibrate: what factorizations cost on this machine. Default: "
+        "costs that were measured elsewhere.",
     )
     timeout: float = Field(
         1800.0, gt=0, description="Seconds after which a collective without answer ends the run."

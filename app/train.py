@@ -9,7 +9,7 @@ from pathlib import Path
 from app import config
 from app.command import EXIT_STOPPED, EXIT_USER, Parser, report_fault, run_command
 from app.distributed.launch import read_launch
-from app.errors import AgreedUserError, DivergedError, UserError
+from app.errors import AgreedUserError, DifferingReplicasError, DivergedError, UserError
 from app.settings import Configuration
 
 EXAMPLES = """\
@@ -105,7 +105,7 @@ def _run(configuration: Configuration, *, resume: bool) -> int:
                 if runtime.is_first:
                     print(f"{stop}: go on with --resume", file=sys.stderr)
                 return EXIT_STOPPED
-            except DivergedError as error:  # on all processes alike
+            except (DivergedError, DifferingReplicasError) as error:  # on all processes alike
                 if runtime.is_first:
                     print(f"error: {error}", file=sys.stderr)
                 return 1

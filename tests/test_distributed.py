@@ -40,6 +40,16 @@ def test_split_factorization_equals_that_of_one_process(processes):
     assert "split as whole" in launch(processes, WORKERS / "split_svd.py").stdout
 
 
+def test_many_factorizations_of_a_split_layer_survive():
+    """Without the workaround in app.compatibility MPICH aborts in the 1,022nd; it takes 1,200."""
+    assert "1200 factorizations" in launch(2, WORKERS / "many_splits.py", 1200).stdout
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_events_share_little_and_survive_what_goes_wrong(processes):
+    assert "all cases" in launch(processes, WORKERS / "events.py").stdout
+
+
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_method_on_several_processes_equals_one(processes):
     assert "same on all processes" in launch(processes, WORKERS / "method.py").stdout

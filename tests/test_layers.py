@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from torch import nn
 
 from app import OIALR
 from app.distributed import factorization
-from app.distributed.factorization import factorize
+from app.distributed.assignment import Costs, make_plan
+from app.distributed.buckets import MatrixInfo
+from app.distributed.factorization import Factorizer
 from app.distributed.processes import Processes
 from app.linalg.svd import economy_svd
 from app.lowrank.conversion import factorize_layer, get_layer, survey, to_dense
@@ -311,23 +314,36 @@ def test_what_is_sent_of_a_stack_arrives(monkeypatch):
     sent = {}
 
     class Pair(Processes):
-        """Two processes, one after the other."""
+        """Two processes, one after the other; the first owns everything."""
 
         def __init__(self, index):
             super().__init__()
             self.index, self.count = index, 2
 
-        def broadcast(self, tensor, owner):
+        def gather(self, value):
+            return [value, value]
+
+        def start_broadcast(self, tensor, owner):
             if owner == self.index:
                 sent.setdefault(owner, []).append(tensor.clone())
             else:
                 tensor.copy_(sent[owner].pop(0))
+            return Mock()
 
-    monkeypatch.setattr(factorization, "assign", lambda costs, count: [0] * len(costs))
+    def first_owns_all(shapes, nodes, **_):
+        return make_plan(shapes, [0], mode="owner", costs=Costs(), can_split=False)
+
+    monkeypatch.setattr(factorization, "make_plan", first_owns_all)
     matrices = [torch.randn(3, 5, 4), torch.randn(6, 7)]
-    shapes = [tuple(matrix.shape) for matrix in matrices]
+    infos = [
+        MatrixInfo(shape=tuple(matrix.shape), dtype=matrix.dtype, device=matrix.device)
+        for matrix in matrices
+    ]
     mine, theirs = (
-        {i: factors for i, factors, _ in factorize(shapes, matrices.__getitem__, Pair(index))}
+        {
+            i: factors
+            for i, factors, _ in Factorizer(Pair(index)).factorize(infos, matrices.__getitem__)
+        }
         for index in (0, 1)
     )
     for i in (0, 1):

@@ -336,7 +336,10 @@ def test_unknown_optimizer_gets_a_clear_error_or_a_reset():
         ({"rank_multiple": 0}, "rank_multiple"),
         ({"retained_energy": 1}, r"retained_energy must be in \(0, 1\), or None"),
         ({"largest_energy_cut": 0}, "largest_energy_cut"),
-        ({"factorization": "replcated"}, "factorization must be one of auto, owner, replicated"),
+        (
+            {"factorization": "replcated"},
+            "factorization must be one of auto, owner, heat, replicated",
+        ),
         ({"execution": "fast"}, "execution must be one of"),
         ({"unknown_optimizer_state": "rest"}, "unknown_optimizer_state must be one of"),
     ],

@@ -29,7 +29,14 @@ TINY = [
     "stability.window=2",
     "run.log_interval=5",
 ]
-TIMINGS = {"samples_per_second", "step_seconds", "seconds", "peak_bytes"}
+TIMINGS = {
+    "samples_per_second",
+    "step_seconds",
+    "seconds",
+    "factorization_seconds",
+    "imbalance",
+    "peak_bytes",
+}
 DISTURBED = ROOT / "tests" / "workers" / "disturbed.py"
 
 
@@ -130,6 +137,44 @@ def test_the_process_count_does_not_change_what_is_learned(undisturbed):
     # The order of samples is the same; dropout differs, and summation in its last bits.
     np.testing.assert_allclose(losses[1], losses[0], rtol=0.05)
     np.testing.assert_allclose(losses[2], losses[0], rtol=0.05)
+
+
+def test_split_factorizations_train_like_whole_ones(tmp_path, undisturbed):
+    """A whole training with every layer split by Heat that can be, over conversion and cuts."""
+    train(2, *TINY, "distributed.factorization=heat", f"run.dir={tmp_path}")
+    for group, columns, tolerance in (
+        ("train", ["loss"], 1e-3),
+        ("lowrank", ["step", "trainable_parameters", "broadcast_bytes"], 0),
+        ("eval", ["loss"], 1e-3),
+    ):
+        mine, theirs = (
+            read_rows(folder / "metrics.h5", group) for folder in (tmp_path, undisturbed(2))
+        )
+        for column in columns:
+            np.testing.assert_allclose(mine[column], theirs[column], rtol=tolerance)
+
+
+def test_a_calibration_that_is_not_there_is_the_users_mistake(tmp_path):
+    path = tmp_path / "none.json"
+    result = train(2, *TINY, f"run.dir={tmp_path}", f"distributed.calibration={path}", code=2)
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith(f"error: distributed.calibration: {path}: No such file or directory")
+
+
+def test_heat_without_mpi_is_refused(tmp_path):
+    result = launch(
+        0,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "-m",
+        "app.train",
+        *TINY,
+        f"run.dir={tmp_path}",
+        "distributed.factorization=heat",
+        code=1,
+    )
+    assert "distributed.factorization: heat needs the processes of mpirun or srun" in result.stderr
 
 
 def test_resume_on_another_number_of_processes(tmp_path):

@@ -4,13 +4,16 @@ One code path serves one and many processes: with one, every call here does noth
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from app.errors import AgreedUserError, UserError
+
+if TYPE_CHECKING:
+    from app.distributed.heat_svd import SplitSVD
 
 Result = TypeVar("Result")
 
@@ -23,15 +26,20 @@ class Processes:
         *,
         group: dist.ProcessGroup | None = None,
         host_group: dist.ProcessGroup | None = None,
+        communicator: Any = None,
     ) -> None:
         """Wrap torch.distributed groups.
 
         Args:
             group: for tensors on the device; None: this process alone.
             host_group: for objects and tensors in host memory; None: the same as ``group``.
+            communicator: mpi4py communicator of the same processes in the same order, if there is
+                MPI between them.
         """
         self.group = group
         self.host_group = host_group or group
+        self.communicator = communicator
+        self._split_svd: SplitSVD | None = None
         self.index = dist.get_rank(group) if group else 0
         self.count = dist.get_world_size(group) if group else 1
         self.broadcast_bytes = 0
@@ -47,12 +55,36 @@ class Processes:
     def close(self) -> None:
         """Let go of the groups, so that they can end."""
         self.group = self.host_group = None
+        if self._split_svd:
+            self._split_svd.close()
+            self._split_svd = None
+
+    def split_svd(self) -> "SplitSVD":
+        """Return what factorizes one matrix together; imports heat on all processes."""
+        if self._split_svd is None:
+            from app.distributed.heat_svd import SplitSVD
+
+            self._split_svd = SplitSVD(self.communicator)
+        return self._split_svd
 
     def broadcast(self, tensor: Tensor, owner: int) -> None:
         """Overwrite a tensor, of the same shape and dtype on all processes, with the owner's."""
         if self.group:
             dist.broadcast(tensor, group=self.group, group_src=owner)
             self.broadcast_bytes += tensor.numel() * tensor.element_size()
+
+    def start_broadcast(self, tensor: Tensor, owner: int) -> dist.Work:
+        """Begin a :meth:`broadcast` among several processes; the tensor is there after wait()."""
+        self.broadcast_bytes += tensor.numel() * tensor.element_size()
+        work = dist.broadcast(tensor, group=self.group, group_src=owner, async_op=True)
+        assert work is not None
+        return work
+
+    def maximum(self, tensor: Tensor) -> Tensor:
+        """Take the largest of each number over all processes, in place, and return the tensor."""
+        if self.group:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
+        return tensor
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Add a tensor up over all processes, in place, and return it."""

@@ -70,7 +70,7 @@ def start_runtime(*, device: str, timeout: float) -> Iterator[Runtime]:
         return
     # A group of its own for host memory: the stop flags and objects travel beside the gradients.
     host_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
-    processes = Processes(group=dist.group.WORLD, host_group=host_group)
+    processes = Processes(group=dist.group.WORLD, host_group=host_group, communicator=communicator)
     try:
         yield Runtime(
             process_index=launch.process_index,

@@ -7,8 +7,6 @@ from app.lowrank.attention import AttentionProjection
 from app.lowrank.cost import Execution
 from app.lowrank.optimizer_state import UnknownState
 
-Factorization = Literal["auto", "owner", "replicated"]
-
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "delay": (lambda value: value >= 1, "at least 1"),
     "update_interval": (lambda value: value >= 1, "at least 1"),
@@ -25,7 +23,7 @@ CHOICES: dict[str, Any] = {
     "execution": Execution,
     "attention_projection": AttentionProjection,
     "unknown_optimizer_state": UnknownState,
-    "factorization": Factorization,
+    "factorization": Literal["auto", "owner", "heat", "replicated"],
 }
 
 

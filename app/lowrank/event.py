@@ -14,7 +14,7 @@ class LayerEvent:
     name: str
     """Dense parameter name."""
     owner: int
-    """Index of the process that factorized it."""
+    """Index of the process that factorized it, the first of several; 0 where every process did."""
     previous_rank: int
     rank: int
     singular_values: Tensor
@@ -33,10 +33,21 @@ class Event:
     step: int
     """Optimizer steps taken so far."""
     layers: Sequence[LayerEvent]
+    """Without those whose factorization did not converge: they stay as they were."""
     shapes_changed: bool
     """The network has new Parameter objects: DistributedDataParallel must be made anew."""
     peak_bytes: int
     """The most that parameters, gradients, optimizer state and all that the event made took at once
     on this process; not what LAPACK or cuSOLVER allocate inside."""
     seconds: float
+    factorization_seconds: Sequence[float]
+    """For each process, what it spent on factorizations."""
+    predicted_seconds: Sequence[float]
+    """For each process, what the plan predicts of that."""
     broadcast_bytes: int
+
+    @property
+    def imbalance(self) -> float:
+        """Seconds on factorizations: the most of a process over the mean; 1 is balanced."""
+        mean = sum(self.factorization_seconds) / len(self.factorization_seconds)
+        return max(self.factorization_seconds) / mean if mean else 1.0

@@ -1,6 +1,6 @@
 """What an event does to one layer: from full-rank to factors, and from one basis to the next."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from app.lowrank.conv import FactoredConv
 from app.lowrank.conversion import LayerReport, factorize_layer, get_layer
 from app.lowrank.cost import Execution, rank_pays
 from app.lowrank.layer import FactoredLayer
+from app.lowrank.memory import tensors_of
 from app.lowrank.optimizer_state import (
     CoreGroups,
     UnknownState,
@@ -52,7 +53,8 @@ class Transitions:
         self._model = model
         self._optimizer = optimizer
         self._kept_rank = kept_rank
-        self._cut_at_conversion = cut_at_conversion or defer_conversion
+        self.cuts_at_conversion = cut_at_conversion or defer_conversion
+        """Whether a conversion needs less than all columns of the factors."""
         self._defer_conversion = defer_conversion
         self._execution = execution
         self._recompute_convolutions = recompute_convolutions
@@ -84,6 +86,10 @@ class Transitions:
         stored = [value for value in state.values() if isinstance(value, Tensor)]
         return [tensor.detach() for tensor in (weight, *frozen, *stored)]
 
+    def all_tensors(self) -> Iterable[Tensor]:
+        """Return all that network and optimizer store."""
+        return tensors_of(self._model, self._optimizer)
+
     def apply(self, report: LayerReport, factors: Factors) -> int:
         """Let factors take the place of what was factorized, and return the rank that is left.
 
@@ -91,7 +97,7 @@ class Transitions:
 
         Args:
             report: the layer.
-            factors: of :meth:`matrix`.
+            factors: of :meth:`matrix`; of U and Vh the first :meth:`columns_used` are enough.
         """
         if self.is_dense(report):
             return self._convert(report, factors)
@@ -112,7 +118,7 @@ class Transitions:
         """W = U diag(s) Vh."""
         dtype = self.weight(report).dtype
         U, s, Vh = (factor.to(dtype) for factor in factors)
-        r = self.rank_after(report, s)
+        r = self._rank_after(report, s)
         if self._defer_conversion and not rank_pays(*report.matrix_shape, r):
             return report.full_rank
         U, Vh = U[..., :r].contiguous(), Vh[..., :r, :].contiguous()
@@ -125,7 +131,7 @@ class Transitions:
         layer = get_layer(self._model, report.name)
         assert isinstance(layer, FactoredLayer)
         left, s, right = (factor.to(layer.core.dtype) for factor in factors)
-        r = self.rank_after(report, s)
+        r = self._rank_after(report, s)
         left, right = left[..., :r], right[..., :r, :]
         U, core, Vh = layer.U @ left, torch.diag_embed(s[..., :r]), right @ layer.Vh
         if r < layer.rank:
@@ -145,9 +151,14 @@ class Transitions:
             )
         return r
 
-    def rank_after(self, report: LayerReport, s: Tensor) -> int:
-        """Return the rank that an event leaves a layer with these singular values."""
-        if self.is_dense(report) and not self._cut_at_conversion:
+    def columns_used(self, report: LayerReport, s: Tensor) -> int:
+        """Return how many singular vectors :meth:`apply` uses, given the singular values."""
+        r = self._rank_after(report, s.to(self.weight(report).dtype))
+        stays = self.is_dense(report) and self._defer_conversion
+        return 0 if stays and not rank_pays(*report.matrix_shape, r) else r
+
+    def _rank_after(self, report: LayerReport, s: Tensor) -> int:
+        if self.is_dense(report) and not self.cuts_at_conversion:
             return s.shape[-1]
         return self._kept_rank(s, full_rank=report.full_rank)
 

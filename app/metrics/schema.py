@@ -48,6 +48,9 @@ LOWRANK = (
     Column("seconds", "f8", "s", "Wall time of the event"),
     Column("gradient_bytes", "i8", "B", "Gradients that a process contributes per step; 0 alone"),
     Column("broadcast_bytes", "i8", "B", "Factors broadcast during the event"),
+    Column("factorization_seconds", "f8", "s", "Factorizations, of the process that took longest"),
+    Column("predicted_seconds", "f8", "s", "What the plan predicted of that"),
+    Column("imbalance", "f8", "1", "factorization_seconds over their mean over the processes"),
     Column("peak_bytes", "i8", "B", "Most that tensors of process 0 took during the event"),
 )
 RANK = (

@@ -97,6 +97,9 @@ class Recorder:
             seconds=event.seconds,
             gradient_bytes=gradient_bytes,
             broadcast_bytes=event.broadcast_bytes,
+            factorization_seconds=max(event.factorization_seconds),
+            predicted_seconds=max(event.predicted_seconds),
+            imbalance=event.imbalance,
             peak_bytes=event.peak_bytes,
         )
         for layer in event.layers:

@@ -15,6 +15,7 @@ import torch
 
 from app import models
 from app.config import to_yaml
+from app.distributed.calibration import read_costs
 from app.distributed.processes import Processes
 from app.distributed.runtime import Runtime
 from app.distributed.stop_signal import StopSignal
@@ -255,6 +256,7 @@ def _build_method(
     """Build the method; None for the full-rank baseline."""
     if not configuration.oialr.enabled:
         return None
+    calibration = configuration.distributed.calibration
     try:
         return OIALR(
             model,
@@ -262,6 +264,7 @@ def _build_method(
             **configuration.oialr.model_dump(exclude={"enabled"}),
             factorization=configuration.distributed.factorization,
             processes=processes,
+            costs=read_costs(calibration) if calibration else None,
         )
     except ValueError as error:
         raise UserError(f"oialr: {error}") from None

@@ -123,9 +123,18 @@ def main():
         if processes.count > 1:
             # Only gradients of what is trained; nothing for frozen factors.
             assert sum(sent) == steps_since * trained, (sum(sent), steps_since, trained)
-            # One broadcast per factorized layer, at events alone.
-            assert len(outside) == sum(len(event.layers) for event in events)
-            assert all(event.broadcast_bytes > 0 for event in events)
+            # Factors of many layers travel together, at events alone: one message per owner.
+            assert len(outside) <= len(events) * processes.count
+            shapes = {report.name: report.matrix_shape for report in method.layers}
+            for event in events:
+                numbers = 0
+                for layer in event.layers:
+                    r = layer.previous_rank
+                    m, n = shapes[layer.name] if event.kind == "convert" else (r, r)
+                    numbers += m * r + r + r * n
+                assert event.broadcast_bytes == 8 * numbers, event
+                assert len(event.factorization_seconds) == processes.count
+                assert len(event.predicted_seconds) == processes.count
         assert events[0].kind == "convert"
         assert any(event.kind == "cut" for event in events), "no cut: the test shows nothing"
 
@@ -133,11 +142,17 @@ def main():
         replicated, _ = run(processes, "replicated", ignore, count_gradients)
         for mine, theirs in zip(model.parameters(), replicated.parameters(), strict=True):
             assert torch.equal(mine, theirs), "replicated differs from owner"
+        heat, heat_method = run(processes, "heat", ignore, count_gradients)
+        assert heat_method.ranks() == method.ranks()
         alone, alone_method = run(Processes(), "owner", ignore, ignore)
         assert alone_method.ranks() == method.ranks()
         for mine, theirs in zip(model.modules(), alone.modules(), strict=True):
             if hasattr(mine, "weight"):
                 torch.testing.assert_close(mine.weight, theirs.weight, rtol=1e-7, atol=1e-9)
+        for mine, theirs in zip(heat.modules(), alone.modules(), strict=True):
+            if hasattr(mine, "weight"):
+                torch.testing.assert_close(mine.weight, theirs.weight, rtol=1e-7, atol=1e-9)
+        assert ("heat" in sys.modules) == (processes.count > 1), "heat is for split layers alone"
         if runtime.is_first:
             print("same on all processes")
 

@@ -1,0 +1,47 @@
+"""Measure what factorizations cost on this machine, for the plan of who factorizes what."""
+
+import argparse
+from collections.abc import Sequence
+
+from app.command import Parser, run_command
+from app.distributed.launch import read_launch
+
+EXAMPLES = """\
+examples:
+  python -m app.calibrate --output calibration.json
+  mpirun -n 2 python -m app.calibrate --output calibration.json    # splitting by Heat too
+  mpirun -n 8 python -m app.train distributed.calibration=calibration.json
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line, measure, write, return the exit code."""
+    parser = Parser(
+        prog="python -m app.calibrate",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--output", metavar="PATH", default="calibration.json")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--quick", action="store_true", help="small matrices only")
+    options = parser.parse_args(arguments)
+
+    from dataclasses import fields
+
+    from app.distributed.calibration import measure_costs, write_costs
+    from app.distributed.runtime import start_runtime
+
+    with start_runtime(device=options.device, timeout=1800) as runtime:
+        costs = measure_costs(runtime.processes, runtime.device, quick=options.quick)
+        runtime.processes.agree(
+            lambda: write_costs(costs, options.output) if runtime.is_first else None
+        )
+    if read_launch().process_index == 0:
+        for field in fields(costs):
+            print(f"{field.name} {getattr(costs, field.name):.3e} {field.metadata['unit']}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

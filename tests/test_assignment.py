@@ -1,0 +1,223 @@
+"""The plan of who factorizes what: pure functions, no processes."""
+
+import json
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from app.distributed.assignment import Costs, make_plan, split_limit
+from app.distributed.buckets import MatrixInfo, make_buckets
+from app.distributed.calibration import read_costs, write_costs
+from app.errors import UserError
+
+NETWORKS = {
+    "resnetrs101": {
+        (32, 27): 1, (32, 288): 1, (64, 288): 1, (64, 576): 4, (64, 64): 1, (256, 64): 7,
+        (64, 256): 5, (128, 256): 1, (128, 1152): 4, (512, 128): 8, (128, 512): 7, (512, 256): 1,
+        (256, 512): 1, (256, 2304): 23, (1024, 256): 46, (256, 1024): 45, (1024, 512): 1,
+        (512, 1024): 1, (512, 4608): 3, (2048, 512): 6, (512, 2048): 5, (2048, 1024): 1,
+    },
+    "vit_base_patch16_224": {(768, 768): 13, (2304, 768): 12, (3072, 768): 12, (768, 3072): 12},
+    "vgg16": {
+        (64, 27): 1, (64, 576): 1, (128, 576): 1, (128, 1152): 1, (256, 1152): 1, (256, 2304): 2,
+        (512, 2304): 1, (512, 4608): 5, (4096, 25088): 1, (4096, 4096): 1,
+    },
+}  # fmt: skip
+"""Shapes of what the method factorizes in timm's networks, and how many there are of each."""
+COSTS = Costs()
+SHAPES = st.tuples(st.integers(1, 300), st.integers(1, 300))
+
+
+def layers(network):
+    return [shape for shape, count in NETWORKS[network].items() for _ in range(count)]
+
+
+def plan(shapes, count, mode="auto", **options):
+    nodes = options.pop("nodes", [0] * count)
+    return make_plan(shapes, nodes, mode=mode, **{"costs": COSTS, "can_split": True, **options})
+
+
+def best_times(shapes, count):
+    """Return each layer's seconds in the fastest way there is."""
+    return [
+        min(COSTS.seconds(shape, g) for g in range(1, min(count, split_limit(shape)) + 1))
+        for shape in shapes
+    ]
+
+
+def greedy(times, count):
+    """The plan without split layers that everything is compared with, written anew."""
+    loads = [0.0] * count
+    for time in sorted(times, reverse=True):
+        loads[loads.index(min(loads))] += time
+    return max(loads)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_predicted_makespan_of_real_networks_is_within_its_bounds(network):
+    """1.1 total / p with many layers per process, else 1.4 of what no plan can be below."""
+    shapes = layers(network)
+    whole = [COSTS.seconds(shape) for shape in shapes]
+    for count in range(2, 257):
+        balanced = sum(whole) / count
+        largest = max(best_times(shapes, count))
+        makespan = plan(shapes, count).makespan
+        assert makespan <= greedy(whole, count) * (1 + 1e-9), count
+        if balanced >= 3 * largest:
+            assert makespan <= 1.1 * balanced, count
+        else:
+            assert makespan <= 1.4 * max(balanced, largest), count
+
+
+@given(
+    st.lists(SHAPES, min_size=1, max_size=12),
+    st.lists(st.integers(0, 3), min_size=1, max_size=9),
+    st.sampled_from(["auto", "owner", "heat"]),
+)
+@settings(deadline=None)
+def test_a_plan_is_sound(shapes, nodes, mode):
+    count = len(nodes)
+    made = plan(shapes, count, mode, nodes=nodes)
+    assert sorted(made.order) == list(range(len(shapes)))
+    clock = [0.0] * count
+    for i in made.order:  # what really happens: the members of a group wait for each other
+        group = made.groups[i]
+        assert len(set(group)) == len(group) <= max(1, split_limit(shapes[i]))
+        assert len(group) == 1 or mode != "owner"
+        end = max(clock[process] for process in group) + COSTS.seconds(shapes[i], len(group))
+        assert made.finish[i] == pytest.approx(end)
+        for process in group:
+            clock[process] = end
+    assert made.loads == pytest.approx(clock)
+    # Split layers come first: their members must not wait for one who sends already.
+    sizes = [len(made.groups[i]) > 1 for i in made.order]
+    assert sizes == sorted(sizes, reverse=True)
+    if mode == "heat":
+        for shape, group in zip(shapes, made.groups, strict=True):
+            assert len(group) == min(count, split_limit(shape))
+    assert made == plan(shapes, count, mode, nodes=nodes)
+
+
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=12))
+@settings(deadline=None)
+def test_a_group_stays_inside_a_node_that_has_room(nodes):
+    made = plan([(4000, 1000)] * 3, len(nodes), "heat", nodes=nodes)
+    size = min(len(nodes), 4)
+    for group in made.groups:
+        assert len(group) == size
+        if max(nodes.count(node) for node in nodes) >= size:
+            assert len({nodes[process] for process in group}) == 1
+
+
+def test_what_cannot_be_split_is_not():
+    assert split_limit((768, 768)) == 1
+    assert split_limit((25088, 4096)) == split_limit((4096, 25088)) == 6
+    assert split_limit((3, 400, 4)) == 1  # a stack
+    alone = plan([(3000, 100)], 4, "heat", can_split=False)
+    assert alone.groups == [(0,)]
+    assert plan([(3000, 100)], 4, "owner").split == []
+
+
+def test_a_layer_that_all_would_wait_for_is_split():
+    made = plan([(25088, 4096), (64, 64)], 8)
+    assert made.split == [0]
+    assert made.makespan < plan([(25088, 4096), (64, 64)], 8, "owner").makespan
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_no_layer_is_split_that_all_have_time_for(network):
+    shapes = layers(network)
+    for count in range(2, 257):
+        made = plan(shapes, count)
+        balanced = sum(COSTS.seconds(shape) for shape in shapes) / count
+        if made.makespan <= 1.3 * balanced:
+            assert all(COSTS.seconds(shapes[i]) > balanced for i in made.split), count
+
+
+def test_replicated_work_has_no_owners():
+    made = plan([(30, 20), (9, 9)], 3, "replicated")
+    assert made.groups == [(), ()]
+    assert made.loads == pytest.approx([COSTS.seconds((30, 20)) + COSTS.seconds((9, 9))] * 3)
+    assert not made.split
+
+
+def test_predicted_seconds_grow_with_size_and_fall_with_processes():
+    assert COSTS.seconds((64, 32)) < COSTS.seconds((640, 32)) < COSTS.seconds((640, 64))
+    assert COSTS.seconds((640, 32)) == COSTS.seconds((32, 640))
+    assert COSTS.seconds((3, 640, 32)) == pytest.approx(3 * COSTS.seconds((640, 32)))
+    free = Costs(merge=0.0, merge_call=0.0)
+    assert free.seconds((25088, 4096), 6) < free.seconds((25088, 4096), 2)
+
+
+@given(st.lists(SHAPES, min_size=1, max_size=20), st.integers(1, 5), st.integers(1, 10**6))
+def test_buckets_hold_every_layer_once_and_no_more_than_their_limit(shapes, count, limit):
+    import torch
+
+    made = plan(shapes, count)
+    infos = [
+        MatrixInfo(
+            shape=shape,
+            dtype=torch.float64 if shape[0] % 3 == 0 else torch.bfloat16,
+            device=torch.device("cpu"),
+        )
+        for shape in shapes
+    ]
+    ranks = [min(shape) for shape in shapes]
+    buckets = make_buckets(made, infos, ranks, limit=limit)
+    assert sorted(i for bucket in buckets for i in bucket.layers) == list(range(len(shapes)))
+    ready = [made.finish[bucket.layers[-1]] for bucket in buckets]
+    assert ready == sorted(ready)
+    for bucket in buckets:
+        assert {made.groups[i][0] for i in bucket.layers} == {bucket.owner}
+        assert len({infos[i].factor_dtype for i in bucket.layers}) == 1
+        sizes = [infos[i].numbers(ranks[i]) * infos[i].factor_dtype.itemsize for i in bucket.layers]
+        assert len(sizes) == 1 or sum(sizes) <= limit
+    for owner in range(count):
+        mine = [i for bucket in buckets if bucket.owner == owner for i in bucket.layers]
+        assert mine == [i for i in made.order if made.groups[i][0] == owner]
+
+
+def test_measured_costs_are_read_as_they_were_written(tmp_path):
+    costs = Costs(tall=1.5e-10, merge=0.0)
+    write_costs(costs, tmp_path / "c.json")
+    assert read_costs(tmp_path / "c.json") == costs
+
+
+GOOD = {"tall": 1, "square": 1, "entry": 1, "call": 1, "merge": 1, "merge_call": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (None, "No such file"),
+        ("{", "Expecting property name"),
+        ("[1]", "expected the keys call, entry"),
+        (json.dumps({"tall": 1}), "expected the keys call, entry"),
+        (json.dumps({**GOOD, "more": 1}), "expected the keys call, entry"),
+        (json.dumps({**GOOD, "tall": -1}), "tall must be 0 or more, not -1"),
+        (json.dumps({**GOOD, "tall": "1"}), "tall must be 0 or more, not '1'"),
+        (json.dumps({**GOOD, "call": math.nan}), "call must be 0 or more, not nan"),
+    ],
+)
+def test_a_bad_calibration_file_is_the_users_mistake(tmp_path, text, problem):
+    path = tmp_path / "c.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=r"distributed\.calibration: .*c\.json: ") as error:
+        read_costs(path)
+    assert problem in str(error.value)
+    assert "python -m app.calibrate" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_costs_that_cannot_be_written_are_the_users_mistake(tmp_path):
+    with pytest.raises(UserError, match="--output: cannot write"):
+        write_costs(Costs(), tmp_path / "no" / "c.json")
+
+
+@pytest.mark.parametrize("mode", ["auto", "owner", "heat", "replicated"])
+def test_nothing_to_do_is_a_plan_too(mode):
+    made = plan([], 3, mode)
+    assert (made.groups, made.order, made.loads) == ([], [], [0.0] * 3)
