@@ -295,8 +295,25 @@ class StabilitySection(Section):
     """The measurement of basis stability (arXiv 2401.08505, section 3)."""
 
     enabled: bool = Field(True, description="Measure it.")
-    window: int = Field(5, gt=0, description="Epochs between the two bases that are compared.")
-    interval: int = Field(1, gt=0, description="Epochs between two measurements.")
+    unit: Literal["epochs", "steps"] = Field(
+        "epochs", description="In which window and interval are counted."
+    )
+    window: int = Field(
+        5, gt=0, description="Epochs or steps between the two bases that are compared."
+    )
+    interval: int = Field(
+        1,
+        gt=0,
+        description="Epochs or steps between two measurements. window / interval bases of every "
+        "weight are kept in host memory, each as large as the weight.",
+    )
+    reference_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Of the bases that are kept; bfloat16 halves them."
+    )
+    include: list[str] = Field(
+        ["*"], description="Patterns (blocks.*) of names of the weights that are measured."
+    )
+    exclude: list[str] = Field([], description="Patterns of weights that are not measured.")
 
     @model_validator(mode="after")
     def _check(self) -> Self:

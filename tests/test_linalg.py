@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.linalg.stability import (
+    DenseBasis,
+    FactoredBasis,
     basis_stability,
     mixing_factor,
     mixing_factor_from_factors,
@@ -20,6 +22,8 @@ from app.linalg.svd import (
     effective_rank,
     is_diagonal,
     numerical_rank,
+    orthonormality_error,
+    stable_rank,
 )
 
 SHAPES = [(1, 1), (7, 7), (40, 12), (12, 40), (64, 1)]
@@ -143,31 +147,58 @@ def test_effective_rank():
     assert math.isnan(effective_rank(torch.zeros(3)))
 
 
+def test_stable_rank():
+    matrix = random_matrix(30, 20)
+    expected = np.linalg.norm(matrix.numpy()) ** 2 / np.linalg.norm(matrix.numpy(), 2) ** 2
+    assert stable_rank(economy_svd(matrix).s) == pytest.approx(expected)
+    assert stable_rank(torch.tensor([2.0, 0.0])) == 1
+    assert math.isnan(stable_rank(torch.zeros(3)))
+
+
+def test_orthonormality_error_is_that_of_a_column():
+    Q = economy_svd(random_matrix(30, 12)).U
+    assert orthonormality_error(Q) < 1e-14
+    assert 1e-8 < orthonormality_error(Q.float()) < 1e-6
+    assert orthonormality_error(1.001 * Q) == pytest.approx(0.002001)
+    Q[:, 3] = 0
+    assert orthonormality_error(Q) == pytest.approx(math.sqrt(1 / 12))
+
+
+def forms(matrix, r=None):
+    """Both forms of the basis of a matrix's first r directions."""
+    U, s, Vh = economy_svd(matrix)
+    r = len(s) if r is None else r
+    U, Vh = U[:, :r], Vh[:r]
+    turn = torch.linalg.qr(random_matrix(r, r, 9)).Q  # U and Vh by themselves are not unique
+    return DenseBasis(U @ Vh, r), FactoredBasis(U @ turn, turn.T @ Vh, r)
+
+
+@pytest.mark.parametrize("shape", [(40, 12), (12, 40), (9, 9)])
+def test_stability_is_the_same_in_every_form_of_the_bases(shape):
+    first, second = forms(random_matrix(*shape, 1), 7), forms(random_matrix(*shape, 2))
+    expected = float((first[0].factor * second[0].factor).sum()) / 7
+    for a in first:
+        for b in second:
+            assert basis_stability(a, b) == pytest.approx(expected, abs=1e-12)
+            assert basis_stability(b, a) == pytest.approx(expected, abs=1e-12)
+
+
 @pytest.mark.parametrize("shape", [(40, 12), (12, 40), (9, 9)])
 def test_stability_is_the_mean_cosine_of_the_bases_columns(shape):
-    first, second = economy_svd(random_matrix(*shape, 1)), economy_svd(random_matrix(*shape, 2))
-    B_i, B_j = first.U @ first.Vh, second.U @ second.Vh
+    first, second = forms(random_matrix(*shape, 1))[0], forms(random_matrix(*shape, 2))[0]
+    B_i, B_j = first.factor, second.factor
     if shape[0] < shape[1]:
         B_i, B_j = B_i.T, B_j.T
     expected = torch.nn.functional.cosine_similarity(B_i, B_j, dim=0).mean()
-    measured = basis_stability(first.U, first.Vh, second.U, second.Vh)
-    assert measured == pytest.approx(float(expected), abs=1e-12)
+    assert basis_stability(first, second) == pytest.approx(float(expected), abs=1e-12)
 
 
 def test_stability_is_one_for_equal_and_for_nested_bases():
-    U, _, Vh = economy_svd(random_matrix(20, 12))
-    assert basis_stability(U, Vh, U, Vh) == pytest.approx(1)
-    assert basis_stability(U, Vh, U[:, :5], Vh[:5]) == pytest.approx(1)
-    assert math.isnan(basis_stability(U[:, :0], Vh[:0], U, Vh))
-
-
-def test_stability_does_not_depend_on_sign_and_order_of_the_vectors():
-    U, _, Vh = economy_svd(random_matrix(20, 12))
-    other = economy_svd(random_matrix(20, 12, 5))
-    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
-    sign = torch.where(torch.arange(12) % 2 == 0, 1.0, -1.0).double()
-    turned = basis_stability((U * sign)[:, order], (Vh * sign[:, None])[order], other.U, other.Vh)
-    assert turned == pytest.approx(basis_stability(U, Vh, other.U, other.Vh), abs=1e-12)
+    matrix = random_matrix(20, 12)
+    for basis in forms(matrix):
+        for other in [*forms(matrix), *forms(matrix, 5)]:
+            assert basis_stability(basis, other) == pytest.approx(1)
+        assert math.isnan(basis_stability(basis, forms(matrix, 0)[0]))
 
 
 @pytest.mark.parametrize("shape", [(40, 12), (12, 40), (9, 9)])
@@ -182,13 +213,16 @@ def test_mixing_factor_is_the_unique_r_and_comes_from_factors_too(shape):
     torch.testing.assert_close(mixing_factor_from_factors(U, torch.diag(s), Vh), R)
 
 
-def test_mixing_factor_of_a_low_rank_layer_has_zero_rows_below_its_rank():
+def test_mixing_factor_of_a_low_rank_layer_lacks_the_zero_rows_below_its_rank():
     U, s, Vh = economy_svd(low_rank(40, 12, 5))
     R = mixing_factor_from_factors(U[:, :5], torch.diag(s[:5]), Vh[:5])
-    assert R.shape == (12, 12)
-    assert not R[5:].any()
+    assert R.shape == (5, 12)
     W = U[:, :5] * s[:5] @ Vh[:5]
     torch.testing.assert_close(R.T @ R, W.T @ W)
+    other = mixing_factor(random_matrix(40, 12))
+    padded = torch.cat([R, R.new_zeros(7, 12)])
+    for similarity in (mixing_similarity(R, other), mixing_similarity(other, R)):
+        assert similarity == pytest.approx(mixing_similarity(padded, other))
 
 
 @given(st.integers(0, 1000), st.floats(-3, 3))

@@ -36,6 +36,21 @@ def train_row(step):
     }
 
 
+def stability_row(epoch):
+    return {
+        "epoch": epoch,
+        "step": epoch,
+        "stability": round(0.3 * epoch, 1),
+        "mixing_similarity": 0.9,
+        "rank": 64,
+        "reference_rank": 64,
+        "numerical_rank": 64,
+        "effective_rank": 60.0,
+        "stable_rank": 20.0,
+        "orthonormality_error": np.nan,
+    }
+
+
 def spectrum_row(step, count):
     return {"step": step, "singular_values": np.arange(count, 0, -1)}
 
@@ -53,8 +68,10 @@ def test_schema_is_the_documented_one(tmp_path):
                 assert f"`/{name}`" in text
                 assert f"`{column}`" in text
                 assert dataset.attrs["description"]
-        for name in ("rank", "stability", "spectrum"):
-            for column, dataset in file["layers/conv.weight"][name].items():
+        assert "`/stability`" in text
+        groups = [file["layers/conv.weight"][name] for name in ("rank", "stability", "spectrum")]
+        for group in [file["stability"], *groups]:
+            for column, dataset in group.items():
                 unit = dataset.attrs["unit"].decode()
                 assert f"| `{column}` | {dataset.dtype} | {unit} |" in text, column
         assert file["layers/conv.weight/spectrum/singular_values"].shape == (0, 8)
@@ -74,6 +91,73 @@ def test_layers_keep_the_order_of_the_network_over_a_resume(tmp_path):
     assert "layers/patch.weight/rank" in reader
     assert "layers/other" not in reader
     reader.close()
+
+
+@pytest.mark.parametrize("ending", ["closed", "killed", "running"])
+def test_the_examples_of_the_document_run(tmp_path, ending):
+    folder = tmp_path / "runs" / "example"
+    folder.mkdir(parents=True)
+    env = {**environment(), "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    arguments = {"capture_output": True, "text": True, "timeout": 60, "cwd": tmp_path, "env": env}
+    writer = subprocess.Popen(
+        [sys.executable, "-c", EXAMPLE, ending, folder / "metrics.h5"],
+        env=env,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert writer.stdout.readline() == b"written\n"
+        if ending != "running":
+            writer.communicate("", timeout=60)
+            assert bool(writer.returncode) == (ending == "killed")
+        text = (ROOT / "docs" / "metrics.md").read_text()
+        examples = [part.split("```")[0] for part in text.split("```python\n")[1:]]
+        results = [
+            subprocess.run([sys.executable, "-c", example], check=True, **arguments).stdout
+            for example in examples
+        ]
+    finally:
+        writer.kill()
+        writer.communicate()
+    plain, tables = results
+    assert plain.splitlines() == [
+        "[1 2 3] [1.         0.5        0.33333333]",
+        "[10 64] [0.3 0.6 0.9]",
+    ]
+    assert [line.split() for line in tables.splitlines()] == [
+        ["epoch", "accuracy"],
+        ["2", "3", "0.75"],
+        ["1", "2", "0.50"],
+        ["0", "1", "0.25"],
+        ["layer", "blocks.0.attn.proj.weight", "blocks.0.attn.qkv.weight"],
+        ["epoch"],
+        ["1", "0.3", "0.3"],
+        ["2", "0.6", "0.6"],
+        ["3", "0.9", "0.9"],
+    ]
+
+
+EXAMPLE = """
+import os, signal, sys
+from test_store import stability_row, train_row
+from app.metrics.store import MetricsStore
+qkv, proj, head = "blocks.0.attn.qkv.weight", "blocks.0.attn.proj.weight", "head.weight"
+layers = {qkv: (192, 64), proj: (64, 64), head: (10, 64)}
+store = MetricsStore.create(sys.argv[2], configuration="{}", layers=layers)
+for epoch in range(1, 4):
+    store.append("train", **train_row(epoch))
+    store.append("eval", step=epoch, epoch=epoch, split="validation", loss=1.0, accuracy=epoch / 4)
+    for layer in layers:
+        store.append(f"layers/{layer}/stability", **stability_row(epoch))
+store.append("eval", step=3, epoch=3, split="test", loss=1.0, accuracy=0.7)
+store.flush()
+print("written", flush=True)
+if sys.argv[1] == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+if sys.argv[1] == "running":
+    sys.stdin.read()
+store.close()
+"""
 
 
 def test_other_figures_of_merit(tmp_path):

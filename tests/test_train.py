@@ -114,7 +114,9 @@ def test_a_run_leaves_everything_in_its_folder(undisturbed):
     assert 0 <= summary["test_accuracy"] <= 1
     assert summary["trainable_percent"] < 50
     assert yaml.safe_load((folder / "config.yaml").read_text())["oialr"]["delay"] == 15
-    assert len(list((folder / "checkpoints").iterdir())) == 2  # run.keep_checkpoints
+    before_last, last = sorted((folder / "checkpoints").iterdir())  # run.keep_checkpoints
+    part = "process-00001-stability-epochs-00000003.pt"
+    assert (before_last / part).samefile(last / part)  # written once
 
     rows = read_rows(folder / "metrics.h5", "lowrank")
     assert list(rows["event"]) == ["convert", "cut", "cut"]
@@ -130,6 +132,20 @@ def test_a_run_leaves_everything_in_its_folder(undisturbed):
     assert list(stability["epoch"]) == [0, 1, 2, 3, 4]
     assert np.isnan(stability["stability"]).tolist() == [True, True, False, False, False]
     assert (stability["stability"][2:] > 0.5).all()
+    # NaN at full rank; the conversion lies in the second epoch.
+    assert np.isnan(stability["orthonormality_error"]).tolist() == [True, True, False, False, False]
+    assert (stability["orthonormality_error"][2:] < 1e-5).all()
+    assert (stability["stable_rank"] <= stability["rank"]).all()
+    means = read_rows(folder / "metrics.h5", "stability")
+    assert list(means["step"]) == [0, 8, 16, 24, 32]
+    assert list(means["layers"]) == [10] * 5
+    assert (means["seconds"] > 0).all()
+    names = [name for name in last_checkpoint(folder)["rows"] if name.endswith("/stability")]
+    values = [read_rows(folder / "metrics.h5", name)["stability"] for name in names]
+    tokens = [n for n in names if "token" in n or "pos_embed" in n]
+    assert len(tokens) == 2
+    averaged = [v for n, v in zip(names, values, strict=True) if n not in tokens]
+    np.testing.assert_allclose(means["mean_stability"], np.mean(averaged, axis=0))
 
 
 def test_the_process_count_does_not_change_what_is_learned(undisturbed):
@@ -177,6 +193,27 @@ def test_heat_without_mpi_is_refused(tmp_path):
     assert "distributed.factorization: heat needs the processes of mpirun or srun" in result.stderr
 
 
+STEPS = ["stability.unit=steps", "stability.interval=2", "stability.window=6"]
+STEPS += ["stability.reference_dtype=bfloat16", "stability.exclude=[cls_token]"]
+
+
+def test_stability_by_steps_continues_exactly(tmp_path):
+    train(2, *TINY, *STEPS, f"run.dir={tmp_path / 'whole'}")
+    arguments = [*TINY, *STEPS, f"run.dir={tmp_path / 'parts'}"]
+    for step in (9, 16):
+        train(2, *arguments, f"run.stop_after={step}", code=75)
+        arguments = ["--resume", tmp_path / "parts"]
+    train(2, *arguments, "run.stop_after=null")
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+    file = tmp_path / "whole" / "metrics.h5"
+    rows = read_rows(file, "stability")
+    assert list(rows["step"]) == list(range(0, 33, 2))
+    assert list(rows["epoch"]) == [step // 8 for step in rows["step"]]
+    assert np.isnan(rows["mean_stability"]).tolist() == [step < 6 for step in rows["step"]]
+    assert len(read_rows(file, "layers/pos_embed/stability")["step"]) == 17
+    assert len(read_rows(file, "layers/cls_token/stability")["step"]) == 0
+
+
 def test_resume_on_another_number_of_processes(tmp_path):
     train(2, *TINY, f"run.dir={tmp_path}", "run.stop_after=16", code=75)
     train(1, "--resume", tmp_path, "run.stop_after=null")
@@ -184,6 +221,8 @@ def test_resume_on_another_number_of_processes(tmp_path):
     rows = read_rows(tmp_path / "metrics.h5", "sessions")
     assert list(rows["process_count"]) == [2, 1]
     assert list(rows["first_step"]) == [0, 16]
+    stability = read_rows(tmp_path / "metrics.h5", "stability")  # no reference is lost
+    assert np.isnan(stability["mean_stability"]).tolist() == [True, True, False, False, False]
 
 
 def test_resume_of_a_finished_run_changes_nothing(undisturbed):
@@ -272,6 +311,7 @@ MISTAKES = [
     (["model.name=resnet5"], "error: model.name"),
     (["model.arguments.embed_dim=63"], "error: model.arguments"),
     (["data.name=mnist", "data.root=gone"], "error: "),
+    (["stability.include=[x]"], "error: stability.include: the pattern 'x' matches no weight"),
 ]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -112,9 +113,11 @@ def analyze(
             model = _load(checkpoint.path, layers, runtime, problems)
             if model is None:
                 continue
+            start = time.perf_counter()
             rows = tracker.measure(model, result.measured)
+            seconds = time.perf_counter() - start
             epoch = position if checkpoint.epoch is None else checkpoint.epoch
-            recorder.stability(rows, epoch=epoch, step=position)
+            recorder.stability(rows, epoch=epoch, step=position, seconds=seconds)
             result.measured += 1
     finally:
         recorder.close()

@@ -1,29 +1,64 @@
 """Basis stability and linear mixing of a weight at two times (arXiv 2401.08505, section 3)."""
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 
-def basis_stability(U_i: Tensor, Vh_i: Tensor, U_j: Tensor, Vh_j: Tensor) -> float:
-    """Similarity of two orthogonal bases B = U Vh, in [-1, 1].
+class DenseBasis(NamedTuple):
+    """The basis of a full-rank weight, held as the polar factor itself."""
 
-    stability = trace(B_i^T B_j) / min(r_i, r_j) = sum((U_i^T U_j) * (Vh_i Vh_j^T)) / min(r_i, r_j).
-    For full-rank weights this is the mean cosine similarity of the bases' columns (of the tall
-    orientation), the paper's Stability. It is 1 for equal and for nested bases, so a cut of the
-    rank alone does not look like a collapse, and no (m, n) product is formed.
+    factor: Tensor
+    """B (m, n), restricted to the determined directions."""
+    rank: int
+    """Number of determined directions."""
+
+
+class FactoredBasis(NamedTuple):
+    """The basis of a weight U core Vh, B = left right: no (m, n) product is formed."""
+
+    left: Tensor
+    """U Q (m, r), Q being the polar factor of the core."""
+    right: Tensor
+    """Vh (r, n)."""
+    rank: int
+    """Number of determined directions, those of the core; at most r."""
+
+
+Basis = DenseBasis | FactoredBasis
+
+
+def basis_stability(earlier: Basis, later: Basis) -> float:
+    """Similarity of two orthogonal bases B = U Vh of one weight, in [-1, 1].
+
+    stability = trace(B_i^T B_j) / min(r_i, r_j). For full-rank weights this is the mean cosine
+    similarity of the bases' columns (of the tall orientation), the paper's Stability. It is 1 for
+    equal and for nested bases, so a cut of the rank alone does not look like a collapse.
 
     Args:
-        U_i, Vh_i: (m, r_i) and (r_i, n), the determined singular vectors at time i.
-        U_j, Vh_j: (m, r_j) and (r_j, n), those at time j.
+        earlier, later: of the same (m, n), on the same device, in one dtype.
 
     Returns:
         The stability; NaN where a rank is 0.
     """
-    rank = min(U_i.shape[1], U_j.shape[1])
-    if rank == 0:
-        return float("nan")
-    overlap = (U_i.T @ U_j) * (Vh_i @ Vh_j.T)
-    return float(overlap.sum(dtype=torch.float64)) / rank
+    rank = min(earlier.rank, later.rank)
+    return _trace(earlier, later) / rank if rank else math.nan
+
+
+def _trace(a: Basis, b: Basis) -> float:
+    """Return trace(A^T B) = sum(A * B), with factors: sum((A_l^T B_l) * (A_r B_r^T))."""
+    match a, b:
+        case DenseBasis(), DenseBasis():
+            product = a.factor * b.factor
+        case DenseBasis(), FactoredBasis():
+            product = (b.left.T @ a.factor) * b.right
+        case FactoredBasis(), DenseBasis():
+            product = (a.left.T @ b.factor) * a.right
+        case FactoredBasis(), FactoredBasis():
+            product = (a.left.T @ b.left) * (a.right @ b.right.T)
+    return float(product.sum(dtype=torch.float64))
 
 
 def mixing_factor(matrix: Tensor) -> Tensor:
@@ -49,13 +84,9 @@ def mixing_factor_from_factors(U: Tensor, core: Tensor, Vh: Tensor) -> Tensor:
         U: (m, r). core: (r, r). Vh: (r, n).
 
     Returns:
-        (k, k), k = min(m, n), with zero rows below the rank.
+        Upper trapezoidal (r, k), k = min(m, n): the rows of R below the rank, zeros, are left out.
     """
-    m, n = U.shape[0], Vh.shape[1]
-    R = _unique_r(core @ Vh if m >= n else core.T @ U.T)
-    padded = R.new_zeros(min(m, n), R.shape[1])
-    padded[: R.shape[0]] = R
-    return padded
+    return _unique_r(core @ Vh if U.shape[0] >= Vh.shape[1] else core.T @ U.T)
 
 
 def mixing_similarity(R_i: Tensor, R_j: Tensor) -> float:
@@ -65,13 +96,16 @@ def mixing_similarity(R_i: Tensor, R_j: Tensor) -> float:
     giving its formula, so only the shape of the curve can be compared.
 
     Args:
-        R_i, R_j: (k, k) mixing factors of the same weight.
+        R_i, R_j: (r_i, k) and (r_j, k), mixing factors of the same weight, on the same device.
 
     Returns:
         The similarity; 1 for two zero matrices.
     """
+    r = min(len(R_i), len(R_j))
+    parts = (R_i[:r] - R_j[:r], R_i[r:], R_j[r:])
+    distance = math.hypot(*(float(torch.linalg.norm(part)) for part in parts))
     scale = float(torch.linalg.norm(R_i) + torch.linalg.norm(R_j))
-    return 1.0 - float(torch.linalg.norm(R_i - R_j)) / scale if scale else 1.0
+    return 1.0 - distance / scale if scale else 1.0
 
 
 def _unique_r(matrix: Tensor) -> Tensor:

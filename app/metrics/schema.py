@@ -58,6 +58,14 @@ RANK = (
     Column("rank", "i8", "1", "Rank after the event"),
     Column("owner", "i8", "1", "Index of the process that factorized the layer"),
 )
+MEAN_STABILITY = (
+    EPOCH,
+    STEP,
+    Column("mean_stability", "f8", "1", "Mean of the stability over the averaged weights"),
+    Column("mean_mixing_similarity", "f8", "1", "Mean of the mixing similarity over the same"),
+    Column("layers", "i8", "1", "Averaged weights: of linear, convolution, attention modules"),
+    Column("seconds", "f8", "s", "Wall time of the measurement"),
+)
 STABILITY = (
     EPOCH,
     STEP,
@@ -67,6 +75,8 @@ STABILITY = (
     Column("reference_rank", "i8", "1", "Numerical rank of the reference; 0: none yet"),
     Column("numerical_rank", "i8", "1", "Singular values above max(m, n) eps s[0]"),
     Column("effective_rank", "f8", "1", "Exponential of the spectrum's entropy"),
+    Column("stable_rank", "f8", "1", "Squared Frobenius norm over squared spectral norm"),
+    Column("orthonormality_error", "f8", "1", "Of U or Vh; NaN at full rank"),
 )
 
 
@@ -75,7 +85,13 @@ def run_groups(figures: Sequence[str]) -> dict[str, tuple[Column, ...]]:
     split = Column("split", "S10", "", "validation or test")
     merits = (Column(name, "f8", "1", f"Mean {name} over the split") for name in figures)
     evaluation = (STEP, EPOCH, split, LOSS, *merits)
-    return {"sessions": SESSIONS, "train": TRAIN, "eval": evaluation, "lowrank": LOWRANK}
+    return {
+        "sessions": SESSIONS,
+        "train": TRAIN,
+        "eval": evaluation,
+        "lowrank": LOWRANK,
+        "stability": MEAN_STABILITY,
+    }
 
 
 def layer_groups(shape: tuple[int, ...]) -> dict[str, tuple[Column, ...]]:

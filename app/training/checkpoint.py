@@ -1,13 +1,19 @@
 """Checkpoints: complete, atomic, and readable with weights_only=True.
 
 A checkpoint is a folder ``step-00001200`` with ``state.pt`` (what all processes share) and one
-``process-00000.pt`` per process (its random states and the like). It is written under another name
-and renamed when everything has reached the disk, so a folder of this name is always complete.
+``process-00000.pt`` per process (its random states and the like), and beside that its parts,
+``process-00000-NAME.pt``: what never changes once it is there. A part is written with the first
+checkpoint that has it and is a hard link to the same file in the following ones, so that each
+folder is whole, may be copied or deleted, and costs no more than what is new.
+
+A checkpoint is written under another name and renamed when everything has reached the disk, so a
+folder of this name is always complete.
 """
 
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,33 +39,48 @@ class Checkpoints:
         self._folder = folder
         self._processes = processes
         self._keep = keep
+        self._parts: dict[str, Path] = {}
+        """Files of the parts that this object wrote or linked, in the newest checkpoint."""
 
-    def save(self, step: int, shared: dict[str, Any], own: dict[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        shared: dict[str, Any],
+        own: dict[str, Any],
+        parts: Mapping[str, dict[str, Any]] | None = None,
+    ) -> None:
         """Write a checkpoint and drop old ones. A collective call.
 
         Args:
             step: optimizer steps taken.
             shared: the same on all processes; process 0's is written.
-            own: this process's part.
+            own: what this process alone knows.
+            parts: more of that, by name. What was saved under a name must be the same ever after.
         """
-        partial = self._folder / f"partial-{step:08d}"
-        first = self._processes.index == 0
+        parts = parts or {}
+        partial = folder = self._folder / f"partial-{step:08d}"
+        index = self._processes.index
+        first = index == 0
         if first:
             for leftover in self._folder.glob("partial-*"):
                 shutil.rmtree(leftover)
             partial.mkdir(parents=True)
         self._processes.barrier()
-        _write(partial / _own_file(self._processes.index), own)
+        _write(partial / _own_file(index), {**own, "parts": list(parts)})
+        for name, content in parts.items():
+            _link_or_write(self._parts.get(name), partial / _part_file(index, name), content)
         if first:
             _write(partial / "state.pt", shared)
         self._processes.barrier()
         if first:
             _sync_folder(partial)
-            partial.rename(self._free_name(step))
+            folder = self._free_name(step)
+            partial.rename(folder)
             _sync_folder(self._folder)
             for old in self.complete()[: -self._keep]:
                 shutil.rmtree(old)
-        self._processes.barrier()
+        folder = self._processes.from_first(folder)
+        self._parts = {name: folder / _part_file(index, name) for name in parts}
 
     def complete(self) -> list[Path]:
         """Return the complete checkpoints, oldest first."""
@@ -98,7 +119,7 @@ class Checkpoints:
         shared = _load(folder / "state.pt")
         count = shared["process_count"]
         wanted = [self._processes.index] if count == self._processes.count else range(count)
-        return shared, [_load(folder / _own_file(index)) for index in wanted]
+        return shared, [_load_own(folder, index) for index in wanted]
 
     def _free_name(self, step: int) -> Path:
         """Name a checkpoint; a second one of the same step (an epoch's end) comes after it."""
@@ -110,6 +131,28 @@ class Checkpoints:
 
 def _own_file(process_index: int) -> str:
     return f"process-{process_index:05d}.pt"
+
+
+def _part_file(process_index: int, name: str) -> str:
+    return f"process-{process_index:05d}-{name}.pt"
+
+
+def _load_own(folder: Path, process_index: int) -> dict[str, Any]:
+    """Read what a process saved; its parts by name under "parts"."""
+    own = _load(folder / _own_file(process_index))
+    parts = {name: _load(folder / _part_file(process_index, name)) for name in own["parts"]}
+    return {**own, "parts": parts}
+
+
+def _link_or_write(earlier: Path | None, path: Path, content: dict[str, Any]) -> None:
+    if earlier:
+        try:
+            os.link(earlier, path)
+        except OSError:  # a file system without links, or the earlier checkpoint was deleted
+            pass
+        else:
+            return
+    _write(path, content)
 
 
 def _load(path: Path) -> dict[str, Any]:

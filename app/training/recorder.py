@@ -11,7 +11,8 @@ from typing import Any
 from torch import nn
 
 from app.lowrank.conversion import LayerReport, parameter_counts
-from app.metrics.stability import LayerStability
+from app.metrics.measurement import LayerStability
+from app.metrics.stability import mean_mixing_similarity, mean_stability
 from app.metrics.store import MetricsStore
 from app.oialr import Event
 
@@ -113,8 +114,19 @@ class Recorder:
             )
         self.flush()
 
-    def stability(self, rows: Sequence[LayerStability], *, epoch: int, step: int) -> None:
+    def stability(
+        self, rows: Sequence[LayerStability], *, epoch: int, step: int, seconds: float
+    ) -> None:
         """Record a measurement of the bases, with the spectra that it gave."""
+        self._append(
+            "stability",
+            epoch=epoch,
+            step=step,
+            mean_stability=mean_stability(rows),
+            mean_mixing_similarity=mean_mixing_similarity(rows),
+            layers=sum(row.averaged for row in rows),
+            seconds=seconds,
+        )
         for row in rows:
             self._append(
                 f"layers/{row.name}/stability",
@@ -126,6 +138,8 @@ class Recorder:
                 reference_rank=row.reference_rank,
                 numerical_rank=row.numerical_rank,
                 effective_rank=row.effective_rank,
+                stable_rank=row.stable_rank,
+                orthonormality_error=row.orthonormality_error,
             )
             self._append(
                 f"layers/{row.name}/spectrum",

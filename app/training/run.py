@@ -22,7 +22,7 @@ from app.distributed.stop_signal import StopSignal
 from app.errors import UserError
 from app.lowrank.conversion import survey
 from app.lowrank.explain import explain, rows_per_sample
-from app.metrics.stability import StabilityTracker
+from app.metrics.stability import build_tracker
 from app.oialr import OIALR
 from app.settings import Configuration
 from app.tasks import Task, build_task, download
@@ -175,10 +175,7 @@ def _assemble(
         steps_per_epoch=task.steps_per_epoch,
         conversion=method.delay if method else None,
     )
-    tracker = None
-    if configuration.stability.enabled:
-        linear_maps = [layer for layer in layers if layer.is_linear_map]
-        tracker = StabilityTracker(linear_maps, processes, window=configuration.stability.window)
+    tracker = processes.agree(lambda: build_tracker(configuration.stability, layers, processes))
     checkpoints = Checkpoints(
         folder / "checkpoints", processes, keep=configuration.run.keep_checkpoints
     )

@@ -96,6 +96,8 @@ class Trainer:
         """Seconds of training, of all sessions."""
         self._unrecorded: list[_Step] = []
         self._last_loss = math.nan
+        self._last_stability = math.nan
+        """Mean of the last measurement of this epoch, to be shown."""
         self._agreement = StopAgreement(runtime.processes, stop_signal)
 
     def train(self, progress: Progress) -> None:
@@ -116,7 +118,7 @@ class Trainer:
         )
         self._clock = time.perf_counter()
         if self.position.step == 0:
-            self._measure_stability()
+            self._measure_stability(0)
         while not self._finished():
             self._train_epoch()
         self._agreement.finish()
@@ -136,6 +138,8 @@ class Trainer:
             event = self.method.step() if self.method else None
             if event:
                 self._follow(event)
+            if self.configuration.stability.unit == "steps":
+                self._measure_stability(position.step)
             if position.step % self.configuration.run.log_interval == 0:
                 self._record_steps()
             self._stop_if_asked()
@@ -234,15 +238,17 @@ class Trainer:
                     self.method,
                     process_count=self.runtime.process_count,
                 )
-        stability = self._measure_stability()
+        if self.configuration.stability.unit == "epochs":
+            self._measure_stability(self.position.epoch)
         self.progress.epoch(
             self.position.epoch,
             self.position.step,
             loss=self._last_loss,
             figures=figures,
             trainable_percent=self.method.trainable_percent() if self.method else 100.0,
-            stability=stability,
+            stability=self._last_stability,
         )
+        self._last_stability = math.nan
         interval = self.configuration.run.checkpoint_epochs
         due = interval and self.position.epoch % interval == 0
         if due or self._finished():
@@ -273,13 +279,24 @@ class Trainer:
         )
         return figures
 
-    def _measure_stability(self) -> float:
-        """Measure and record if it is time to; return the mean over the layers, or NaN."""
-        if not self.tracker or self.position.epoch % self.configuration.stability.interval:
-            return math.nan
-        rows = self.tracker.measure(self.model, self.position.epoch)
-        self.recorder.stability(rows, epoch=self.position.epoch, step=self.position.step)
-        return mean_stability(rows)
+    def _measure_stability(self, now: int) -> None:
+        """Measure and record the bases if it is time to. A collective call.
+
+        Args:
+            now: epochs or steps, as stability.unit says.
+        """
+        if not self.tracker or now % self.configuration.stability.interval:
+            return
+        start = time.perf_counter()
+        rows = self.tracker.measure(self.model, now)
+        step = self.position.step
+        self.recorder.stability(
+            rows,
+            epoch=step // self.task.steps_per_epoch,
+            step=step,
+            seconds=time.perf_counter() - start,
+        )
+        self._last_stability = mean_stability(rows)
 
     def _stop_if_asked(self) -> None:
         number = self._agreement.after_step()
@@ -309,13 +326,11 @@ class Trainer:
             "early_stopping": self.early_stopping.state_dict() if self.early_stopping else None,
             "rows": self.recorder.counts(),
         }
-        own: dict[str, Any] = {
-            "random_state": torch.get_rng_state(),
-            "stability": self.tracker.state_dict() if self.tracker else None,
-        }
+        own: dict[str, Any] = {"random_state": torch.get_rng_state()}
         if self.runtime.device.type == "cuda":
             own["random_state_cuda"] = torch.cuda.get_rng_state(self.runtime.device)
-        self.checkpoints.save(self.position.step, shared, own)
+        parts = self.tracker.state_dicts() if self.tracker else {}
+        self.checkpoints.save(self.position.step, shared, own, parts)
 
     def load_checkpoint(self, shared: dict[str, Any], own: list[dict[str, Any]]) -> None:
         """Continue where a checkpoint was written.
@@ -337,8 +352,8 @@ class Trainer:
         self.position = Position(**shared["position"])
         self.seconds = shared["seconds"]
         self._last_loss = shared["last_loss"]
-        if self.tracker and own[0]["stability"]:
-            self.tracker.load_state_dicts([part["stability"] for part in own], self.runtime.device)
+        if self.tracker:
+            self.tracker.load_state_dicts([part["parts"] for part in own])
         if shared["process_count"] == self.runtime.process_count:
             torch.set_rng_state(own[0]["random_state"])
             if self.runtime.device.type == "cuda":
