@@ -287,7 +287,10 @@ class DistributedSection(Section):
         "costs that were measured elsewhere.",
     )
     timeout: float = Field(
-        1800.0, gt=0, description="Seconds after which a collective without answer ends the run."
+        1800.0,
+        gt=0,
+        description="Seconds without progress (step, evaluation, checkpoint, event) after which a "
+        "run of several processes ends and says what each of them waits for.",
     )
 
 

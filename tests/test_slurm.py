@@ -5,6 +5,7 @@ The job's processes are real, start through srun and PMI on either node, and sha
 
 import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,8 @@ def test_a_job_trains_on_both_nodes(slurm, undisturbed):
     assert last_checkpoint(undisturbed)["position"]["epoch"] == 8
     assert "step 90: cut of" in slurm.log(job)
     assert slurm.show(job)["NodeList"] == "n[1-2]"
+    for process, node in enumerate(("n1", "n2")):  # of the table before the training
+        assert re.search(rf"^{node} +{process} +cpu +\w{{8}} +\w{{8}} +[+-]", slurm.log(job), re.M)
 
 
 def test_a_signal_leads_to_a_checkpoint_a_requeue_and_the_same_weights(slurm, undisturbed):
@@ -157,6 +160,17 @@ def test_a_node_that_goes_down_leads_to_a_requeue_also_on_fewer_nodes(slurm):
     assert list(sessions["process_count"]) == [2, 1]
     assert sessions["first_step"][1] >= 40
     assert last_checkpoint(run_dir(slurm, job))["position"]["epoch"] == 8
+
+
+def test_a_frozen_process_ends_the_step_and_the_job_goes_on(slurm, undisturbed):
+    job = train(slurm, "distributed.timeout=40")
+    slurm.wait_for_line(job, r"epoch 2/")
+    os.kill(processes_of(run_dir(slurm, job))[1], signal.SIGSTOP)
+    slurm.wait_for_line(job, "process 0 of 2 on n1: no progress in 40 s .* at ")
+    slurm.wait_for_line(job, "Failed .*, after a new checkpoint; requeueing job")
+    wait_for(lambda: not processes_of(run_dir(slurm, job)), "end of the processes", 60)
+    slurm.wait_for_state(job, "COMPLETED")
+    assert_same_weights(run_dir(slurm, job), undisturbed)
 
 
 def test_the_array_trains_every_seed(slurm):

@@ -5,6 +5,7 @@ before anything is started.
 """
 
 import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -55,3 +56,8 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
             process_count=int(environment["SLURM_STEP_NUM_TASKS"]),
         )
     return Launch(launcher="alone", process_index=0, process_count=1)
+
+
+def node_name(environment: Mapping[str, str] = os.environ) -> str:
+    """Return the name of this node, by Slurm's word where there is one."""
+    return environment.get("SLURMD_NODENAME") or socket.gethostname()

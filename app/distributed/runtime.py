@@ -17,7 +17,11 @@ import torch.distributed as dist
 
 from app.distributed.launch import Launch, read_launch
 from app.distributed.processes import Processes
+from app.distributed.watchdog import Watchdog
 from app.errors import AgreedUserError, UserError
+
+LATER = 15.0
+"""Seconds by which a collective's timeout is longer than distributed.timeout."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,20 +60,26 @@ def start_runtime(*, device: str, timeout: float) -> Iterator[Runtime]:
 
     Args:
         device: "auto", "cpu" or "cuda".
-        timeout: seconds after which a collective without answer is an error.
+        timeout: seconds after which a start that stands still ends; a collective without answer is
+            an error a little later.
 
     Raises:
         UserError: the launcher started N processes that do not see each other, or there is no GPU
             for each process.
     """
     launch = read_launch()
-    communicator = _connect_mpi(launch)
-    place = _start_groups(launch, communicator, device, timedelta(seconds=timeout))
-    if launch.process_count == 1:
+    alone = launch.process_count == 1
+    name = f"process {launch.process_index} of {launch.process_count}"
+    # The watchdog of a training says more than a collective that times out: let it be the first.
+    group_timeout = timedelta(seconds=timeout + LATER)
+    with Watchdog(timeout=None if alone else timeout, abort=os._exit, name=name):
+        communicator = _connect_mpi(launch)
+        place = _start_groups(launch, communicator, device, group_timeout)
+        # Of its own for host memory: the stop flags and objects travel beside the gradients.
+        host_group = None if alone else dist.new_group(backend="gloo", timeout=group_timeout)
+    if alone:
         yield Runtime(process_index=0, process_count=1, processes=Processes(), **place)
         return
-    # A group of its own for host memory: the stop flags and objects travel beside the gradients.
-    host_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
     processes = Processes(group=dist.group.WORLD, host_group=host_group, communicator=communicator)
     try:
         yield Runtime(

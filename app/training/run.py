@@ -18,7 +18,9 @@ from app.config import to_yaml
 from app.distributed.calibration import read_costs
 from app.distributed.processes import Processes
 from app.distributed.runtime import Runtime
+from app.distributed.startup_check import check_nodes
 from app.distributed.stop_signal import StopSignal
+from app.distributed.watchdog import Watchdog
 from app.errors import UserError
 from app.lowrank.conversion import survey
 from app.lowrank.explain import explain, rows_per_sample
@@ -61,8 +63,14 @@ def train(
     folder = _prepare_folder(configuration, runtime, resume=resume)
     if resume and (summary := _finished(folder, configuration)):
         return summary
-    with _own_random_state(configuration.run.seed, runtime):
-        trainer = _assemble(configuration, runtime, stop_signal, folder, resume=resume)
+    watchdog = Watchdog(
+        timeout=configuration.distributed.timeout if runtime.process_count > 1 else None,
+        abort=runtime.abort,
+        name=f"process {runtime.process_index} of {runtime.process_count}",
+    )
+    with watchdog, _own_random_state(configuration.run.seed, runtime):
+        nodes = check_nodes(configuration, runtime, folder)
+        trainer = _assemble(configuration, runtime, stop_signal, watchdog, folder, resume=resume)
         progress = Progress(
             steps=configuration.training.epochs * trainer.task.steps_per_epoch,
             first_step=trainer.position.step,
@@ -70,7 +78,7 @@ def train(
             quiet=not runtime.is_first,
         )
         try:
-            progress.say(_describe(trainer, folder))
+            progress.say(nodes + _describe(trainer, folder))
             trainer.train(progress)
             figures = trainer.test()
         finally:
@@ -155,13 +163,16 @@ def _assemble(
     configuration: Configuration,
     runtime: Runtime,
     stop_signal: StopSignal,
+    watchdog: Watchdog,
     folder: Path,
     *,
     resume: bool,
 ) -> Trainer:
     """Build the parts in the one order that is right and bring them to the checkpoint's state."""
     processes = runtime.processes
+    watchdog.progress("data and network")
     task, model = _build_task_and_model(configuration, runtime)
+    watchdog.progress("method, optimizer and stored state")
     steps = configuration.training.epochs * task.steps_per_epoch
     processes.agree(lambda: configuration.check_steps(steps))
     optimizer = build_optimizer(model, configuration.training)
@@ -196,6 +207,7 @@ def _assemble(
         average=_build_average(configuration, model, optimizer),
         early_stopping=_build_early_stopping(configuration, folder, processes),
         stop_signal=stop_signal,
+        watchdog=watchdog,
     )
     if state:
         processes.agree(lambda: _load(trainer, *state))

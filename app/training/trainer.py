@@ -14,6 +14,7 @@ from app.config import to_yaml
 from app.distributed.runtime import Runtime
 from app.distributed.stop_signal import StopSignal
 from app.distributed.stopping import StopAgreement
+from app.distributed.watchdog import Watchdog
 from app.errors import DivergedError
 from app.metrics.stability import StabilityTracker, mean_stability
 from app.oialr import OIALR, Event
@@ -76,6 +77,7 @@ class Trainer:
         average: WeightAverage | None,
         early_stopping: EarlyStopping | None,
         stop_signal: StopSignal,
+        watchdog: Watchdog,
     ) -> None:
         """Put the parts together; ``method`` is None for full-rank training."""
         self.configuration = configuration
@@ -91,6 +93,7 @@ class Trainer:
         self.precision = Precision(configuration.training.precision, runtime.device)
         self.average = average
         self.early_stopping = early_stopping
+        self.watchdog = watchdog
         self.position = Position()
         self.seconds = 0.0
         """Seconds of training, of all sessions."""
@@ -120,6 +123,7 @@ class Trainer:
         if self.position.step == 0:
             self._measure_stability(0)
         while not self._finished():
+            self.watchdog.progress(f"the first batch of epoch {self.position.epoch + 1}")
             self._train_epoch()
         self._agreement.finish()
 
@@ -132,6 +136,7 @@ class Trainer:
         position = self.position
         start = time.perf_counter()
         for batch in self.task.train_batches(position.epoch, position.batch):
+            self.watchdog.progress(f"step {position.step + 1}")
             self._train_step(batch, start)
             if self.method and self.method.conversion_due:
                 self.replicas.release()
@@ -143,6 +148,7 @@ class Trainer:
             if position.step % self.configuration.run.log_interval == 0:
                 self._record_steps()
             self._stop_if_asked()
+            self.watchdog.progress(f"the end of step {position.step}")
             start = time.perf_counter()
         self._record_steps()
         self._finish_epoch()
@@ -188,6 +194,7 @@ class Trainer:
     def _follow(self, event: Event) -> None:
         """Let the replicas, the records and the user know what the method did."""
         assert self.method
+        self.watchdog.progress(f"{event.kind} after step {event.step}")
         if event.shapes_changed:
             self.replicas.rebuild()
         percent = self.method.trainable_percent()
@@ -270,6 +277,7 @@ class Trainer:
         return self.average.applied() if self.average else nullcontext()
 
     def _evaluate(self, split: str) -> dict[str, float]:
+        self.watchdog.progress(f"evaluation ({split}) after step {self.position.step}")
         with self.precision.autocast():
             figures = evaluate(
                 self.model, self.task, split, self.runtime.processes, self.runtime.device
@@ -287,6 +295,7 @@ class Trainer:
         """
         if not self.tracker or now % self.configuration.stability.interval:
             return
+        self.watchdog.progress(f"measurement of stability after step {self.position.step}")
         start = time.perf_counter()
         rows = self.tracker.measure(self.model, now)
         step = self.position.step
@@ -309,6 +318,7 @@ class Trainer:
 
     def save_checkpoint(self) -> None:
         """Write everything that the rest of the run depends on. A collective call."""
+        self.watchdog.progress(f"checkpoint after step {self.position.step}")
         now = time.perf_counter()
         self.seconds += now - self._clock
         self._clock = now

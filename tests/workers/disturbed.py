@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 
 from app.command import run_command
 from app.errors import UserError
@@ -25,6 +26,12 @@ def disturb(what, process, step):
                 raise UserError("image 7 is damaged")
             if what == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if what == "sleep":
+                time.sleep(1000)
+            if what == "freeze":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            if what == "mpi":
+                self.runtime.communicator.Barrier()
 
     Trainer._train_step = disturbed
 

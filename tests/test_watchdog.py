@@ -1,0 +1,85 @@
+"""A process that stands still ends the program and says at what; one that moves is left alone."""
+
+import threading
+import time
+
+import pytest
+from launching import ROOT, launch
+
+from app.distributed.watchdog import Watchdog
+
+DISTURBED = ROOT / "tests" / "workers" / "disturbed.py"
+SMALL = [
+    "training.epochs=4",
+    "training.warmup_epochs=1",
+    "oialr.delay=30",
+    "model.arguments={patch_size: 2, embed_dim: 32, depth: 2, num_heads: 2}",
+]
+
+
+def stand_still(ended):
+    assert ended.wait(30)
+
+
+def test_a_process_that_stands_still_says_where(capfd):
+    ended, codes = threading.Event(), []
+
+    def abort(code):
+        codes.append(code)
+        ended.set()
+
+    with Watchdog(timeout=0.5, abort=abort, name="process 1 of 3") as watchdog:
+        watchdog.progress("step 21")
+        stand_still(ended)
+    assert codes == [1]
+    line = capfd.readouterr().err.splitlines()[0]
+    assert line.startswith("process 1 of 3 on ")
+    assert "no progress in 0.5 s (distributed.timeout) at step 21, in wait < wait < " in line
+    assert "stand_still" in line
+
+
+def test_progress_is_seen_also_in_the_same_words():
+    codes = []
+    with Watchdog(timeout=2.0, abort=codes.append, name="") as watchdog:
+        for _ in range(60):
+            watchdog.progress("evaluation")
+            time.sleep(0.05)
+    assert not codes
+
+
+def test_without_a_timeout_nothing_is_started():
+    before = threading.active_count()
+    with Watchdog(timeout=None, abort=lambda _: None, name="") as watchdog:
+        watchdog.progress("step 1")
+        assert threading.active_count() == before
+
+
+def test_nothing_is_left_behind():
+    before = threading.active_count()
+    with Watchdog(timeout=100, abort=lambda _: None, name=""):
+        assert threading.active_count() == before + 1
+    assert threading.active_count() == before
+
+
+def test_an_error_tells_what_was_going_on():
+    watchdog = Watchdog(timeout=None, abort=lambda _: None, name="process 1 of 3")
+
+    def fail():
+        with watchdog:
+            watchdog.progress("checkpoint after step 20")
+            raise RuntimeError("connection closed by peer")
+
+    with pytest.raises(RuntimeError) as caught:
+        fail()
+    assert caught.value.__notes__ == ["process 1 of 3: at checkpoint after step 20"]
+
+
+def test_a_hang_in_mpi_ends_all_processes(tmp_path):
+    """MPI itself would wait for ever: process 1 in a barrier, the others for its gradients."""
+    arguments = [*SMALL, f"run.dir={tmp_path}", "distributed.timeout=40"]
+    result = launch(3, DISTURBED, "mpi", 1, 15, *arguments, code=1)
+    assert "process 1 of 3" in result.stderr
+    assert "self.runtime.communicator.Barrier()" in result.stderr
+    for index, step in ((0, 16), (2, 16), (1, 15)):
+        assert f"process {index} of 3" in result.stderr
+        assert f"no progress in 40 s (distributed.timeout) at step {step}" in result.stderr
