@@ -6,8 +6,7 @@ exists from the start. Readers use ``swmr=True``, also for the file of a process
 """
 
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -17,8 +16,8 @@ import numpy as np
 
 from app.errors import UserError
 from app.metrics.schema import SCHEMA_VERSION, Column, layer_groups, run_groups
+from app.metrics.swmr import new_file, one_line, open_swmr, sync
 
-_SUPERBLOCK_3 = b"\x89HDF\r\n\x1a\n\x03"
 _CHUNK_BYTES = 2048
 """Small, since most groups get few rows and there may be a thousand of them."""
 
@@ -58,7 +57,7 @@ class MetricsStore:
             figures: figures of merit of an evaluation, beside the loss.
             not_averaged: layers that means over the layers leave out.
         """
-        with _replacement(Path(path)) as file:
+        with new_file(Path(path)) as file:
             file.attrs["schema_version"] = SCHEMA_VERSION
             # Of fixed length: SWMR excludes variable-length strings.
             file.attrs["config"] = np.bytes_(configuration.encode())
@@ -91,7 +90,7 @@ class MetricsStore:
         path = Path(path)
         with open_for_reading(path) as old:
             _check_counts(old, counts, path)
-            with _replacement(path) as new:
+            with new_file(path) as new:
                 _copy(old, new, counts)
         return cls(new)
 
@@ -122,7 +121,7 @@ class MetricsStore:
         So a checkpoint that holds these numbers finds its rows after a failure of the machine too.
         """
         self.flush()
-        _sync(self._file)
+        sync(self._file)
         return dict(self._rows)
 
     def close(self) -> None:
@@ -147,12 +146,7 @@ def open_for_reading(path: Path | str) -> h5py.File:
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file; a run's metrics are in its folder, in metrics.h5")
-    try:
-        if _is_truncated(path):
-            raise OSError("truncated; restore it from a copy")
-        file = h5py.File(path, "r", swmr=True, locking="best-effort")
-    except OSError as error:
-        raise UserError(f"{path}: not a readable HDF5 file ({_one_line(error)})") from None
+    file = open_swmr(path)
     version = file.attrs.get("schema_version")
     if not np.array_equal(version, SCHEMA_VERSION):
         file.close()
@@ -263,44 +257,6 @@ def _read(group: h5py.Group, start: int) -> dict[str, np.ndarray]:
     }
 
 
-def _is_truncated(path: Path) -> bool:
-    """Whether a file ends before the end that its superblock gives.
-
-    In SWMR mode HDF5 waits for the missing part, in fact for ever. Version 3 of the superblock
-    (HDF5 file format specification, section II.A) has 48 bytes, the end of file in bytes 28 to 35.
-    HDF5 writes it after what lies before that end.
-    """
-    with path.open("rb") as file:
-        superblock = file.read(48)
-        size = os.fstat(file.fileno()).st_size
-    end = int.from_bytes(superblock[28:36], "little")
-    return superblock.startswith(_SUPERBLOCK_3) and (len(superblock) < 48 or end > size)
-
-
-@contextmanager
-def _replacement(path: Path) -> Iterator[h5py.File]:
-    """A new file that takes the path's place at the end of the block, complete and in SWMR mode.
-
-    If anything fails, what was there before stays, and nothing else.
-    """
-    partial = path.with_name(path.name + ".partial")
-    file = h5py.File(partial, "w", libver="latest", locking="best-effort")
-    try:
-        yield file
-        file.swmr_mode = True
-        _sync(file)
-        os.replace(partial, path)
-    except BaseException:
-        file.close()
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def _sync(file: h5py.File) -> None:
-    file.flush()
-    os.fsync(file.id.get_vfd_handle())
-
-
 def _create_group(file: h5py.File, name: str, columns: Sequence[Column]) -> None:
     group = file.create_group(name)
     for column in columns:
@@ -322,7 +278,7 @@ def _check_counts(old: h5py.File, counts: Mapping[str, int], path: Path) -> None
         try:
             available = _length(old[group]) if group in old else 0
         except (OSError, KeyError, RuntimeError) as error:
-            raise UserError(f"{path}: {group} cannot be read ({_one_line(error)})") from None
+            raise UserError(f"{path}: {group} cannot be read ({one_line(error)})") from None
         if count > available:
             raise UserError(
                 f"{path}: {group} has {available} rows, but the checkpoint knows of {count}; "
@@ -350,10 +306,6 @@ def _copy(old: h5py.File, new: h5py.File, counts: Mapping[str, int]) -> None:
 
     new.attrs.update(old.attrs)
     old.visititems(visit)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _length(columns: Mapping[str, h5py.Dataset]) -> int:
