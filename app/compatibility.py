@@ -42,6 +42,28 @@ def import_torchvision() -> None:
     importlib.import_module("torchvision")
 
 
+def let_timm_posterize() -> None:
+    """Keep timm's RandAugment from asking for images of no bits; idempotent.
+
+    Seen with timm 1.0.31 and Pillow 13.0.0: at full strength PosterizeIncreasing asks for 0 bits,
+    which Pillow refuses ("bits must be between or equal to 1 and 8"). One bit is kept instead. It
+    can go when timm limits the bits itself.
+    """
+    import_torchvision()
+    from timm.data import auto_augment
+
+    for name, operation in auto_augment.NAME_TO_OP.items():
+        if operation is auto_augment.posterize:
+            auto_augment.NAME_TO_OP[name] = _posterize
+
+
+def _posterize(image: Any, bits: int, **_: Any) -> Any:
+    """At module level, for pickling: loader processes may be spawned."""
+    from timm.data import auto_augment
+
+    return auto_augment.posterize(image, max(1, bits))
+
+
 @contextmanager
 def free_communicators_of_heat() -> Iterator[None]:
     """Free the MPI communicators that heat makes in the block, at its end.

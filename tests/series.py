@@ -7,9 +7,8 @@ import numpy as np
 HEADER = "date,HUFL,HULL,MUFL,MULL,LUFL,LULL,OT"
 
 
-def write_ett(root: Path, name: str, steps: int) -> np.ndarray:
+def write_ett(root: Path, name: str, steps: int, *, minutes: int = 60) -> np.ndarray:
     """Write ETT-small/NAME.csv and return its values (steps, 7), to four digits as in the file."""
-    minutes = 15 if name.startswith("ETTm") else 60
     t = np.arange(steps)
     times = np.datetime64("2016-07-01T00:00:00") + t * np.timedelta64(minutes, "m")
     waves = [np.sin(2 * np.pi * t / (24 * 60 / minutes) + i) for i in range(7)]

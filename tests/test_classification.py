@@ -114,8 +114,8 @@ def test_random_numbers_differ_between_seeds_epochs_and_batches(
 ) -> None:
     drawn = []
 
-    def record(images: Tensor, corners: Tensor, flips: Tensor, *, margin: int) -> Tensor:
-        drawn.append((tuple(corners.flatten().tolist()), tuple(flips.tolist())))
+    def record(images: Tensor, corners: Tensor, flipped: Tensor, *, margin: int) -> Tensor:
+        drawn.append((tuple(corners.flatten().tolist()), tuple(flipped.tolist())))
         return images
 
     monkeypatch.setattr("app.tasks.classification.crop_and_flip", record)
@@ -149,7 +149,7 @@ def test_crop_and_flip_is_a_window_into_the_padded_image(
     images = torch.randint(1, 256, (6, *size), generator=generator, dtype=torch.uint8)
     corners = torch.randint(0, 2 * margin + 1, (6, 2), generator=generator)
     flips = torch.rand(6, generator=generator) < 0.5
-    result = crop_and_flip(images, corners, flips, margin=margin)
+    result = crop_and_flip(images, corners, flips.nonzero().flatten(), margin=margin)
     _, height, width = size
     for image, (top, left), flip, cropped in zip(
         images, corners.tolist(), flips, result, strict=True

@@ -83,3 +83,20 @@ def test_other_failures_of_torchvision_are_not_hidden(fake_torchvision: Path) ->
     )
     assert (result.returncode, result.stdout) == (1, "tried\n")
     assert "RuntimeError: broken for another reason" in result.stderr
+
+
+def test_timm_posterizes_at_any_strength() -> None:
+    result = run(
+        "from app.compatibility import let_timm_posterize\n"
+        "let_timm_posterize(); let_timm_posterize()\n"
+        "import pickle\n"
+        "from PIL import Image\n"
+        "from timm.data.auto_augment import AugmentOp\n"
+        "image = Image.new('RGB', (2, 2), (200, 100, 130))\n"
+        "for name in ('Posterize', 'PosterizeOriginal', 'PosterizeIncreasing'):\n"
+        "    for magnitude in range(11):\n"
+        "        result = pickle.loads(pickle.dumps(AugmentOp(name, 1, magnitude)))(image)\n"
+        "print(result.getpixel((0, 0)))\n"
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "(128, 0, 128)\n"

@@ -313,10 +313,11 @@ def test_early_stopping_tests_the_best_weights(tmp_path: Path) -> None:
         "training.epochs=12",
         "training.early_stopping=2",
         "training.schedule=constant",
+        "oialr.delay=50",
         "oialr.core_learning_rate_factor=300",
     ]
     arguments = [*options, f"run.dir={tmp_path / 'parts'}"]
-    train(0, *arguments, "run.stop_after=20", code=75)
+    train(0, *arguments, "run.stop_after=60", code=75)
     train(0, "--resume", tmp_path / "parts", "run.stop_after=null")
     train(0, *options, f"run.dir={tmp_path / 'whole'}")
     assert_same_run(tmp_path / "parts", tmp_path / "whole")

@@ -117,8 +117,8 @@ class InMemoryClassification(Classification):
         self._augmentation = configuration.data.augmentation
         self._margin = self.input_shape[-1] // 8
         mean, std = channel_statistics(images.train.images)
-        self._mean = torch.tensor(mean, dtype=torch.float32, device=device)[:, None, None]
-        self._std = torch.tensor(std, dtype=torch.float32, device=device)[:, None, None]
+        self._scale = torch.tensor(1 / std, dtype=torch.float32, device=device)[:, None, None]
+        self._shift = torch.tensor(-mean / std, dtype=torch.float32, device=device)[:, None, None]
         self._parts = {
             name: (torch.tensor(part.images, device=device), torch.tensor(part.labels).to(device))
             for name, part in (
@@ -171,7 +171,7 @@ class InMemoryClassification(Classification):
 
     def _normalize(self, images: Tensor) -> Tensor:
         """Turn bytes into float32 of mean 0 and standard deviation 1 over the training part."""
-        return (images - self._mean) / self._std
+        return images.mul(self._scale).add_(self._shift)
 
     def _random_crops(self, epoch: int, number: int, size: int) -> tuple[np.ndarray, np.ndarray]:
         """Return corners (size, 2) and flips (size,) for the samples of a global batch."""
@@ -191,7 +191,7 @@ class InMemoryClassification(Classification):
             taken = crop_and_flip(
                 taken,
                 torch.from_numpy(corners.copy()).to(self.device),
-                torch.from_numpy(flips.copy()).to(self.device),
+                torch.from_numpy(np.flatnonzero(flips)).to(self.device),
                 margin=self._margin,
             )
         return self._normalize(taken), labels[samples]

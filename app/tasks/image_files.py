@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from app.compatibility import import_torchvision
+from app.compatibility import import_torchvision, let_timm_posterize
 from app.errors import UserError
 from app.settings import DataSection
 from app.tasks import sharding
@@ -169,6 +169,7 @@ def read_region(image: Any, box: tuple[int, int, int, int], size: int) -> Any:
 def _random_augment(data: DataSection) -> Callable[[Any], Any] | None:
     if data.random_augment is None:
         return None
+    let_timm_posterize()
     from timm.data.auto_augment import rand_augment_transform
 
     mean = tuple(round(255 * value) for value in MEAN)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def crop_and_flip(images: Tensor, corners: Tensor, flips: Tensor, *, margin: int) -> Tensor:
+def crop_and_flip(images: Tensor, corners: Tensor, flipped: Tensor, *, margin: int) -> Tensor:
     """Pad with zeros (black), cut out images of the old size, flip some of them.
 
     He et al., "Deep Residual Learning for Image Recognition", arXiv 1512.03385, section 4.2.
@@ -16,24 +16,18 @@ def crop_and_flip(images: Tensor, corners: Tensor, flips: Tensor, *, margin: int
     Args:
         images: (b, channels, height, width).
         corners: (b, 2) integers in [0, 2 margin], top and left corner within the padded image.
-        flips: (b,) bool: mirror left and right.
+        flipped: (k,) int64, indices of the images that are mirrored left and right.
         margin: pixels of padding on each side.
 
     Returns:
         (b, channels, height, width).
     """
-    count, channels, height, width = images.shape
+    count, _, height, width = images.shape
     padded = functional.pad(images, (margin, margin, margin, margin))
-    device = images.device
-    rows = corners[:, :1] + torch.arange(height, device=device)
-    columns = torch.arange(width, device=device).expand(count, width)
-    columns = corners[:, 1:] + torch.where(flips[:, None], width - 1 - columns, columns)
-    return padded[
-        torch.arange(count, device=device)[:, None, None, None],
-        torch.arange(channels, device=device)[:, None, None],
-        rows[:, None, :, None],
-        columns[:, None, None, :],
-    ]
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (b, channels, top, left, ...)
+    samples = torch.arange(count, device=images.device)
+    cut = windows[samples, :, corners[:, 0], corners[:, 1]]
+    return cut.index_copy_(0, flipped, cut.index_select(0, flipped).flip(-1))
 
 
 def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
