@@ -64,6 +64,22 @@ def _posterize(image: Any, bits: int, **_: Any) -> Any:
     return auto_augment.posterize(image, max(1, bits))
 
 
+def import_heat() -> Any:
+    """Import heat, and leave torch's random generators as they are; return the package.
+
+    A collective call: the import duplicates MPI's COMM_WORLD.
+
+    Seen with heat 1.8.0: its random module seeds torch's generators with the time of day when it is
+    imported. It can go when the import no longer does. It imports torchvision unconditionally, see
+    :func:`import_torchvision`.
+    """
+    import torch
+
+    import_torchvision()
+    with torch.random.fork_rng():
+        return importlib.import_module("heat")
+
+
 @contextmanager
 def free_communicators_of_heat() -> Iterator[None]:
     """Free the MPI communicators that heat makes in the block, at its end.

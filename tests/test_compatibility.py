@@ -100,3 +100,14 @@ def test_timm_posterizes_at_any_strength() -> None:
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout == "(128, 0, 128)\n"
+
+
+def test_heat_leaves_random_generators_alone() -> None:
+    result = run(
+        "import torch\n"
+        "state = torch.get_rng_state()\n"
+        "from app.compatibility import import_heat\n"
+        "heat = import_heat()\n"
+        "print(heat.__name__, torch.equal(state, torch.get_rng_state()))\n"
+    )
+    assert (result.returncode, result.stdout) == (0, "heat True\n"), result.stderr

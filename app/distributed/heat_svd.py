@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from app.compatibility import free_communicators_of_heat, import_torchvision
+from app.compatibility import free_communicators_of_heat, import_heat
 from app.distributed.assignment import split_limit
 from app.linalg.svd import Factors, economy_svd
 
@@ -28,10 +28,7 @@ class SplitSVD:
         Args:
             communicator: mpi4py communicator that the groups are taken from.
         """
-        import_torchvision()  # which heat imports
-        import heat
-
-        self._heat = heat
+        self._heat = import_heat()
         self._communicator = communicator
         self._groups: dict[tuple[int, ...], Any] = {}
 

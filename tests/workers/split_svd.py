@@ -59,7 +59,9 @@ def check_shards(split, processes):
 def main():
     with start_runtime(device="cpu", timeout=60) as runtime:
         processes, index = runtime.processes, runtime.process_index
+        random_state = torch.get_rng_state()
         split = SplitSVD(runtime.communicator)
+        assert torch.equal(torch.get_rng_state(), random_state), "heat has seeded torch"
         everyone = tuple(range(processes.count))
         groups = [everyone, everyone[::-1], everyone[:1], everyone[-2:]]
         for members in groups:
