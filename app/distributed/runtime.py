@@ -69,25 +69,48 @@ def start_runtime(*, device: str, timeout: float) -> Iterator[Runtime]:
     """
     launch = read_launch()
     alone = launch.process_count == 1
-    name = f"process {launch.process_index} of {launch.process_count}"
+    with Watchdog(timeout=None if alone else timeout, abort=os._exit, name=_name(launch)):
+        communicator = connect_mpi(launch)
+        with _fault_ends_all(communicator):
+            local_index, chosen = choose_device(device, launch, communicator)
+    with join(
+        launch, communicator, device=chosen, local_index=local_index, timeout=timeout
+    ) as runtime:
+        yield runtime
+
+
+@contextmanager
+def join(
+    launch: Launch, communicator: Any, *, device: torch.device, local_index: int, timeout: float
+) -> Iterator[Runtime]:
+    """Join the processes of a communicator by torch.distributed, and leave it at the end.
+
+    Args:
+        launch: this process's index and count in the communicator.
+        communicator: mpi4py communicator; None alone and under torchrun.
+        device: of this process, of the same kind on all: nccl for GPUs, else gloo.
+        local_index: index of this process on its node.
+        timeout: as for :func:`start_runtime`.
+    """
+    place: dict[str, Any] = {
+        "process_index": launch.process_index,
+        "process_count": launch.process_count,
+        "local_index": local_index,
+        "device": device,
+        "communicator": communicator,
+    }
+    if launch.process_count == 1:
+        yield Runtime(processes=Processes(), **place)
+        return
     # The watchdog of a training says more than a collective that times out: let it be the first.
     group_timeout = timedelta(seconds=timeout + LATER)
-    with Watchdog(timeout=None if alone else timeout, abort=os._exit, name=name):
-        communicator = _connect_mpi(launch)
-        place = _start_groups(launch, communicator, device, group_timeout)
+    with Watchdog(timeout=timeout, abort=os._exit, name=_name(launch)):
+        _start_default_group(launch, communicator, device, group_timeout)
         # Of its own for host memory: the stop flags and objects travel beside the gradients.
-        host_group = None if alone else dist.new_group(backend="gloo", timeout=group_timeout)
-    if alone:
-        yield Runtime(process_index=0, process_count=1, processes=Processes(), **place)
-        return
+        host_group = dist.new_group(backend="gloo", timeout=group_timeout)
     processes = Processes(group=dist.group.WORLD, host_group=host_group, communicator=communicator)
     try:
-        yield Runtime(
-            process_index=launch.process_index,
-            process_count=launch.process_count,
-            processes=processes,
-            **place,
-        )
+        yield Runtime(processes=processes, **place)
     finally:
         # The groups' threads must end before the interpreter does: one that lets go of a tensor
         # afterwards aborts the process. They end with the last reference to their group.
@@ -97,7 +120,11 @@ def start_runtime(*, device: str, timeout: float) -> Iterator[Runtime]:
         gc.collect()  # wrappers of networks refer to the groups too, in cycles
 
 
-def _connect_mpi(launch: Launch) -> Any:
+def _name(launch: Launch) -> str:
+    return f"process {launch.process_index} of {launch.process_count}"
+
+
+def connect_mpi(launch: Launch) -> Any:
     """Return COMM_WORLD, checked against what the launcher started; None where MPI is not used.
 
     The import initializes MPI, so a process that is alone needs no MPI library.
@@ -122,7 +149,7 @@ def _connect_mpi(launch: Launch) -> Any:
     return MPI.COMM_WORLD
 
 
-def _choose_device(device: str, launch: Launch, communicator: Any) -> tuple[int, torch.device]:
+def choose_device(device: str, launch: Launch, communicator: Any) -> tuple[int, torch.device]:
     """Return this process's index on its node and its device; the same kind on all processes.
 
     Raises:
@@ -178,27 +205,25 @@ def _visible_gpus() -> list[str]:
     return [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
 
 
-def _start_groups(
-    launch: Launch, communicator: Any, device: str, timeout: timedelta
-) -> dict[str, Any]:
-    """Choose the device and start torch.distributed's default group: nccl for GPUs, else gloo.
+def _start_default_group(
+    launch: Launch, communicator: Any, device: torch.device, timeout: timedelta
+) -> None:
+    """Start torch.distributed's default group: nccl for GPUs, else gloo."""
+    with _fault_ends_all(communicator):
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=make_store(launch, communicator),
+            rank=launch.process_index,
+            world_size=launch.process_count,
+            timeout=timeout,
+        )
 
-    Returns:
-        What :class:`Runtime` says of this process's place: device, local index, communicator.
 
-    Raises:
-        AgreedUserError: as :func:`_choose_device`.
-    """
+@contextmanager
+def _fault_ends_all(communicator: Any) -> Iterator[None]:
+    """End all processes if this one fails, unless all fail together."""
     try:
-        local_index, chosen = _choose_device(device, launch, communicator)
-        if launch.process_count > 1:
-            dist.init_process_group(
-                "nccl" if chosen.type == "cuda" else "gloo",
-                store=_make_store(launch, communicator),
-                rank=launch.process_index,
-                world_size=launch.process_count,
-                timeout=timeout,
-            )
+        yield
     except AgreedUserError:
         raise
     except Exception:
@@ -207,10 +232,9 @@ def _start_groups(
             traceback.print_exc()
             communicator.Abort(1)
         raise
-    return {"device": chosen, "local_index": local_index, "communicator": communicator}
 
 
-def _make_store(launch: Launch, communicator: Any) -> dist.Store:
+def make_store(launch: Launch, communicator: Any) -> dist.Store:
     """Open the key-value store through which torch.distributed's processes find each other.
 
     Under MPI process 0 takes a free port and tells the others, so that two programs on a node never

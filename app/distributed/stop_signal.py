@@ -2,7 +2,15 @@
 
 import signal
 from types import FrameType
-from typing import Any, Self
+from typing import Any, Protocol, Self
+
+
+class StopRequest(Protocol):
+    """Whatever may ask a training to stop."""
+
+    @property
+    def number(self) -> int:
+        """The number of the signal to stop for; 0: go on."""
 
 
 class StopSignal:

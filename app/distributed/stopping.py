@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from app.distributed.processes import Processes
-from app.distributed.stop_signal import StopSignal
+from app.distributed.stop_signal import StopRequest
 
 
 class StopAgreement:
@@ -20,7 +20,7 @@ class StopAgreement:
 
     LAG = 2
 
-    def __init__(self, processes: Processes, stop_signal: StopSignal) -> None:
+    def __init__(self, processes: Processes, stop_signal: StopRequest) -> None:
         self._processes = processes
         self._signal = stop_signal
         self._pending: deque[tuple[torch.Tensor, dist.Work]] = deque()

@@ -1,0 +1,160 @@
+"""Workers: the processes of the program in groups of equal size, each for a training of its own.
+
+Every group gets torch.distributed to itself, made anew for each training: what runs in it sees its
+own processes and no others, and a fault in one training leaves nothing behind for the next.
+"""
+
+import importlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from app.distributed.launch import Launch, read_launch
+from app.distributed.runtime import Runtime, choose_device, connect_mpi, join
+from app.errors import AgreedUserError, UserError
+
+Result = TypeVar("Result")
+_POLL_SECONDS = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workers:
+    """This process among the workers. Communicators are mpi4py's."""
+
+    index: int
+    """Of this process's worker."""
+    count: int
+    """Number of workers."""
+    world: Any
+    """All processes of the program."""
+    own: Any
+    """The processes of this worker."""
+    firsts: Any
+    """The first processes of all workers; None on all other processes."""
+    local_index: int
+    """Index of this process on its node, over all workers."""
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the worker's first process, which writes and reports."""
+        return self.firsts is not None
+
+    @contextmanager
+    def join(self, *, timeout: float) -> Iterator[Runtime]:
+        """Join the worker's processes for one training. A collective call of the worker.
+
+        Leaving it closes the connections: if one process fails, the others' next collective call is
+        an error instead of a wait.
+        """
+        launch = Launch(
+            launcher="mpi",
+            process_index=self.own.Get_rank(),
+            process_count=self.own.Get_size(),
+        )
+        communicator = self.own if launch.process_count > 1 else None
+        with join(
+            launch,
+            communicator,
+            device=self.device,
+            local_index=self.local_index,
+            timeout=timeout,
+        ) as runtime:
+            yield runtime
+
+    def gather(self, value: Result, *, timeout: float) -> list[Result]:
+        """Collect a picklable object of every process of the worker on all of them.
+
+        They may come at different times. Who waits sleeps, since MPI would keep a core busy.
+
+        Raises:
+            TimeoutError: some process did not come in time (seconds).
+        """
+        wait(self.own, timeout=timeout)
+        values: list[Result] = self.own.allgather(value)
+        return values
+
+    def abort(self, code: int) -> None:
+        """End all processes of the program now."""
+        self.world.Abort(code)
+
+
+def start_workers(*, processes_per_worker: int, device: str) -> Workers:
+    """Divide the processes of the program into workers of consecutive ones. A collective call.
+
+    Args:
+        processes_per_worker: processes of each.
+        device: "auto", "cpu" or "cuda"; a GPU is given to one process of the node only.
+
+    Raises:
+        UserError: not under MPI, or the number of processes is no multiple; on all processes.
+    """
+    launch = read_launch()
+    if launch.launcher == "torchrun":
+        raise UserError("a search needs MPI: start it by mpirun or srun instead of torchrun")
+    world = connect_mpi(launch)
+    if world is None:
+        try:
+            from mpi4py import MPI
+        except (ImportError, RuntimeError) as error:
+            raise UserError(f"a search needs MPI, which cannot be used: {error}") from None
+        world = MPI.COMM_SELF
+    rank, size = world.Get_rank(), world.Get_size()
+    if size % processes_per_worker:
+        raise UserError(
+            f"search.processes_per_worker: {processes_per_worker} does not divide the {size} "
+            f"processes of this start"
+        )
+    if processes_per_worker > 1:
+        # DistributedDataParallel imports it at its first use. A training that fails around a first
+        # import leaves references behind, and its connections open (seen with torch 2.13).
+        importlib.import_module("torch._dynamo")
+    local_index, chosen = choose_device(device, launch, world if size > 1 else None)
+    index = rank // processes_per_worker
+    own = world.Split(index, rank)
+    firsts = world.Split(0 if own.Get_rank() == 0 else 1, rank)
+    return Workers(
+        index=index,
+        count=size // processes_per_worker,
+        world=world,
+        own=own,
+        firsts=firsts if own.Get_rank() == 0 else None,
+        local_index=local_index,
+        device=chosen,
+    )
+
+
+def wait(communicator: Any, *, timeout: float | None = None) -> None:
+    """Wait, asleep, until all processes of a communicator are here.
+
+    Raises:
+        TimeoutError: some process did not come in time (seconds).
+    """
+    end = None if timeout is None else time.monotonic() + timeout
+    request = communicator.Ibarrier()
+    while not request.Test():
+        if end is not None and time.monotonic() > end:
+            raise TimeoutError(f"a process did not answer within {timeout} s")
+        time.sleep(_POLL_SECONDS)
+
+
+def agree(communicator: Any, function: Callable[[], Result]) -> Result:
+    """Call a function on every process; if it is the user's mistake on one, it is on all.
+
+    Raises:
+        AgreedUserError: the first process's, by index, on every process.
+    """
+    result, message = None, None
+    try:
+        result = function()
+    except UserError as error:
+        message = str(error)
+    wait(communicator)
+    for problem in communicator.allgather(message):
+        if problem is not None:
+            raise AgreedUserError(problem)
+    return result  # type: ignore[return-value]
