@@ -34,7 +34,7 @@ class Checkpoints:
         Args:
             folder: where checkpoints live.
             processes: who writes and reads together.
-            keep: number of newest checkpoints that are kept.
+            keep: number of newest checkpoints that are kept; 0: none is written.
         """
         self._folder = folder
         self._processes = processes
@@ -57,6 +57,8 @@ class Checkpoints:
             own: what this process alone knows.
             parts: more of that, by name. What was saved under a name must be the same ever after.
         """
+        if not self._keep:
+            return
         parts = parts or {}
         partial = folder = self._folder / f"partial-{step:08d}"
         index = self._processes.index

@@ -2,16 +2,32 @@
 
 import math
 import sys
+from typing import Protocol
 
 from tqdm import tqdm
 
 from app.oialr import Event
 
 
+class EpochObserver(Protocol):
+    """What is told of every epoch, on every process."""
+
+    def __call__(self, epoch: int, figures: dict[str, float], trainable_percent: float) -> None:
+        """Take the validation figures after an epoch, counted from 1."""
+
+
 class Progress:
     """Writes to stderr what is worth a look while a network is trained."""
 
-    def __init__(self, *, steps: int, first_step: int, epochs: int, quiet: bool) -> None:
+    def __init__(
+        self,
+        *,
+        steps: int,
+        first_step: int,
+        epochs: int,
+        quiet: bool,
+        on_epoch: EpochObserver | None = None,
+    ) -> None:
         """Start at a step.
 
         Args:
@@ -19,8 +35,10 @@ class Progress:
             first_step: steps taken already.
             epochs: epochs of the whole run.
             quiet: say nothing (all processes but the first).
+            on_epoch: told of every epoch.
         """
         self._quiet = quiet
+        self._on_epoch = on_epoch
         self._epochs = epochs
         self._bar = tqdm(
             total=steps,
@@ -46,6 +64,8 @@ class Progress:
         stability: float,
     ) -> None:
         """Tell what an epoch brought: training loss, validation figures, size, mean stability."""
+        if self._on_epoch:
+            self._on_epoch(epoch, figures, trainable_percent)
         parts = [f"epoch {epoch}/{self._epochs}", f"step {step}", f"loss {loss:.4f}"]
         parts += [f"validation {name} {value:.4f}" for name, value in figures.items()]
         parts.append(f"trainable {trainable_percent:.1f} %")

@@ -3,10 +3,7 @@
 A search calls :func:`train` too, with the processes that it gives to one evaluation.
 """
 
-import itertools
 import json
-import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,7 @@ from app.distributed.calibration import read_costs
 from app.distributed.processes import Processes
 from app.distributed.runtime import Runtime
 from app.distributed.startup_check import check_nodes
-from app.distributed.stop_signal import StopSignal
+from app.distributed.stop_signal import StopRequest
 from app.distributed.watchdog import Watchdog
 from app.errors import UserError
 from app.lowrank.conversion import survey
@@ -32,15 +29,22 @@ from app.tasks.staging import stage, staged_root
 from app.training.average import WeightAverage
 from app.training.checkpoint import Checkpoints
 from app.training.early_stopping import EarlyStopping
+from app.training.folder import finished, prepare_folder, write_text
 from app.training.optimizer import Schedule, build_optimizer
-from app.training.progress import Progress
+from app.training.progress import EpochObserver, Progress
 from app.training.recorder import Recorder
 from app.training.replicas import synchronize_batch_norm
 from app.training.trainer import Trainer
 
 
 def train(
-    configuration: Configuration, runtime: Runtime, stop_signal: StopSignal, *, resume: bool
+    configuration: Configuration,
+    runtime: Runtime,
+    stop_signal: StopRequest,
+    *,
+    resume: bool,
+    test: bool = True,
+    on_epoch: EpochObserver | None = None,
 ) -> dict[str, Any]:
     """Train as configured, in the folder run.dir. A collective call.
 
@@ -51,6 +55,9 @@ def train(
         runtime: this process among those that train together.
         stop_signal: asks for a stop.
         resume: go on from the newest checkpoint in run.dir; from the start if there is none.
+        test: evaluate the test part at the end; a search leaves it to the winner.
+        on_epoch: told of every epoch, on every process, in place of progress lines. It ends the
+            training by an exception, which it must raise on all processes alike.
 
     Returns:
         The summary, as in summary.json.
@@ -60,8 +67,8 @@ def train(
         Stopped: after a checkpoint, before the end.
         DivergedError: a loss or a weight is not finite.
     """
-    folder = _prepare_folder(configuration, runtime, resume=resume)
-    if resume and (summary := _finished(folder, configuration)):
+    folder = prepare_folder(configuration, runtime, resume=resume)
+    if resume and (summary := finished(folder, configuration)):
         return summary
     watchdog = Watchdog(
         timeout=configuration.distributed.timeout if runtime.process_count > 1 else None,
@@ -75,18 +82,19 @@ def train(
             steps=configuration.training.epochs * trainer.task.steps_per_epoch,
             first_step=trainer.position.step,
             epochs=configuration.training.epochs,
-            quiet=not runtime.is_first,
+            quiet=not runtime.is_first or on_epoch is not None,
+            on_epoch=on_epoch,
         )
         try:
             progress.say(nodes + _describe(trainer, folder))
             trainer.train(progress)
-            figures = trainer.test()
+            figures = trainer.test() if test else {}
         finally:
             progress.close()
             trainer.recorder.close()
     summary = _summarize(trainer, figures)
     if runtime.is_first:
-        _write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 
@@ -121,48 +129,27 @@ def explain_run(configuration: Configuration, runtime: Runtime, *, resume: bool)
     return explain(method.survey, rows, samples, ranks)
 
 
-def _prepare_folder(configuration: Configuration, runtime: Runtime, *, resume: bool) -> Path:
-    """Create the run's folder; the same path on all processes."""
+def check_run(configuration: Configuration, runtime: Runtime) -> int:
+    """Build data, network and method as a run would, and throw them away. A collective call.
 
-    def prepare() -> Path:
-        if configuration.run.dir is None:
-            return _new_folder(configuration.run.name)
-        folder = Path(configuration.run.dir)
-        if not resume and (folder / "metrics.h5").exists():
-            raise UserError(
-                f"run.dir: {folder} holds a run already; go on with it by --resume {folder}, "
-                f"or choose another folder"
-            )
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"run.dir: cannot write to {folder}: {error.strerror}") from None
-        return folder
+    Returns:
+        Samples of the training part.
 
-    processes = runtime.processes
-    prepared = processes.agree(lambda: prepare() if runtime.is_first else None)
-    folder = processes.from_first(prepared)
-    assert folder
-    return folder
-
-
-def _new_folder(name: str) -> Path:
-    """Create runs/NAME-TIME; several runs may be started in the same second."""
-    name = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    for number in itertools.count():
-        folder = Path("runs") / (f"{name}-{number}" if number else name)
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return folder
-    raise AssertionError("count has no end")
+    Raises:
+        UserError: as :func:`train`.
+    """
+    task, model = _build_task_and_model(configuration, runtime)
+    optimizer = build_optimizer(model, configuration.training)
+    runtime.processes.agree(
+        lambda: _build_method(configuration, model, optimizer, runtime.processes)
+    )
+    return task.train_size
 
 
 def _assemble(
     configuration: Configuration,
     runtime: Runtime,
-    stop_signal: StopSignal,
+    stop_signal: StopRequest,
     watchdog: Watchdog,
     folder: Path,
     *,
@@ -214,7 +201,7 @@ def _assemble(
 
     def open_recorder() -> Recorder:
         """Write to the run's folder, now that everything fits together."""
-        _write_text(folder / "config.yaml", to_yaml(configuration))
+        write_text(folder / "config.yaml", to_yaml(configuration))
         if state:
             return Recorder.resume(metrics, state[0]["rows"])
         return Recorder.create(
@@ -336,15 +323,6 @@ class _own_random_state:  # noqa: N801 - a context manager
         self._scope.__exit__(*error)
 
 
-def _finished(folder: Path, configuration: Configuration) -> dict[str, Any] | None:
-    """Return the summary of a run that has nothing left to do."""
-    path = folder / "summary.json"
-    if not path.exists():
-        return None
-    summary: dict[str, Any] = json.loads(path.read_text())
-    return summary if summary["epochs"] >= configuration.training.epochs else None
-
-
 def _describe(trainer: Trainer, folder: Path) -> str:
     runtime = trainer.runtime
     step = trainer.position.step
@@ -376,10 +354,3 @@ def _summarize(trainer: Trainer, figures: dict[str, float]) -> dict[str, Any]:
         "processes": trainer.runtime.process_count,
         "seed": trainer.configuration.run.seed,
     }
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Write a file atomically: readers see the old one or the new one."""
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text)
-    os.replace(temporary, path)

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from app.config import to_yaml
 from app.distributed.runtime import Runtime
-from app.distributed.stop_signal import StopSignal
+from app.distributed.stop_signal import StopRequest
 from app.distributed.stopping import StopAgreement
 from app.distributed.watchdog import Watchdog
 from app.errors import DivergedError
@@ -76,7 +76,7 @@ class Trainer:
         checkpoints: Checkpoints,
         average: WeightAverage | None,
         early_stopping: EarlyStopping | None,
-        stop_signal: StopSignal,
+        stop_signal: StopRequest,
         watchdog: Watchdog,
     ) -> None:
         """Put the parts together; ``method`` is None for full-rank training."""

@@ -1,0 +1,66 @@
+"""The folder of a run: made once, found again, written atomically."""
+
+import itertools
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from app.distributed.runtime import Runtime
+from app.errors import UserError
+from app.settings import Configuration
+
+
+def prepare_folder(configuration: Configuration, runtime: Runtime, *, resume: bool) -> Path:
+    """Create the run's folder; the same path on all processes."""
+
+    def prepare() -> Path:
+        if configuration.run.dir is None:
+            return new_folder(configuration.run.name)
+        folder = Path(configuration.run.dir)
+        if not resume and (folder / "metrics.h5").exists():
+            raise UserError(
+                f"run.dir: {folder} holds a run already; go on with it by --resume {folder}, "
+                f"or choose another folder"
+            )
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run.dir: cannot write to {folder}: {error.strerror}") from None
+        return folder
+
+    processes = runtime.processes
+    prepared = processes.agree(lambda: prepare() if runtime.is_first else None)
+    folder = processes.from_first(prepared)
+    assert folder
+    return folder
+
+
+def new_folder(name: str) -> Path:
+    """Create runs/NAME-TIME; several runs may be started in the same second."""
+    name = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for number in itertools.count():
+        folder = Path("runs") / (f"{name}-{number}" if number else name)
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError("count has no end")
+
+
+def finished(folder: Path, configuration: Configuration) -> dict[str, Any] | None:
+    """Return the summary of a run that has nothing left to do."""
+    path = folder / "summary.json"
+    if not path.exists():
+        return None
+    summary: dict[str, Any] = json.loads(path.read_text())
+    return summary if summary["epochs"] >= configuration.training.epochs else None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file atomically: readers see the old one or the new one."""
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(text)
+    os.replace(temporary, path)
