@@ -4,6 +4,7 @@ import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 _libraries: list[Any] = []
@@ -104,3 +105,17 @@ def free_communicators_of_heat() -> Iterator[None]:
             communicator.Free()
     finally:
         MPICommunication.Split = split  # type: ignore[method-assign]
+
+
+def import_propulate() -> None:
+    """Import propulate where GPy does not import, or is not there; idempotent.
+
+    Call it before any other import of propulate, which initializes MPI.
+
+    Seen with propulate 1.2.2: it imports GPy at once, which does not import with numpy 2. Only its
+    surrogate models use it; an empty module of that name serves all the rest. It can go when
+    propulate imports GPy where it uses it.
+    """
+    if "propulate" not in sys.modules:
+        sys.modules.setdefault("GPy", ModuleType("GPy"))
+    importlib.import_module("propulate")

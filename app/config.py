@@ -14,7 +14,8 @@ import yaml
 from pydantic import ValidationError
 
 from app.errors import UserError
-from app.settings import Configuration, Section
+from app.section import Section
+from app.settings import Configuration
 
 DEFAULT_CONFIGURATION = Path(__file__).resolve().parent.parent / "configs" / "digits_vit.yaml"
 
@@ -34,22 +35,30 @@ def load(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Confi
         UserError: one line with the culprit and what would be right.
     """
     path = DEFAULT_CONFIGURATION if path is None else Path(path)
-    values = _read(path, "--config")
-    values.setdefault("run", {})
-    if isinstance(values["run"], dict):
-        values["run"].setdefault("name", path.stem)
+    values = read(path, "--config")
+    set_default_name(values, path.stem)
     for override in overrides:
-        _assign(values, override)
+        assign(values, *parse_override(override))
     return build(values)
 
 
-def _read(path: Path, reason: str, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
+def set_default_name(values: dict[str, Any], name: str) -> None:
+    """Give a run its name in nested dictionaries, if it has none."""
+    run = values.setdefault("run", {})
+    if isinstance(run, dict):
+        run.setdefault("name", name)
+
+
+def read(path: Path, reason: str, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read a file and what it extends; the file's own keys come on top, each as a whole.
 
     Args:
         path: of the file.
         reason: what names it, for messages.
         extending: the files that extend this one.
+
+    Raises:
+        UserError: a file cannot be read, or as :func:`parse`.
     """
     if path.resolve() in extending:
         raise UserError(f"{reason}: {path} extends itself")
@@ -63,7 +72,7 @@ def _read(path: Path, reason: str, extending: tuple[Path, ...] = ()) -> dict[str
     other = values.pop("extends")
     if not isinstance(other, str):
         raise UserError(f"{path}: extends: expected the path of a configuration, got {other!r}")
-    base = _read(path.parent / other, f"{path}: extends", (*extending, path.resolve()))
+    base = read(path.parent / other, f"{path}: extends", (*extending, path.resolve()))
     for section, keys in values.items():
         is_section = isinstance(keys, dict) and isinstance(base.get(section), dict)
         base[section] = {**base[section], **keys} if is_section else keys
@@ -103,7 +112,12 @@ def build(values: Mapping[str, Any]) -> Configuration:
 
 def to_yaml(configuration: Configuration) -> str:
     """Return the resolved configuration as YAML, readable by :func:`load`."""
-    return yaml.safe_dump(configuration.model_dump(), sort_keys=False)
+    return dump(configuration.model_dump())
+
+
+def dump(values: Mapping[str, Any]) -> str:
+    """Return nested dictionaries as YAML, in their order."""
+    return yaml.safe_dump(dict(values), sort_keys=False)
 
 
 def documented_keys() -> list[str]:
@@ -138,24 +152,37 @@ def _as_yaml(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True).splitlines()[0]
 
 
-def _assign(values: dict[str, Any], override: str) -> None:
-    """Set ``section.key=value`` (deeper for model.arguments) in nested dictionaries."""
+def parse_override(override: str) -> tuple[str, Any]:
+    """Split ``section.key=value`` (deeper for model.arguments); the value is read as YAML.
+
+    Raises:
+        UserError: it has another form.
+    """
     key, separator, text = override.partition("=")
     parts = key.split(".")
     if not separator or len(parts) < 2 or not all(parts):
         raise UserError(f"{override!r}: expected section.key=value, such as training.epochs=10")
     try:
-        value = yaml.load(text, Loader=_Loader)
+        return key, yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
         raise UserError(f"{key}: {text!r} is not a YAML value; quote it") from None
+
+
+def assign(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set the value of ``section.key`` (deeper for model.arguments) in nested dictionaries.
+
+    Raises:
+        UserError: a part of the key is a value.
+    """
+    *parents, last = key.split(".")
     node = values
-    for part in parts[:-1]:
+    for part in parents:
         if node.get(part) is None:
             node[part] = {}
         node = node[part]
         if not isinstance(node, dict):
             raise UserError(f"{key}: {part} is a value and has no keys")
-    node[parts[-1]] = value
+    node[last] = value
 
 
 def _describe(problem: Any) -> str:

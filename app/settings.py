@@ -5,9 +5,11 @@
 
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from app.errors import UserError
+from app.search_section import SearchSection
+from app.section import Section
 
 DataName = Literal[
     "digits",
@@ -21,12 +23,6 @@ DataName = Literal[
     "ettm1",
     "ettm2",
 ]
-
-
-class Section(BaseModel):
-    """A part of the configuration: immutable, keyword-only, no unknown keys, no coercion."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class RunSection(Section):
@@ -46,7 +42,7 @@ class RunSection(Section):
         1, ge=0, description="Epochs between two checkpoints; 0: only at the end and when stopped."
     )
     keep_checkpoints: int = Field(
-        2, gt=0, description="Number of newest checkpoints that are kept."
+        2, ge=0, description="Number of newest checkpoints that are kept; 0: none is written."
     )
     stop_after: int | None = Field(
         None, gt=0, description="Stop after this step as on a signal: checkpoint, exit code 75."
@@ -337,6 +333,7 @@ class Configuration(Section):
     oialr: OIALRSection = Field(default_factory=OIALRSection)
     distributed: DistributedSection = Field(default_factory=DistributedSection)
     stability: StabilitySection = Field(default_factory=StabilitySection)
+    search: SearchSection = Field(default_factory=SearchSection)
 
     def check_steps(self, steps: int) -> None:
         """Reject a delay that a run of ``steps`` optimizer steps would never reach.
