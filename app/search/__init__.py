@@ -1,0 +1,1 @@
+"""Hyperparameter search with Propulate: many trainings side by side, restartable."""

@@ -1,0 +1,117 @@
+"""Search for hyperparameters with many trainings side by side, under mpirun or srun."""
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from app import config
+from app.command import EXIT_STOPPED, EXIT_USER, Parser, report_fault, run_command
+from app.distributed.launch import read_launch
+from app.errors import AgreedUserError, UserError
+from app.search.definition import STORED, Definition, load
+
+EXAMPLES = """\
+examples:
+  mpirun -n 8 python -m app.search --config configs/search/digits.yaml
+  mpirun -n 8 python -m app.search --config configs/search/digits.yaml search.evaluations=4
+  srun --mpi=pmi2 -n 64 python -m app.search --config configs/search/cifar10_vit.yaml run.dir=DIR
+  mpirun -n 4 python -m app.search --resume DIR search.evaluations=80
+  python -m app.train --config DIR/best.yaml
+
+A search configuration extends another one and names a space:
+
+  extends: ../digits_vit.yaml             # relative to this file
+  space:
+    oialr.cutoff: [0.01, 0.9]             # a range; integers where the key wants them
+    training.learning_rate: {range: [1.0e-4, 1.0e-2], scale: log}
+    training.minimum_learning_rate: {range: [1.0e-6, 1.0e-3], scale: log,
+                                     at_most: training.learning_rate}
+    training.gradient_clip: {choices: [null, 1.0, 10.0]}
+  search:                                 # python -m app.train --keys lists all
+    evaluations: 40
+    processes_per_worker: 2
+
+exit codes: 0 done, 1 a fault or no result, 2 a mistake in what was asked for, 75 stopped by SIGTERM
+or SIGUSR1: go on with --resume, with as many processes as you like.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line, search, return the exit code."""
+    start = time.perf_counter()
+    parser = Parser(
+        prog="python -m app.search",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", metavar="PATH", help="YAML file of a search")
+    parser.add_argument("--resume", metavar="DIR", help="go on with the search in this folder")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    options = parser.parse_intermixed_args(arguments)
+    definition = _read_definition(options)
+    return _run(definition, resume=options.resume is not None, start=start)
+
+
+def _read_definition(options: argparse.Namespace) -> Definition:
+    """Resolve the definition; a resumed search's own one."""
+    if options.resume is None:
+        if options.config is None:
+            raise UserError("--config: name a search, such as configs/search/digits.yaml")
+        return load(options.config, options.overrides)
+    if options.config is not None:
+        raise UserError("--config: a search that is resumed has its own; leave it out")
+    for override in options.overrides:
+        key, _ = config.parse_override(override)
+        if not key.startswith("search."):
+            raise UserError(f"{key}: only search.* can change when a search is resumed")
+    stored = Path(options.resume) / STORED
+    if not stored.exists():
+        raise UserError(f"--resume: {options.resume} holds no search (no {STORED} there)")
+    return load(stored, [*options.overrides, f"run.dir={options.resume}"])
+
+
+def _run(definition: Definition, *, resume: bool, start: float) -> int:
+    """Start the workers, search, and end all processes alike."""
+    from app.distributed.stop_signal import StopSignal
+
+    with StopSignal() as stop_signal:
+        from app.distributed.workers import start_workers
+        from app.search.session import Interrupted, NoResult, search
+
+        base = definition.base
+        workers = start_workers(
+            processes_per_worker=base.search.processes_per_worker, device=base.distributed.device
+        )
+        logging.basicConfig(level=logging.ERROR, format="%(levelname)s: %(message)s")
+        try:
+            summary = search(definition, workers, stop_signal, resume=resume, start=start)
+        except AgreedUserError:
+            raise
+        except (Interrupted, NoResult) as end:  # on all processes alike
+            if workers.world.Get_rank() == 0:
+                hint = ": go on with --resume" if isinstance(end, Interrupted) else ""
+                print(f"{end}{hint}", file=sys.stderr)
+            return EXIT_STOPPED if isinstance(end, Interrupted) else 1
+        except BaseException as error:
+            if workers.world.Get_size() == 1:
+                raise
+            report_fault(error)
+            workers.abort(EXIT_USER if isinstance(error, UserError) else 1)
+            raise
+    if read_launch().process_index == 0:
+        _print(summary)
+    return 0
+
+
+def _print(summary: dict[str, Any]) -> None:
+    for key, value in summary.items():
+        print(f"{key}: {value:.4f}" if isinstance(value, float) else f"{key}: {value}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,107 @@
+"""What a search is: a base configuration, a space, and how to search it. Read from YAML."""
+
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from app import config
+from app.search.space import Space, read_space
+from app.settings import Configuration
+
+STORED = "search.yaml"
+"""Name of the resolved definition in a search's folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Definition:
+    """A search, resolved and checked."""
+
+    base: Configuration
+    """What all candidates share; its section search says how to search."""
+    space: Space
+    entries: Mapping[str, Any]
+    """The space as the file gives it."""
+
+    def candidate(self, number: int, values: Mapping[str, Any], folder: Path) -> Configuration:
+        """Return the configuration of an evaluation.
+
+        Args:
+            number: of the evaluation; its seed is the base's plus this.
+            values: of the parameters, by key.
+            folder: where it runs.
+        """
+        configuration = self.space.configure(self.base, values)
+        run = configuration.run.model_copy(
+            update={
+                "dir": str(folder),
+                "name": f"{configuration.run.name}-{number}",
+                "seed": (configuration.run.seed + number) % 2**32,
+                **({} if configuration.search.keep_checkpoints else {"keep_checkpoints": 0}),
+            }
+        )
+        return configuration.model_copy(update={"run": run})
+
+    def best(self, number: int, values: Mapping[str, Any]) -> Configuration:
+        """Return the configuration that trains an evaluation anew, as a run of its own."""
+        candidate = self.candidate(number, values, Path())
+        run = candidate.run.model_copy(
+            update={
+                "dir": None,
+                "name": f"{self.base.run.name}-best",
+                "keep_checkpoints": self.base.run.keep_checkpoints,
+            }
+        )
+        return candidate.model_copy(update={"run": run})
+
+    def to_yaml(self) -> str:
+        """Return the definition as YAML, readable by :func:`load`."""
+        return config.to_yaml(self.base) + config.dump({"space": dict(self.entries)})
+
+
+def train_again(folder: Path, processes: int, number: int | None = None) -> str:
+    """Return the command that trains an evaluation of a search again, with the same result.
+
+    Args:
+        folder: of the search.
+        processes: that the evaluation had.
+        number: of the evaluation; None: left to be filled in.
+    """
+    launcher = f"mpirun -n {processes} " if processes > 1 else ""
+    place = (
+        evaluation_folder(folder, number)
+        if number is not None
+        else folder / "evaluations" / "NUMBER"
+    )
+    return (
+        f"{launcher}python -m app.train --config {shlex.quote(str(place / 'config.yaml'))} "
+        f"run.dir=DIR run.keep_checkpoints=1"
+    )
+
+
+def evaluation_folder(folder: Path, number: int) -> Path:
+    """Return where an evaluation of a search runs."""
+    return folder / "evaluations" / f"{number:05d}"
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Definition:
+    """Read a search configuration, apply ``section.key=value`` overrides, check everything.
+
+    The file extends its base configuration, as any may (:func:`app.config.load`), by a space.
+
+    Args:
+        path: YAML file with ``space`` and sections of the configuration.
+        overrides: assignments to sections; the value is read as YAML.
+
+    Raises:
+        UserError: one line with the culprit and what would be right.
+    """
+    path = Path(path)
+    values = config.read(path, "--config")
+    entries = values.pop("space", None)
+    config.set_default_name(values, path.stem)
+    for override in overrides:
+        config.assign(values, *config.parse_override(override))
+    configuration = config.build(values)
+    return Definition(base=configuration, space=read_space(entries, configuration), entries=entries)

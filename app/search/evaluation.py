@@ -1,0 +1,221 @@
+"""One evaluation: an ordinary training on a worker's processes, from which nothing escapes."""
+
+import gc
+import math
+import shutil
+import signal
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from app.config import to_yaml
+from app.distributed.stop_signal import StopRequest
+from app.distributed.workers import Workers
+from app.errors import DivergedError
+from app.search import objective
+from app.search.definition import Definition, evaluation_folder
+from app.search.store import Evaluation
+from app.settings import Configuration
+from app.training.run import train
+from app.training.trainer import Stopped
+
+
+class Hopeless(Exception):  # noqa: N818 - it is no error
+    """The training is worse than the median of the finished ones at the same epoch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Failure:
+    """What ended a training early on one process."""
+
+    status: str
+    when: float
+    """Seconds since the epoch: the first failure is the cause, the others follow from it."""
+    traceback: str
+
+
+class _Watch:
+    """Follows a training on every process: its figures, its median rule, its time."""
+
+    def __init__(
+        self,
+        configuration: Configuration,
+        *,
+        medians: Sequence[float],
+        stop_signal: StopRequest,
+        stopped_elsewhere: Callable[[], bool],
+    ) -> None:
+        """Start the clock.
+
+        Args:
+            configuration: its section search is read.
+            medians: of the finished evaluations, per epoch; the same on all processes.
+            stop_signal: of the program.
+            stopped_elsewhere: whether another worker has been asked to stop; asked every epoch.
+        """
+        self._section = configuration.search
+        self._medians = medians
+        self._signal = stop_signal
+        self._stopped_elsewhere = stopped_elsewhere
+        limit = self._section.evaluation_timeout
+        self._end = math.inf if limit is None else time.monotonic() + limit
+        self.interrupted = 0
+        """Signal that another worker was stopped by; 0: none."""
+        self.curve: list[float] = []
+        self.error = math.nan
+        self.trainable_percent = 100.0
+
+    @property
+    def number(self) -> int:
+        """The signal to stop for: the program's, or SIGALRM when the time is over; 0: go on."""
+        if asked := self._signal.number or self.interrupted:
+            return asked
+        return signal.SIGALRM if time.monotonic() > self._end else 0
+
+    def __call__(self, epoch: int, figures: dict[str, float], trainable_percent: float) -> None:
+        """Take an epoch's figures, which are the same on all processes.
+
+        Raises:
+            Hopeless: on all processes alike.
+        """
+        self.error = objective.error(figures)
+        self.trainable_percent = trainable_percent
+        value = objective.priced_error(
+            self._section, error=self.error, trainable_percent=trainable_percent
+        )
+        self.curve.append(value)
+        if self._stopped_elsewhere():
+            self.interrupted = signal.SIGTERM
+        first = self._section.median_stop_epoch
+        if first is None or epoch < first or epoch > len(self._medians):
+            return
+        if value > self._medians[epoch - 1]:
+            raise Hopeless(
+                f"{value:.4g} after epoch {epoch}: median {self._medians[epoch - 1]:.4g}"
+            )
+
+
+def evaluate(
+    definition: Definition,
+    *,
+    number: int,
+    values: Mapping[str, Any],
+    island: int,
+    folder: Path,
+    workers: Workers,
+    medians: Sequence[float],
+    stop_signal: StopRequest,
+    stopped_elsewhere: Callable[[], bool],
+) -> Evaluation | None:
+    """Train a candidate and judge it; whatever is raised in it is a result. Collective in a worker.
+
+    Args:
+        definition: of the search.
+        number: of the evaluation.
+        values: of the parameters, by key.
+        island: that the candidate was bred on.
+        folder: of the search.
+        workers: this process among them.
+        medians: see :func:`app.search.objective.medians`.
+        stop_signal: of the program.
+        stopped_elsewhere: whether another worker has been asked to stop.
+
+    Returns:
+        What became of it, the same on all processes; None if the search is to stop.
+
+    Raises:
+        TimeoutError: a process of the worker does not come back from the training.
+    """
+    run_folder = evaluation_folder(folder, number)
+    configuration = definition.candidate(number, values, run_folder)
+    watch = _Watch(
+        configuration,
+        medians=medians,
+        stop_signal=stop_signal,
+        stopped_elsewhere=stopped_elsewhere,
+    )
+    started, start = datetime.now(UTC), time.perf_counter()
+    timeout = configuration.distributed.timeout
+    summary: dict[str, Any] | None = None
+    failure: _Failure | None = None
+    try:
+        with workers.join(timeout=timeout) as runtime:
+            if runtime.is_first:
+                _prepare(run_folder, configuration)
+            summary = train(configuration, runtime, watch, resume=False, test=False, on_epoch=watch)
+    except Exception as error:
+        failure = _Failure(
+            status=_status(error), when=time.time(), traceback=traceback.format_exc()
+        )
+    gc.collect()  # of the network and of what the traceback held
+    if workers.device.type == "cuda":
+        torch.cuda.empty_cache()
+    reports = workers.gather((failure, stop_signal.number or watch.interrupted), timeout=timeout)
+    failures = [report for report, _ in reports if report]
+    if failures and any(number for _, number in reports):
+        return None
+    cause = min(failures, key=lambda failure: failure.when, default=None)
+    step_seconds = summary["seconds"] / summary["steps"] if summary and not cause else math.nan
+    return Evaluation(
+        number=number,
+        parameters=definition.space.values_of(configuration),
+        loss=_loss(configuration, watch, cause, step_seconds),
+        status=cause.status if cause else "finished" if math.isfinite(watch.error) else "diverged",
+        error=watch.error,
+        trainable_percent=watch.trainable_percent,
+        step_seconds=step_seconds,
+        epochs=len(watch.curve),
+        seconds=time.perf_counter() - start,
+        started=started.isoformat(timespec="milliseconds"),
+        seed=configuration.run.seed,
+        processes=workers.own.Get_size(),
+        worker=workers.index,
+        island=island,
+        folder=str(run_folder.relative_to(folder)),
+        traceback=cause.traceback if cause else "",
+        curve=tuple(watch.curve),
+    )
+
+
+def _loss(
+    configuration: Configuration, watch: _Watch, cause: _Failure | None, step_seconds: float
+) -> float:
+    if cause is None:
+        return objective.loss(
+            configuration.search,
+            error=watch.error,
+            trainable_percent=watch.trainable_percent,
+            step_seconds=step_seconds,
+        )
+    if cause.status == "hopeless":  # the priced error that was worse than the median
+        return min(watch.curve[-1], objective.OUT_OF_BOUNDS)
+    return objective.FAILED
+
+
+def _status(error: Exception) -> str:
+    match error:
+        case Hopeless():
+            return "hopeless"
+        case Stopped():
+            return "timeout"
+        case DivergedError():
+            return "diverged"
+        case MemoryError() | torch.OutOfMemoryError():
+            return "out of memory"
+        case RuntimeError() if "can't allocate memory" in str(error):  # torch on CPUs
+            return "out of memory"
+        case _:
+            return "failed"
+
+
+def _prepare(folder: Path, configuration: Configuration) -> None:
+    """Clear what a killed session left in the folder, and say what is trained there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(to_yaml(configuration))

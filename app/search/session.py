@@ -1,0 +1,352 @@
+"""A search from its definition to its summary: puts the parts together."""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from app.config import to_yaml
+from app.distributed.launch import Launch
+from app.distributed.runtime import make_store
+from app.distributed.stop_signal import StopRequest
+from app.distributed.workers import Workers, agree, wait
+from app.errors import UserError
+from app.search import objective
+from app.search.budget import Budget
+from app.search.definition import STORED, Definition, train_again
+from app.search.evaluation import evaluate
+from app.search.evolution import Known, check_islands, evolve, island_of
+from app.search.progress import Progress
+from app.search.store import STORE, Evaluation, Store, read_evaluations, sessions
+from app.tasks.sharding import steps_per_epoch
+from app.training.folder import new_folder, write_text
+from app.training.run import check_run, train
+from app.training.trainer import Stopped
+
+
+class Interrupted(Exception):  # noqa: N818 - it is no error
+    """The search was stopped by a signal; it can be resumed."""
+
+
+class NoResult(Exception):  # noqa: N818 - evaluations failed, the search did not
+    """No evaluation came to a result."""
+
+
+def search(
+    definition: Definition,
+    workers: Workers,
+    stop_signal: StopRequest,
+    *,
+    resume: bool,
+    start: float,
+) -> dict[str, Any]:
+    """Search as defined, in the folder run.dir, and train the best. Collective over all workers.
+
+    Args:
+        definition: checked; run.dir may be None in a new search.
+        workers: this process among them.
+        stop_signal: asks for a stop.
+        resume: go on with what the folder holds.
+        start: value of time.perf_counter() at the start of the program.
+
+    Returns:
+        The summary, as in summary.json.
+
+    Raises:
+        UserError: data, model, space or folder are not what the definition says; on all processes.
+        Interrupted: a signal came before the end.
+        NoResult: every evaluation failed.
+    """
+    section = definition.base.search
+    islands = agree(workers.world, lambda: check_islands(section, workers.count))
+    folder = _prepare_folder(definition, workers, resume=resume)
+    agree(workers.world, lambda: _check(definition, workers))
+    if workers.world.Get_rank() == 0:
+        write_text(folder / STORED, definition.to_yaml())
+    session = _Session(definition, workers, stop_signal, folder=folder, islands=islands)
+    try:
+        session.run(start)
+    finally:
+        session.close()
+    return _conclude(definition, workers, stop_signal, folder, session.times)
+
+
+def best_of(evaluations: Sequence[Evaluation]) -> Evaluation | None:
+    """Return the evaluation of the least loss that came to an end; None if there is none."""
+    succeeded = [one for one in evaluations if one.succeeded]
+    return min(succeeded, key=lambda one: (one.loss, one.number), default=None)
+
+
+def _prepare_folder(definition: Definition, workers: Workers, *, resume: bool) -> Path:
+    """Create the search's folder; the same path on all processes."""
+    run = definition.base.run
+
+    def prepare() -> Path | None:
+        if workers.world.Get_rank():
+            return None
+        if run.dir is None:
+            return new_folder(run.name)
+        folder = Path(run.dir)
+        if not resume and (folder / STORED).exists():
+            raise UserError(
+                f"run.dir: {folder} holds a search already; go on with it by --resume {folder}, "
+                f"or choose another folder"
+            )
+        try:
+            (folder / STORE).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run.dir: cannot write to {folder}: {error.strerror}") from None
+        return folder
+
+    folder = workers.world.bcast(agree(workers.world, prepare))
+    assert isinstance(folder, Path)
+    return folder
+
+
+def _check(definition: Definition, workers: Workers) -> None:
+    """Build what all candidates share, once, and hold every delay against the number of steps.
+
+    Raises:
+        UserError: what would make every evaluation fail, or those at an end of the space.
+    """
+    base = definition.base
+    with workers.join(timeout=base.distributed.timeout) as runtime:
+        train_size = check_run(base, runtime)
+    if any(key.startswith("data.") for key in definition.space.keys):
+        return  # the size of the training part may be searched over
+    for values in definition.space.corners(base):
+        configuration = definition.space.configure(base, values)
+        training = configuration.training
+        steps = training.epochs * steps_per_epoch(
+            train_size, training.batch_size, drop_last=configuration.data.drop_last
+        )
+        try:
+            configuration.check_steps(steps)
+        except UserError as error:
+            raise UserError(f"space: {error}") from None
+
+
+class _Session:
+    """One start of a search, on one process."""
+
+    def __init__(
+        self,
+        definition: Definition,
+        workers: Workers,
+        stop_signal: StopRequest,
+        *,
+        folder: Path,
+        islands: int,
+    ) -> None:
+        """Read what earlier sessions have found. Collective over all workers."""
+        self._definition = definition
+        self._workers = workers
+        self._signal = stop_signal
+        self._folder = folder
+        self._island = island_of(workers.index, workers.count, islands)
+        world, section = workers.world, definition.base.search
+        first = world.Get_rank() == 0
+        self._number, self._earlier = world.bcast(
+            (sessions(folder / STORE), read_evaluations(folder / STORE)) if first else None
+        )
+        limits = [section.evaluations, section.generations and section.generations * workers.count]
+        limit = min((limit for limit in limits if limit is not None), default=None)
+        deadline = math.inf if section.hours is None else time.monotonic() + 3600 * section.hours
+        launch = Launch(
+            launcher="mpi", process_index=world.Get_rank(), process_count=world.Get_size()
+        )
+        self._budget = Budget(
+            make_store(launch, world),
+            finished={one.number for one in self._earlier},
+            limit=limit,
+            deadline=deadline,
+        )
+        self._progress = Progress(finished=len(self._earlier), total=limit, deadline=deadline)
+        self._store: Store | None = None
+        if workers.is_first:
+            self._store = Store.create(
+                folder / STORE,
+                session=self._number,
+                worker=workers.index,
+                parameters=definition.space.column_types(),
+            )
+        self._medians: list[float] = []
+        self._next: int | None = None
+        self._busy = 0.0
+        self.times = (0.0, 0.0, 0.0)
+        """Seconds in evaluations, until the end of the last one, until all workers had theirs."""
+
+    def run(self, start: float) -> None:
+        """Evaluate until the budget is used up.
+
+        Args:
+            start: value of time.perf_counter() at the start of the program.
+        """
+        if self._workers.world.Get_rank() == 0:
+            base, count = self._definition.base, self._workers.count
+            self._progress.say(
+                f"search {self._folder}: {count} workers of {base.search.processes_per_worker} "
+                f"processes on {self._workers.device.type}, {len(self._earlier)} evaluations done"
+            )
+        self._take_next(self._earlier)
+        self._last_end = time.perf_counter()
+        evolve(
+            self._judge,
+            section=self._definition.base.search,
+            keys=self._definition.space.keys,
+            workers=self._workers,
+            seed=[self._definition.base.run.seed, self._number],
+            known=self._known(),
+            begin=self._next is not None,
+            folder=self._folder,
+        )
+        wait(self._workers.world)
+        end = time.perf_counter()
+        self.times = (self._busy, self._last_end - start, end - start)
+        interrupted = self._signal.number or self._budget.stopped()
+        if any(self._workers.world.allgather(interrupted)):
+            raise Interrupted(f"the search in {self._folder} was stopped by a signal")
+
+    def close(self) -> None:
+        """Close this worker's file."""
+        if self._store:
+            self._store.close()
+
+    def _judge(self, position: np.ndarray) -> tuple[float, bool]:
+        """Evaluate a candidate and see to the next; see :class:`app.search.evolution.Evaluate`."""
+        assert self._next is not None
+        start = time.perf_counter()
+        evaluation = evaluate(
+            self._definition,
+            number=self._next,
+            values=self._definition.space.decode(position),
+            island=self._island,
+            folder=self._folder,
+            workers=self._workers,
+            medians=self._medians,
+            stop_signal=self._signal,
+            stopped_elsewhere=self._budget.stopped,
+        )
+        self._last_end = time.perf_counter()
+        if evaluation is None:
+            self._budget.stop()
+            return objective.FAILED, True
+        self._busy += self._last_end - start
+        self._record(evaluation)
+        return evaluation.loss, self._next is None
+
+    def _record(self, evaluation: Evaluation) -> None:
+        """Store an evaluation, tell of it, and claim the next. Collective in the worker."""
+        evaluations: list[Evaluation] = []
+        if self._store:
+            self._store.append(evaluation)
+            evaluations = read_evaluations(self._folder / STORE)
+            best = best_of(evaluations)
+            self._progress.evaluation(evaluation, evaluations, best)
+            if best is not None and best.number == evaluation.number:
+                _write_best(self._definition, best, self._folder)
+        self._take_next(evaluations)
+
+    def _take_next(self, evaluations: Sequence[Evaluation]) -> None:
+        """Claim a number and learn the medians by the worker's first process. Collective in it."""
+        news = None
+        if self._workers.is_first:
+            finished = [one.curve for one in evaluations if one.status == "finished"]
+            news = (self._budget.claim(), objective.medians(finished))
+        self._next, self._medians = self._workers.own.bcast(news)
+
+    def _known(self) -> list[Known]:
+        space = self._definition.space
+        return [
+            Known(
+                position=space.encode(one.parameters),
+                loss=one.loss,
+                worker=one.worker,
+                island=one.island,
+            )
+            for one in self._earlier
+        ]
+
+
+def _write_best(definition: Definition, best: Evaluation, folder: Path) -> None:
+    write_text(folder / "best.yaml", to_yaml(definition.best(best.number, best.parameters)))
+
+
+def _conclude(
+    definition: Definition,
+    workers: Workers,
+    stop_signal: StopRequest,
+    folder: Path,
+    times: tuple[float, float, float],
+) -> dict[str, Any]:
+    """Train the best, with its test part, and sum up. Collective over all workers."""
+    world = workers.world
+    first = world.Get_rank() == 0
+    evaluations = world.bcast(read_evaluations(folder / STORE) if first else None)
+    busy, working, total = (sum(column) for column in zip(*world.allgather(times), strict=True))
+    best = best_of(evaluations)
+    if best is None:
+        raise NoResult(f"no evaluation in {folder} came to a result")
+    if first:
+        _write_best(definition, best, folder)
+    figures: dict[str, Any] = {}
+    if definition.base.search.train_best:
+        figures = _train_best(definition, best, workers, stop_signal, folder)
+    summary = {
+        "evaluations": len(evaluations),
+        "failed": sum(one.status not in ("finished", "hopeless") for one in evaluations),
+        "best_number": best.number,
+        "best_loss": best.loss,
+        "validation_error": best.error,
+        **{key: value for key, value in figures.items() if key.startswith("test_")},
+        "trainable_percent": best.trainable_percent,
+        "workers": workers.count,
+        "processes_per_worker": workers.own.Get_size(),
+        "seconds": round(times[2], 3),
+        "train_again": train_again(folder, best.processes, best.number),
+        "overhead_percent": 100 * (1 - busy / working),
+        "idle_percent": 100 * (1 - working / total),
+    }
+    if first:
+        write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def _train_best(
+    definition: Definition,
+    best: Evaluation,
+    workers: Workers,
+    stop_signal: StopRequest,
+    folder: Path,
+) -> dict[str, Any]:
+    """Train the best as it was evaluated, on the first worker, unless that was done before.
+
+    Returns:
+        The summary of the run, on all processes.
+    """
+    summary, stopped = None, False
+    if workers.index == 0:
+        configuration = definition.best(best.number, best.parameters)
+        run = configuration.run.model_copy(update={"dir": str(folder / "best")})
+        configuration = configuration.model_copy(update={"run": run})
+        with workers.join(timeout=configuration.distributed.timeout) as runtime:
+            stored = folder / "best" / "config.yaml"
+            same = runtime.processes.from_first(
+                stored.exists() and stored.read_text() == to_yaml(configuration)
+            )
+            if not same and runtime.is_first:
+                shutil.rmtree(folder / "best", ignore_errors=True)
+            try:
+                summary = train(configuration, runtime, stop_signal, resume=same)
+            except Stopped:
+                stopped = True
+    wait(workers.world)
+    if any(workers.world.allgather(stopped)):
+        raise Interrupted(f"the training of the best in {folder} was stopped by a signal")
+    result: dict[str, Any] = workers.world.bcast(summary)
+    return result

@@ -1,0 +1,186 @@
+"""The store of a search: what became of every evaluation, in HDF5 files that are only appended to.
+
+Every worker of every session has a file of its own, so that nobody waits for anybody, and a search
+that is resumed by other workers leaves the old files alone. A row is one element of one dataset: it
+is there whole or not at all. Files are in single-writer, multiple-reader mode; after kill -9 they
+are read as they are.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+import h5py
+import numpy as np
+
+from app.metrics.swmr import new_file, open_swmr
+from app.search.objective import FAILED
+
+SCHEMA_VERSION = 1
+STORE = "store"
+"""Name of the store's folder in a search's."""
+_COLUMNS = {
+    "number": "i8",
+    "loss": "f8",
+    "status": "S16",
+    "error": "f8",
+    "trainable_percent": "f8",
+    "step_seconds": "f8",
+    "epochs": "i8",
+    "seconds": "f8",
+    "started": "S32",
+    "seed": "i8",
+    "processes": "i8",
+    "worker": "i8",
+    "island": "i8",
+    "folder": "S256",
+    "traceback": "S4096",
+}
+_CURVE = {"number": "i8", "epoch": "i8", "value": "f8"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """One training of a search and what became of it."""
+
+    number: int
+    """From 0; names the folder."""
+    parameters: Mapping[str, Any]
+    """Values by key of the configuration."""
+    loss: float
+    """What is minimized; always finite."""
+    status: str
+    """finished, hopeless (stopped early), diverged, out of memory, timeout or failed."""
+    error: float
+    """On the validation part; NaN without a result."""
+    trainable_percent: float
+    step_seconds: float
+    """Mean wall time of a step; NaN without a result."""
+    epochs: int
+    """Epochs that were evaluated."""
+    seconds: float
+    """Wall time, start and end included."""
+    started: str
+    """ISO 8601, UTC."""
+    seed: int
+    processes: int
+    worker: int
+    island: int
+    folder: str
+    """Of the run, below the search's."""
+    traceback: str
+    """Empty where nothing was raised; its end where it is long."""
+    curve: tuple[float, ...]
+    """Priced error after every epoch."""
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether the training reached its end with a result."""
+        return self.status == "finished" and self.loss < FAILED
+
+
+class Store:
+    """The writer's side: one file of one worker of one session."""
+
+    def __init__(self, file: h5py.File) -> None:
+        """Take over a complete file in SWMR mode."""
+        self._file = file
+
+    @classmethod
+    def create(
+        cls, folder: Path, *, session: int, worker: int, parameters: Mapping[str, str]
+    ) -> Self:
+        """Start the file of a worker.
+
+        Args:
+            folder: of all files of the search.
+            session: number of this start of the search.
+            worker: index of the worker.
+            parameters: key and numpy dtype of every parameter.
+        """
+        path = folder / f"session-{session:04d}-worker-{worker:05d}.h5"
+        with new_file(path) as file:
+            file.attrs["schema_version"] = SCHEMA_VERSION
+            for name, columns in (("evaluations", {**_COLUMNS, **parameters}), ("curves", _CURVE)):
+                file.create_dataset(
+                    name, shape=(0,), maxshape=(None,), chunks=(16,), dtype=list(columns.items())
+                )
+        return cls(file)
+
+    def append(self, evaluation: Evaluation) -> None:
+        """Write an evaluation, to the disk.
+
+        Its curve comes first: where there is a row, there is all of it.
+        """
+        curve = self._file["curves"]
+        rows = [(evaluation.number, i, value) for i, value in enumerate(evaluation.curve, 1)]
+        _extend(curve, np.array(rows, curve.dtype))
+        dataset = self._file["evaluations"]
+        values = {**asdict(evaluation), **evaluation.parameters}
+        row = [_as_element(name, values[name], dataset.dtype[name]) for name in dataset.dtype.names]
+        _extend(dataset, np.array([tuple(row)], dataset.dtype))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def sessions(folder: Path) -> int:
+    """Return the number of sessions that have written into a folder."""
+    names = {path.name.split("-worker-")[0] for path in folder.glob("session-*-worker-*.h5")}
+    return len(names)
+
+
+def read_evaluations(folder: Path) -> list[Evaluation]:
+    """Return the evaluations of all files, by number, each once. Workers may be writing meanwhile.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    found: dict[int, Evaluation] = {}
+    for path in sorted(folder.glob("session-*-worker-*.h5")):
+        with open_swmr(path) as file:
+            # Rows before their curves: what is written in between is not missed.
+            rows, curves = file["evaluations"][:], file["curves"][:]
+            for row in rows:
+                if row["status"]:  # else the file grew, and the row never reached it
+                    evaluation = _as_evaluation(row, curves[curves["number"] == row["number"]])
+                    found.setdefault(evaluation.number, evaluation)
+    return [found[number] for number in sorted(found)]
+
+
+def _extend(dataset: h5py.Dataset, rows: np.ndarray) -> None:
+    start = len(dataset)
+    dataset.resize(start + len(rows), axis=0)
+    dataset[start:] = rows
+    dataset.flush()
+
+
+def _as_element(name: str, value: Any, dtype: np.dtype) -> Any:
+    if dtype.kind != "S":
+        return value
+    if name not in _COLUMNS:
+        return json.dumps(value).encode()
+    return value.encode(errors="replace")[-dtype.itemsize :]
+
+
+def _as_evaluation(row: np.void, curve: np.ndarray) -> Evaluation:
+    values: dict[str, Any] = {}
+    names = row.dtype.names
+    assert names
+    for name in names:
+        value = row[name].item()
+        values[name] = value.decode(errors="replace") if isinstance(value, bytes) else value
+    parameters = {name: values.pop(name) for name in names if name not in _COLUMNS}
+    for name, value in parameters.items():
+        if row.dtype[name].kind == "S":
+            parameters[name] = json.loads(value)
+    known = {field.name for field in fields(Evaluation)} - {"parameters", "curve"}
+    assert values.keys() == known
+    return Evaluation(
+        parameters=parameters,
+        curve=tuple(map(float, np.sort(curve, order="epoch")["value"])),
+        **values,
+    )

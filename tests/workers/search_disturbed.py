@@ -1,0 +1,42 @@
+"""Run app.search with a disturbance by evaluation: JSON of number to WHAT, then its arguments."""
+
+import json
+import os
+import signal
+import sys
+
+from app.command import run_command
+from app.search.__main__ import main
+
+
+def disturb(plan):
+    from app.training.trainer import Trainer
+
+    train_step = Trainer._train_step
+
+    def disturbed(self, *arguments):
+        train_step(self, *arguments)
+        number = os.path.basename(self.configuration.run.dir)
+        what = plan.get(str(int(number))) if number.isdecimal() else None
+        if what is None or self.position.step != 3:
+            return
+        process = self.runtime.process_index
+        if what == "raise" and process == 1:
+            raise ValueError("a bad day")
+        if what == "memory" and process == 0:
+            raise MemoryError("no room")
+        if what == "diverge":
+            next(self.model.parameters()).data.fill_(float("nan"))
+        if what == "slow" and process == 1:
+            self._agreement._signal._end = 0  # its time is over
+        if what == "signal" and process == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        if what == "kill" and process == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Trainer._train_step = disturbed
+
+
+if __name__ == "__main__":
+    disturb(json.loads(sys.argv[1]))
+    run_command(lambda: main(sys.argv[2:]))
