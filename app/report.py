@@ -16,9 +16,11 @@ examples:
   python -m app.report runs/oialr-0 runs/oialr-1 runs/full-rank-0 --output comparison
   python -m app.report runs/vit --reference vit_b16 --layers 'blocks.*.attn.qkv.weight'
   python -m app.report runs/vit --follow
+  python -m app.report runs/search
 
-RUN is the folder of a run or of an analysis (python -m app.analyze), finished or not. Runs whose
-configurations differ in seed, folder and name alone are averaged in the table.
+RUN is the folder of a run, of an analysis (python -m app.analyze) or, alone, of a search
+(python -m app.search), finished or not. Runs whose configurations differ in seed, folder and name
+alone are averaged in the table.
 
 exit codes: 0 done, 1 a fault, 2 a mistake in what was asked for.
 """
@@ -78,15 +80,22 @@ def _write(options: argparse.Namespace) -> int:
     for part in formats:
         if part not in FORMATS:
             raise UserError(f"--formats: {part!r} is not one of {', '.join(FORMATS)}")
-    from app.reporting.report import write_report
+    if (options.runs[0] / "search.yaml").exists():
+        from app.search.report import write_search_report
 
-    written = write_report(
-        options.runs,
-        output=options.output,
-        formats=formats,
-        layers=options.layers,
-        reference=options.reference,
-    )
+        if len(options.runs) > 1:
+            raise UserError(f"{options.runs[0]}: a search is reported alone")
+        written = write_search_report(options.runs[0], output=options.output, formats=formats)
+    else:
+        from app.reporting.report import write_report
+
+        written = write_report(
+            options.runs,
+            output=options.output,
+            formats=formats,
+            layers=options.layers,
+            reference=options.reference,
+        )
     for notice in written.notices:
         print(f"note: {notice}", file=sys.stderr)
     print(f"{written.page} and {len(written.figures)} files in {written.page.parent / 'figures'}")

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from app.reporting.comparison import FinalFigures, RunGroup
 from app.reporting.drawing import Drawing, to_svg
@@ -44,6 +45,57 @@ def render_page(
         drawings: those of each run, by its folder.
         notices: what the reader should know first.
     """
+    sections = [
+        _section(run, group, drawings[run.folder]) for group in groups for run in group.runs
+    ]
+    shown = [*together, *(drawing for section in sections for drawing in section.drawings)]
+    return _render(
+        "page.html",
+        title=title,
+        groups=groups,
+        table=table,
+        together=together,
+        runs=sections,
+        notices=notices,
+        images={drawing.name: _as_address(drawing) for drawing in shown},
+    )
+
+
+def render_search(
+    *,
+    title: str,
+    statuses: Sequence[tuple[str, int]],
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    command: str,
+    drawings: Sequence[Drawing],
+    notices: Sequence[str],
+) -> str:
+    """Return the HTML document of a search.
+
+    Args:
+        title: heading.
+        statuses: what became of how many evaluations.
+        columns: headings of the table of evaluations.
+        rows: the best evaluations, the best first.
+        command: that trains one of them again.
+        drawings: in order.
+        notices: what the reader should know first.
+    """
+    return _render(
+        "search.html",
+        title=title,
+        statuses=statuses,
+        columns=columns,
+        rows=rows,
+        command=command,
+        drawings=drawings,
+        notices=notices,
+        images={drawing.name: _as_address(drawing) for drawing in drawings},
+    )
+
+
+def _render(template: str, **content: Any) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -53,20 +105,8 @@ def render_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    sections = [
-        _section(run, group, drawings[run.folder]) for group in groups for run in group.runs
-    ]
-    shown = [*together, *(drawing for section in sections for drawing in section.drawings)]
-    return environment.get_template("page.html").render(
-        title=title,
-        made=datetime.now(UTC).isoformat(timespec="minutes"),
-        groups=groups,
-        table=table,
-        together=together,
-        runs=sections,
-        notices=notices,
-        images={drawing.name: _as_address(drawing) for drawing in shown},
-    )
+    made = datetime.now(UTC).isoformat(timespec="minutes")
+    return environment.get_template(template).render(made=made, **content)
 
 
 def _section(run: Run, group: RunGroup, drawings: Sequence[Drawing]) -> _RunSection:
