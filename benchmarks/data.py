@@ -9,6 +9,7 @@ number of loader processes, none in memory, and one thread each.
 import argparse
 import json
 import pickle
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -18,6 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere as a script
 
 from app import config
 from app.compatibility import import_torchvision

@@ -12,11 +12,15 @@ Simulated, and named so: the seconds that the plan predicts for 1 to 1,024 proce
 import argparse
 import json
 import statistics
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere as a script
 
 from app import OIALR
 from app.compatibility import import_torchvision

@@ -11,12 +11,16 @@ comparison with the reference and the mixing add.
 import argparse
 import json
 import math
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere as a script
 
 from app.linalg.polar import Method, choose_method, polar
 from app.linalg.stability import DenseBasis, basis_stability, mixing_factor, mixing_similarity
