@@ -22,7 +22,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from app.distributed.assignment import Costs, Factorization
+from app.distributed.assignment import Factorization, Plan
+from app.distributed.buckets import MatrixInfo
+from app.distributed.costs import Costs
 from app.distributed.factorization import Factorizer
 from app.distributed.processes import Processes
 from app.events import Events
@@ -231,6 +233,16 @@ class OIALR:
             return self._events.run("convert", self.layers, self.step_count)
         turn = layers_in_turn(due[-1], len(self.layers), layer_fraction=self.layer_fraction)
         return self._events.run("update", self.layers[-turn:], self.step_count)
+
+    def plan(self) -> Plan:
+        """Return the plan of a conversion of all layers at once. A collective call."""
+        weights = [self._transitions.weight(report) for report in self.layers]
+        return self.factorizer.plan(
+            [
+                MatrixInfo(shape=report.stack_shape, dtype=weight.dtype, device=weight.device)
+                for report, weight in zip(self.layers, weights, strict=True)
+            ]
+        )
 
     @property
     def conversion_due(self) -> bool:

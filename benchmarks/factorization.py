@@ -24,8 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywher
 
 from app import OIALR
 from app.compatibility import import_torchvision
-from app.distributed.assignment import Costs, Plan, make_plan, split_limit
+from app.distributed.assignment import Plan, make_plan
 from app.distributed.calibration import measure_costs, read_costs
+from app.distributed.costs import Costs, split_limit
 from app.distributed.processes import Processes
 from app.distributed.runtime import start_runtime
 from app.lowrank.conversion import survey

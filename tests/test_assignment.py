@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.distributed.assignment import Costs, make_plan, split_limit
+from app.distributed.assignment import make_plan
 from app.distributed.buckets import MatrixInfo, make_buckets
 from app.distributed.calibration import read_costs, write_costs
+from app.distributed.costs import Costs, split_limit
 from app.errors import UserError
 
 NETWORKS = {

@@ -10,8 +10,9 @@ from torch import nn
 
 from app import OIALR
 from app.distributed import factorization
-from app.distributed.assignment import Costs, make_plan
+from app.distributed.assignment import make_plan
 from app.distributed.buckets import MatrixInfo
+from app.distributed.costs import Costs
 from app.distributed.factorization import Factorizer
 from app.distributed.processes import Processes
 from app.linalg.svd import economy_svd

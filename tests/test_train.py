@@ -157,7 +157,9 @@ def test_the_process_count_does_not_change_what_is_learned(undisturbed):
 
 def test_split_factorizations_train_like_whole_ones(tmp_path, undisturbed):
     """A whole training with every layer split by Heat that can be, over conversion and cuts."""
-    train(2, *TINY, "distributed.factorization=heat", f"run.dir={tmp_path}")
+    result = train(2, *TINY, "distributed.factorization=heat", f"run.dir={tmp_path}")
+    assert "imbalance" in result.stderr
+    assert " 7 layers split over processes" in result.stderr
     for group, columns, tolerance in (
         ("train", ["loss"], 1e-3),
         ("lowrank", ["step", "trainable_parameters", "broadcast_bytes"], 0),

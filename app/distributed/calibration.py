@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from app.distributed.assignment import Costs, split_limit
+from app.distributed.costs import Costs, split_limit
 from app.distributed.processes import Processes
 from app.errors import UserError
 from app.linalg.svd import economy_svd

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from app.distributed.assignment import Costs, Factorization, Plan, make_plan
+from app.distributed.assignment import Factorization, Plan, make_plan
 from app.distributed.buckets import (
     Bucket,
     MatrixInfo,
@@ -21,6 +21,7 @@ from app.distributed.buckets import (
     pack,
     unpack,
 )
+from app.distributed.costs import Costs
 from app.distributed.launch import read_launch
 from app.distributed.processes import Processes
 from app.errors import UserError

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from app.compatibility import free_communicators_of_heat, import_heat
-from app.distributed.assignment import split_limit
+from app.distributed.costs import split_limit
 from app.linalg.svd import Factors, economy_svd
 
 

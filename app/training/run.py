@@ -339,6 +339,12 @@ def _describe(trainer: Trainer, folder: Path) -> str:
             f"{len(dense)} weights stay full-rank:"
         )
         lines += [f"  {layer.name} {layer.shape}: {layer.stays_dense}" for layer in dense]
+        if runtime.process_count > 1:
+            plan = trainer.method.plan()
+            lines.append(
+                f"all factorizations at once would take {plan.makespan:.2g} s by plan, "
+                f"imbalance {plan.imbalance:.2f}, {len(plan.split)} layers split over processes"
+            )
     return "\n".join(lines)
 
 
