@@ -14,7 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-FIGURES = ("test_accuracy", "trainable_percent", "compression_percent")
+FIGURES = {
+    "test_accuracy": lambda value: f"{100 * value:.2f} %",
+    "test_mse": lambda value: f"{value:.4f}",
+    "test_mae": lambda value: f"{value:.4f}",
+    "trainable_percent": lambda value: f"{value:.1f} %",
+    "compression_percent": lambda value: f"{value:.1f} %",
+}
+"""Figures of a summary, of which a task has some, and how they are printed."""
 
 
 def main() -> None:
@@ -45,10 +52,11 @@ def main() -> None:
     if options.json:
         print(json.dumps(summaries))
         return
-    print("| training | " + " | ".join(FIGURES) + " |")
-    print("| --- " * (1 + len(FIGURES)) + "|")
+    figures = [figure for figure in FIGURES if figure in results[0]]
+    print("| training | " + " | ".join(figures) + " |")
+    print("| --- " * (1 + len(figures)) + "|")
     for name, rows in summaries.items():
-        cells = [_cell([row[figure] for row in rows], figure) for figure in FIGURES]
+        cells = [_cell([row[figure] for row in rows], figure) for figure in figures]
         print(f"| {name}, {len(rows)} seeds | " + " | ".join(cells) + " |")
 
 
@@ -73,11 +81,10 @@ def _run(
 
 
 def _cell(values: list[float], figure: str) -> str:
-    scale, digits = (100, 2) if figure == "test_accuracy" else (1, 1)
-    mean = statistics.fmean(values) * scale
+    mean = FIGURES[figure](statistics.fmean(values))
     if len(values) == 1:
-        return f"{mean:.{digits}f} %"
-    return f"{mean:.{digits}f} ± {statistics.stdev(values) * scale:.{digits}f} %"
+        return mean
+    return f"{mean} ± {FIGURES[figure](statistics.stdev(values))}"
 
 
 if __name__ == "__main__":
