@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from machine import need
+from rattler import MatchSpec
+from rattler.exceptions import InvalidMatchSpecError
 
 ROOT = Path(__file__).resolve().parent.parent
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
@@ -33,11 +36,17 @@ def read_requirements(name: str) -> dict[str, tuple[str, str]]:
 
 
 def read_environment() -> dict[str, str]:
-    """Version of every package of environment.yml, by its name on the Python Package Index."""
+    """Version of every package of environment.yml, by its name on the Python Package Index.
+
+    Read as conda and mamba do; no version: empty.
+    """
     packages = {}
     for entry in yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]:
-        name, _, version = entry.partition("=")
-        packages[CONDA_NAMES.get(name, name)] = version.partition("=")[0]
+        spec = MatchSpec(entry)
+        name = spec.name.as_package_name().source
+        version = str(spec.version or "").removeprefix("==").removesuffix(".*")
+        assert name not in packages, f"{name} is there twice"
+        packages[CONDA_NAMES.get(name, name)] = version
     return packages
 
 
@@ -68,8 +77,35 @@ def test_environment_has_the_versions_of_requirements() -> None:
     environment = read_environment()
     assert environment.pop("python") == "3.11"
     assert environment.pop("pip") == ""
+    assert environment.pop("cxx-compiler") == ""
     expected = {n: version for n, (version, _) in read_requirements("requirements.txt").items()}
     assert environment == expected
+
+
+def test_the_environment_has_one_mpi_and_the_site_may_replace_it() -> None:
+    """What the comments of environment.yml propose are specs, and select no build of their own."""
+    text = (ROOT / "environment.yml").read_text()
+    proposed = [MatchSpec(entry) for entry in re.findall(r"^#   - (\S+)", text, re.MULTILINE)]
+    assert {spec.name.as_package_name().source for spec in proposed} == {"mpich", "openmpi"}
+    assert {spec.build for spec in proposed} == {"external_*"}
+    entries = yaml.safe_load(text)["dependencies"]
+    assert {MatchSpec(e).build for e in entries if e.startswith("h5py")} == {"nompi_*"}
+    with pytest.raises(InvalidMatchSpecError):
+        MatchSpec("numpy==>2")
+
+
+def test_the_container_is_made_from_these_files() -> None:
+    sections = re.split(r"^%(\w+)\n", (ROOT / "apptainer.def").read_text(), flags=re.MULTILINE)
+    header, names, bodies = sections[0], sections[1::2], sections[2::2]
+    assert {"Bootstrap", "From"} <= set(re.findall(r"^(\w+): \S+$", header, re.MULTILINE))
+    content = dict(zip(names, bodies, strict=True))
+    copied = dict(line.split() for line in content["files"].strip().splitlines())
+    assert set(copied) == {"environment.yml", "requirements-nodeps.txt"}
+    for name, target in copied.items():
+        assert (ROOT / name).exists()
+        assert target in content["post"]
+    for name in ("post", "test"):
+        subprocess.run(["sh", "-n"], input=content[name], text=True, check=True)
 
 
 def test_imported_packages_are_required() -> None:
@@ -104,8 +140,7 @@ esac
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """A copy of the Makefile and of what it installs from."""
-    if not shutil.which("make"):
-        pytest.skip("make is not installed")
+    need("make")
     for name in ("Makefile", *REQUIREMENT_FILES):
         shutil.copy(ROOT / name, tmp_path)
     return tmp_path
