@@ -51,8 +51,10 @@ train() {
     supervise "${launch[@]}" app.train "${from[@]}" "$@" "run.dir=$run_dir"
 }
 
-newest_checkpoint() {
-    find "$run_dir/checkpoints" -maxdepth 1 -name 'step-*' 2>/dev/null | sort | tail -n 1
+# What the run has brought so far: checkpoints, or finished evaluations of a search.
+results() {
+    find "$run_dir" -maxdepth 3 \
+        \( -path '*/checkpoints/step-*' -o -path '*/evaluations/*/summary.json' \) 2>/dev/null | sort
 }
 
 # Run a step in run_dir to its end; return only if it is done, otherwise requeue the job or fail.
@@ -61,7 +63,7 @@ supervise() {
     printf '%q ' "$@"
     echo
     local before exit_code interrupted=true stopped=false terminated=false
-    before=$(newest_checkpoint || true)
+    before=$(results || true)
     "$@" &
     local step=$!
     # Slurm tells this shell of the time limit (--signal=B:USR1); srun hands it on to all processes.
@@ -81,10 +83,10 @@ supervise() {
         exit "$exit_code"
     elif [ "$exit_code" -eq 75 ] || $stopped; then
         echo "Stopped (exit code $exit_code); requeueing job $job"
-    elif [ "$(newest_checkpoint || true)" != "$before" ]; then
-        echo "Failed (exit code $exit_code), after a new checkpoint; requeueing job $job"
+    elif [ "$(results || true)" != "$before" ]; then
+        echo "Failed (exit code $exit_code), after new results; requeueing job $job"
     else # it would fail again
-        echo "Failed (exit code $exit_code), without a new checkpoint: $run_dir" >&2
+        echo "Failed (exit code $exit_code), without new results: $run_dir" >&2
         exit "$exit_code"
     fi
     scontrol requeue "$SLURM_JOB_ID" || echo "Not requeued; the run can be resumed: $run_dir" >&2

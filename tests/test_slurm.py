@@ -167,7 +167,7 @@ def test_a_frozen_process_ends_the_step_and_the_job_goes_on(slurm, undisturbed):
     slurm.wait_for_line(job, r"epoch 2/")
     os.kill(processes_of(run_dir(slurm, job))[1], signal.SIGSTOP)
     slurm.wait_for_line(job, "process 0 of 2 on n1: no progress in 40 s .* at ")
-    slurm.wait_for_line(job, "Failed .*, after a new checkpoint; requeueing job")
+    slurm.wait_for_line(job, "Failed .*, after new results; requeueing job")
     wait_for(lambda: not processes_of(run_dir(slurm, job)), "end of the processes", 60)
     slurm.wait_for_state(job, "COMPLETED")
     assert_same_weights(run_dir(slurm, job), undisturbed)
@@ -182,3 +182,23 @@ def test_the_array_trains_every_seed(slurm):
         folder = run_dir(slurm, f"{job}_{seed}", "seed")
         losses.append(last_checkpoint(folder)["last_loss"])
     assert losses[0] != losses[1]
+
+
+def test_a_search_runs_on_both_nodes(slurm):
+    if not (ROOT / "app" / "search").exists():
+        pytest.skip("app/search is not written yet")
+    arguments = ["search.evaluations=2", "training.epochs=6", "training.warmup_epochs=1"]
+    arguments += [
+        "space={oialr.cutoff: [0.1, 0.5]}",
+        "oialr.delay=60",
+        "search.trainable_bound=null",
+    ]
+    job = slurm.submit(
+        "slurm/search.sh",
+        *arguments,
+        options=["--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1"],
+        RUNS_ROOT=str(slurm.folder / "runs"),
+        CONFIG="configs/search/digits.yaml",
+    )
+    slurm.wait_for_state(job, "COMPLETED", timeout=240)
+    assert (run_dir(slurm, job, "search") / "best.yaml").exists()

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
 BATCH_SCRIPTS = [path for path in SCRIPTS if path.name not in ("env.sh", "job.sh")]
 CONFIGURATION = ROOT / "configs" / "imagenet_resnetrs101.yaml"
-NOT_YET_WRITTEN = {"configs/ettm2_autoformer.yaml", "configs/imagenet_vit_b16.yaml"}
+NOT_YET_WRITTEN = {"configs/search/cifar10_vit.yaml", "configs/imagenet_vit_b16.yaml"}
 JOB = "4711"
 
 FAKE_SRUN = """\
@@ -302,6 +302,22 @@ def test_seeds_are_the_indices_of_the_array(site: Path) -> None:
     variables = {"SLURM_ARRAY_JOB_ID": "90", "SLURM_ARRAY_TASK_ID": "3"}
     assert submit(site, *arguments, script="seeds.sh", **variables)[0] == 0
     assert program(site)[-4:] == [*arguments, "run.seed=3", "run.dir=runs/seed-90_3"]
+
+
+def test_a_search_is_resumed_as_it_was_started(site: Path) -> None:
+    submit(site, "search.evaluations=4", script="search.sh", CONFIG="mine.yaml")
+    run_dir = f"runs/search-{JOB}"
+    assert program(site) == [
+        *("python", "-m", "app.search", "--config", "mine.yaml"),
+        *("data.root=data", "search.evaluations=4", f"run.dir={run_dir}"),
+    ]
+    (site / run_dir / "evaluations" / "00000").mkdir(parents=True)
+    (site / run_dir / "search.yaml").touch()
+    body = f"touch {run_dir}/evaluations/00000/summary.json; exit 1"
+    install(site, "srun", FAKE_SRUN.format(body=body))
+    submit(site, "search.evaluations=4", script="search.sh")
+    assert program(site) == ["python", "-m", "app.search", "--resume", run_dir]
+    assert (site / "scontrol_arguments").exists()  # an evaluation was finished
 
 
 def test_the_study_ends_in_a_report(site: Path) -> None:

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Search for hyperparameters, several trainings side by side: the paper's space, or another one.
+#
+#   [CONFIG=PATH] sbatch slurm/search.sh [section.key=value ...]
+#SBATCH --job-name=search
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=4
+#SBATCH --gres=gpu:4
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --output=%x-%j.out
+#SBATCH --open-mode=append
+
+cd "${SLURM_SUBMIT_DIR:?submit this script with sbatch}" || exit 1
+if [ ! -f slurm/job.sh ]; then
+    echo "$PWD/slurm/job.sh: not found; submit this script from the repository root" >&2
+    exit 2
+fi
+source slurm/job.sh
+
+name_run search "$@"
+if [ -f "$run_dir/search.yaml" ]; then # with everything that it was started with
+    supervise "${launch[@]}" app.search --resume "$run_dir"
+else
+    supervise "${launch[@]}" app.search --config "${CONFIG:-configs/search/cifar10_vit.yaml}" \
+        "data.root=$DATA_ROOT" "$@" "run.dir=$run_dir"
+fi
