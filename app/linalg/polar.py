@@ -151,7 +151,7 @@ def cubic_coefficients(lower: float, tolerance: float) -> Iterator[tuple[float, 
         scale = 4 / (2 + l * u * (l + u) * alpha**3)
         yield 1.5 * scale * alpha, -0.5 * scale * alpha**3
         l, u = 2 - scale, scale  # noqa: E741
-        if u - 1 <= tolerance:
+        if u - 1 <= max(tolerance, 1e-15):  # what float64 resolves here
             return
 
 
