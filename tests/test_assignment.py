@@ -42,10 +42,35 @@ def plan(shapes, count, mode="auto", **options):
 
 def best_times(shapes, count):
     """Return each layer's seconds in the fastest way there is."""
+    return [min(times) for times in all_times(shapes, count)]
+
+
+def all_times(shapes, count):
     return [
-        min(COSTS.seconds(shape, g) for g in range(1, min(count, split_limit(shape)) + 1))
+        [COSTS.seconds(shape, g) for g in range(1, min(count, split_limit(shape)) + 1)]
         for shape in shapes
     ]
+
+
+def no_plan_is_shorter(shapes, count):
+    """Seconds below which no plan can be, whatever is split.
+
+    Of the count + 1 largest layers two share a process. And within a time T every layer needs as
+    many processes as finish it within T; their time together is no less than that of the layer on
+    one process, and all of it must find room in count times T.
+    """
+    times = all_times(shapes, count)
+    pieces = sorted(best_times(shapes, count), reverse=True)
+    pair = pieces[count - 1] + pieces[count] if len(pieces) > count else 0.0
+    low, high = pieces[0], sum(options[0] for options in times)
+    for _ in range(40):
+        middle = (low + high) / 2
+        work = sum(
+            min(g * time for g, time in enumerate(options, start=1) if time <= middle)
+            for options in times
+        )
+        low, high = (low, middle) if work <= count * middle else (middle, high)
+    return max(pair, low)
 
 
 def greedy(times, count):
@@ -58,18 +83,23 @@ def greedy(times, count):
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_predicted_makespan_of_real_networks_is_within_its_bounds(network):
-    """1.1 total / p with many layers per process, else 1.4 of what no plan can be below."""
-    shapes = layers(network)
+    """1.1 total / p with many layers per process, else 1.4 of total / p or the largest piece.
+
+    Where that cannot be, the plan is as short as any can be.
+    """
+    shapes, exceptions = layers(network), []
     whole = [COSTS.seconds(shape) for shape in shapes]
     for count in range(2, 257):
         balanced = sum(whole) / count
         largest = max(best_times(shapes, count))
         makespan = plan(shapes, count).makespan
         assert makespan <= greedy(whole, count) * (1 + 1e-9), count
-        if balanced >= 3 * largest:
-            assert makespan <= 1.1 * balanced, count
-        else:
-            assert makespan <= 1.4 * max(balanced, largest), count
+        bound = 1.1 * balanced if balanced >= 3 * largest else 1.4 * max(balanced, largest)
+        if makespan > bound:
+            exceptions.append(count)
+            assert makespan <= 1.01 * no_plan_is_shorter(shapes, count), count
+    # 36 layers of three or four times 768 x 768 are two too many: splitting them does not help.
+    assert exceptions == ([34, 35] if network.startswith("vit") else [])
 
 
 @given(
@@ -98,6 +128,9 @@ def test_a_plan_is_sound(shapes, nodes, mode):
     if mode == "heat":
         for shape, group in zip(shapes, made.groups, strict=True):
             assert len(group) == min(count, split_limit(shape))
+    if mode == "auto":
+        balanced = sum(COSTS.seconds(shape) for shape in shapes) / count
+        assert all(COSTS.seconds(shapes[i]) > balanced for i in made.split)
     assert made == plan(shapes, count, mode, nodes=nodes)
 
 
@@ -127,16 +160,6 @@ def test_a_layer_that_all_would_wait_for_is_split():
     assert made.makespan < plan([(25088, 4096), (64, 64)], 8, "owner").makespan
 
 
-@pytest.mark.parametrize("network", NETWORKS)
-def test_no_layer_is_split_that_all_have_time_for(network):
-    shapes = layers(network)
-    for count in range(2, 257):
-        made = plan(shapes, count)
-        balanced = sum(COSTS.seconds(shape) for shape in shapes) / count
-        if made.makespan <= 1.3 * balanced:
-            assert all(COSTS.seconds(shapes[i]) > balanced for i in made.split), count
-
-
 def test_replicated_work_has_no_owners():
     made = plan([(30, 20), (9, 9)], 3, "replicated")
     assert made.groups == [(), ()]
@@ -152,7 +175,9 @@ def test_predicted_seconds_grow_with_size_and_fall_with_processes():
     assert free.seconds((25088, 4096), 6) < free.seconds((25088, 4096), 2)
 
 
-@given(st.lists(SHAPES, min_size=1, max_size=20), st.integers(1, 5), st.integers(1, 10**6))
+@given(
+    st.lists(SHAPES, min_size=1, max_size=20), st.integers(1, 5), st.sampled_from([1, 10**5, 10**9])
+)
 def test_buckets_hold_every_layer_once_and_no_more_than_their_limit(shapes, count, limit):
     import torch
 

@@ -10,10 +10,6 @@ from typing import Literal
 
 from app.distributed.costs import Costs, split_limit
 
-POOR = 1.4
-"""Makespan over its lower bound, the larger of the balanced time and the largest piece, from which
-on a plan is worth more search."""
-
 Factorization = Literal["auto", "owner", "heat", "replicated"]
 
 
@@ -88,9 +84,7 @@ def make_plan(
     fewest processes with which it takes no longer than the target, then all are scheduled, and of
     all targets that make a difference the best is taken (two-phase scheduling of malleable tasks:
     Turek, Wolf and Yu, SPAA 1992). One target splits nothing, so the plan is never longer than the
-    greedy one of whole layers. Where there are hardly more layers than processes, so that a few
-    processes have two, that may still be far from what is possible: then single layers are split
-    for as long as it helps.
+    greedy one of whole layers.
 
     Args:
         shapes: (m, n) of each layer, or (g, m, n) of a stack.
@@ -118,43 +112,17 @@ def make_plan(
     whole = _schedule(times, [1] * len(times), nodes)
     balanced = sum(options[0] for options in times) / count
     large = [i for i, options in enumerate(times) if len(options) > 1 and options[0] > balanced]
-    if mode == "owner":
+    if mode == "owner" or not large:
         return whole
     plans = [whole]
-    shortest = max((min(options) for options in times), default=0.0)
+    shortest = max(min(options) for options in times)
     targets = {time for i in large for time in times[i] if shortest <= time < whole.makespan}
     for target in sorted(targets):
         sizes = [1] * len(times)
         for i in large:
-            fits = [g for g, time in enumerate(times[i], start=1) if time <= target]
-            sizes[i] = fits[0] if fits else 1 + times[i].index(min(times[i]))
+            sizes[i] = next(g for g, time in enumerate(times[i], start=1) if time <= target)
         plans.append(_schedule(times, sizes, nodes))
-    best = min(plans, key=lambda plan: plan.makespan)
-    if best.makespan > POOR * max(balanced, shortest):
-        best = _split_few(best, times, nodes)
-    return best
-
-
-def _split_few(plan: Plan, times: Sequence[Sequence[float]], nodes: Sequence[int]) -> Plan:
-    """Give one layer after another one more process, each time the one with which most is won."""
-    while True:
-        sizes = [len(group) for group in plan.groups]
-        # Layers of the same times and size are the same to the plan: one of them is tried.
-        alike = {(tuple(times[i]), size): i for i, size in enumerate(sizes)}
-        trials = [
-            _schedule(times, [size + (j == i) for j, size in enumerate(sizes)], nodes)
-            for (options, size), i in alike.items()
-            if size < len(options)
-        ]
-        best = min(trials, key=_last_first, default=plan)
-        if _last_first(best) >= _last_first(plan):
-            return plan
-        plan = best
-
-
-def _last_first(plan: Plan) -> list[float]:
-    """Order plans by their last process, then by the one before it, and so on."""
-    return sorted(plan.loads, reverse=True)
+    return min(plans, key=lambda plan: plan.makespan)
 
 
 def _schedule(times: Sequence[Sequence[float]], sizes: Sequence[int], nodes: Sequence[int]) -> Plan:

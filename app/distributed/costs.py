@@ -18,12 +18,12 @@ class Costs:
     process on an AMD EPYC (Zen 4), torch 2.13.0.
     """
 
-    tall: float = field(default=1.3e-10, metadata={"unit": "seconds per l k^2"})
-    square: float = field(default=1.25e-10, metadata={"unit": "seconds per k^3"})
-    entry: float = field(default=4e-8, metadata={"unit": "seconds per l k"})
-    call: float = field(default=5e-5, metadata={"unit": "seconds per factorization"})
-    merge: float = field(default=2e-10, metadata={"unit": "seconds per k^3 and round of merging"})
-    merge_call: float = field(default=2e-3, metadata={"unit": "seconds per round of merging"})
+    tall: float = field(default=1.5e-10, metadata={"unit": "seconds per l k^2"})
+    square: float = field(default=2.5e-10, metadata={"unit": "seconds per k^3"})
+    entry: float = field(default=8e-9, metadata={"unit": "seconds per l k"})
+    call: float = field(default=2.5e-4, metadata={"unit": "seconds per factorization"})
+    merge: float = field(default=2.5e-10, metadata={"unit": "seconds per k^3 and round of merging"})
+    merge_call: float = field(default=2.5e-3, metadata={"unit": "seconds per round of merging"})
 
     def __post_init__(self) -> None:
         for coefficient in fields(self):
