@@ -209,10 +209,9 @@ def _describe(problem: Any) -> str:
 
 def _suggestion(word: str, known: Iterable[str]) -> str:
     known = list(known)
-    matches = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    if not matches:  # the right key in the wrong section
-        key = word.rpartition(".")[-1]
-        matches = [other for other in known if other.rpartition(".")[-1] == key][:1]
+    key = word.rpartition(".")[-1]
+    matches = [other for other in known if other.rpartition(".")[-1] == key]  # in another section
+    matches = matches or difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"; did you mean {matches[0]}?" if matches else ""
 
 
