@@ -181,7 +181,7 @@ def test_a_definition_names_what_is_wrong(tmp_path):
         load(path)
 
 
-@pytest.mark.parametrize("name", ["digits", "digits_full_rank"])
+@pytest.mark.parametrize("name", ["digits", "digits_full_rank", "cifar10_vit"])
 def test_shipped_searches_are_sound(name):
     load(config.DEFAULT_CONFIGURATION.parent / "search" / f"{name}.yaml")
 

@@ -36,7 +36,7 @@ class Workers:
     firsts: Any
     """The first processes of all workers; None on all other processes."""
     local_index: int
-    """Index of this process on its node, over all workers."""
+    """Index of this process among those of its worker on its node."""
     device: torch.device
 
     @property
@@ -97,12 +97,11 @@ def start_workers(*, processes_per_worker: int, device: str) -> Workers:
     if launch.launcher == "torchrun":
         raise UserError("a search needs MPI: start it by mpirun or srun instead of torchrun")
     world = connect_mpi(launch)
-    if world is None:
-        try:
-            from mpi4py import MPI
-        except (ImportError, RuntimeError) as error:
-            raise UserError(f"a search needs MPI, which cannot be used: {error}") from None
-        world = MPI.COMM_SELF
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise UserError(f"a search needs MPI, which cannot be used: {error}") from None
+    world = MPI.COMM_SELF if world is None else world
     rank, size = world.Get_rank(), world.Get_size()
     if size % processes_per_worker:
         raise UserError(
@@ -113,9 +112,13 @@ def start_workers(*, processes_per_worker: int, device: str) -> Workers:
         # DistributedDataParallel imports it at its first use. A training that fails around a first
         # import leaves references behind, and its connections open (seen with torch 2.13).
         importlib.import_module("torch._dynamo")
-    local_index, chosen = choose_device(device, launch, world if size > 1 else None)
+    # Over all workers, so that no two of them share a GPU.
+    _, chosen = choose_device(device, launch, world if size > 1 else None)
     index = rank // processes_per_worker
     own = world.Split(index, rank)
+    node = own.Split_type(MPI.COMM_TYPE_SHARED)
+    local_index = node.Get_rank()
+    node.Free()
     firsts = world.Split(0 if own.Get_rank() == 0 else 1, rank)
     return Workers(
         index=index,

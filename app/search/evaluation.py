@@ -150,9 +150,7 @@ def evaluate(
                 _prepare(run_folder, configuration)
             summary = train(configuration, runtime, watch, resume=False, test=False, on_epoch=watch)
     except Exception as error:
-        failure = _Failure(
-            status=_status(error), when=time.time(), traceback=traceback.format_exc()
-        )
+        failure = _Failure(status=_status(error), when=time.time(), traceback=_describe(error))
     gc.collect()  # of the network and of what the traceback held
     if workers.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -212,6 +210,13 @@ def _status(error: Exception) -> str:
             return "out of memory"
         case _:
             return "failed"
+
+
+def _describe(error: Exception) -> str:
+    """Return the traceback with what was raised in its last line, below what was noted of it."""
+    notes = getattr(error, "__notes__", [])
+    error.__notes__ = []
+    return "".join([*(f"{note}\n" for note in notes), *traceback.format_exception(error)])
 
 
 def _prepare(folder: Path, configuration: Configuration) -> None:

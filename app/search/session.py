@@ -5,11 +5,13 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from app.compatibility import import_heat
 from app.config import to_yaml
 from app.distributed.launch import Launch
 from app.distributed.runtime import make_store
@@ -65,7 +67,11 @@ def search(
     section = definition.base.search
     islands = agree(workers.world, lambda: check_islands(section, workers.count))
     folder = _prepare_folder(definition, workers, resume=resume)
-    agree(workers.world, lambda: _check(definition, workers))
+    if definition.base.distributed.factorization == "heat" and find_spec("heat"):
+        import_heat()  # a collective call of all processes, which no worker can make later
+    # The first worker before the others, so that data are downloaded once.
+    agree(workers.world, lambda: None if workers.index else _check(definition, workers))
+    agree(workers.world, lambda: _check(definition, workers) if workers.index else None)
     if workers.world.Get_rank() == 0:
         write_text(folder / STORED, definition.to_yaml())
     session = _Session(definition, workers, stop_signal, folder=folder, islands=islands)
