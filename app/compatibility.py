@@ -1,6 +1,7 @@
 """Workarounds for other packages: one function each, with the version seen and when it can go."""
 
 import importlib
+import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,6 +64,17 @@ def _posterize(image: Any, bits: int, **_: Any) -> Any:
     from timm.data import auto_augment
 
     return auto_augment.posterize(image, max(1, bits))
+
+
+def import_scikit_learn() -> None:
+    """Import scikit-learn's data sets, and leave Python's random generator as it is.
+
+    Seen with scikit-learn 1.9.1: where rich is installed it imports parts of it that draw a random
+    number. It can go when the import no longer does.
+    """
+    state = random.getstate()
+    importlib.import_module("sklearn.datasets")
+    random.setstate(state)
 
 
 def import_heat() -> Any:

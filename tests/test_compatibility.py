@@ -111,3 +111,15 @@ def test_heat_leaves_random_generators_alone() -> None:
         "print(heat.__name__, torch.equal(state, torch.get_rng_state()))\n"
     )
     assert (result.returncode, result.stdout) == (0, "heat True\n"), result.stderr
+
+
+def test_scikit_learn_leaves_the_random_generator_alone() -> None:
+    result = run(
+        "import random\n"
+        "state = random.getstate()\n"
+        "from app.compatibility import import_scikit_learn\n"
+        "import_scikit_learn()\n"
+        "import sys\n"
+        "print('sklearn.datasets' in sys.modules, random.getstate() == state)\n"
+    )
+    assert (result.returncode, result.stdout) == (0, "True True\n"), result.stderr

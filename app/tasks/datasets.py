@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from app.compatibility import import_torchvision
+from app.compatibility import import_scikit_learn, import_torchvision
 from app.errors import UserError
 from app.settings import Configuration, DataSection
 from app.tasks.ett import is_series, series_path
@@ -190,6 +190,7 @@ def download(configuration: Configuration) -> None:
 
 
 def _load_digits(data: DataSection) -> ImageSet:
+    import_scikit_learn()
     from sklearn.datasets import load_digits
 
     digits = load_digits()
