@@ -34,6 +34,8 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere as a script
+
 from app.distributed.launch import read_launch
 from app.distributed.processes import Processes
 from app.distributed.runtime import Runtime, start_runtime
@@ -147,11 +149,17 @@ def measure(runtime: Runtime, rounds: int) -> dict[str, Any]:
 def at_trainable_share(dense: nn.Module, share: float) -> nn.Module:
     """Return a factorized copy that trains at most this share of the parameters."""
     limit = share * parameter_counts(dense)[0]
-    for hundredths in range(100, 0, -1):
-        model = at_rank_fraction(dense, hundredths / 100, "auto")
+    low, high = 0, 100  # hundredths of the full rank: small enough, and too large
+    best = None
+    while high - low > 1:
+        middle = (low + high) // 2
+        model = at_rank_fraction(dense, middle / 100, "auto")
         if parameter_counts(model)[0] <= limit:
-            return model
-    raise AssertionError(f"no rank leaves {share} of the parameters")
+            low, best = middle, model
+        else:
+            high = middle
+    assert best is not None, f"no rank leaves {share} of the parameters"
+    return best
 
 
 class Step:

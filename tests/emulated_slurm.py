@@ -192,7 +192,8 @@ class EmulatedSlurm:
         try:
             return wait_for(reached, what, timeout)
         except AssertionError as error:
-            raise AssertionError(f"{error}: {self.show(job)}\n{self.log(job)}") from None
+            state = {key: self.show(job)[key] for key in ("JobState", "Reason", "Restarts")}
+            raise AssertionError(f"{error}: {state}\n{self.log(job)}") from None
 
 
 def free_ports(count):
