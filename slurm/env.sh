@@ -32,5 +32,8 @@ export SRUN_MPI="${SRUN_MPI:-pmi2}"
 export DATA_ROOT="${DATA_ROOT:-data}"
 export IMAGENET_ROOT="${IMAGENET_ROOT:-$DATA_ROOT/imagenet}"
 
+# Folder on each node's own disk to which ImageNet is copied before a training, if there is one.
+# export STAGE_TO="$TMPDIR/imagenet"
+
 # Folder of the run directories, on a file system that all nodes share, such as scratch.
 export RUNS_ROOT="${RUNS_ROOT:-runs}"

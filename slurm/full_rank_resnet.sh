@@ -21,4 +21,4 @@ fi
 source slurm/job.sh
 
 train full_rank_resnet configs/imagenet_resnetrs101.yaml \
-    oialr.enabled=false "data.root=$IMAGENET_ROOT" "$@"
+    oialr.enabled=false "${imagenet[@]}" "$@"

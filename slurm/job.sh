@@ -10,6 +10,9 @@ set -euo pipefail # only now: modules and conda are not written for it
 export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # srun does not take it over from sbatch
 
+# shellcheck disable=SC2034  # read by the scripts
+imagenet=("data.root=$IMAGENET_ROOT" ${STAGE_TO:+"data.stage_to=$STAGE_TO"})
+
 # A requeued job keeps its id, an element of an array those of the array and its own. RUN_DIR lets
 # another job go on with a run.
 if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then

@@ -23,4 +23,4 @@ if [ ! -f slurm/job.sh ]; then
 fi
 source slurm/job.sh
 
-train oialr_resnet configs/imagenet_resnetrs101.yaml "data.root=$IMAGENET_ROOT" "$@"
+train oialr_resnet configs/imagenet_resnetrs101.yaml "${imagenet[@]}" "$@"

@@ -20,4 +20,4 @@ if [ ! -f slurm/job.sh ]; then
 fi
 source slurm/job.sh
 
-train oialr_vit configs/imagenet_vit_b16.yaml "data.root=$IMAGENET_ROOT" "$@"
+train oialr_vit configs/imagenet_vit_b16.yaml "${imagenet[@]}" "$@"

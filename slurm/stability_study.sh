@@ -22,5 +22,5 @@ fi
 source slurm/job.sh
 
 train stability_study configs/imagenet_resnetrs101.yaml \
-    oialr.enabled=false stability.enabled=true "data.root=$IMAGENET_ROOT" "$@"
+    oialr.enabled=false stability.enabled=true "${imagenet[@]}" "$@"
 "${WITHIN[@]}" python -m app.report "$run_dir"

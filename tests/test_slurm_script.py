@@ -153,6 +153,13 @@ def test_command_has_harmless_defaults(site: Path) -> None:
     assert "data.root=data/imagenet" in srun_arguments(site)
 
 
+def test_images_are_staged_where_the_site_says_so(site: Path) -> None:
+    submit(site)
+    assert "data.stage_to" not in " ".join(srun_arguments(site))
+    submit(site, STAGE_TO="/local/my images")
+    assert "data.stage_to=/local/my images" in srun_arguments(site)
+
+
 def test_all_processes_are_given_time_to_leave(site: Path) -> None:
     submit(site)
     # Otherwise the first to leave with 75 has the others killed, and srun reports 137.
