@@ -7,10 +7,13 @@ import pytest
 import torch
 import yaml
 from launching import ROOT, launch, train
+from test_search_store import evaluation
 
 from app.metrics.store import read_rows
+from app.search.definition import load
 from app.search.evaluation import Hopeless, _Watch
 from app.search.objective import FAILED
+from app.search.session import _Session
 from app.search.store import read_evaluations
 from app.search_section import SearchSection
 from app.settings import Configuration
@@ -99,8 +102,8 @@ def test_a_search_from_its_start_to_the_winner(tmp_path, tiny):
 
 def test_faults_are_results_and_the_search_goes_on(tmp_path, tiny):
     folder = tmp_path / "run"
-    plan = {"0": "raise", "1": "memory", "2": "diverge", "4": "slow"}
-    arguments = ["search.evaluations=6", "search.evaluation_timeout=1000"]
+    plan = {"0": "raise", "1": "memory", "2": "diverge", "4": "slow", "5": "hopeless"}
+    arguments = ["search.evaluations=7", "search.evaluation_timeout=1000"]
     result = disturbed(4, plan, "--config", tiny, f"run.dir={folder}", *arguments)
     ones = stored(folder)
     assert [one.status for one in ones] == [
@@ -109,8 +112,11 @@ def test_faults_are_results_and_the_search_goes_on(tmp_path, tiny):
         "diverged",
         "finished",
         "timeout",
+        "hopeless",
         "finished",
     ]
+    assert len(ones[5].curve) == 2
+    assert ones[5].loss == ones[5].curve[-1]
     messages = {0: "a bad day", 1: "no room", 2: "DivergedError", 4: "stopped"}
     for number, message in messages.items():
         assert ones[number].loss == FAILED
@@ -119,7 +125,7 @@ def test_faults_are_results_and_the_search_goes_on(tmp_path, tiny):
     assert "worker 0" in result.stderr
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["failed"] == 4
-    assert summary["best_number"] in (3, 5)
+    assert summary["best_number"] in (3, 6)
 
 
 def test_a_killed_search_is_resumed_by_other_workers(tmp_path, tiny):
@@ -129,21 +135,39 @@ def test_a_killed_search_is_resumed_by_other_workers(tmp_path, tiny):
     assert 2 <= len(before) <= 4
     assert 3 not in [one.number for one in before]
     arguments = ["search.processes_per_worker=1", "search.evaluations=8"]
-    search(3, "--resume", folder, *arguments)
+    result = search(3, "--resume", folder, *arguments)
+    assert result.stderr.count(" per hour ") == 8 - len(before)  # nothing is done twice
     after = stored(folder)
     assert [one.number for one in after] == list(range(8))
     assert [one for one in after if one.processes == 2] == before
     assert all(one.status == "finished" for one in after)
 
 
+def test_what_earlier_sessions_found_is_known_to_the_next(tiny):
+    session = object.__new__(_Session)
+    session._definition = load(tiny)
+    values = {
+        "training.learning_rate": 2e-3,
+        "oialr.delay": 7,
+        "training.gradient_clip": 1.0,
+    }
+    session._earlier = [evaluation(3, parameters=values, loss=0.25, worker=2, island=1)]
+    (known,) = session._known()
+    assert session._definition.space.decode(known.position) == pytest.approx(values)
+    assert (known.loss, known.worker, known.island) == (0.25, 2, 1)
+
+
 def test_a_signal_to_one_process_stops_all_workers(tmp_path, tiny):
     folder = tmp_path / "run"
-    result = disturbed(4, {"2": "signal"}, "--config", tiny, f"run.dir={folder}", code=75)
+    arguments = ["--config", tiny, f"run.dir={folder}", "search.evaluations=30"]
+    result = disturbed(4, {"2": "signal"}, *arguments, code=75)
     assert result.stderr.count("stopped by a signal: go on with --resume") == 1
-    before = stored(folder)
-    assert 2 not in [one.number for one in before]
-    search(2, "--resume", folder)
-    assert [one.number for one in stored(folder)] == list(range(5))
+    before = [one.number for one in stored(folder)]
+    assert 2 not in before
+    assert len(before) < 15  # the other worker has not gone on to the end
+    total = len(before) + 3
+    search(2, "--resume", folder, f"search.evaluations={total}")
+    assert [one.number for one in stored(folder)] == list(range(total))
 
 
 def test_a_search_without_a_result_says_so(tmp_path, tiny):

@@ -129,7 +129,7 @@ def test_a_mistake_in_the_space_is_named(entries, message):
 
 def test_a_pair_of_parameters_that_contradict_each_other_is_found():
     with pytest.raises(UserError, match=r"warmup_epochs: 9\.0 must be less than epochs, 8"):
-        space(training__warmup_epochs=[1, 9], training__epochs=[8, 20])
+        space(training__warmup_epochs=[1, 9], training__epochs=[8, 80])
 
 
 def test_parameters_of_the_method_need_the_method():
