@@ -252,8 +252,7 @@ def test_what_is_remembered_does_not_change_with_the_network():
     tracker = tracker_of(method)
     tracker.measure(model, 0)
     before = copy.deepcopy(tracker.state_dicts())
-    train(model, optimizer, method, 5)
-    for part in model.parameters():
+    for part in model.parameters():  # in place, as an update without a cut does
         part.data.add_(1)
     after = tracker.state_dicts()
     for name, reference in before["stability-epochs-00000000"].items():
