@@ -171,7 +171,7 @@ class InMemoryClassification(Classification):
 
     def _normalize(self, images: Tensor) -> Tensor:
         """Turn bytes into float32 of mean 0 and standard deviation 1 over the training part."""
-        return images.mul(self._scale).add_(self._shift)
+        return images.float().mul_(self._scale).add_(self._shift)
 
     def _random_crops(self, epoch: int, number: int, size: int) -> tuple[np.ndarray, np.ndarray]:
         """Return corners (size, 2) and flips (size,) for the samples of a global batch."""
@@ -186,7 +186,7 @@ class InMemoryClassification(Classification):
     ) -> tuple[Tensor, Tensor]:
         """Return normalized training images (b, channels, height, width) and labels (b,)."""
         images, labels = self._parts["train"]
-        taken = images[samples]
+        taken = images.index_select(0, samples)
         if self._augmentation != "none":
             taken = crop_and_flip(
                 taken,

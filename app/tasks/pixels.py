@@ -22,12 +22,26 @@ def crop_and_flip(images: Tensor, corners: Tensor, flipped: Tensor, *, margin: i
     Returns:
         (b, channels, height, width).
     """
-    count, _, height, width = images.shape
+    height, width = images.shape[2:]
     padded = functional.pad(images, (margin, margin, margin, margin))
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (b, channels, top, left, ...)
-    samples = torch.arange(count, device=images.device)
-    cut = windows[samples, :, corners[:, 0], corners[:, 1]]
-    return cut.index_copy_(0, flipped, cut.index_select(0, flipped).flip(-1))
+    cut = _cut_by_numpy if images.device.type == "cpu" else _cut_by_torch
+    return cut(windows, corners, flipped)
+
+
+def _cut_by_torch(windows: Tensor, corners: Tensor, flipped: Tensor) -> Tensor:
+    samples = torch.arange(len(windows), device=windows.device)
+    result = windows[samples, :, corners[:, 0], corners[:, 1]]
+    return result.index_copy_(0, flipped, result.index_select(0, flipped).flip(-1))
+
+
+def _cut_by_numpy(windows: Tensor, corners: Tensor, flipped: Tensor) -> Tensor:
+    """The same on the host, where numpy copies whole rows and torch single pixels."""
+    top, left = corners.numpy().T
+    mirrored = flipped.numpy()
+    result = windows.numpy()[np.arange(len(windows)), :, top, left]
+    result[mirrored] = result[mirrored][..., ::-1]
+    return torch.from_numpy(result)
 
 
 def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
