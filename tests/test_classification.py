@@ -60,7 +60,6 @@ def assert_equal(left: list[tuple[Tensor, Tensor]], right: list[tuple[Tensor, Te
 
 @pytest.fixture
 def _global_random_state_untouched() -> Iterator[None]:
-    digits()  # scikit-learn imports rich where it is there, and that draws from Python's generator
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     yield
     assert torch.equal(torch.get_rng_state(), before[0])
