@@ -24,7 +24,7 @@ from torch.nn import functional
 from app import config
 from app.errors import UserError
 from app.settings import DataSection
-from app.tasks.image_files import evaluation_transform, read_region
+from app.tasks.image_files import evaluation_transform, random_box, read_region
 from app.tasks.mixing import Mix, draw, mix_images, mix_labels
 from app.tasks.randomness import seeded
 from app.tasks.staging import stage, staged_root
@@ -194,6 +194,30 @@ def test_options_that_a_data_set_has_no_use_for(values: dict[str, Any], message:
         config.build({"data": values})
 
 
+@settings(deadline=None)
+@given(width=st.integers(1, 700), height=st.integers(1, 700), seed=st.integers(0, 2**32 - 1))
+def test_random_box_lies_within_the_image(width: int, height: int, seed: int) -> None:
+    left, top, right, bottom = random_box(width, height, np.random.default_rng(seed))
+    assert 0 <= left < right <= width
+    assert 0 <= top < bottom <= height
+
+
+def test_random_boxes_have_the_areas_and_shapes_of_the_paper() -> None:
+    generator = np.random.default_rng(0)
+    boxes = np.array([random_box(500, 500, generator) for _ in range(4000)])
+    width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    shares, ratios = width * height / 500**2, width / height
+    assert 0.07 < shares.min() < 0.09
+    assert 0.45 < shares.mean() < 0.54  # of large areas some shapes do not fit
+    assert 0.73 < ratios.min() < 0.76
+    assert 1.32 < ratios.max() < 1.35
+    assert abs(np.log(ratios).mean()) < 0.02
+    middle = (boxes[:, 0] + boxes[:, 2]) / 2, (boxes[:, 1] + boxes[:, 3]) / 2
+    assert all(abs(places.mean() - 250) < 5 for places in middle)
+    # Nothing of an image as long as this fits: the largest square-like part of its middle.
+    assert random_box(300, 9, generator) == (144, 0, 156, 9)
+
+
 def smooth_image(width: int, height: int, kind: str) -> Image.Image:
     y, x = np.mgrid[0:height, 0:width]
     waves = [np.sin(x / 70 + i) * np.cos(y / 50 - i) for i in range(3)]
@@ -230,7 +254,8 @@ def test_large_jpeg_is_decoded_at_a_part_of_its_resolution() -> None:
 def test_evaluation_sees_the_whole_resolution() -> None:
     image = smooth_image(640, 480, "JPEG")
     transform = evaluation_transform(56)
-    pixels = transform.finish(transform.decode(image))
+    random = np.random.default_rng(0)
+    pixels = transform.finish(transform.decode(image, random), random)
     resized = smooth_image(640, 480, "JPEG").resize((85, 64), Image.Resampling.BILINEAR)
     left, top = round((85 - 56) / 2), (64 - 56) // 2
     expected = np.asarray(resized.crop((left, top, left + 56, top + 56)), int).transpose(2, 0, 1)

@@ -5,10 +5,11 @@ Pixels stay bytes on their way to the device, where they are normalized: a quart
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -26,6 +27,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CROP_RATIO = 0.875
 """Share of the shorter side that the central crop keeps in evaluation."""
 
+Box = tuple[int, int, int, int]
+"""Left, top, right, bottom in pixels."""
 File = tuple[str, int]
 """Path of an image and its class."""
 
@@ -34,9 +37,9 @@ File = tuple[str, int]
 class Transform:
     """What is made of an image, in two steps that fail for different reasons."""
 
-    decode: Callable[[Any], Any]
+    decode: Callable[[Any, np.random.Generator], Any]
     """From an opened PIL image, not decoded yet, to an RGB image of the final size."""
-    finish: Callable[[Any], Tensor]
+    finish: Callable[[Any, np.random.Generator], Tensor]
     """From that to (3, size, size): bytes, or normalized float32."""
 
 
@@ -44,14 +47,14 @@ class ImageFiles(Dataset[tuple[Tensor, int] | UserError]):
     """Reads and transforms one image at a time; its only state is its arguments."""
 
     def __init__(
-        self, files: Sequence[File], transform: Transform, key: tuple[int, int] | None = None
+        self, files: Sequence[File], transform: Transform, key: tuple[int, int] = (0, 0)
     ) -> None:
         """Take what is to be read.
 
         Args:
             files: paths and classes.
-            transform: draws random numbers from the generators of torch, numpy and Python.
-            key: (seed, epoch) of the random numbers; None: the transform needs none.
+            transform: what is made of them.
+            key: (seed, epoch) of the random numbers.
         """
         self._files = files
         self._transform = transform
@@ -68,18 +71,14 @@ class ImageFiles(Dataset[tuple[Tensor, int] | UserError]):
         from PIL import Image
 
         path, label = self._files[index]
-        random: AbstractContextManager[None] = nullcontext()
-        if self._key is not None:
-            draws = sharding.generator(Stream.SAMPLE, *self._key, int(index))
-            random = seeded(int(draws.integers(2**63)))
-        with random:
-            try:
-                with Image.open(path) as image:
-                    pixels = self._transform.decode(image)
-            except Exception as error:  # decoders fail in many ways
-                reason = " ".join(str(error).split())
-                return UserError(f"data.root: {path} is not a readable image ({reason}); remove it")
-            return self._transform.finish(pixels), label
+        random = sharding.generator(Stream.SAMPLE, *self._key, int(index))
+        try:
+            with Image.open(path) as image:
+                pixels = self._transform.decode(image, random)
+        except Exception as error:  # decoders fail in many ways
+            reason = " ".join(str(error).split())
+            return UserError(f"data.root: {path} is not a readable image ({reason}); remove it")
+        return self._transform.finish(pixels, random), label
 
 
 def collate(
@@ -109,7 +108,8 @@ def evaluation_transform(size: int) -> Transform:
     crop = t.Compose([t.Resize(math.ceil(size / CROP_RATIO)), t.CenterCrop(size)])
 
     return Transform(
-        decode=lambda image: crop(image.convert("RGB")), finish=t.functional.pil_to_tensor
+        decode=lambda image, _: crop(image.convert("RGB")),
+        finish=lambda pixels, _: t.functional.pil_to_tensor(pixels),
     )
 
 
@@ -129,23 +129,48 @@ def training_transform(data: DataSection) -> Transform:
     augment = _random_augment(data)
     erase = RandomErasing(data.random_erasing, mode="pixel", device="cpu")
 
+    draws_globally = augment is not None or data.random_erasing > 0
     normalize = normalization(torch.device("cpu"))
 
-    def decode(image: Any) -> Any:
-        top, left, height, width = t.RandomResizedCrop.get_params(image, (0.08, 1), (3 / 4, 4 / 3))
-        return read_region(image, (left, top, left + width, top + height), data.image_size)
+    def decode(image: Any, random: np.random.Generator) -> Any:
+        width, height = image.size
+        return read_region(image, random_box(width, height, random), data.image_size)
 
-    def finish(crop: Any) -> Tensor:
-        if torch.rand(()) < 0.5:
+    def finish(crop: Any, random: np.random.Generator) -> Tensor:
+        if random.random() < 0.5:
             crop = t.functional.hflip(crop)
-        pixels: Tensor = t.functional.pil_to_tensor(augment(crop) if augment else crop)
-        # What is erased becomes noise around the mean, which needs the normalized image.
-        return erase(normalize(pixels)) if data.random_erasing else pixels
+        seed = int(random.integers(2**63))
+        with seeded(seed) if draws_globally else nullcontext():
+            pixels: Tensor = t.functional.pil_to_tensor(augment(crop) if augment else crop)
+            # What is erased becomes noise around the mean, which needs the normalized image.
+            return erase(normalize(pixels)) if data.random_erasing else pixels
 
     return Transform(decode=decode, finish=finish)
 
 
-def read_region(image: Any, box: tuple[int, int, int, int], size: int) -> Any:
+def random_box(width: int, height: int, random: np.random.Generator) -> Box:
+    """Choose a region of 8 to 100 % of an image's area, with sides of 3 : 4 to 4 : 3.
+
+    As torchvision's RandomResizedCrop: after ten shapes that do not fit, the largest central one.
+
+    Args:
+        width, height: of the image.
+        random: where numbers come from.
+    """
+    low, high = 3 / 4, 4 / 3
+    for _ in range(10):
+        area = width * height * random.uniform(0.08, 1)
+        ratio = math.exp(random.uniform(math.log(low), math.log(high)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(random.integers(width - w + 1)), int(random.integers(height - h + 1))
+            return left, top, left + w, top + h
+    w, h = min(width, round(height * high)), min(height, round(width / low))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def read_region(image: Any, box: Box, size: int) -> Any:
     """Decode a region of an image and resize it to ``size`` pixels square, RGB.
 
     A JPEG is decoded at half, a quarter or an eighth of its resolution where that is enough: its
@@ -153,7 +178,7 @@ def read_region(image: Any, box: tuple[int, int, int, int], size: int) -> Any:
 
     Args:
         image: opened by PIL, not decoded yet.
-        box: left, top, right, bottom in pixels.
+        box: the region.
         size: width and height of the result.
     """
     from PIL.Image import Resampling
