@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import os
+import pickle
 import random
 import re
 import threading
@@ -24,7 +25,12 @@ from torch.nn import functional
 from app import config
 from app.errors import UserError
 from app.settings import DataSection
-from app.tasks.image_files import evaluation_transform, random_box, read_region
+from app.tasks.image_files import (
+    EvaluationTransform,
+    TrainingTransform,
+    random_box,
+    read_region,
+)
 from app.tasks.mixing import Mix, draw, mix_images, mix_labels
 from app.tasks.randomness import seeded
 from app.tasks.staging import stage, staged_root
@@ -180,6 +186,16 @@ def test_wrong_notation_of_rand_augment(images: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_transforms_can_be_sent_to_spawned_loaders() -> None:
+    data = {"name": "image_folder", "random_augment": "rand-m9-inc1", "random_erasing": 1.0}
+    transform = TrainingTransform(config.build({"data": {**data, "image_size": 64}}).data)
+    results = []
+    for one in (transform, pickle.loads(pickle.dumps(transform))):
+        random = np.random.default_rng(0)
+        results.append(one.finish(one.decode(smooth_image(200, 150, "JPEG"), random), random))
+    assert torch.equal(*results)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -253,7 +269,7 @@ def test_large_jpeg_is_decoded_at_a_part_of_its_resolution() -> None:
 
 def test_evaluation_sees_the_whole_resolution() -> None:
     image = smooth_image(640, 480, "JPEG")
-    transform = evaluation_transform(56)
+    transform = EvaluationTransform(56)
     random = np.random.default_rng(0)
     pixels = transform.finish(transform.decode(image, random), random)
     resized = smooth_image(640, 480, "JPEG").resize((85, 64), Image.Resampling.BILINEAR)

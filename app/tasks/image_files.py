@@ -5,9 +5,7 @@ Pixels stay bytes on their way to the device, where they are normalized: a quart
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -33,14 +31,14 @@ File = tuple[str, int]
 """Path of an image and its class."""
 
 
-@dataclass(frozen=True)
-class Transform:
+class Transform(Protocol):
     """What is made of an image, in two steps that fail for different reasons."""
 
-    decode: Callable[[Any, np.random.Generator], Any]
-    """From an opened PIL image, not decoded yet, to an RGB image of the final size."""
-    finish: Callable[[Any, np.random.Generator], Tensor]
-    """From that to (3, size, size): bytes, or normalized float32."""
+    def decode(self, image: Any, random: np.random.Generator) -> Any:
+        """Turn an opened PIL image, not decoded yet, into an RGB image of the final size."""
+
+    def finish(self, pixels: Any, random: np.random.Generator) -> Tensor:
+        """Turn that into (3, size, size): bytes, or normalized float32."""
 
 
 class ImageFiles(Dataset[tuple[Tensor, int] | UserError]):
@@ -94,58 +92,79 @@ def collate(
     return torch.stack(images), torch.tensor(labels)
 
 
-def normalization(device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Return the function from bytes (..., 3, height, width) on a device to normalized float32."""
-    mean, std = (torch.tensor(v, device=device)[:, None, None] * 255 for v in (MEAN, STD))
-    return lambda images: (images - mean) / std
+class Normalization:
+    """From bytes (..., 3, height, width) to float32 of ImageNet's mean 0 and deviation 1."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Put the constants on the device of the images, once."""
+        self._mean, self._std = (
+            torch.tensor(values, device=device)[:, None, None] * 255 for values in (MEAN, STD)
+        )
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Normalize images."""
+        return (images - self._mean) / self._std
 
 
-def evaluation_transform(size: int) -> Transform:
-    """Return the transform of evaluation: the central crop of the resized image, as bytes."""
-    import_torchvision()
-    from torchvision import transforms as t
+class EvaluationTransform:
+    """The central crop of the resized image, as bytes."""
 
-    crop = t.Compose([t.Resize(math.ceil(size / CROP_RATIO)), t.CenterCrop(size)])
+    def __init__(self, size: int) -> None:
+        """Prepare for crops of ``size`` pixels square."""
+        import_torchvision()
+        from torchvision import transforms as t
 
-    return Transform(
-        decode=lambda image, _: crop(image.convert("RGB")),
-        finish=lambda pixels, _: t.functional.pil_to_tensor(pixels),
-    )
+        self._crop = t.Compose([t.Resize(math.ceil(size / CROP_RATIO)), t.CenterCrop(size)])
+
+    def decode(self, image: Any, random: np.random.Generator) -> Any:
+        """See :class:`Transform`."""
+        return self._crop(image.convert("RGB"))
+
+    def finish(self, pixels: Any, random: np.random.Generator) -> Tensor:
+        """See :class:`Transform`."""
+        return _to_bytes(pixels)
 
 
-def training_transform(data: DataSection) -> Transform:
-    """Return the transform of training: random crop, flip, RandAugment, random erasing.
+class TrainingTransform:
+    """Random crop, flip, RandAugment, random erasing.
 
     Szegedy et al., arXiv 1409.4842, section 6 (crop); Cubuk et al., arXiv 1909.13719 (RandAugment);
     Zhong et al., arXiv 1708.04896 (erasing); the last two are timm's.
-
-    Raises:
-        UserError: ``data.random_augment`` is not in timm's notation.
     """
-    import_torchvision()
-    from timm.data.random_erasing import RandomErasing
-    from torchvision import transforms as t
 
-    augment = _random_augment(data)
-    erase = RandomErasing(data.random_erasing, mode="pixel", device="cpu")
+    def __init__(self, data: DataSection) -> None:
+        """Prepare what the configuration asks for.
 
-    draws_globally = augment is not None or data.random_erasing > 0
-    normalize = normalization(torch.device("cpu"))
+        Raises:
+            UserError: ``data.random_augment`` is not in timm's notation.
+        """
+        self._size = data.image_size
+        self._augment = _random_augment(data)
+        self._erase: Callable[[Tensor], Tensor] | None = None
+        if data.random_erasing > 0:
+            import_torchvision()
+            from timm.data.random_erasing import RandomErasing
 
-    def decode(image: Any, random: np.random.Generator) -> Any:
+            self._erase = RandomErasing(data.random_erasing, mode="pixel", device="cpu")
+        self._normalize = Normalization(torch.device("cpu"))
+
+    def decode(self, image: Any, random: np.random.Generator) -> Any:
+        """See :class:`Transform`."""
         width, height = image.size
-        return read_region(image, random_box(width, height, random), data.image_size)
+        return read_region(image, random_box(width, height, random), self._size)
 
-    def finish(crop: Any, random: np.random.Generator) -> Tensor:
+    def finish(self, pixels: Any, random: np.random.Generator) -> Tensor:
+        """See :class:`Transform`."""
         if random.random() < 0.5:
-            crop = t.functional.hflip(crop)
-        seed = int(random.integers(2**63))
-        with seeded(seed) if draws_globally else nullcontext():
-            pixels: Tensor = t.functional.pil_to_tensor(augment(crop) if augment else crop)
-            # What is erased becomes noise around the mean, which needs the normalized image.
-            return erase(normalize(pixels)) if data.random_erasing else pixels
+            from PIL import ImageOps
 
-    return Transform(decode=decode, finish=finish)
+            pixels = ImageOps.mirror(pixels)
+        if not (self._augment or self._erase):
+            return _to_bytes(pixels)
+        with seeded(int(random.integers(2**63))):  # timm draws from global generators
+            augmented = _to_bytes(self._augment(pixels) if self._augment else pixels)
+            # What is erased becomes noise around the mean, which needs the normalized image.
+            return self._erase(self._normalize(augmented)) if self._erase else augmented
 
 
 def random_box(width: int, height: int, random: np.random.Generator) -> Box:
@@ -209,3 +228,8 @@ def _random_augment(data: DataSection) -> Callable[[Any], Any] | None:
             f"rand-m9-mstd0.5-inc1 ({type(error).__name__}: {error})"
         ) from None
     return augment
+
+
+def _to_bytes(pixels: Any) -> Tensor:
+    """Turn an RGB image of PIL into (3, height, width) uint8."""
+    return torch.from_numpy(np.array(pixels).transpose(2, 0, 1).copy())

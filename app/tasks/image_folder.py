@@ -19,12 +19,12 @@ from app.settings import Configuration, DataSection
 from app.tasks import Batch, sharding
 from app.tasks.classification import Classification
 from app.tasks.image_files import (
+    EvaluationTransform,
     File,
     ImageFiles,
+    Normalization,
+    TrainingTransform,
     collate,
-    evaluation_transform,
-    normalization,
-    training_transform,
 )
 from app.tasks.splitting import limit_training_part, split_off, split_off_validation
 
@@ -58,9 +58,9 @@ class ImageFolderClassification(Classification):
             device=device,
         )
         self._workers = data.workers
-        self._normalize = normalization(device)
-        self._train_transform = training_transform(data)
-        self._evaluation_transform = evaluation_transform(data.image_size)
+        self._normalize = Normalization(device)
+        self._train_transform = TrainingTransform(data)
+        self._evaluation_transform = EvaluationTransform(data.image_size)
 
     def train_batches(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
         """Yield this process's shares of the global batches; see :class:`app.tasks.Task`.
