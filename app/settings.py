@@ -306,6 +306,13 @@ class StabilitySection(Section):
         description="Epochs or steps between two measurements. window / interval bases of every "
         "weight are kept in host memory, each as large as the weight.",
     )
+    background_steps: int = Field(
+        0,
+        ge=0,
+        description="A worker thread measures a copy of the weights while training goes on, and "
+        "the results are fetched after so many steps, or before the next measurement, event or "
+        "checkpoint; 0: training waits.",
+    )
     reference_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Of the bases that are kept; bfloat16 halves them."
     )

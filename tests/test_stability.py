@@ -2,6 +2,8 @@
 
 import copy
 import math
+import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from app.distributed.processes import Processes
 from app.errors import DivergedError, UserError
 from app.linalg.svd import economy_svd
 from app.lowrank.conversion import get_layer, matrix_shape
+from app.metrics import stability
 from app.metrics.stability import (
     StabilityTracker,
     mean_mixing_similarity,
@@ -275,6 +278,55 @@ def test_references_of_another_unit_or_before_the_window_are_of_no_use():
     assert not steps.state_dicts()
 
 
+def test_a_measurement_in_the_background_is_that_of_the_moment_it_began():
+    model, optimizer, method = make()
+    tracker, reference = tracker_of(method), tracker_of(method)
+    for time in range(4):  # full-rank, full-rank, converted, low-rank
+        expected = reference.measure(model, time)
+        before = copy.deepcopy(model.state_dict())
+        random_state = torch.get_rng_state()
+        tracker.start(model, time)
+        assert tracker.under_way
+        assert torch.equal(torch.get_rng_state(), random_state)
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, before[name])
+        train(model, optimizer, method, 3)
+        rows = tracker.finish()
+        assert not tracker.under_way
+        assert [repr(row) for row in rows] == [repr(row) for row in expected]
+
+
+def test_a_copy_is_made_before_training_goes_on(monkeypatch):
+    """The worker is held back until the network is another one."""
+    model, _, method = make()
+    expected = tracker_of(method).measure(model, 0)
+    changed = threading.Event()
+    real = stability._measure
+
+    def wait(taken):
+        changed.wait(30)
+        return real(taken)
+
+    tracker = tracker_of(method)
+    monkeypatch.setattr(stability, "_measure", wait)
+    tracker.start(model, 0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+    changed.set()
+    assert [repr(row) for row in tracker.finish()] == [repr(row) for row in expected]
+
+
+def test_a_fault_in_the_background_is_not_lost():
+    model, _, method = make()
+    tracker = tracker_of(method)
+    with torch.no_grad():
+        next(iter(model.parameters())).fill_(float("nan"))
+    tracker.start(model, 3)
+    with pytest.raises(DivergedError, match="after 3 epochs"):
+        tracker.finish()
+
+
 class Pair:
     """Stands in for two processes that are measured one after the other."""
 
@@ -286,7 +338,8 @@ class Pair:
 
     def gather(self, value):
         self.gathered[self.index] = value
-        return [self.gathered.get(i, ([], [])) for i in (0, 1)]
+        nothing = SimpleNamespace(rows=[], diverged=[])
+        return [self.gathered.get(i, nothing) for i in (0, 1)]
 
 
 def test_two_processes_share_the_weights_and_give_the_rows_of_one():

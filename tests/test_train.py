@@ -199,9 +199,12 @@ STEPS = ["stability.unit=steps", "stability.interval=2", "stability.window=6"]
 STEPS += ["stability.reference_dtype=bfloat16", "stability.exclude=[cls_token]"]
 
 
-def test_stability_by_steps_continues_exactly(tmp_path):
+@pytest.mark.parametrize("background", [0, 3])
+def test_stability_by_steps_continues_exactly(tmp_path, background):
+    """In the background too, where the undisturbed run is measured in the foreground."""
     train(2, *TINY, *STEPS, f"run.dir={tmp_path / 'whole'}")
     arguments = [*TINY, *STEPS, f"run.dir={tmp_path / 'parts'}"]
+    arguments.append(f"stability.background_steps={background}")
     for step in (9, 16):
         train(2, *arguments, f"run.stop_after={step}", code=75)
         arguments = ["--resume", tmp_path / "parts"]

@@ -64,7 +64,7 @@ MEAN_STABILITY = (
     Column("mean_stability", "f8", "1", "Mean of the stability over the averaged weights"),
     Column("mean_mixing_similarity", "f8", "1", "Mean of the mixing similarity over the same"),
     Column("layers", "i8", "1", "Averaged weights: of linear, convolution, attention modules"),
-    Column("seconds", "f8", "s", "Wall time of the measurement"),
+    Column("seconds", "f8", "s", "Time for which training waited"),
 )
 STABILITY = (
     EPOCH,

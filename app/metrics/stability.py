@@ -2,16 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from app.distributed.assignment import assign, svd_cost
 from app.distributed.processes import Processes
 from app.errors import DivergedError, UserError
 from app.lowrank.conversion import LayerReport, get_layer
 from app.lowrank.layer import FactoredLayer
+from app.metrics.background import Background
 from app.metrics.measurement import (
     LayerStability,
     Reference,
@@ -61,6 +62,7 @@ class StabilityTracker:
         self._unit = unit
         self._dtype = reference_dtype
         self._references: dict[int, dict[str, Reference]] = {}
+        self._background: Background[_Measured] = Background()
 
     @torch.no_grad()
     def measure(self, model: nn.Module, time: int) -> list[LayerStability]:
@@ -76,30 +78,67 @@ class StabilityTracker:
         Raises:
             DivergedError: a weight holds NaN or infinity; on all processes.
         """
+        taken = {layer.name: _take(model, layer) for layer in self._mine}
+        return self._share(self._measure_mine(taken, time))
+
+    @torch.no_grad()
+    def start(self, model: nn.Module, time: int) -> None:
+        """Begin a measurement that a worker thread makes from a copy of this process's weights.
+
+        What it computes is what :meth:`measure` would return now. One measurement at a time is
+        under way, so that there is one copy.
+
+        Args:
+            model, time: as of :meth:`measure`.
+        """
+        taken = {
+            layer.name: [tensor.clone() for tensor in _take(model, layer)] for layer in self._mine
+        }
+        device = next(model.parameters()).device
+        self._background.start(lambda: self._measure_mine(taken, time), device)
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a measurement was started and not finished."""
+        return self._background.busy
+
+    def finish(self) -> list[LayerStability]:
+        """Return what :meth:`start` began. A collective call.
+
+        Raises:
+            DivergedError: as :meth:`measure`.
+        """
+        return self._share(self._background.result())
+
+    def _measure_mine(self, taken: Mapping[str, Sequence[Tensor]], time: int) -> "_Measured":
+        """Measure this process's weights, from what :func:`_take` returned."""
         earlier = self._references.get(time - self._window, {})
         references: dict[str, Reference] = {}
-        mine: list[LayerStability] = []
-        diverged: list[str] = []
+        measured = _Measured(time, [], [])
         for layer in self._mine:
-            snapshot = _measure(model, layer)
+            snapshot = _measure(taken[layer.name])
             if snapshot is None:
-                diverged.append(layer.name)
+                measured.diverged.append(layer.name)
                 continue
-            mine.append(
+            measured.rows.append(
                 snapshot.compare(
                     earlier.get(layer.name), name=layer.name, averaged=layer.is_linear_map
                 )
             )
             references[layer.name] = snapshot.reference.kept(self._dtype)
-        self._references[time] = references
-        self._references = {t: r for t, r in self._references.items() if t > time - self._window}
-        gathered = self._processes.gather((mine, diverged))
-        if names := [name for _, part in gathered for name in part]:
+        kept = {t: r for t, r in self._references.items() if t > time - self._window}
+        self._references = {**kept, time: references}
+        return measured
+
+    def _share(self, mine: "_Measured") -> list[LayerStability]:
+        """Give all processes the measurements of all."""
+        gathered = self._processes.gather(mine)
+        if names := [name for part in gathered for name in part.diverged]:
             raise DivergedError(
-                f"{names[0]} holds NaN or infinity after {time} {self._unit}: "
+                f"{names[0]} holds NaN or infinity after {mine.time} {self._unit}: "
                 f"the training has diverged"
             )
-        rows = {row.name: row for part, _ in gathered for row in part}
+        rows = {row.name: row for part in gathered for row in part.rows}
         return [rows[name] for name in self._order]
 
     def state_dicts(self) -> dict[str, dict[str, Any]]:
@@ -178,15 +217,30 @@ def mean_mixing_similarity(rows: Sequence[LayerStability]) -> float:
     return mean([row.mixing_similarity for row in rows if row.averaged])
 
 
-def _measure(model: nn.Module, report: LayerReport) -> Snapshot | None:
-    """Measure a weight by the factors at hand, if it is low-rank; None if it is not finite."""
+class _Measured(NamedTuple):
+    """What one process has measured at one time."""
+
+    time: int
+    rows: list[LayerStability]
+    diverged: list[str]
+    """Names of weights that are not finite."""
+
+
+def _take(model: nn.Module, report: LayerReport) -> list[Tensor]:
+    """Return what a measurement needs of a weight, as stacks: U, core and Vh, or the weight."""
     layer = get_layer(model, report.name)
     if isinstance(layer, FactoredLayer):
-        U, core, Vh = (
+        return [
             factor.detach().reshape(report.groups, *factor.shape[-2:])
             for factor in (layer.U, layer.core, layer.Vh)
-        )
-        return measure_factored(U, core, Vh) if core.isfinite().all() else None
+        ]
     weight = model.get_parameter(report.name).detach()
-    stack = weight.reshape(report.groups, *report.matrix_shape)
-    return measure_dense(stack) if stack.isfinite().all() else None
+    return [weight.reshape(report.groups, *report.matrix_shape)]
+
+
+def _measure(taken: Sequence[Tensor]) -> Snapshot | None:
+    """Measure a weight by the factors at hand, if it is low-rank; None if it is not finite."""
+    if len(taken) == 1:
+        return measure_dense(taken[0]) if taken[0].isfinite().all() else None
+    U, core, Vh = taken
+    return measure_factored(U, core, Vh) if core.isfinite().all() else None

@@ -16,6 +16,7 @@ from app.distributed.stop_signal import StopRequest
 from app.distributed.stopping import StopAgreement
 from app.distributed.watchdog import Watchdog
 from app.errors import DivergedError
+from app.metrics.measurement import LayerStability
 from app.metrics.stability import StabilityTracker, mean_stability
 from app.oialr import OIALR, Event
 from app.settings import Configuration
@@ -101,6 +102,8 @@ class Trainer:
         self._last_loss = math.nan
         self._last_stability = math.nan
         """Mean of the last measurement of this epoch, to be shown."""
+        self._measured = 0, 0.0
+        """Of the measurement in the background: its step, seconds for which training waited."""
         self._agreement = StopAgreement(runtime.processes, stop_signal)
 
     def train(self, progress: Progress) -> None:
@@ -143,6 +146,7 @@ class Trainer:
             event = self.method.step() if self.method else None
             if event:
                 self._follow(event)
+            self._fetch_stability(at_step=position.step)
             if self.configuration.stability.unit == "steps":
                 self._measure_stability(position.step)
             if position.step % self.configuration.run.log_interval == 0:
@@ -194,6 +198,7 @@ class Trainer:
     def _follow(self, event: Event) -> None:
         """Let the replicas, the records and the user know what the method did."""
         assert self.method
+        self._fetch_stability()  # so that what is recorded stays in the order of steps
         self.watchdog.progress(f"{event.kind} after step {event.step}")
         if event.shapes_changed:
             self.replicas.rebuild()
@@ -288,23 +293,42 @@ class Trainer:
         return figures
 
     def _measure_stability(self, now: int) -> None:
-        """Measure and record the bases if it is time to. A collective call.
+        """Measure the bases if it is time to, or begin to. A collective call.
 
         Args:
             now: epochs or steps, as stability.unit says.
         """
-        if not self.tracker or now % self.configuration.stability.interval:
+        settings = self.configuration.stability
+        if not self.tracker or now % settings.interval:
             return
+        self._fetch_stability()
         self.watchdog.progress(f"measurement of stability after step {self.position.step}")
         start = time.perf_counter()
+        if settings.background_steps:
+            self.tracker.start(self.model, now)
+            self._measured = self.position.step, time.perf_counter() - start
+            return
         rows = self.tracker.measure(self.model, now)
-        step = self.position.step
-        self.recorder.stability(
-            rows,
-            epoch=step // self.task.steps_per_epoch,
-            step=step,
-            seconds=time.perf_counter() - start,
-        )
+        self._record_stability(rows, self.position.step, time.perf_counter() - start)
+
+    def _fetch_stability(self, *, at_step: int | None = None) -> None:
+        """Wait for a measurement in the background, if there is one. A collective call.
+
+        Args:
+            at_step: only if it was begun stability.background_steps before this step.
+        """
+        if not self.tracker or not self.tracker.under_way:
+            return
+        step, seconds = self._measured
+        if at_step is not None and at_step < step + self.configuration.stability.background_steps:
+            return
+        start = time.perf_counter()
+        rows = self.tracker.finish()
+        self._record_stability(rows, step, seconds + time.perf_counter() - start)
+
+    def _record_stability(self, rows: list[LayerStability], step: int, seconds: float) -> None:
+        epoch = step // self.task.steps_per_epoch
+        self.recorder.stability(rows, epoch=epoch, step=step, seconds=seconds)
         self._last_stability = mean_stability(rows)
 
     def _stop_if_asked(self) -> None:
@@ -318,6 +342,7 @@ class Trainer:
 
     def save_checkpoint(self) -> None:
         """Write everything that the rest of the run depends on. A collective call."""
+        self._fetch_stability()
         self.watchdog.progress(f"checkpoint after step {self.position.step}")
         now = time.perf_counter()
         self.seconds += now - self._clock
