@@ -67,7 +67,7 @@ def _read_configuration(options: argparse.Namespace) -> Configuration:
 def _explain(configuration: Configuration, *, resume: bool) -> int:
     """Print the table of ways and costs."""
     from app.distributed.runtime import start_runtime
-    from app.training.run import explain_run
+    from app.training.inspection import explain_run
 
     distributed = configuration.distributed
     with start_runtime(device=distributed.device, timeout=distributed.timeout) as runtime:

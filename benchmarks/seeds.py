@@ -1,7 +1,15 @@
-"""Full-rank against low-rank training of one configuration, over several seeds.
+"""Configurations held against each other over several seeds.
 
-Every run is a program of its own, ``python -m app.train``; two are compared that differ in
-``oialr.enabled`` alone. Prints a Markdown table of the final figures, mean and deviation.
+By default two that differ in ``oialr.enabled`` alone:
+
+  python benchmarks/seeds.py --config configs/fashion_mnist_vit.yaml --seeds 3 data.root=DATA
+
+or any others, such as the best of two searches, over seeds that those have not seen:
+
+  python benchmarks/seeds.py --first-seed 1000 --compare A=runs/a/best.yaml B=runs/b/best.yaml
+
+Every run is a program of its own, ``python -m app.train``; those that are in the folder already are
+read and not repeated. Prints a Markdown table of the final figures, mean and deviation.
 """
 
 import argparse
@@ -10,6 +18,7 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,34 +34,46 @@ FIGURES = {
 
 
 def main() -> None:
-    """Run all seeds of both, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    """Run all configurations with all seeds, print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--config", default="configs/digits_vit.yaml")
+    parser.add_argument("--compare", nargs="+", metavar="NAME=PATH", help="in place of --config")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--folder", type=Path, default=Path("runs/seeds"))
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.add_argument("--quick", action="store_true", help="one seed, two epochs")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_args()
-    seeds = 1 if options.quick else options.seeds
+    compared: dict[str, Sequence[str]] = {
+        "full-rank": (options.config, "oialr.enabled=false"),
+        "OIALR": (options.config, "oialr.enabled=true"),
+    }
+    if options.compare:
+        named = (configuration.split("=", 1) for configuration in options.compare)
+        compared = {name: (path,) for name, path in named}
     overrides = list(options.overrides)
     if options.quick:
         overrides += ["training.epochs=2", "training.warmup_epochs=1", "oialr.delay=20"]
-    work = [(seed, low_rank) for seed in range(seeds) for low_rank in (False, True)]
+    first = options.first_seed
+    seeds = range(first, first + (1 if options.quick else options.seeds))
     with ThreadPoolExecutor(options.jobs) as pool:
-        futures = [
-            pool.submit(_run, options.config, options.folder, seed, low_rank, overrides)
-            for seed, low_rank in work
-        ]
-        results = [future.result() for future in futures]
-    summaries: dict[str, list[dict[str, Any]]] = {"full-rank": [], "OIALR": []}
-    for (_, low_rank), summary in zip(work, results, strict=True):
-        summaries["OIALR" if low_rank else "full-rank"].append(summary)
+        runs = {
+            (name, seed): pool.submit(_run, name, options.folder, seed, *arguments, *overrides)
+            for seed in seeds
+            for name, arguments in compared.items()
+        }
+    summaries = {name: [runs[name, seed].result() for seed in seeds] for name in compared}
     if options.json:
         print(json.dumps(summaries))
         return
-    figures = [figure for figure in FIGURES if figure in results[0]]
+    some_summary = next(iter(summaries.values()))[0]
+    figures = [figure for figure in FIGURES if figure in some_summary]
     print("| training | " + " | ".join(figures) + " |")
     print("| --- " * (1 + len(figures)) + "|")
     for name, rows in summaries.items():
@@ -60,20 +81,17 @@ def main() -> None:
         print(f"| {name}, {len(rows)} seeds | " + " | ".join(cells) + " |")
 
 
-def _run(
-    config: str, folder: Path, seed: int, low_rank: bool, overrides: list[str]
-) -> dict[str, Any]:
+def _run(name: str, folder: Path, seed: int, config: str, *overrides: str) -> dict[str, Any]:
     """Train once, or read what is there from an earlier call, and return the summary."""
-    place = folder / f"{Path(config).stem}-{'oialr' if low_rank else 'full-rank'}-{seed}"
+    place = folder / f"{Path(config).stem}-{name}-{seed}"
     if not (place / "summary.json").exists():
         subprocess.run(
             [
                 *(sys.executable, "-m", "app.train", "--config", config, *overrides),
-                *(f"run.dir={place}", f"run.seed={seed}", f"oialr.enabled={str(low_rank).lower()}"),
+                *(f"run.dir={place}", f"run.seed={seed}"),
             ],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
             check=True,
         )
     summary: dict[str, Any] = json.loads((place / "summary.json").read_text())

@@ -117,15 +117,28 @@ class Processes:
         Raises:
             AgreedUserError: the first process's, by index, on every process.
         """
-        result, message = None, None
-        try:
-            result = function()
-        except UserError as error:
-            message = str(error)
-        for problem in self.gather(message):
-            if problem is not None:
-                raise AgreedUserError(problem)
-        return result  # type: ignore[return-value]
+        return agree_by(self.gather, function)
+
+
+def agree_by(gather: Callable[[Any], list[Any]], function: Callable[[], Result]) -> Result:
+    """Call a function on every process; if it is the user's mistake on one, it is on all.
+
+    Args:
+        gather: collective; returns what it was given by all processes, by index.
+        function: may raise UserError.
+
+    Raises:
+        AgreedUserError: the first process's, by index, on every process.
+    """
+    result, message = None, None
+    try:
+        result = function()
+    except UserError as error:
+        message = str(error)
+    for problem in gather(message):
+        if problem is not None:
+            raise AgreedUserError(problem)
+    return result  # type: ignore[return-value]
 
 
 def broadcast_module_buffers(module: torch.nn.Module, processes: Processes) -> None:

@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 import torch
 
 from app.distributed.launch import Launch, read_launch
+from app.distributed.processes import agree_by
 from app.distributed.runtime import Runtime, choose_device, connect_mpi, join
-from app.errors import AgreedUserError, UserError
+from app.errors import UserError
 
 Result = TypeVar("Result")
 _POLL_SECONDS = 0.01
@@ -151,13 +152,10 @@ def agree(communicator: Any, function: Callable[[], Result]) -> Result:
     Raises:
         AgreedUserError: the first process's, by index, on every process.
     """
-    result, message = None, None
-    try:
-        result = function()
-    except UserError as error:
-        message = str(error)
-    wait(communicator)
-    for problem in communicator.allgather(message):
-        if problem is not None:
-            raise AgreedUserError(problem)
-    return result  # type: ignore[return-value]
+
+    def gather(message: str | None) -> list[str | None]:
+        wait(communicator)
+        messages: list[str | None] = communicator.allgather(message)
+        return messages
+
+    return agree_by(gather, function)

@@ -27,7 +27,8 @@ from app.search.progress import Progress
 from app.search.store import STORE, Evaluation, Store, read_evaluations, sessions
 from app.tasks.sharding import steps_per_epoch
 from app.training.folder import new_folder, write_text
-from app.training.run import check_run, train
+from app.training.inspection import check_run
+from app.training.run import train
 from app.training.trainer import Stopped
 
 

@@ -141,12 +141,10 @@ class InMemoryClassification(Classification):
             positions = sharding.global_batch(self.train_size, self._batch_size, number)
             share, count = self._share(positions)
             samples = order_on_device[positions]
-            random = self._random_crops(epoch, number, len(samples))
-            inputs, targets = self._take(samples[share], *(numbers[share] for numbers in random))
+            crops = self._random_crops(epoch, number, len(samples))
+            inputs, targets = self._take(samples[share], [part[share] for part in crops])
             if self._mixup or self._cutmix:
-                partners = self._take(
-                    samples.flip(0)[share], *(numbers[::-1][share] for numbers in random)
-                )
+                partners = self._take(samples.flip(0)[share], [part[::-1][share] for part in crops])
                 inputs, targets = self._mix((inputs, targets), partners, epoch, number)
             yield Batch(
                 inputs=inputs,
@@ -173,21 +171,30 @@ class InMemoryClassification(Classification):
         """Turn bytes into float32 of mean 0 and standard deviation 1 over the training part."""
         return images.float().mul_(self._scale).add_(self._shift)
 
-    def _random_crops(self, epoch: int, number: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return corners (size, 2) and flips (size,) for the samples of a global batch."""
+    def _random_crops(self, epoch: int, number: int, size: int) -> list[np.ndarray]:
+        """Return corners (size, 2) and flips (size,) for the samples of a global batch.
+
+        Nothing if images are not cropped.
+        """
+        if self._augmentation == "none":
+            return []
         # Numbers for a full-sized batch, so that the last one's do not depend on its size.
         random = sharding.generator(Stream.AUGMENTATION, self._seed, epoch, number)
         corners = random.integers(2 * self._margin + 1, size=(self._batch_size, 2))[:size]
         flips = random.random(self._batch_size)[:size] < 0.5
-        return corners, flips & (self._augmentation == "crop_flip")
+        return [corners, flips & (self._augmentation == "crop_flip")]
 
-    def _take(
-        self, samples: Tensor, corners: np.ndarray, flips: np.ndarray
-    ) -> tuple[Tensor, Tensor]:
-        """Return normalized training images (b, channels, height, width) and labels (b,)."""
+    def _take(self, samples: Tensor, crops: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+        """Return normalized training images (b, channels, height, width) and labels (b,).
+
+        Args:
+            samples: (b,) numbers of the images.
+            crops: as of :meth:`_random_crops`, for these samples.
+        """
         images, labels = self._parts["train"]
         taken = images.index_select(0, samples)
-        if self._augmentation != "none":
+        if crops:
+            corners, flips = crops
             taken = crop_and_flip(
                 taken,
                 torch.from_numpy(corners.copy()).to(self.device),

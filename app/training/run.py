@@ -10,30 +10,26 @@ from typing import Any
 import numpy as np
 import torch
 
-from app import models
 from app.config import to_yaml
-from app.distributed.calibration import read_costs
-from app.distributed.processes import Processes
 from app.distributed.runtime import Runtime
 from app.distributed.startup_check import check_nodes
 from app.distributed.stop_signal import StopRequest
 from app.distributed.watchdog import Watchdog
 from app.errors import UserError
 from app.lowrank.conversion import survey
-from app.lowrank.explain import explain, rows_per_sample
 from app.metrics.stability import build_tracker
-from app.oialr import OIALR
 from app.settings import Configuration
-from app.tasks import Task, build_task, download
-from app.tasks.staging import stage, staged_root
-from app.training.average import WeightAverage
 from app.training.checkpoint import Checkpoints
-from app.training.early_stopping import EarlyStopping
 from app.training.folder import finished, prepare_folder, write_text
 from app.training.optimizer import Schedule, build_optimizer
+from app.training.parts import (
+    build_average,
+    build_early_stopping,
+    build_method,
+    build_task_and_model,
+)
 from app.training.progress import EpochObserver, Progress
 from app.training.recorder import Recorder
-from app.training.replicas import synchronize_batch_norm
 from app.training.trainer import Trainer
 
 
@@ -98,54 +94,6 @@ def train(
     return summary
 
 
-def explain_run(configuration: Configuration, runtime: Runtime, *, resume: bool) -> str:
-    """Return a table of what execution by cost does in each layer; nothing is trained or written.
-
-    Args:
-        configuration: checked.
-        runtime: this process alone, or one of those that would train.
-        resume: at the ranks of the newest checkpoint in run.dir; otherwise at several.
-
-    Raises:
-        UserError: as :func:`train`.
-    """
-    task, model = _build_task_and_model(configuration, runtime)
-    method = _build_method(
-        configuration, model, build_optimizer(model, configuration.training), runtime.processes
-    )
-    if method is None:
-        raise UserError("--explain: oialr.enabled is false: no layer is factorized")
-    ranks = None
-    if resume:
-        folder = Path(configuration.run.dir or "")
-        state = Checkpoints(folder / "checkpoints", runtime.processes, keep=1).load()
-        ranks = state[0]["method"]["ranks"] if state else None
-        if ranks and not any(ranks.values()):
-            ranks = None  # before the conversion
-    batch = task.example_batch()
-    rows = rows_per_sample(model, method.layers, lambda: model(batch.inputs), len(batch.inputs))
-    training = configuration.training
-    samples = -(-training.batch_size // (runtime.process_count * training.accumulation))
-    return explain(method.survey, rows, samples, ranks)
-
-
-def check_run(configuration: Configuration, runtime: Runtime) -> int:
-    """Build data, network and method as a run would, and throw them away. A collective call.
-
-    Returns:
-        Samples of the training part.
-
-    Raises:
-        UserError: as :func:`train`.
-    """
-    task, model = _build_task_and_model(configuration, runtime)
-    optimizer = build_optimizer(model, configuration.training)
-    runtime.processes.agree(
-        lambda: _build_method(configuration, model, optimizer, runtime.processes)
-    )
-    return task.train_size
-
-
 def _assemble(
     configuration: Configuration,
     runtime: Runtime,
@@ -158,12 +106,12 @@ def _assemble(
     """Build the parts in the one order that is right and bring them to the checkpoint's state."""
     processes = runtime.processes
     watchdog.progress("data and network")
-    task, model = _build_task_and_model(configuration, runtime)
+    task, model = build_task_and_model(configuration, runtime)
     watchdog.progress("method, optimizer and stored state")
     steps = configuration.training.epochs * task.steps_per_epoch
     processes.agree(lambda: configuration.check_steps(steps))
     optimizer = build_optimizer(model, configuration.training)
-    method = processes.agree(lambda: _build_method(configuration, model, optimizer, processes))
+    method = processes.agree(lambda: build_method(configuration, model, optimizer, processes))
     layers = method.survey if method else survey(model)
     # After the method, which may have added parameter groups.
     schedule = Schedule(
@@ -191,8 +139,8 @@ def _assemble(
         tracker=tracker,
         recorder=Recorder(None),
         checkpoints=checkpoints,
-        average=_build_average(configuration, model, optimizer),
-        early_stopping=_build_early_stopping(configuration, folder, processes),
+        average=build_average(configuration, model, optimizer),
+        early_stopping=build_early_stopping(configuration, folder, processes),
         stop_signal=stop_signal,
         watchdog=watchdog,
     )
@@ -213,87 +161,6 @@ def _assemble(
     processes.barrier()
     trainer.recorder.session(process_count=runtime.process_count, first_step=trainer.position.step)
     return trainer
-
-
-def _build_task_and_model(
-    configuration: Configuration, runtime: Runtime
-) -> tuple[Task, torch.nn.Module]:
-    """Read the data and build the network on the device. A collective call."""
-    processes = runtime.processes
-    if configuration.data.download:
-        processes.agree(lambda: download(configuration) if runtime.local_index == 0 else None)
-    data = configuration.data
-    if data.stage_to:
-        processes.agree(lambda: stage(data) if runtime.local_index == 0 else None)
-    read = configuration.model_copy(
-        update={"data": data.model_copy(update={"root": staged_root(data)})}
-    )
-    task = processes.agree(
-        lambda: build_task(
-            read,
-            process_index=runtime.process_index,
-            process_count=runtime.process_count,
-            device=runtime.device,
-        )
-    )
-    model = processes.agree(lambda: _build_model(configuration, task))
-    if configuration.training.synchronize_batch_norm:
-        dense = model
-        model = processes.agree(lambda: synchronize_batch_norm(dense, processes, runtime.device))
-    return task, model.to(runtime.device)
-
-
-def _build_method(
-    configuration: Configuration,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    processes: Processes,
-) -> OIALR | None:
-    """Build the method; None for the full-rank baseline."""
-    if not configuration.oialr.enabled:
-        return None
-    calibration = configuration.distributed.calibration
-    try:
-        return OIALR(
-            model,
-            optimizer,
-            **configuration.oialr.model_dump(exclude={"enabled"}),
-            factorization=configuration.distributed.factorization,
-            processes=processes,
-            costs=read_costs(calibration) if calibration else None,
-        )
-    except ValueError as error:
-        raise UserError(f"oialr: {error}") from None
-
-
-def _build_average(
-    configuration: Configuration, model: torch.nn.Module, optimizer: torch.optim.Optimizer
-) -> WeightAverage | None:
-    decay = configuration.training.ema_decay
-    return None if decay is None else WeightAverage(model, optimizer, decay=decay)
-
-
-def _build_early_stopping(
-    configuration: Configuration, folder: Path, processes: Processes
-) -> EarlyStopping | None:
-    patience = configuration.training.early_stopping
-    if patience is None:
-        return None
-    best = Checkpoints(folder / "checkpoints" / "best", processes, keep=1)
-    return EarlyStopping(best, patience=patience)
-
-
-def _build_model(configuration: Configuration, task: Task) -> torch.nn.Module:
-    """Build the full-rank network, with the same bits on all processes."""
-    models.check(configuration.model, input_shape=task.input_shape, outputs=task.outputs)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(configuration.run.seed)
-        return models.build(
-            configuration.model.name,
-            configuration.model.arguments,
-            input_shape=task.input_shape,
-            outputs=task.outputs,
-        )
 
 
 def _load(trainer: Trainer, shared: dict[str, Any], own: list[dict[str, Any]]) -> None:

@@ -16,8 +16,7 @@ from app.distributed.stop_signal import StopRequest
 from app.distributed.stopping import StopAgreement
 from app.distributed.watchdog import Watchdog
 from app.errors import DivergedError
-from app.metrics.measurement import LayerStability
-from app.metrics.stability import StabilityTracker, mean_stability
+from app.metrics.stability import StabilityTracker
 from app.oialr import OIALR, Event
 from app.settings import Configuration
 from app.tasks import Batch, Task
@@ -30,6 +29,7 @@ from app.training.precision import Precision
 from app.training.progress import Progress
 from app.training.recorder import Recorder
 from app.training.replicas import Replicas
+from app.training.tracking import Tracking
 
 
 @dataclass
@@ -100,10 +100,6 @@ class Trainer:
         """Seconds of training, of all sessions."""
         self._unrecorded: list[_Step] = []
         self._last_loss = math.nan
-        self._last_stability = math.nan
-        """Mean of the last measurement of this epoch, to be shown."""
-        self._measured = 0, 0.0
-        """Of the measurement in the background: its step, seconds for which training waited."""
         self._agreement = StopAgreement(runtime.processes, stop_signal)
 
     def train(self, progress: Progress) -> None:
@@ -122,9 +118,16 @@ class Trainer:
             self._throw_away_loss,
             compiled=self.configuration.training.compile,
         )
+        self.tracking = Tracking(
+            self.tracker,
+            self.configuration.stability,
+            recorder=self.recorder,
+            watchdog=self.watchdog,
+            steps_per_epoch=self.task.steps_per_epoch,
+        )
         self._clock = time.perf_counter()
         if self.position.step == 0:
-            self._measure_stability(0)
+            self.tracking.measure(self.model, step=0, epoch=0)
         while not self._finished():
             self.watchdog.progress(f"the first batch of epoch {self.position.epoch + 1}")
             self._train_epoch()
@@ -146,9 +149,8 @@ class Trainer:
             event = self.method.step() if self.method else None
             if event:
                 self._follow(event)
-            self._fetch_stability(at_step=position.step)
-            if self.configuration.stability.unit == "steps":
-                self._measure_stability(position.step)
+            self.tracking.fetch(at_step=position.step)
+            self.tracking.measure(self.model, step=position.step)
             if position.step % self.configuration.run.log_interval == 0:
                 self._record_steps()
             self._stop_if_asked()
@@ -198,7 +200,7 @@ class Trainer:
     def _follow(self, event: Event) -> None:
         """Let the replicas, the records and the user know what the method did."""
         assert self.method
-        self._fetch_stability()  # so that what is recorded stays in the order of steps
+        self.tracking.fetch()  # so that what is recorded stays in the order of steps
         self.watchdog.progress(f"{event.kind} after step {event.step}")
         if event.shapes_changed:
             self.replicas.rebuild()
@@ -250,17 +252,17 @@ class Trainer:
                     self.method,
                     process_count=self.runtime.process_count,
                 )
+        # By steps, the last step's was made already.
         if self.configuration.stability.unit == "epochs":
-            self._measure_stability(self.position.epoch)
+            self.tracking.measure(self.model, step=self.position.step, epoch=self.position.epoch)
         self.progress.epoch(
             self.position.epoch,
             self.position.step,
             loss=self._last_loss,
             figures=figures,
             trainable_percent=self.method.trainable_percent() if self.method else 100.0,
-            stability=self._last_stability,
+            stability=self.tracking.take_last_mean(),
         )
-        self._last_stability = math.nan
         interval = self.configuration.run.checkpoint_epochs
         due = interval and self.position.epoch % interval == 0
         if due or self._finished():
@@ -292,45 +294,6 @@ class Trainer:
         )
         return figures
 
-    def _measure_stability(self, now: int) -> None:
-        """Measure the bases if it is time to, or begin to. A collective call.
-
-        Args:
-            now: epochs or steps, as stability.unit says.
-        """
-        settings = self.configuration.stability
-        if not self.tracker or now % settings.interval:
-            return
-        self._fetch_stability()
-        self.watchdog.progress(f"measurement of stability after step {self.position.step}")
-        start = time.perf_counter()
-        if settings.background_steps:
-            self.tracker.start(self.model, now)
-            self._measured = self.position.step, time.perf_counter() - start
-            return
-        rows = self.tracker.measure(self.model, now)
-        self._record_stability(rows, self.position.step, time.perf_counter() - start)
-
-    def _fetch_stability(self, *, at_step: int | None = None) -> None:
-        """Wait for a measurement in the background, if there is one. A collective call.
-
-        Args:
-            at_step: only if it was begun stability.background_steps before this step.
-        """
-        if not self.tracker or not self.tracker.under_way:
-            return
-        step, seconds = self._measured
-        if at_step is not None and at_step < step + self.configuration.stability.background_steps:
-            return
-        start = time.perf_counter()
-        rows = self.tracker.finish()
-        self._record_stability(rows, step, seconds + time.perf_counter() - start)
-
-    def _record_stability(self, rows: list[LayerStability], step: int, seconds: float) -> None:
-        epoch = step // self.task.steps_per_epoch
-        self.recorder.stability(rows, epoch=epoch, step=step, seconds=seconds)
-        self._last_stability = mean_stability(rows)
-
     def _stop_if_asked(self) -> None:
         number = self._agreement.after_step()
         if number or self.position.step == self.configuration.run.stop_after:
@@ -342,7 +305,7 @@ class Trainer:
 
     def save_checkpoint(self) -> None:
         """Write everything that the rest of the run depends on. A collective call."""
-        self._fetch_stability()
+        self.tracking.fetch()
         self.watchdog.progress(f"checkpoint after step {self.position.step}")
         now = time.perf_counter()
         self.seconds += now - self._clock

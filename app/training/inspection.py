@@ -1,0 +1,59 @@
+"""What a run would be, looked at before anything is trained or written."""
+
+from pathlib import Path
+
+from app.distributed.runtime import Runtime
+from app.errors import UserError
+from app.lowrank.explain import explain, rows_per_sample
+from app.settings import Configuration
+from app.training.checkpoint import Checkpoints
+from app.training.optimizer import build_optimizer
+from app.training.parts import build_method, build_task_and_model
+
+
+def explain_run(configuration: Configuration, runtime: Runtime, *, resume: bool) -> str:
+    """Return a table of what execution by cost does in each layer; nothing is trained or written.
+
+    Args:
+        configuration: checked.
+        runtime: this process alone, or one of those that would train.
+        resume: at the ranks of the newest checkpoint in run.dir; otherwise at several.
+
+    Raises:
+        UserError: as :func:`train`.
+    """
+    task, model = build_task_and_model(configuration, runtime)
+    method = build_method(
+        configuration, model, build_optimizer(model, configuration.training), runtime.processes
+    )
+    if method is None:
+        raise UserError("--explain: oialr.enabled is false: no layer is factorized")
+    ranks = None
+    if resume:
+        folder = Path(configuration.run.dir or "")
+        state = Checkpoints(folder / "checkpoints", runtime.processes, keep=1).load()
+        ranks = state[0]["method"]["ranks"] if state else None
+        if ranks and not any(ranks.values()):
+            ranks = None  # before the conversion
+    batch = task.example_batch()
+    rows = rows_per_sample(model, method.layers, lambda: model(batch.inputs), len(batch.inputs))
+    training = configuration.training
+    samples = -(-training.batch_size // (runtime.process_count * training.accumulation))
+    return explain(method.survey, rows, samples, ranks)
+
+
+def check_run(configuration: Configuration, runtime: Runtime) -> int:
+    """Build data, network and method as a run would, and throw them away. A collective call.
+
+    Returns:
+        Samples of the training part.
+
+    Raises:
+        UserError: as :func:`train`.
+    """
+    task, model = build_task_and_model(configuration, runtime)
+    optimizer = build_optimizer(model, configuration.training)
+    runtime.processes.agree(
+        lambda: build_method(configuration, model, optimizer, runtime.processes)
+    )
+    return task.train_size

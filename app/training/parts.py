@@ -1,0 +1,102 @@
+"""The parts of a run, each built from the configuration."""
+
+from pathlib import Path
+
+import torch
+
+from app import models
+from app.distributed.calibration import read_costs
+from app.distributed.processes import Processes
+from app.distributed.runtime import Runtime
+from app.errors import UserError
+from app.oialr import OIALR
+from app.settings import Configuration
+from app.tasks import Task, build_task, download
+from app.tasks.staging import stage, staged_root
+from app.training.average import WeightAverage
+from app.training.checkpoint import Checkpoints
+from app.training.early_stopping import EarlyStopping
+from app.training.replicas import synchronize_batch_norm
+
+
+def build_task_and_model(
+    configuration: Configuration, runtime: Runtime
+) -> tuple[Task, torch.nn.Module]:
+    """Read the data and build the network on the device. A collective call."""
+    processes = runtime.processes
+    if configuration.data.download:
+        processes.agree(lambda: download(configuration) if runtime.local_index == 0 else None)
+    data = configuration.data
+    if data.stage_to:
+        processes.agree(lambda: stage(data) if runtime.local_index == 0 else None)
+    read = configuration.model_copy(
+        update={"data": data.model_copy(update={"root": staged_root(data)})}
+    )
+    task = processes.agree(
+        lambda: build_task(
+            read,
+            process_index=runtime.process_index,
+            process_count=runtime.process_count,
+            device=runtime.device,
+        )
+    )
+    model = processes.agree(lambda: _build_model(configuration, task))
+    if configuration.training.synchronize_batch_norm:
+        dense = model
+        model = processes.agree(lambda: synchronize_batch_norm(dense, processes, runtime.device))
+    return task, model.to(runtime.device)
+
+
+def build_method(
+    configuration: Configuration,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    processes: Processes,
+) -> OIALR | None:
+    """Build the method; None for the full-rank baseline."""
+    if not configuration.oialr.enabled:
+        return None
+    calibration = configuration.distributed.calibration
+    try:
+        return OIALR(
+            model,
+            optimizer,
+            **configuration.oialr.model_dump(exclude={"enabled"}),
+            factorization=configuration.distributed.factorization,
+            processes=processes,
+            costs=read_costs(calibration) if calibration else None,
+        )
+    except ValueError as error:
+        raise UserError(f"oialr: {error}") from None
+
+
+def build_average(
+    configuration: Configuration, model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> WeightAverage | None:
+    """Build the moving average of the weights; None without training.ema_decay."""
+    decay = configuration.training.ema_decay
+    return None if decay is None else WeightAverage(model, optimizer, decay=decay)
+
+
+def build_early_stopping(
+    configuration: Configuration, folder: Path, processes: Processes
+) -> EarlyStopping | None:
+    """Build what ends a training early; None without training.early_stopping."""
+    patience = configuration.training.early_stopping
+    if patience is None:
+        return None
+    best = Checkpoints(folder / "checkpoints" / "best", processes, keep=1)
+    return EarlyStopping(best, patience=patience)
+
+
+def _build_model(configuration: Configuration, task: Task) -> torch.nn.Module:
+    """Build the full-rank network, with the same bits on all processes."""
+    models.check(configuration.model, input_shape=task.input_shape, outputs=task.outputs)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(configuration.run.seed)
+        return models.build(
+            configuration.model.name,
+            configuration.model.arguments,
+            input_shape=task.input_shape,
+            outputs=task.outputs,
+        )
