@@ -76,9 +76,10 @@ def main() -> None:
     figures = [figure for figure in FIGURES if figure in some_summary]
     print("| training | " + " | ".join(figures) + " |")
     print("| --- " * (1 + len(figures)) + "|")
+    tried = f"{len(seeds)} seeds" if len(seeds) > 1 else f"seed {first}"
     for name, rows in summaries.items():
         cells = [_cell([row[figure] for row in rows], figure) for figure in figures]
-        print(f"| {name}, {len(rows)} seeds | " + " | ".join(cells) + " |")
+        print(f"| {name}, {tried} | " + " | ".join(cells) + " |")
 
 
 def _run(name: str, folder: Path, seed: int, config: str, *overrides: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import fields
 
 import pytest
 import torch
@@ -99,8 +100,8 @@ def test_predicted_makespan_of_real_networks_is_within_its_bounds(network):
         if makespan > bound:
             exceptions.append(count)
             assert makespan <= 1.01 * no_plan_is_shorter(shapes, count), count
-    # 36 layers of three or four times 768 x 768 are two too many: splitting them does not help.
-    assert exceptions == ([34, 35] if network.startswith("vit") else [])
+    # 36 layers of three or four times 768 x 768 are one too many: splitting them does not help.
+    assert exceptions == ([35] if network.startswith("vit") else [])
 
 
 @given(
@@ -172,7 +173,7 @@ def test_predicted_seconds_grow_with_size_and_fall_with_processes():
     assert COSTS.seconds((64, 32)) < COSTS.seconds((640, 32)) < COSTS.seconds((640, 64))
     assert COSTS.seconds((640, 32)) == COSTS.seconds((32, 640))
     assert COSTS.seconds((3, 640, 32)) == pytest.approx(3 * COSTS.seconds((640, 32)))
-    free = Costs(merge=0.0, merge_call=0.0)
+    free = Costs(merge=0.0, merge_rows=0.0, merge_call=0.0)
     assert free.seconds((25088, 4096), 6) < free.seconds((25088, 4096), 2)
 
 
@@ -211,7 +212,7 @@ def test_measured_costs_are_read_as_they_were_written(tmp_path):
     assert read_costs(tmp_path / "c.json") == costs
 
 
-GOOD = {"tall": 1, "square": 1, "entry": 1, "call": 1, "merge": 1, "merge_call": 1}
+GOOD = {field.name: 1 for field in fields(Costs)}
 
 
 @pytest.mark.parametrize(

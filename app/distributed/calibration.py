@@ -3,7 +3,9 @@
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
+from functools import partial
+from math import ceil, log2
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +54,7 @@ def write_costs(costs: Costs, path: str | Path) -> None:
 
 
 def measure_costs(
-    processes: Processes, device: torch.device, *, quick: bool = False, rounds: int = 3
+    processes: Processes, device: torch.device, *, quick: bool = False, rounds: int = 5
 ) -> Costs:
     """Measure factorizations by one process each, and split over all. A collective call.
 
@@ -63,27 +65,33 @@ def measure_costs(
         processes: those that will train.
         device: on which they will.
         quick: small matrices only.
-        rounds: repetitions, of which the fastest counts.
+        rounds: repetitions, of which the fastest counts for each matrix; all matrices take their
+            turn in each, so that a disturbance does not meet all repetitions of one.
     """
     shapes = SHAPES if quick else SHAPES + LARGE_SHAPES
     generator = torch.Generator().manual_seed(0)
     matrices = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
-    whole = [_seconds(lambda m=m: economy_svd(m), processes, rounds) for m in matrices]  # type: ignore[misc]
-    names = ("tall", "square", "entry", "call")
-    costs = Costs(**dict(zip(names, _fit([_terms(s) for s in shapes], whole), strict=True)))
     can_be = [m for m in matrices if split_limit(m.shape) >= processes.count > 1]
-    if not can_be or processes.communicator is None:
+    if processes.communicator is None:
+        can_be = []
+    functions: list[Callable[[], object]] = [partial(economy_svd, matrix) for matrix in matrices]
+    if can_be:
+        split_svd, members = processes.split_svd(), range(processes.count)
+        functions += [partial(split_svd.factorize, matrix, members) for matrix in can_be]
+    seconds = _fastest(functions, processes, rounds)
+    tall, square, entry, call = _fit([_terms(s) for s in shapes], seconds[: len(shapes)])
+    costs = Costs(tall=tall, square=square, entry=entry, call=call)
+    if not can_be:
         return costs
-    split_svd, members = processes.split_svd(), range(processes.count)
-    rounds_of_merging = int(np.ceil(np.log2(processes.count)))
+    without = replace(costs, merge=0.0, merge_rows=0.0, merge_call=0.0)
     terms, extra = [], []
-    for matrix in can_be:
-        seconds = _seconds(lambda m=matrix: split_svd.factorize(m, members), processes, rounds)  # type: ignore[misc]
-        without = Costs(**{**asdict(costs), "merge": 0.0, "merge_call": 0.0})
-        extra.append(max(1e-9, seconds - without.seconds(matrix.shape, processes.count)))
-        terms.append([rounds_of_merging * min(matrix.shape) ** 3, rounds_of_merging])
-    merge, merge_call = _fit(terms, extra)
-    return Costs(**{**asdict(costs), "merge": merge, "merge_call": merge_call})
+    for matrix, measured in zip(can_be, seconds[len(shapes) :], strict=True):
+        long, short = max(matrix.shape), min(matrix.shape)
+        rows, merges = ceil(long / processes.count), ceil(log2(processes.count))
+        terms.append([merges * short**3, merges * rows * short**2, merges])
+        extra.append(max(1e-9, measured - without.seconds(matrix.shape, processes.count)))
+    merge, merge_rows, merge_call = _fit(terms, extra)
+    return replace(costs, merge=merge, merge_rows=merge_rows, merge_call=merge_call)
 
 
 def _terms(shape: Sequence[int]) -> list[float]:
@@ -102,14 +110,17 @@ def _fit(terms: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[flo
     return [float(value) for value in coefficients / scale]
 
 
-def _seconds(function: Callable[[], object], processes: Processes, rounds: int) -> float:
-    """Seconds of the slowest process, in the fastest round."""
-    times = []
+def _fastest(
+    functions: Sequence[Callable[[], object]], processes: Processes, rounds: int
+) -> list[float]:
+    """Seconds of the slowest process in the fastest round, of each function."""
+    times: list[list[float]] = [[] for _ in functions]
     for _ in range(rounds + 1):  # the first one warms up
-        processes.barrier()
-        start = time.perf_counter()
-        function()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(max(processes.gather(time.perf_counter() - start)))
-    return min(times[1:])
+        for function, taken in zip(functions, times, strict=True):
+            processes.barrier()
+            start = time.perf_counter()
+            function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            taken.append(max(processes.gather(time.perf_counter() - start)))
+    return [min(taken[1:]) for taken in times]

@@ -12,18 +12,22 @@ class Costs:
     An economy SVD of a matrix with sides l >= k is a QR decomposition (and the product with Q in
     the end), of l k^2 operations, and the SVD of the triangular factor, of k^3. Split over g
     processes (tall-skinny QR), each has l / g rows, there are ceil(log2 g) rounds of merging two
-    triangular factors, and the SVD of the triangular factor is not shared at all.
+    triangular factors and of applying to the rows what merged them, and the SVD of the triangular
+    factor is not shared at all.
 
     The defaults were measured by ``mpirun -n 2 python -m app.calibrate`` with one thread per
     process on an AMD EPYC (Zen 4), torch 2.13.0.
     """
 
-    tall: float = field(default=1.5e-10, metadata={"unit": "seconds per l k^2"})
-    square: float = field(default=2.5e-10, metadata={"unit": "seconds per k^3"})
-    entry: float = field(default=8e-9, metadata={"unit": "seconds per l k"})
-    call: float = field(default=2.5e-4, metadata={"unit": "seconds per factorization"})
-    merge: float = field(default=2.5e-10, metadata={"unit": "seconds per k^3 and round of merging"})
-    merge_call: float = field(default=2.5e-3, metadata={"unit": "seconds per round of merging"})
+    tall: float = field(default=7e-11, metadata={"unit": "seconds per l k^2"})
+    square: float = field(default=2.2e-10, metadata={"unit": "seconds per k^3"})
+    entry: float = field(default=1.4e-8, metadata={"unit": "seconds per l k"})
+    call: float = field(default=2.2e-4, metadata={"unit": "seconds per factorization"})
+    merge: float = field(default=6e-11, metadata={"unit": "seconds per k^3 and round of merging"})
+    merge_rows: float = field(
+        default=7e-11, metadata={"unit": "seconds per (l / g) k^2 and round of merging"}
+    )
+    merge_call: float = field(default=1.3e-3, metadata={"unit": "seconds per round of merging"})
 
     def __post_init__(self) -> None:
         for coefficient in fields(self):
@@ -48,7 +52,7 @@ class Costs:
             + self.square * short**3
             + self.entry * rows * short
             + self.call
-            + rounds * (self.merge * short**3 + self.merge_call)
+            + rounds * (self.merge * short**3 + self.merge_rows * rows * short**2 + self.merge_call)
         )
 
 
