@@ -157,9 +157,15 @@ def test_what_cannot_be_split_is_not():
 
 
 def test_a_layer_that_all_would_wait_for_is_split():
-    made = plan([(25088, 4096), (64, 64)], 8)
+    made = plan([(100352, 1024), (64, 64)], 8)
     assert made.split == [0]
-    assert made.makespan < plan([(25088, 4096), (64, 64)], 8, "owner").makespan
+    assert made.makespan < 0.7 * plan([(100352, 1024), (64, 64)], 8, "owner").makespan
+
+
+def test_a_layer_is_not_split_for_a_gain_below_what_predictions_are_good_for():
+    shapes = [(25088, 4096), (64, 64)]
+    assert COSTS.seconds(shapes[0], 4) < COSTS.seconds(shapes[0])
+    assert plan(shapes, 4).split == []
 
 
 def test_replicated_work_has_no_owners():

@@ -12,6 +12,12 @@ from app.distributed.costs import Costs, split_limit
 
 Factorization = Literal["auto", "owner", "heat", "replicated"]
 
+WORTH = 0.95
+"""Share of the time of whole layers within which a plan with split ones must end.
+
+Predictions are not better than that, and splitting moves more bytes.
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -80,11 +86,10 @@ def make_plan(
     """Plan the factorization of many layers.
 
     "auto" splits a layer only if it alone would take longer than the balanced time, total / p, and
-    only if that ends the whole earlier. How far is decided by a target: each such layer gets the
+    only if that ends the whole clearly earlier (:data:`WORTH`). How far is decided by a target: each such layer gets the
     fewest processes with which it takes no longer than the target, then all are scheduled, and of
     all targets that make a difference the best is taken (two-phase scheduling of malleable tasks:
-    Turek, Wolf and Yu, SPAA 1992). One target splits nothing, so the plan is never longer than the
-    greedy one of whole layers.
+    Turek, Wolf and Yu, SPAA 1992). The plan is never longer than the greedy one of whole layers.
 
     Args:
         shapes: (m, n) of each layer, or (g, m, n) of a stack.
@@ -114,7 +119,7 @@ def make_plan(
     large = [i for i, options in enumerate(times) if len(options) > 1 and options[0] > balanced]
     if mode == "owner" or not large:
         return whole
-    plans = [whole]
+    plans = []
     shortest = max(min(options) for options in times)
     targets = {time for i in large for time in times[i] if shortest <= time < whole.makespan}
     for target in sorted(targets):
@@ -122,7 +127,8 @@ def make_plan(
         for i in large:
             sizes[i] = next(g for g, time in enumerate(times[i], start=1) if time <= target)
         plans.append(_schedule(times, sizes, nodes))
-    return min(plans, key=lambda plan: plan.makespan)
+    best = min(plans, key=lambda plan: plan.makespan, default=whole)
+    return best if best.makespan < WORTH * whole.makespan else whole
 
 
 def _schedule(times: Sequence[Sequence[float]], sizes: Sequence[int], nodes: Sequence[int]) -> Plan:
