@@ -117,7 +117,7 @@ class OIALR:
                 weight at every event where the transport of that is not known.
             factorization: "owner": each layer is factorized by one process and sent; "heat": layers
                 that can be are split over as many processes as they can be; "auto": where that
-                ends an event earlier; "replicated": every process factorizes every layer.
+                ends an event clearly earlier; "replicated": every process factorizes every layer.
             processes: who shares the work; None: torch.distributed's default group, or this
                 process alone.
             costs: what factorizations cost on this machine (app.calibrate measures it).
@@ -220,12 +220,7 @@ class OIALR:
             DivergedError: a weight to be factorized holds NaN or infinity; on all processes.
             DifferingReplicasError: the processes hold different bits; on all processes.
         """
-        due = [
-            number
-            for step in range(self._handled + 1, self.step_count + 1)
-            if (number := event_at(step, delay=self.delay, update_interval=self.update_interval))
-            is not None
-        ]
+        due = self._due()
         self._handled = self.step_count
         if not due:
             return None
@@ -233,6 +228,20 @@ class OIALR:
             return self._events.run("convert", self.layers, self.step_count)
         turn = layers_in_turn(due[-1], len(self.layers), layer_fraction=self.layer_fraction)
         return self._events.run("update", self.layers[-turn:], self.step_count)
+
+    def _due(self) -> list[int]:
+        """Numbers of the events that are due: 0 for the conversion, i for the i-th update."""
+        return [
+            number
+            for step in range(self._handled + 1, self.step_count + 1)
+            if (number := event_at(step, delay=self.delay, update_interval=self.update_interval))
+            is not None
+        ]
+
+    @property
+    def event_due(self) -> bool:
+        """Whether the next :meth:`step` converts or updates layers."""
+        return bool(self._due())
 
     def plan(self) -> Plan:
         """Return the plan of a conversion of all layers at once. A collective call."""

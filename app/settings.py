@@ -275,7 +275,7 @@ class DistributedSection(Section):
         "auto",
         description="owner: each layer is factorized by one process and sent to the others; heat: "
         "layers that can be are split over the processes by Heat; auto: where that ends an event "
-        "earlier; replicated: every process factorizes every layer.",
+        "clearly earlier; replicated: every process factorizes every layer.",
     )
     calibration: str | None = Field(
         None,
@@ -311,7 +311,8 @@ class StabilitySection(Section):
         ge=0,
         description="A worker thread measures a copy of the weights while training goes on, and "
         "the results are fetched after so many steps, or before the next measurement, event or "
-        "checkpoint; 0: training waits.",
+        "checkpoint (with run.checkpoint_epochs=1 and unit=epochs only the evaluation goes on "
+        "beside it); 0: training waits.",
     )
     reference_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Of the bases that are kept; bfloat16 halves them."

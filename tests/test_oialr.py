@@ -415,7 +415,9 @@ def test_no_event_is_lost_when_step_is_called_rarely(interval):
     kinds = []
     for step in range(0, 12, 2):
         train(model, optimizer, None, 2, first=step)
+        due = method.event_due
         event = method.step()
+        assert due == (event is not None)
         kinds.append(event and event.kind)
     assert kinds[:2] == [None, "convert"]
     assert sum(kind in ("update", "cut") for kind in kinds) >= 2

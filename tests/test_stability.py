@@ -327,6 +327,16 @@ def test_a_fault_in_the_background_is_not_lost():
         tracker.finish()
 
 
+def test_what_is_closed_leaves_nothing_under_way(monkeypatch):
+    model, _, method = make()
+    tracker, done, real = tracker_of(method), [], stability._measure
+    monkeypatch.setattr(stability, "_measure", lambda taken: done.append(real(taken)))
+    tracker.start(model, 0)
+    tracker.close()
+    assert len(done) == len(tracker._mine)
+    assert not tracker.under_way
+
+
 class Pair:
     """Stands in for two processes that are measured one after the other."""
 

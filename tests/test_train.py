@@ -199,7 +199,7 @@ STEPS = ["stability.unit=steps", "stability.interval=2", "stability.window=6"]
 STEPS += ["stability.reference_dtype=bfloat16", "stability.exclude=[cls_token]"]
 
 
-@pytest.mark.parametrize("background", [0, 3])
+@pytest.mark.parametrize("background", [0, 1, 3])
 def test_stability_by_steps_continues_exactly(tmp_path, background):
     """In the background too, where the undisturbed run is measured in the foreground."""
     train(2, *TINY, *STEPS, f"run.dir={tmp_path / 'whole'}")
@@ -217,6 +217,23 @@ def test_stability_by_steps_continues_exactly(tmp_path, background):
     assert np.isnan(rows["mean_stability"]).tolist() == [step < 6 for step in rows["step"]]
     assert len(read_rows(file, "layers/pos_embed/stability")["step"]) == 17
     assert len(read_rows(file, "layers/cls_token/stability")["step"]) == 0
+
+
+def test_stability_by_epochs_in_the_background_is_that_of_the_foreground(tmp_path):
+    options = [*TINY, "stability.window=1", "run.checkpoint_epochs=4"]
+    files, shown = [], []
+    for steps in (0, 3):
+        folder = tmp_path / str(steps)
+        result = train(0, *options, f"stability.background_steps={steps}", f"run.dir={folder}")
+        files.append(folder / "metrics.h5")
+        lines = [line for line in result.stderr.splitlines() if "  stability " in line]
+        shown.append([line.split("/")[0] for line in lines])
+    for group in ("stability", "layers/pos_embed/stability"):
+        mine, theirs = (read_rows(file, group) for file in files)
+        for column in set(mine.dtype.names) - {"seconds"}:
+            np.testing.assert_array_equal(mine[column], theirs[column])
+    # A line never shows another epoch's: only with the checkpoint at the end it is there in time.
+    assert shown == [["epoch 1", "epoch 2", "epoch 3", "epoch 4"], ["epoch 4"]]
 
 
 def test_resume_on_another_number_of_processes(tmp_path):

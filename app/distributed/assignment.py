@@ -86,10 +86,11 @@ def make_plan(
     """Plan the factorization of many layers.
 
     "auto" splits a layer only if it alone would take longer than the balanced time, total / p, and
-    only if that ends the whole clearly earlier (:data:`WORTH`). How far is decided by a target: each such layer gets the
-    fewest processes with which it takes no longer than the target, then all are scheduled, and of
-    all targets that make a difference the best is taken (two-phase scheduling of malleable tasks:
-    Turek, Wolf and Yu, SPAA 1992). The plan is never longer than the greedy one of whole layers.
+    only if that ends the whole clearly earlier (:data:`WORTH`). How far is decided by a target:
+    each such layer gets the fewest processes with which it takes no longer than the target, then
+    all are scheduled, and of all targets that make a difference the best is taken (two-phase
+    scheduling of malleable tasks: Turek, Wolf and Yu, SPAA 1992). The plan is never longer than the
+    greedy one of whole layers.
 
     Args:
         shapes: (m, n) of each layer, or (g, m, n) of a stack.

@@ -16,8 +16,11 @@ from app.distributed.processes import Processes
 from app.errors import UserError
 from app.linalg.svd import economy_svd
 
-SHAPES = ((32, 32), (64, 512), (192, 192), (256, 256), (256, 1024), (256, 2304), (512, 512))
-LARGE_SHAPES = ((768, 768), (512, 4608), (768, 3072), (1024, 1024))
+SHAPES = (
+    *((32, 32), (64, 512), (192, 192), (256, 256), (256, 1024), (256, 2304), (512, 512)),
+    *((64, 4096), (128, 8192)),  # for what splitting costs in rows, with up to 64 processes
+)
+LARGE_SHAPES = ((768, 768), (512, 4608), (768, 3072), (1024, 1024), (256, 16384))
 
 
 def read_costs(path: str | Path) -> Costs:
@@ -59,7 +62,7 @@ def measure_costs(
     """Measure factorizations by one process each, and split over all. A collective call.
 
     All processes work at the same time, as they do in an event, and the slowest counts. With one
-    process, or without MPI, the coefficients of splitting stay at their defaults.
+    process, more than 64, or without MPI, the coefficients of splitting stay at their defaults.
 
     Args:
         processes: those that will train.

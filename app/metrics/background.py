@@ -18,6 +18,7 @@ class Background(Generic[Result]):
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="background")
+        self._stream: torch.cuda.Stream | None = None
         self._future: Future[Result] | None = None
 
     @property
@@ -34,16 +35,16 @@ class Background(Generic[Result]):
             device: where the tensors are; what was asked of it before is waited for, there.
         """
         assert not self.busy
-        before = None
         if device.type == "cuda":
-            before = torch.cuda.Event()
-            before.record()
+            # One for all measurements: freed memory is used again on the stream it was taken on.
+            self._stream = self._stream or torch.cuda.Stream(device)
+            self._stream.wait_stream(torch.cuda.current_stream(device))
 
         def run() -> Result:
-            stream = torch.cuda.Stream(device) if before else None
-            with torch.no_grad(), torch.cuda.stream(stream) if stream else nullcontext():
-                if stream and before:
-                    stream.wait_event(before)
+            with (
+                torch.no_grad(),
+                torch.cuda.stream(self._stream) if self._stream else nullcontext(),
+            ):
                 return function()
 
         self._future = self._thread.submit(run)
@@ -53,3 +54,8 @@ class Background(Generic[Result]):
         assert self._future
         future, self._future = self._future, None
         return future.result()
+
+    def close(self) -> None:
+        """Wait for a computation that is under way, and let go of its result and of the thread."""
+        self._thread.shutdown()
+        self._future = None

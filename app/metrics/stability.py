@@ -78,6 +78,7 @@ class StabilityTracker:
         Raises:
             DivergedError: a weight holds NaN or infinity; on all processes.
         """
+        assert not self.under_way
         taken = {layer.name: _take(model, layer) for layer in self._mine}
         return self._share(self._measure_mine(taken, time))
 
@@ -109,6 +110,10 @@ class StabilityTracker:
             DivergedError: as :meth:`measure`.
         """
         return self._share(self._background.result())
+
+    def close(self) -> None:
+        """Wait for what :meth:`start` began, on this process alone, and forget it."""
+        self._background.close()
 
     def _measure_mine(self, taken: Mapping[str, Sequence[Tensor]], time: int) -> "_Measured":
         """Measure this process's weights, from what :func:`_take` returned."""

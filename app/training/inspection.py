@@ -20,7 +20,7 @@ def explain_run(configuration: Configuration, runtime: Runtime, *, resume: bool)
         resume: at the ranks of the newest checkpoint in run.dir; otherwise at several.
 
     Raises:
-        UserError: as :func:`train`.
+        UserError: as :func:`app.training.run.train`.
     """
     task, model = build_task_and_model(configuration, runtime)
     method = build_method(
@@ -49,7 +49,7 @@ def check_run(configuration: Configuration, runtime: Runtime) -> int:
         Samples of the training part.
 
     Raises:
-        UserError: as :func:`train`.
+        UserError: as :func:`app.training.run.train`.
     """
     task, model = build_task_and_model(configuration, runtime)
     optimizer = build_optimizer(model, configuration.training)

@@ -30,14 +30,14 @@ class Tracking:
         self._recorder = recorder
         self._watchdog = watchdog
         self._steps_per_epoch = steps_per_epoch
-        self._started = 0, 0.0
-        """Of the measurement in the background: its step, seconds for which training waited."""
-        self._last_mean = math.nan
+        self._started_step = 0
+        """Of the measurement in the background, as are the seconds for which training waited."""
+        self._started_seconds = 0.0
+        self._last_step, self._last_mean = 0, math.nan
 
-    def take_last_mean(self) -> float:
-        """Return the mean stability of the last measurement, once; NaN if it was taken before."""
-        mean, self._last_mean = self._last_mean, math.nan
-        return mean
+    def mean_at(self, step: int) -> float:
+        """Return the mean stability after a step; NaN if the last known is of another one."""
+        return self._last_mean if step == self._last_step else math.nan
 
     def measure(self, model: nn.Module, *, step: int, epoch: int | None = None) -> None:
         """Measure the bases if it is time to, or begin to. A collective call.
@@ -59,7 +59,7 @@ class Tracking:
         start = time.perf_counter()
         if settings.background_steps:
             self._tracker.start(model, now)
-            self._started = step, time.perf_counter() - start
+            self._started_step, self._started_seconds = step, time.perf_counter() - start
             return
         rows = self._tracker.measure(model, now)
         self._record(rows, step, time.perf_counter() - start)
@@ -75,14 +75,20 @@ class Tracking:
         """
         if not self._tracker or not self._tracker.under_way:
             return
-        step, seconds = self._started
+        step = self._started_step
         if at_step is not None and at_step < step + self._settings.background_steps:
             return
+        self._watchdog.progress(f"measurement of stability after step {step}")
         start = time.perf_counter()
         rows = self._tracker.finish()
-        self._record(rows, step, seconds + time.perf_counter() - start)
+        self._record(rows, step, self._started_seconds + time.perf_counter() - start)
+
+    def close(self) -> None:
+        """Let a measurement end that is still under way, after an error, and forget it."""
+        if self._tracker:
+            self._tracker.close()
 
     def _record(self, rows: list[LayerStability], step: int, seconds: float) -> None:
         epoch = step // self._steps_per_epoch
         self._recorder.stability(rows, epoch=epoch, step=step, seconds=seconds)
-        self._last_mean = mean_stability(rows)
+        self._last_step, self._last_mean = step, mean_stability(rows)

@@ -128,10 +128,13 @@ class Trainer:
         self._clock = time.perf_counter()
         if self.position.step == 0:
             self.tracking.measure(self.model, step=0, epoch=0)
-        while not self._finished():
-            self.watchdog.progress(f"the first batch of epoch {self.position.epoch + 1}")
-            self._train_epoch()
-        self._agreement.finish()
+        try:
+            while not self._finished():
+                self.watchdog.progress(f"the first batch of epoch {self.position.epoch + 1}")
+                self._train_epoch()
+            self._agreement.finish()
+        finally:
+            self.tracking.close()
 
     def _finished(self) -> bool:
         stopping = self.early_stopping
@@ -144,6 +147,8 @@ class Trainer:
         for batch in self.task.train_batches(position.epoch, position.batch):
             self.watchdog.progress(f"step {position.step + 1}")
             self._train_step(batch, start)
+            if self.method and self.method.event_due:
+                self.tracking.fetch()  # so that neither is slowed down by the other
             if self.method and self.method.conversion_due:
                 self.replicas.release()
             event = self.method.step() if self.method else None
@@ -200,7 +205,6 @@ class Trainer:
     def _follow(self, event: Event) -> None:
         """Let the replicas, the records and the user know what the method did."""
         assert self.method
-        self.tracking.fetch()  # so that what is recorded stays in the order of steps
         self.watchdog.progress(f"{event.kind} after step {event.step}")
         if event.shapes_changed:
             self.replicas.rebuild()
@@ -240,9 +244,13 @@ class Trainer:
         self.progress.steps(len(steps), loss=self._last_loss, learning_rate=steps[-1].learning_rate)
 
     def _finish_epoch(self) -> None:
-        """Evaluate, measure, write a checkpoint."""
+        """Measure, evaluate, write a checkpoint."""
         self.position.epoch += 1
         self.position.batch = 0
+        # First, so that in the background it goes on beside the evaluation. By steps, the last
+        # step's was made already.
+        if self.configuration.stability.unit == "epochs":
+            self.tracking.measure(self.model, step=self.position.step, epoch=self.position.epoch)
         with self._evaluated_weights():
             figures = self._evaluate("validation")
             if self.early_stopping and self.early_stopping.improves(figures["loss"]):
@@ -252,20 +260,19 @@ class Trainer:
                     self.method,
                     process_count=self.runtime.process_count,
                 )
-        # By steps, the last step's was made already.
-        if self.configuration.stability.unit == "epochs":
-            self.tracking.measure(self.model, step=self.position.step, epoch=self.position.epoch)
+        interval = self.configuration.run.checkpoint_epochs
+        due = (interval and self.position.epoch % interval == 0) or self._finished()
+        if due:
+            self.tracking.fetch()
         self.progress.epoch(
             self.position.epoch,
             self.position.step,
             loss=self._last_loss,
             figures=figures,
             trainable_percent=self.method.trainable_percent() if self.method else 100.0,
-            stability=self.tracking.take_last_mean(),
+            stability=self.tracking.mean_at(self.position.step),
         )
-        interval = self.configuration.run.checkpoint_epochs
-        due = interval and self.position.epoch % interval == 0
-        if due or self._finished():
+        if due:
             self.save_checkpoint()
 
     def test(self) -> dict[str, float]:
