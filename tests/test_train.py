@@ -230,7 +230,7 @@ def test_stability_by_epochs_in_the_background_is_that_of_the_foreground(tmp_pat
         shown.append([line.split("/")[0] for line in lines])
     for group in ("stability", "layers/pos_embed/stability"):
         mine, theirs = (read_rows(file, group) for file in files)
-        for column in set(mine.dtype.names) - {"seconds"}:
+        for column in set(mine) - {"seconds"}:
             np.testing.assert_array_equal(mine[column], theirs[column])
     # A line never shows another epoch's: only with the checkpoint at the end it is there in time.
     assert shown == [["epoch 1", "epoch 2", "epoch 3", "epoch 4"], ["epoch 4"]]
