@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from app.distributed import calibration
 from app.distributed.assignment import make_plan
 from app.distributed.buckets import MatrixInfo, make_buckets
 from app.distributed.calibration import read_costs, write_costs
@@ -164,8 +165,8 @@ def test_a_layer_that_all_would_wait_for_is_split():
 
 def test_a_layer_is_not_split_for_a_gain_below_what_predictions_are_good_for():
     shapes = [(25088, 4096), (64, 64)]
-    assert COSTS.seconds(shapes[0], 4) < COSTS.seconds(shapes[0])
-    assert plan(shapes, 4).split == []
+    assert COSTS.seconds(shapes[0], 2) < COSTS.seconds(shapes[0])
+    assert plan(shapes, 2).split == []
 
 
 def test_replicated_work_has_no_owners():
@@ -216,6 +217,20 @@ def test_measured_costs_are_read_as_they_were_written(tmp_path):
     costs = Costs(tall=1.5e-10, merge=0.0)
     write_costs(costs, tmp_path / "c.json")
     assert read_costs(tmp_path / "c.json") == costs
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 8, 9, 12, 16, 32])
+def test_calibration_finds_the_costs_of_splitting_again(count):
+    measured = calibration.SHAPES + calibration.LARGE_SHAPES
+    shapes = [shape for shape in measured if split_limit(shape) >= count]
+    terms = [calibration._split_terms(shape, count) for shape in shapes]
+    expected = [COSTS.merge, COSTS.merge_rows, COSTS.merge_call]
+    seconds = [sum(map(math.prod, zip(row, expected, strict=True))) for row in terms]
+    assert calibration._fit(terms, seconds) == pytest.approx(expected, rel=1e-6)
+    # Two matrices of one ratio of sides would leave merge and merge_rows one unknown.
+    together = [[row[0] / s, row[1] / s, row[2] / s] for row, s in zip(terms, seconds, strict=True)]
+    scaled = torch.tensor(together, dtype=torch.float64)
+    assert torch.linalg.cond(scaled / scaled.amax(0)) < 500
 
 
 GOOD = {field.name: 1 for field in fields(Costs)}

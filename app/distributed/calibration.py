@@ -18,7 +18,7 @@ from app.linalg.svd import economy_svd
 
 SHAPES = (
     *((32, 32), (64, 512), (192, 192), (256, 256), (256, 1024), (256, 2304), (512, 512)),
-    *((64, 4096), (128, 8192)),  # for what splitting costs in rows, with up to 64 processes
+    *((64, 4096), (128, 4096)),  # other ratios, that tell rows from merging with many processes
 )
 LARGE_SHAPES = ((768, 768), (512, 4608), (768, 3072), (1024, 1024), (256, 16384))
 
@@ -62,7 +62,8 @@ def measure_costs(
     """Measure factorizations by one process each, and split over all. A collective call.
 
     All processes work at the same time, as they do in an event, and the slowest counts. With one
-    process, more than 64, or without MPI, the coefficients of splitting stay at their defaults.
+    process, more than 32 (quick: 9), or without MPI, the coefficients of splitting stay at their
+    defaults: three cannot be told apart by fewer matrices.
 
     Args:
         processes: those that will train.
@@ -75,7 +76,7 @@ def measure_costs(
     generator = torch.Generator().manual_seed(0)
     matrices = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
     can_be = [m for m in matrices if split_limit(m.shape) >= processes.count > 1]
-    if processes.communicator is None:
+    if processes.communicator is None or len(can_be) < 3:
         can_be = []
     functions: list[Callable[[], object]] = [partial(economy_svd, matrix) for matrix in matrices]
     if can_be:
@@ -89,9 +90,7 @@ def measure_costs(
     without = replace(costs, merge=0.0, merge_rows=0.0, merge_call=0.0)
     terms, extra = [], []
     for matrix, measured in zip(can_be, seconds[len(shapes) :], strict=True):
-        long, short = max(matrix.shape), min(matrix.shape)
-        rows, merges = ceil(long / processes.count), ceil(log2(processes.count))
-        terms.append([merges * short**3, merges * rows * short**2, merges])
+        terms.append(_split_terms(matrix.shape, processes.count))
         extra.append(max(1e-9, measured - without.seconds(matrix.shape, processes.count)))
     merge, merge_rows, merge_call = _fit(terms, extra)
     return replace(costs, merge=merge, merge_rows=merge_rows, merge_call=merge_call)
@@ -101,6 +100,13 @@ def _terms(shape: Sequence[int]) -> list[float]:
     """What the coefficients of one process's factorization are multiplied with."""
     long, short = max(shape), min(shape)
     return [long * short**2, short**3, long * short, 1]
+
+
+def _split_terms(shape: Sequence[int], process_count: int) -> list[float]:
+    """What the coefficients that splitting adds are multiplied with."""
+    long, short = max(shape), min(shape)
+    rows, merges = ceil(long / process_count), ceil(log2(process_count))
+    return [merges * short**3, merges * rows * short**2, merges]
 
 
 def _fit(terms: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:

@@ -19,15 +19,15 @@ class Costs:
     process on an AMD EPYC (Zen 4), torch 2.13.0.
     """
 
-    tall: float = field(default=7e-11, metadata={"unit": "seconds per l k^2"})
-    square: float = field(default=2.2e-10, metadata={"unit": "seconds per k^3"})
-    entry: float = field(default=1.4e-8, metadata={"unit": "seconds per l k"})
-    call: float = field(default=2.2e-4, metadata={"unit": "seconds per factorization"})
-    merge: float = field(default=6e-11, metadata={"unit": "seconds per k^3 and round of merging"})
+    tall: float = field(default=1.0e-10, metadata={"unit": "seconds per l k^2"})
+    square: float = field(default=2.1e-10, metadata={"unit": "seconds per k^3"})
+    entry: float = field(default=4.3e-9, metadata={"unit": "seconds per l k"})
+    call: float = field(default=4.1e-4, metadata={"unit": "seconds per factorization"})
+    merge: float = field(default=3.5e-11, metadata={"unit": "seconds per k^3 and round of merging"})
     merge_rows: float = field(
-        default=7e-11, metadata={"unit": "seconds per (l / g) k^2 and round of merging"}
+        default=8.3e-11, metadata={"unit": "seconds per (l / g) k^2 and round of merging"}
     )
-    merge_call: float = field(default=1.3e-3, metadata={"unit": "seconds per round of merging"})
+    merge_call: float = field(default=2.0e-3, metadata={"unit": "seconds per round of merging"})
 
     def __post_init__(self) -> None:
         for coefficient in fields(self):
