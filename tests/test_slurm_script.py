@@ -28,20 +28,13 @@ FAKE_SRUN = """\
 printf '%s\\n' "$@" >srun_arguments
 {body}
 """
-FAKE_SRUN_WITH_CHECKPOINT = f"""\
+FAKE_SRUN_UNTIL_SIGNALLED = f"""\
 #!{sys.executable}
 import signal
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
 print("step is running", flush=True)
 signal.sigwait([signal.SIGUSR1])
-raise SystemExit(75)
-"""
-FAKE_SRUN_KILLED_BEFORE_IT_LISTENS = """\
-#!/usr/bin/env bash
-echo "step is running"
-sleep 30 &
-trap 'kill %1; exit 138' USR1
-wait
+raise SystemExit({{exit_code}})
 """
 FAKE_SCONTROL = """\
 #!/usr/bin/env bash
@@ -249,12 +242,10 @@ def signalled(site: Path, number: signal.Signals) -> tuple[int, str]:
     return process.returncode, errors
 
 
-@pytest.mark.parametrize(
-    ("step", "code"), [(FAKE_SRUN_WITH_CHECKPOINT, 75), (FAKE_SRUN_KILLED_BEFORE_IT_LISTENS, 138)]
-)
-def test_signal_is_forwarded_and_the_step_waited_for(site: Path, step: str, code: int) -> None:
-    install(site, "srun", step)
-    assert signalled(site, signal.SIGUSR1) == (code, "")
+@pytest.mark.parametrize("exit_code", [75, 138], ids=["checkpoint", "killed before it listens"])
+def test_signal_is_forwarded_and_the_step_waited_for(site: Path, exit_code: int) -> None:
+    install(site, "srun", FAKE_SRUN_UNTIL_SIGNALLED.format(exit_code=exit_code))
+    assert signalled(site, signal.SIGUSR1) == (exit_code, "")
     assert (site / "scontrol_arguments").exists()
 
 
