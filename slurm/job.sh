@@ -4,6 +4,10 @@
 #   train NAME CONFIG [section.key=value ...]   a training, started or gone on with
 #   supervise PROGRAM ...                       a step that may be stopped and requeued
 
+# Slurm tells this shell of the time limit (--signal=B:USR1), at any moment; it would die of that.
+stopped=false
+trap 'stopped=true' USR1
+
 source slurm/env.sh
 set -euo pipefail # only now: modules and conda are not written for it
 
@@ -65,12 +69,18 @@ supervise() {
     echo "Job $job on ${SLURM_JOB_NODELIST:-this node}, $processes processes, restart ${SLURM_RESTART_COUNT:-0}:"
     printf '%q ' "$@"
     echo
-    local before exit_code interrupted=true stopped=false terminated=false
+    if $stopped; then
+        requeue "Stopped before the start" 75
+    fi
+    local before exit_code interrupted=true terminated=false
     before=$(results || true)
     "$@" &
     local step=$!
-    # Slurm tells this shell of the time limit (--signal=B:USR1); srun hands it on to all processes.
+    # srun hands the signal on to all processes.
     trap 'interrupted=true; stopped=true; kill -USR1 "$step" || true' USR1
+    if $stopped; then # since the look above
+        kill -USR1 "$step" || true
+    fi
     # Slurm tells all processes by itself, and decides by itself whether the job is requeued.
     trap 'interrupted=true; terminated=true' TERM
     while $interrupted; do # a signal ends the wait, not the step
@@ -78,20 +88,26 @@ supervise() {
         exit_code=0
         wait "$step" || exit_code=$?
     done
-    trap - USR1 TERM
+    trap 'stopped=true' USR1
+    trap - TERM
 
     if [ "$exit_code" -eq 0 ]; then
         return
     elif [ "$exit_code" -eq 2 ] || $terminated; then
         exit "$exit_code"
     elif [ "$exit_code" -eq 75 ] || $stopped; then
-        echo "Stopped (exit code $exit_code); requeueing job $job"
+        requeue "Stopped (exit code $exit_code)" "$exit_code"
     elif [ "$(results || true)" != "$before" ]; then
-        echo "Failed (exit code $exit_code), after new results; requeueing job $job"
+        requeue "Failed (exit code $exit_code), after new results" "$exit_code"
     else # it would fail again
         echo "Failed (exit code $exit_code), without new results: $run_dir" >&2
         exit "$exit_code"
     fi
+}
+
+# Say why, requeue the job and leave.
+requeue() {
+    echo "$1; requeueing job $job"
     scontrol requeue "$SLURM_JOB_ID" || echo "Not requeued; the run can be resumed: $run_dir" >&2
-    exit "$exit_code"
+    exit "$2"
 }

@@ -229,12 +229,14 @@ def test_failed_requeue_names_the_run(site: Path) -> None:
     assert f"runs/oialr_resnet-{JOB}" in errors
 
 
-def signalled(site: Path, number: signal.Signals) -> tuple[int, str]:
-    """Send a signal to the batch script while its step is running: exit code, stderr."""
-    process = start(site)
+def signalled(
+    site: Path, number: signal.Signals, line: str = "step is running", **options: str
+) -> tuple[int, str]:
+    """Send a signal to the batch script when it has printed a line: exit code, stderr."""
+    process = start(site, **options)
     try:
         assert process.stdout
-        assert "step is running\n" in iter(process.stdout.readline, "")
+        assert f"{line}\n" in iter(process.stdout.readline, "")
         process.send_signal(number)
         _, errors = process.communicate(timeout=30)
     finally:
@@ -247,6 +249,21 @@ def test_signal_is_forwarded_and_the_step_waited_for(site: Path, exit_code: int)
     install(site, "srun", FAKE_SRUN_UNTIL_SIGNALLED.format(exit_code=exit_code))
     assert signalled(site, signal.SIGUSR1) == (exit_code, "")
     assert (site / "scontrol_arguments").exists()
+
+
+def test_a_signal_before_the_step_requeues_the_job(site: Path) -> None:
+    with (site / "slurm" / "env.sh").open("a") as file:
+        file.write("echo loading modules; sleep 1\n")
+    assert signalled(site, signal.SIGUSR1, "loading modules") == (75, "")
+    assert not (site / "srun_arguments").exists()
+    assert (site / "scontrol_arguments").read_text() == f"requeue {JOB}\n"
+
+
+def test_a_signal_after_the_step_does_no_harm(site: Path) -> None:
+    install(site, "python", "#!/usr/bin/env bash\necho drawing; sleep 1\n")
+    options = {"line": "drawing", "script": "stability_study.sh"}
+    assert signalled(site, signal.SIGUSR1, **options) == (0, "")
+    assert not (site / "scontrol_arguments").exists()
 
 
 def test_termination_leaves_the_requeue_to_slurm(site: Path) -> None:
