@@ -60,7 +60,7 @@ train() {
 
 # What the run has brought so far: checkpoints, or finished evaluations of a search.
 results() {
-    find "$run_dir" -maxdepth 3 \
+    find -H "$run_dir" -maxdepth 3 \
         \( -path '*/checkpoints/step-*' -o -path '*/evaluations/*/summary.json' \) 2>/dev/null | sort
 }
 

@@ -215,6 +215,16 @@ def test_a_fault_after_progress_requeues_the_job(site: Path, code: int) -> None:
     assert not (site / "scontrol_arguments").exists()
 
 
+def test_progress_is_seen_behind_a_link(site: Path) -> None:
+    (site / "scratch").mkdir()
+    (site / "link").symlink_to("scratch")
+    install(
+        site, "srun", FAKE_SRUN.format(body="mkdir -p scratch/checkpoints/step-00000200; exit 1")
+    )
+    assert submit(site, RUN_DIR="link")[0] == 1
+    assert (site / "scontrol_arguments").exists()
+
+
 def test_exit_code_75_requeues_the_job(site: Path) -> None:
     install(site, "srun", FAKE_SRUN.format(body="exit 75"))
     assert submit(site)[0] == 75
