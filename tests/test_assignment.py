@@ -6,7 +6,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from app.distributed import calibration
@@ -110,7 +110,6 @@ def test_predicted_makespan_of_real_networks_is_within_its_bounds(network):
     st.lists(st.integers(0, 3), min_size=1, max_size=9),
     st.sampled_from(["auto", "owner", "heat"]),
 )
-@settings(deadline=None)
 def test_a_plan_is_sound(shapes, nodes, mode):
     count = len(nodes)
     made = plan(shapes, count, mode, nodes=nodes)
@@ -138,7 +137,6 @@ def test_a_plan_is_sound(shapes, nodes, mode):
 
 
 @given(st.lists(st.integers(0, 3), min_size=2, max_size=12))
-@settings(deadline=None)
 def test_a_group_stays_inside_a_node_that_has_room(nodes):
     made = plan([(4000, 1000)] * 3, len(nodes), "heat", nodes=nodes)
     size = min(len(nodes), 4)
@@ -184,7 +182,6 @@ def test_predicted_seconds_grow_with_size_and_fall_with_processes():
     assert free.seconds((25088, 4096), 6) < free.seconds((25088, 4096), 2)
 
 
-@settings(deadline=None)
 @given(
     st.lists(SHAPES, min_size=1, max_size=20), st.integers(1, 5), st.sampled_from([1, 10**5, 10**9])
 )

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from test_classification import digits, in_double, linear, together
@@ -55,7 +55,6 @@ def test_seeded_numbers_repeat() -> None:
     assert len({*draws[0], *draws[2]}) == 6
 
 
-@settings(deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), height=st.integers(1, 40), width=st.integers(1, 40))
 def test_cutmix_takes_what_the_labels_say(seed: int, height: int, width: int) -> None:
     size = (height, width)
@@ -210,7 +209,6 @@ def test_options_that_a_data_set_has_no_use_for(values: dict[str, Any], message:
         config.build({"data": values})
 
 
-@settings(deadline=None)
 @given(width=st.integers(1, 700), height=st.integers(1, 700), seed=st.integers(0, 2**32 - 1))
 def test_random_box_lies_within_the_image(width: int, height: int, seed: int) -> None:
     left, top, right, bottom = random_box(width, height, np.random.default_rng(seed))

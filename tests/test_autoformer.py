@@ -54,7 +54,7 @@ def test_size_of_the_published_network() -> None:
 
 
 @given(length=st.integers(1, 30), window=st.sampled_from([1, 3, 5, 25]))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_decomposition_is_a_moving_average_with_repeated_ends(length: int, window: int) -> None:
     series = random(2, length, 3)
     seasonal, trend = decompose(series, window)

@@ -142,7 +142,7 @@ def test_augmentation_differs_between_samples() -> None:
     margin=st.integers(0, 3),
     seed=st.integers(0, 2**32 - 1),
 )
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_crop_and_flip_is_a_window_into_the_padded_image(
     cut: str, size: tuple[int, int, int], margin: int, seed: int
 ) -> None:

@@ -115,7 +115,6 @@ def test_singular_vectors_of_float32_are_orthonormal_to_1e_5(k, spectrum):
         assert torch.linalg.matrix_norm(error, 2) < 1e-5
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from([-2.0, -1.0, 0.0, 1.0, 3.0]), min_size=1, max_size=6))
 def test_svd_of_a_diagonal_matrix_is_exact(values):
     matrix = torch.diag(torch.tensor(values))
@@ -227,7 +226,7 @@ def test_mixing_factor_of_a_low_rank_layer_lacks_the_zero_rows_below_its_rank():
 
 
 @given(st.integers(0, 1000), st.floats(-3, 3))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_mixing_similarity_lies_between_zero_and_one(seed, scale):
     R = mixing_factor(random_matrix(8, 5, seed))
     assert mixing_similarity(R, R) == pytest.approx(1)

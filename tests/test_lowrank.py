@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -262,7 +262,6 @@ def test_kept_rank(s, options, expected):
     assert kept_rank(torch.tensor(s), **{**CUT, **options}) == expected
 
 
-@settings(deadline=None)
 @given(
     values=st.lists(st.floats(0, 1e3, width=32), min_size=1, max_size=12),
     share=st.floats(0.01, 0.99),

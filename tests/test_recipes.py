@@ -58,7 +58,7 @@ def test_one_cosine_by_default() -> None:
     assert rates(100) == pytest.approx(expected, abs=1e-12)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     cycles=st.integers(1, 4),
     mul=st.sampled_from([1.0, 1.5, 2.0]),

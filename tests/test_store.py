@@ -250,7 +250,7 @@ def test_kill_9_loses_nothing_that_was_flushed(tmp_path):
 
 
 @given(rows=st.integers(0, 12), kept=st.integers(0, 12), more=st.integers(0, 5))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_resume_keeps_what_is_asked_for_nothing_twice_nothing_missing(
     tmp_path_factory, rows, kept, more
 ):
