@@ -330,6 +330,19 @@ def test_the_largest_singular_values_are_in_sight(tmp_path):
     assert axes.get_title() == "patch"
 
 
+def test_long_names_of_layers_do_not_overlap_above_their_spectra(tmp_path):
+    layers = {f"stages.3.blocks.{i}.token_mixer.conv_reparametrized.weight": (4, 4) for i in (0, 1)}
+    writer = Writer(tmp_path / "run", "oialr.enabled=false", layers=layers)
+    for place, name in enumerate(layers):
+        writer.measure(place, name, 5)
+    writer.store.close()
+    with drawing.style():
+        drawn = spectra(read_run(tmp_path / "run"), list(layers), "spectra")
+        drawn.figure.canvas.draw()
+    left, right = (axes.title.get_window_extent() for axes in drawn.figure.axes[:2])
+    assert left.x1 < right.x0
+
+
 class Page(HTMLParser):
     """What a page refers to."""
 

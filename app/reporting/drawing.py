@@ -29,6 +29,8 @@ LineStyle = Literal["-", "--", "-.", ":"]
 LINE_STYLES: tuple[LineStyle, ...] = ("-", "--", "-.", ":")
 """A second difference, for print without colour."""
 
+_LONGEST_NAME = 26  # characters
+
 _STYLE: dict[Any, Any] = {
     "font.size": 11,
     "axes.titlesize": 11,
@@ -100,6 +102,15 @@ def colour_and_line(index: int) -> tuple[str, LineStyle]:
 def marker_of(x: np.ndarray) -> str:
     """Return the marker of a line's points: none, unless a single point has no line."""
     return "o" if len(x) == 1 else ""
+
+
+def short_name(layer: str) -> str:
+    """Return a layer's name for a label: without what is in its middle, if it is long."""
+    name = layer.removesuffix(".weight")
+    if len(name) <= _LONGEST_NAME:
+        return name
+    half = _LONGEST_NAME // 2
+    return f"{name[: half - 1]}…{name[-half:]}"
 
 
 def save(drawing: Drawing, folder: Path, formats: Sequence[str]) -> list[Path]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from app.reporting.drawing import COLOURS, Drawing, marker_of, new_figure
+from app.reporting.drawing import COLOURS, Drawing, marker_of, new_figure, short_name
 from app.reporting.reference import ReferenceCurve
 from app.reporting.runs import LayerSeries, Run
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 _LABEL_HEIGHT = 0.13  # inches that a layer's name takes
 _CURVE_HEIGHT = 2.1
-_LONGEST_NAME = 26
 
 
 def stability_map(run: Run, name: str, reference: ReferenceCurve | None) -> Drawing | None:
@@ -165,15 +164,7 @@ def _label_layers(axes: Axes, names: Sequence[str], height: float) -> None:
     every = max(1, int(np.ceil(len(names) * _LABEL_HEIGHT / height)))
     places = range(0, len(names), every)
     size = 7.5 if every > 1 else 9
-    axes.set_yticks(list(places), [_short(names[place]) for place in places], fontsize=size)
-
-
-def _short(name: str) -> str:
-    name = name.removesuffix(".weight")
-    if len(name) <= _LONGEST_NAME:
-        return name
-    half = _LONGEST_NAME // 2
-    return f"{name[: half - 1]}…{name[-half:]}"
+    axes.set_yticks(list(places), [short_name(names[place]) for place in places], fontsize=size)
 
 
 def _edges(x: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from app.reporting.drawing import Drawing, new_figure
+from app.reporting.drawing import Drawing, new_figure, short_name
 from app.reporting.runs import Run, read_spectra
 
 _TIMES = 10  # lines in a panel
@@ -52,7 +52,7 @@ def spectra(run: Run, layers: Sequence[str], name: str) -> Drawing | None:
         axes.set_yscale("log")
         lowest = np.nanmin(np.where(values > 0, values, np.nan), initial=largest)
         axes.set_ylim(max(lowest, largest * 10.0**-_DECADES) / 1.5, largest * 1.5)
-        axes.set_title(layer.removesuffix(".weight"), fontsize=9.5)
+        axes.set_title(short_name(layer), fontsize=9.5)
     for axes in flat[len(found) :]:
         axes.set_visible(False)
     figure.supxlabel("number of the singular value", fontsize=11)
