@@ -204,8 +204,9 @@ def test_what_cannot_be_read_is_named_and_runs_no_code(tmp_path):
 def test_files_are_found_below_a_folder_in_natural_order(tmp_path):
     for name in ("step-10/state.pt", "step-9/state.pt", "step-9/process-00000.pt",
                  "step-9/optimizer.pt", "stability-epochs-00000001/process-00000.pt",
-                 "partial-11/state.pt", "notes.txt"):  # fmt: skip
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+                 "partial-11/state.pt", "best/step-9/state.pt", "damaged-step-8/state.pt",
+                 "notes.txt"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     found = find_checkpoints([tmp_path, tmp_path / "step-9" / "state.pt"])
     assert [path.relative_to(tmp_path).as_posix() for path in found] == [

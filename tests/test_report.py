@@ -343,6 +343,22 @@ def test_long_names_of_layers_do_not_overlap_above_their_spectra(tmp_path):
     assert left.x1 < right.x0
 
 
+@pytest.mark.filterwarnings("error")
+def test_what_has_no_averaged_layer_and_no_singular_value_is_drawn(tmp_path):
+    writer = Writer(tmp_path / "run", layers={"position": (5, 6), "zero": (2, 2)})
+    for epoch in (4, 5):
+        writer.measure(0, "position", epoch)
+        writer.store.append("layers/zero/spectrum", step=epoch, singular_values=[0.0, 0.0])
+        writer.store.append("layers/zero/rank", step=epoch, rank=2, owner=0)
+    writer.store.close()
+    with h5py.File(tmp_path / "run" / "metrics.h5", "r+") as file:
+        file["layers/zero"].attrs["averaged"] = False
+    report.main([str(tmp_path / "run")])
+    names = {path.stem for path in (tmp_path / "run" / "report" / "figures").glob("*.png")}
+    assert {"stability", "spectra"} <= names
+    assert "measures" not in names
+
+
 class Page(HTMLParser):
     """What a page refers to."""
 

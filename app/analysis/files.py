@@ -13,12 +13,14 @@ COMPANIONS = (
     "process-*.pt",
     "stability-*",
     "partial-*",
+    "damaged-*",
+    "best",
     "optimizer*",
     "scheduler*",
     "rng_state*",
     "training_args*",
 )
-"""Names of files and folders that lie beside checkpoints and hold no weights."""
+"""Names of files and folders that lie beside checkpoints and hold no weights, or some once more."""
 
 
 def find_checkpoints(paths: Sequence[Path]) -> list[Path]:

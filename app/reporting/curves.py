@@ -105,7 +105,7 @@ def other_measures(run: Run, name: str) -> Drawing | None:
     found = {
         column: series
         for column in run.columns()
-        if column not in known and len((series := run.series(column)).steps)
+        if column not in known and (series := run.series(column)).averaged().size
     }
     if not found:
         return None

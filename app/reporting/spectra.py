@@ -45,7 +45,7 @@ def spectra(run: Run, layers: Sequence[str], name: str) -> Drawing | None:
     colours = ScalarMappable(Normalize(min(ends), max(ends)), map_)
     for axes, (layer, x, values) in zip(flat, found, strict=False):
         places = np.unique(np.linspace(0, len(x) - 1, min(_TIMES, len(x))).round().astype(int))
-        largest = np.nanmax(values) if np.isfinite(values).any() else 1.0
+        largest = np.nanmax(values, initial=0.0) or 1.0
         for place in places:
             s = np.where(values[place] > 0, values[place], np.nan)
             axes.plot(np.arange(1, len(s) + 1), s, color=colours.to_rgba(x[place]), linewidth=1.1)
