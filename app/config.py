@@ -66,6 +66,8 @@ def read(path: Path, reason: str, extending: tuple[Path, ...] = ()) -> dict[str,
         text = path.read_text()
     except OSError as error:
         raise UserError(f"{reason}: cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{reason}: cannot read {path}: it is no text") from None
     values = parse(text, source=str(path))
     if "extends" not in values:
         return values

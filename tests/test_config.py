@@ -120,6 +120,12 @@ def test_mistakes_in_extending(tmp_path, files, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "metrics.h5").write_bytes(b"\x89HDF\r\n\x1a\n")
+    with pytest.raises(UserError, match=r"cannot read .*metrics\.h5: it is no text"):
+        config.load(tmp_path / "metrics.h5")
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"cannot read .*gone\.yaml: No such file"):
         config.load(tmp_path / "gone.yaml")
