@@ -343,6 +343,14 @@ class Configuration(Section):
     stability: StabilitySection = Field(default_factory=StabilitySection)
     search: SearchSection = Field(default_factory=SearchSection)
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.data.name.startswith("ett") and self.training.label_smoothing:
+            raise ValueError(
+                f"training.label_smoothing: is not for data.name={self.data.name}; leave it out"
+            )
+        return self
+
     def check_steps(self, steps: int) -> None:
         """Reject a delay that a run of ``steps`` optimizer steps would never reach.
 

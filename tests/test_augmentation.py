@@ -209,6 +209,11 @@ def test_options_that_a_data_set_has_no_use_for(values: dict[str, Any], message:
         config.build({"data": values})
 
 
+def test_labels_of_a_series_cannot_be_smoothed() -> None:
+    with pytest.raises(UserError, match=r"^training\.label_smoothing: is not for data\.name=etth1"):
+        config.load(None, ["data.name=etth1", "training.label_smoothing=0.1"])
+
+
 @given(width=st.integers(1, 700), height=st.integers(1, 700), seed=st.integers(0, 2**32 - 1))
 def test_random_box_lies_within_the_image(width: int, height: int, seed: int) -> None:
     left, top, right, bottom = random_box(width, height, np.random.default_rng(seed))

@@ -230,6 +230,10 @@ def test_wrong_configuration(task: Callable[..., Task], data: dict[str, Any], me
         (lambda lines: lines[:1000], "holds 999 steps, expected 14400 or more"),
         (lambda lines: lines[:50] + lines[60:], "has gaps: expected a row every 60 minutes"),
         (lambda lines: ["a,b", *lines[1:]], "has the columns 'a,b', expected date,HUFL"),
+        (
+            lambda lines: [line.rpartition(",")[0] for line in lines],
+            "has the columns 'date,HUFL,HULL,MUFL,MULL,LUFL,LULL', expected date,HUFL",
+        ),
         (lambda lines: [*lines[:9], lines[9].replace(",", ",x"), *lines[10:]], "is damaged: "),
         (lambda lines: [*lines[:9], "x" + lines[9], *lines[10:]], "is damaged: "),
     ],

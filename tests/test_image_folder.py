@@ -195,6 +195,25 @@ def test_evaluation_takes_the_central_crop(own_images: Path) -> None:
     torch.testing.assert_close(image, white[:, None, None].expand_as(image))
 
 
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "CMYK", "I;16"])
+def test_images_of_all_kinds_are_read_as_rgb(own_images: Path, mode: str) -> None:
+    """A square of mid grey, of the whole size of the image, in training and evaluation."""
+    grey = Image.new("L", (30, 30), 128)
+    if mode == "I;16":
+        image = Image.fromarray(np.full((30, 30), 128 * 257, dtype=np.uint16))
+    else:
+        image = grey.convert(mode)
+    assert image.mode == mode
+    for path in own_images.glob("*/*/*.png"):
+        path.unlink()
+        image.save(path.with_suffix(".jpg" if mode == "CMYK" else ".png"))
+    task = folder_task(own_images)
+    expected = (128 / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
+    for batches in (task.train_batches(0), task.evaluation_batches("test")):
+        inputs = torch.cat([batch.inputs for batch in batches])
+        assert (inputs - expected[:, None, None]).abs().max() < 0.02
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("content", [b"no image", b"", None])
 def test_damaged_image_is_named(own_images: Path, content: bytes | None, workers: int) -> None:

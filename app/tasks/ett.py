@@ -108,6 +108,10 @@ def _read(data: DataSection, minutes: int, *, steps: int) -> tuple[np.ndarray, n
     try:
         with path.open() as file:
             header = file.readline().strip()
+        if header != ",".join(("date", *VARIABLES)):
+            raise UserError(
+                f"data.root: {path} has the columns {header!r}, expected date,{','.join(VARIABLES)}"
+            )
         dates = np.loadtxt(path, delimiter=",", skiprows=1, usecols=0, dtype="U19", max_rows=steps)
         times = dates.astype("datetime64[s]")
         columns = range(1, len(VARIABLES) + 1)
@@ -119,10 +123,6 @@ def _read(data: DataSection, minutes: int, *, steps: int) -> tuple[np.ndarray, n
         ) from None
     except ValueError as error:
         raise UserError(f"data.root: {path} is damaged: {' '.join(str(error).split())}") from None
-    if header != ",".join(("date", *VARIABLES)):
-        raise UserError(
-            f"data.root: {path} has the columns {header!r}, expected date,{','.join(VARIABLES)}"
-        )
     if len(values) < steps:
         raise UserError(f"data.root: {path} holds {len(values)} steps, expected {steps} or more")
     if (np.diff(times) != np.timedelta64(minutes, "m")).any() or not np.isfinite(values).all():

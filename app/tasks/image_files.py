@@ -118,7 +118,7 @@ class EvaluationTransform:
 
     def decode(self, image: Any, random: np.random.Generator) -> Any:
         """See :class:`Transform`."""
-        return self._crop(image.convert("RGB"))
+        return self._crop(_to_rgb(image))
 
     def finish(self, pixels: Any, random: np.random.Generator) -> Tensor:
         """See :class:`Transform`."""
@@ -207,7 +207,16 @@ def read_region(image: Any, box: Box, size: int) -> Any:
     image.draft("RGB", (math.ceil(width * scale), math.ceil(height * scale)))
     x, y = image.size[0] / width, image.size[1] / height
     scaled = (box[0] * x, box[1] * y, box[2] * x, box[3] * y)
-    return image.convert("RGB").resize((size, size), Resampling.BILINEAR, scaled)
+    return _to_rgb(image).resize((size, size), Resampling.BILINEAR, scaled)
+
+
+def _to_rgb(image: Any) -> Any:
+    """Return an opened PIL image as RGB, without transparency."""
+    if image.mode.startswith("I;16"):  # grey values of 16 bits, which PIL would cut off at 255
+        from PIL import Image
+
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def _random_augment(data: DataSection) -> Callable[[Any], Any] | None:
