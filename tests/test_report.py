@@ -479,6 +479,21 @@ def test_following_ends_with_the_run(tmp_path):
     assert shown.index("position") < shown.index("blocks.2.fc.weight") < shown.index("patch")
 
 
+def test_a_run_can_be_followed_before_its_first_step(tmp_path):
+    writer = Writer(tmp_path / "run", "stability.enabled=false")
+    seen = []
+
+    def wait(_):
+        seen.append(read_run(tmp_path / "run").state())
+        writer.epoch(1, measured=False)
+        writer.finish()
+
+    out = io.StringIO()
+    follow(tmp_path / "run", interval=1, console=Console(file=out, width=120), wait=wait)
+    assert seen == ["not finished: no step yet"]
+    assert "finished; loss 0.1000" in out.getvalue()
+
+
 def test_following_ends_with_an_interrupt(tmp_path):
     writer = Writer(tmp_path / "run")
     writer.epoch(0)

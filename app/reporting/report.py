@@ -95,6 +95,11 @@ def _read_runs(paths: Sequence[Path]) -> list[Run]:
         run = read_run(path)
         if run.folder.resolve() in runs:
             raise UserError(f"{path}: given twice")
+        if run.is_empty:
+            raise UserError(
+                f"{run.folder / 'metrics.h5'}: nothing is recorded yet; try again when the run has "
+                f"begun"
+            )
         runs[run.folder.resolve()] = run
     return list(runs.values())
 

@@ -97,6 +97,11 @@ class Run:
         """Whether the run reached its end; an analysis always has."""
         return self.summary is not None or "analysis" in self.configuration
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is recorded yet that could be drawn."""
+        return not len(self.train["step"]) and not any(len(rows["step"]) for rows in self.stability)
+
     def state(self) -> str:
         """Say how far the run has come."""
         if self.is_finished:
@@ -149,7 +154,7 @@ def read_run(path: Path | str) -> Run:
         path: its folder, or the metrics.h5 in it.
 
     Raises:
-        UserError: no metrics there, no metrics of a run, or nothing recorded yet.
+        UserError: no metrics there, or no metrics of a run.
     """
     path = Path(path)
     metrics = path if path.is_file() else path / "metrics.h5"
@@ -158,7 +163,7 @@ def read_run(path: Path | str) -> Run:
     try:
         layers = reader.layers()
         yaml = reader.configuration()
-        run = Run(
+        return Run(
             folder=folder,
             name=folder.resolve().name,
             configuration=parse(yaml, source=f"{metrics}: config"),
@@ -175,9 +180,6 @@ def read_run(path: Path | str) -> Run:
         )
     finally:
         reader.close()
-    if not len(run.train["step"]) and not any(len(rows["step"]) for rows in run.stability):
-        raise UserError(f"{metrics}: nothing is recorded yet; try again when the run has begun")
-    return run
 
 
 def read_spectra(run: Run, names: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
