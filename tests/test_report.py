@@ -21,7 +21,7 @@ from app.metrics.store import MetricsStore
 from app.reporting import comparison, curves, drawing, layer_maps
 from app.reporting.follow import follow
 from app.reporting.reference import REFERENCE_CURVES
-from app.reporting.runs import choose_layers, read_run, read_spectra
+from app.reporting.runs import check_patterns, choose_layers, read_run, read_spectra
 from app.reporting.spectra import spectra
 
 STEPS_PER_EPOCH = 10
@@ -181,7 +181,14 @@ def test_layers_are_chosen_by_pattern_or_at_even_distances(tmp_path):
     assert choose_layers(run, [], count=9) == list(LAYERS)
     assert choose_layers(run, ["blocks.*"], count=9) == list(LAYERS)[1:3]
     with pytest.raises(UserError, match=r"--layers: 'x\*' matches no .*such as patch\.weight"):
-        choose_layers(run, ["blocks.*", "x*"], count=9)
+        check_patterns([run], ["blocks.*", "x*"])
+
+
+def test_a_pattern_may_be_of_one_of_two_networks(tmp_path):
+    runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", layers={"patch.weight": (8, 4)})]
+    output = tmp_path / "out"
+    report.main([*map(str, runs), "--layers", "blocks.*", "--output", str(output)])
+    assert {path.stem for path in (output / "figures").glob("spectra*.png")} == {"spectra-1-a"}
 
 
 def test_runs_are_grouped_by_all_but_seed_folder_and_name(tmp_path):

@@ -11,7 +11,7 @@ from app.reporting.drawing import Drawing, save, style
 from app.reporting.layer_maps import mixing_map, rank_map, stability_map
 from app.reporting.page import render_page
 from app.reporting.reference import REFERENCE_CURVES, ReferenceCurve
-from app.reporting.runs import Run, choose_layers, read_run
+from app.reporting.runs import Run, check_patterns, choose_layers, read_run
 from app.reporting.spectra import spectra
 
 _SPECTRA = 6  # panels, where nobody says which
@@ -45,9 +45,11 @@ def write_report(
         reference: key of REFERENCE_CURVES, or None.
 
     Raises:
-        UserError: a run cannot be read, or the folder not written to.
+        UserError: a run cannot be read, a pattern matches no layer, or the folder cannot be
+            written to.
     """
     runs = _read_runs(paths)
+    check_patterns(runs, layers)
     curve = REFERENCE_CURVES[reference] if reference else None
     groups = group_runs(runs)
     folder = output or (runs[0].folder / "report" if len(runs) == 1 else Path("report"))

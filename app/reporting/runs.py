@@ -202,6 +202,21 @@ def read_spectra(run: Run, names: Sequence[str]) -> list[tuple[np.ndarray, np.nd
     return spectra
 
 
+def check_patterns(runs: Sequence[Run], patterns: Sequence[str]) -> None:
+    """Reject a pattern that matches no layer with a spectrum, in any run: it is misspelt.
+
+    Raises:
+        UserError: there is one.
+    """
+    names = [name for run in runs for name in _measured_layers(run)]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise UserError(
+                f"--layers: {pattern!r} matches no measured layer "
+                f"(such as {names[0] if names else 'none'})"
+            )
+
+
 def choose_layers(run: Run, patterns: Sequence[str], *, count: int) -> list[str]:
     """Choose the layers whose spectra are drawn, in the order of the network.
 
@@ -209,27 +224,22 @@ def choose_layers(run: Run, patterns: Sequence[str], *, count: int) -> list[str]
         run: the run.
         patterns: shell-style, of layer names. None given: some at even distances.
         count: how many at most.
-
-    Raises:
-        UserError: a pattern matches no layer with a spectrum.
     """
-    names = [
-        layer.name
-        for layer, stability, rank in zip(run.layers, run.stability, run.rank, strict=True)
-        if len(stability["step"]) or len(rank["step"])
-    ]
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise UserError(
-                f"--layers: {pattern!r} matches no measured layer of {run.folder} "
-                f"(such as {names[0] if names else 'none'})"
-            )
+    names = _measured_layers(run)
     if patterns:
         names = [name for name in names if any(fnmatchcase(name, p) for p in patterns)]
     if len(names) <= count:
         return names
     places = np.linspace(0, len(names) - 1, count).round().astype(int)
     return [names[place] for place in places]
+
+
+def _measured_layers(run: Run) -> list[str]:
+    return [
+        layer.name
+        for layer, stability, rank in zip(run.layers, run.stability, run.rank, strict=True)
+        if len(stability["step"]) or len(rank["step"])
+    ]
 
 
 def _read_summary(path: Path) -> dict[str, Any] | None:
