@@ -85,3 +85,12 @@ def test_a_checkpoint_without_one_of_its_parts_is_passed_over(tmp_path):
     save(checkpoints, 20, 1, 2)
     (checkpoints.complete()[-1] / "process-00000-part-2.pt").unlink()
     assert loaded(tmp_path) == (10, 10, {"part-1": 1.0})
+
+
+def test_what_a_killed_session_wrote_later_does_not_outlive_the_new(tmp_path):
+    """The best weights of a run that was resumed from before them."""
+    save(Checkpoints(tmp_path, Processes(), keep=1), 60)
+    again = Checkpoints(tmp_path, Processes(), keep=1)
+    save(again, 40)
+    assert loaded(tmp_path) == (40, 40, {})
+    assert len(again.complete()) == 1

@@ -79,7 +79,10 @@ class Checkpoints:
             folder = self._free_name(step)
             partial.rename(folder)
             _sync_folder(self._folder)
-            for old in self.complete()[: -self._keep]:
+            complete = self.complete()
+            # What comes after it is of a killed session, whose steps are taken again.
+            end = complete.index(folder) + 1
+            for old in complete[: max(0, end - self._keep)] + complete[end:]:
                 shutil.rmtree(old)
         folder = self._processes.from_first(folder)
         self._parts = {name: folder / _part_file(index, name) for name in parts}
