@@ -1,11 +1,13 @@
 """Workarounds for other packages, each in a process of its own, where nothing is imported yet."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from launching import launch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -100,6 +102,29 @@ def test_timm_posterizes_at_any_strength() -> None:
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout == "(128, 0, 128)\n"
+
+
+def test_no_killed_process_leaves_shared_memory_of_mpich_behind(tmp_path: Path) -> None:
+    """The processes end by a signal, and tell before what names are left of what they share."""
+    report = tmp_path / "report"
+    launch(
+        2,
+        "-c",
+        "import os, signal, sys\n"
+        "from app.distributed.launch import read_launch\n"
+        "from app.distributed.runtime import connect_mpi\n"
+        "world = connect_mpi(read_launch())\n"
+        "world.barrier()\n"
+        "lines = [line.split() for line in open('/proc/self/maps') if 'mpich_shm_' in line]\n"
+        "all_lines = sum(world.allgather(lines), [])\n"
+        "if world.rank == 0:\n"
+        "    print(len(all_lines), {line[-1] for line in all_lines}, file=open(sys.argv[1], 'w'))\n"
+        "world.barrier()\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n",
+        report,
+        code=signal.SIGKILL,
+    )
+    assert report.read_text() == "2 {'(deleted)'}\n"
 
 
 def test_heat_leaves_random_generators_alone() -> None:

@@ -177,6 +177,19 @@ def test_a_frozen_process_ends_the_step_and_the_job_goes_on(slurm, undisturbed):
     assert_same_weights(run_dir(slurm, job), undisturbed)
 
 
+def test_a_killed_process_ends_the_step_and_the_job_goes_on(slurm):
+    """On one node, where a step of the same number finds what the killed one shared with others."""
+    job = train(slurm, options=["--nodes=1", "--ntasks-per-node=2", "--cpus-per-task=1"])
+    slurm.wait_for_line(job, r"epoch 2/")
+    os.kill(processes_of(run_dir(slurm, job))[1], signal.SIGKILL)
+    slurm.wait_for_line(job, "Failed .*, after new results; requeueing job")
+    slurm.wait_for_state(job, "COMPLETED")
+    assert slurm.show(job)["Restarts"] == "1"
+    sessions = read_rows(run_dir(slurm, job) / "metrics.h5", "sessions")
+    assert list(sessions["process_count"]) == [2, 2]
+    assert last_checkpoint(run_dir(slurm, job))["position"]["epoch"] == 8
+
+
 def test_the_array_trains_every_seed(slurm):
     job = train(slurm, script="slurm/seeds.sh", options=["--array=0-1", "--cpus-per-task=1"])
     losses = []

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from app.compatibility import unlink_shared_memory_of_mpich
 from app.distributed.launch import Launch, read_launch
 from app.distributed.processes import Processes
 from app.distributed.watchdog import Watchdog
@@ -127,7 +128,7 @@ def _name(launch: Launch) -> str:
 def connect_mpi(launch: Launch) -> Any:
     """Return COMM_WORLD, checked against what the launcher started; None where MPI is not used.
 
-    The import initializes MPI, so a process that is alone needs no MPI library.
+    A collective call. The import initializes MPI, so a process that is alone needs no MPI library.
     """
     if launch.launcher in ("alone", "torchrun") or launch.process_count == 1:
         return None
@@ -146,6 +147,7 @@ def connect_mpi(launch: Launch) -> Any:
         raise UserError(
             f"{started}, but each sees {MPI.COMM_WORLD.Get_size()} in its MPI ({library}): {cure}"
         )
+    unlink_shared_memory_of_mpich(MPI.COMM_WORLD)
     return MPI.COMM_WORLD
 
 
