@@ -74,6 +74,8 @@ supervise() {
     fi
     local before exit_code interrupted=true terminated=false
     before=$(results || true)
+    # Slurm tells all processes by itself, and decides by itself whether the job is requeued.
+    trap 'interrupted=true; terminated=true' TERM
     "$@" &
     local step=$!
     # srun hands the signal on to all processes.
@@ -81,8 +83,6 @@ supervise() {
     if $stopped; then # since the look above
         kill -USR1 "$step" || true
     fi
-    # Slurm tells all processes by itself, and decides by itself whether the job is requeued.
-    trap 'interrupted=true; terminated=true' TERM
     while $interrupted; do # a signal ends the wait, not the step
         interrupted=false
         exit_code=0

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from launching import TIMEOUT
 from machine import need
 
 from app.config import load
@@ -36,6 +37,7 @@ print("step is running", flush=True)
 signal.sigwait([signal.SIGUSR1])
 raise SystemExit({{exit_code}})
 """
+GATE = "head -n 1 gate >/dev/null"
 FAKE_SCONTROL = """\
 #!/usr/bin/env bash
 echo "$*" >>scontrol_arguments
@@ -83,7 +85,7 @@ def start(
 def submit(site: Path, *arguments: str, **options: str) -> tuple[int, str, str]:
     """Run a script to its end: exit code, stdout, stderr."""
     process = start(site, *arguments, **options)
-    output, errors = process.communicate(timeout=30)
+    output, errors = process.communicate(timeout=TIMEOUT)
     return process.returncode, output, errors
 
 
@@ -242,15 +244,22 @@ def test_failed_requeue_names_the_run(site: Path) -> None:
 def signalled(
     site: Path, number: signal.Signals, line: str = "step is running", **options: str
 ) -> tuple[int, str]:
-    """Send a signal to the batch script when it has printed a line: exit code, stderr."""
+    """Send a signal to the batch script when it has printed a line: exit code, stderr.
+
+    Only then does what waits at the GATE go on.
+    """
+    os.mkfifo(site / "gate")
+    gate = os.open(site / "gate", os.O_RDWR)  # for writing alone it would wait for a reader
     process = start(site, **options)
     try:
         assert process.stdout
         assert f"{line}\n" in iter(process.stdout.readline, "")
         process.send_signal(number)
-        _, errors = process.communicate(timeout=30)
+        os.write(gate, b"open\n")
+        _, errors = process.communicate(timeout=TIMEOUT)
     finally:
         process.kill()
+        os.close(gate)
     return process.returncode, errors
 
 
@@ -263,21 +272,21 @@ def test_signal_is_forwarded_and_the_step_waited_for(site: Path, exit_code: int)
 
 def test_a_signal_before_the_step_requeues_the_job(site: Path) -> None:
     with (site / "slurm" / "env.sh").open("a") as file:
-        file.write("echo loading modules; sleep 1\n")
+        file.write(f"echo loading modules; {GATE}\n")
     assert signalled(site, signal.SIGUSR1, "loading modules") == (75, "")
     assert not (site / "srun_arguments").exists()
     assert (site / "scontrol_arguments").read_text() == f"requeue {JOB}\n"
 
 
 def test_a_signal_after_the_step_does_no_harm(site: Path) -> None:
-    install(site, "python", "#!/usr/bin/env bash\necho drawing; sleep 1\n")
+    install(site, "python", f"#!/usr/bin/env bash\necho drawing; {GATE}\n")
     options = {"line": "drawing", "script": "stability_study.sh"}
     assert signalled(site, signal.SIGUSR1, **options) == (0, "")
     assert not (site / "scontrol_arguments").exists()
 
 
 def test_termination_leaves_the_requeue_to_slurm(site: Path) -> None:
-    install(site, "srun", FAKE_SRUN.format(body='echo "step is running"; sleep 1; exit 75'))
+    install(site, "srun", FAKE_SRUN.format(body=f'echo "step is running"; {GATE}; exit 75'))
     assert signalled(site, signal.SIGTERM) == (75, "")
     assert not (site / "scontrol_arguments").exists()
 
