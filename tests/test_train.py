@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -313,9 +312,7 @@ def test_a_signal_to_a_single_process(tmp_path, number):
 
 @pytest.mark.parametrize(("what", "code"), [("fault", 1), ("kill", 9)])
 def test_a_fault_on_one_process_ends_all(tmp_path, what, code):
-    start = time.monotonic()
     result = launch(3, DISTURBED, what, 1, 20, *TINY, f"run.dir={tmp_path}", code=code)
-    assert time.monotonic() - start < 200
     if what == "fault":
         assert "process 1 of 3 failed" in result.stderr
         assert "the machine is on fire" in result.stderr
