@@ -79,25 +79,24 @@ def import_scikit_learn() -> None:
     random.setstate(state)
 
 
-def unlink_shared_memory_of_mpich(communicator: Any) -> None:
+def unlink_shared_memory_of_mpich(node: Any) -> None:
     """Take away the name of the memory that MPICH's processes of a node share; the memory stays.
 
-    A collective call, once all processes of the communicator have initialized MPI.
+    A collective call.
 
     Seen with MPICH 5.0.2: the file in /dev/shm is deleted at the end only, and stays when a process
     is killed. srun --mpi=pmi2 gives it the same name in every step of the same numbers, so that a
     requeued job finds it with what the killed one left in it, and aborts or hangs in MPI_Init. It
     can go when MPICH deletes the file as soon as all have opened it.
-    """
-    from mpi4py import MPI
 
-    node = communicator.Split_type(MPI.COMM_TYPE_SHARED)
+    Args:
+        node: mpi4py communicator of the node's processes.
+    """
     node.Barrier()  # all have opened it
     maps = Path("/proc/self/maps")
     if node.Get_rank() == 0 and maps.exists():
         for path in set(re.findall(r"/dev/shm/mpich_shm_\w+$", maps.read_text(), re.MULTILINE)):
             Path(path).unlink(missing_ok=True)
-    node.Free()
 
 
 def import_heat() -> Any:

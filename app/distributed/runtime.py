@@ -147,7 +147,9 @@ def connect_mpi(launch: Launch) -> Any:
         raise UserError(
             f"{started}, but each sees {MPI.COMM_WORLD.Get_size()} in its MPI ({library}): {cure}"
         )
-    unlink_shared_memory_of_mpich(MPI.COMM_WORLD)
+    node = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
+    unlink_shared_memory_of_mpich(node)
+    node.Free()
     return MPI.COMM_WORLD
 
 
