@@ -2,16 +2,19 @@
 
 import copy
 import pickle
+from typing import get_args
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from app import OIALR
 from app.distributed.processes import Processes
 from app.linalg.svd import economy_svd
 from app.lowrank.attention import FactoredAttention
 from app.lowrank.conversion import factorize_layer, get_layer, survey, to_dense
+from app.lowrank.cost import SMALL_PRODUCT, Execution, Way, cheapest_way, training_cost
 from app.lowrank.layer import FactoredLayer
 from app.metrics.stability import StabilityTracker
 
@@ -19,7 +22,7 @@ KEEP = {"keep_first_layer": False, "keep_last_layer": False, "minimum_rank_fract
 E, HEADS, N, L, S = 16, 4, 3, 5, 6
 
 
-def converted(model, rank=None, **options):
+def converted(model, rank=None, execution="auto", **options):
     """Return a copy of a network in which all that can be is factorized, and the reports."""
     model = copy.deepcopy(model)
     reports = [r for r in survey(model, **KEEP, **options) if r.stays_dense is None]
@@ -28,7 +31,8 @@ def converted(model, rank=None, **options):
         U, s, Vh = economy_svd(weight.reshape(report.stack_shape))
         r = rank or s.shape[-1]
         factors = U[..., :r], torch.diag_embed(s[..., :r]), Vh[..., :r, :]
-        factorize_layer(model, report.name, *(factor.contiguous() for factor in factors))
+        layer = factorize_layer(model, report.name, *(factor.contiguous() for factor in factors))
+        layer.execution = execution
     return model, reports
 
 
@@ -48,7 +52,7 @@ class Holder(nn.Module):
 
 
 def inputs(kind="cross", *, batch_first=False, kdim=E, vdim=E, batch=N):
-    """Return query, key and value: self-attention, key is value, or all different."""
+    """Return query, key and value: one for all, two that share an input, or all different."""
     generator = torch.Generator().manual_seed(0)
 
     def tensor(length, width):
@@ -57,7 +61,10 @@ def inputs(kind="cross", *, batch_first=False, kdim=E, vdim=E, batch=N):
         return torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
 
     query, key, value = tensor(L, E), tensor(S, kdim), tensor(S, vdim)
-    return {"self": (query,) * 3, "memory": (query, key, key)}.get(kind, (query, key, value))
+    shared = {"self": (query,) * 3, "memory": (query, key, key)}
+    if kind == "position":  # positions are added for query and key alone
+        shared["position"] = (query, query, tensor(L, E))
+    return shared.get(kind, (query, key, value))
 
 
 def pull(model, arguments, **call):
@@ -76,10 +83,10 @@ def pull(model, arguments, **call):
     return out, weights, [x.grad for x in distinct]
 
 
-def assert_twins(model, arguments, projection="packed", **call):
+def assert_twins(model, arguments, projection="packed", execution="auto", **call):
     """Compare a network with its conversion: output, weights and every gradient."""
     model.zero_grad()
-    twin, reports = converted(model, attention_projection=projection)
+    twin, reports = converted(model, execution=execution, attention_projection=projection)
     assert reports
     assert type(twin.attn) is FactoredAttention
     torch.manual_seed(5)
@@ -121,6 +128,40 @@ def test_every_constructor_option(kind, options, projection, need_weights):
         kind = "cross"
     arguments = inputs(kind, batch_first=options.get("batch_first", False), **widths)
     assert_twins(Holder(**options), arguments, projection, need_weights=need_weights)
+
+
+@pytest.mark.parametrize("execution", get_args(Way))
+@pytest.mark.parametrize("projection", ["packed", "separate"])
+@pytest.mark.parametrize("kind", ["self", "memory", "position", "cross", "unequal"])
+def test_every_way_of_applying_a_projection(kind, projection, execution):
+    options = {"kdim": 10, "vdim": 24} if kind == "unequal" else {}
+    arguments = inputs("cross" if kind == "unequal" else kind, **options)
+    assert_twins(Holder(**options), arguments, projection, execution)
+
+
+@pytest.mark.parametrize("execution", get_args(Execution))
+@pytest.mark.parametrize(
+    ("kind", "projection", "products"),
+    [  # rows of the input and of the weight that it meets
+        ("self", "packed", [(N * L, 3 * E)]),
+        ("memory", "packed", [(N * L, E), (N * S, 2 * E)]),
+        ("self", "separate", [(N * L, E)] * 3),
+    ],
+)
+def test_a_projection_takes_the_way_that_costs_least(kind, projection, products, execution):
+    r = E  # factored costs more than rebuilding the weight
+    twin, _ = converted(Holder(), r, execution, attention_projection=projection)
+    expected = 0
+    for rows, m in products:
+        way = cheapest_way(rows, m, E, r) if execution == "auto" else execution
+        expected += training_cost(way, rows=rows, m=m, n=E, r=r)
+        if way == "factored":
+            expected -= rows * SMALL_PRODUCT * r
+    layer = twin.attn.in_proj
+    with FlopCounterMode(display=False) as counter:
+        outputs = layer(inputs(kind), (None, None, None))
+        torch.autograd.backward(outputs, [torch.ones_like(out) for out in outputs])
+    assert counter.get_total_flops() / 2 == pytest.approx(expected)
 
 
 def boolean(*shape):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from app.lowrank.layer import FactoredLayer
+from app.lowrank.linear import ordered
 
 AttentionProjection = Literal["packed", "separate"]
 """in_proj_weight (3 E, E) as one matrix, or as a stack of three (E, E) for query, key and value."""
@@ -36,22 +37,33 @@ class FactoredProjection(FactoredLayer):
         Returns:
             One (..., m) for each part.
         """
+        outputs: dict[int, Tensor] = {}
+        for places in self._places(inputs):
+            x, (U, core, Vh) = inputs[places[0]], self._factors(places, len(inputs))
+            way = self.way(x.numel() // max(1, x.shape[-1]), len(U))
+            inner, left = ordered(x, U, core, Vh, way)
+            for i, part in zip(places, left.chunk(len(places)), strict=True):
+                outputs[i] = functional.linear(inner, part, biases[i])
+        return [outputs[i] for i in range(len(inputs))]
+
+    def _places(self, inputs: Sequence[Tensor]) -> list[list[int]]:
+        """Numbers of the parts of the weight that share the products of an input."""
         if self.groups > 1:
-            parts = zip(inputs, self.Vh, self.core, self.U, biases, strict=True)
-            return [
-                functional.linear(functional.linear(functional.linear(x, Vh), core), U, bias)
-                for x, Vh, core, U, bias in parts
-            ]
-        distinct = {id(x): x for x in inputs}
-        inner = {
-            key: functional.linear(functional.linear(x, self.Vh), self.core)
-            for key, x in distinct.items()
-        }
-        rows = self.U.chunk(len(inputs))
-        return [
-            functional.linear(inner[id(x)], U, bias)
-            for x, U, bias in zip(inputs, rows, biases, strict=True)
-        ]
+            return [[i] for i in range(len(inputs))]
+        places: dict[int, list[int]] = {}
+        for i, x in enumerate(inputs):
+            places.setdefault(id(x), []).append(i)
+        return list(places.values())
+
+    def _factors(self, places: Sequence[int], count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return U, core and Vh of some parts of the weight, of so many in all."""
+        if self.groups > 1:
+            (i,) = places
+            return self.U[i], self.core[i], self.Vh[i]
+        if len(places) == count:
+            return self.U, self.core, self.Vh
+        rows = self.U.chunk(count)
+        return torch.cat([rows[i] for i in places]), self.core, self.Vh
 
 
 class FactoredAttention(nn.MultiheadAttention):

@@ -61,11 +61,17 @@ class FactoredLayer(nn.Module):
         """Shape of the weight read as a matrix: (m, n), or (m / g, n) of each group's."""
         return self.U.shape[-2], self.Vh.shape[-1]
 
-    def way(self, rows: int) -> Way:
-        """Return how the weight is applied to an input of so many rows (batch times positions)."""
+    def way(self, rows: int, m: int | None = None) -> Way:
+        """Return how the weight is applied to an input.
+
+        Args:
+            rows: of the input (batch times positions).
+            m: rows of the weight that the input meets; None: all.
+        """
         if self.execution != "auto":
             return self.execution
-        return cheapest_way(rows, *self.matrix_shape, self.rank)
+        height, n = self.matrix_shape
+        return cheapest_way(rows, height if m is None else m, n, self.rank)
 
     @property
     def weight(self) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from app.lowrank.cost import Way
 from app.lowrank.layer import FactoredLayer
 
 
@@ -38,15 +39,9 @@ class FactoredLinear(FactoredLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in) to (..., out)."""
-        linear = functional.linear
-        match self.way(x.numel() // max(1, x.shape[-1])):
-            case "factored":
-                return linear(linear(linear(x, self.Vh), self.core), self.U, self.bias)
-            case "dense":
-                return linear(x, self.weight, self.bias)
-        if self.out_features <= self.in_features:
-            return linear(linear(x, self.Vh), self.U @ self.core, self.bias)
-        return linear(linear(x, self.core @ self.Vh), self.U, self.bias)
+        way = self.way(x.numel() // max(1, x.shape[-1]))
+        inner, left = ordered(x, self.U, self.core, self.Vh, way)
+        return functional.linear(inner, left, self.bias)
 
     @property
     def in_features(self) -> int:
@@ -61,3 +56,25 @@ class FactoredLinear(FactoredLayer):
     def extra_repr(self) -> str:
         """Describe the layer in one line."""
         return f"{self.in_features}, {self.out_features}, rank={self.rank}"
+
+
+def ordered(x: Tensor, U: Tensor, core: Tensor, Vh: Tensor, way: Way) -> tuple[Tensor, Tensor]:
+    """Order the products of x W^T with W = U core Vh, all but the last: x W^T = inner left^T.
+
+    Args:
+        x: (..., n).
+        U: (m, r). core: (r, r). Vh: (r, n).
+        way: the order.
+
+    Returns:
+        inner (..., r) and left (m, r); x itself and W where the dense weight is rebuilt.
+    """
+    linear = functional.linear
+    match way:
+        case "factored":
+            return linear(linear(x, Vh), core), U
+        case "dense":
+            return x, U @ core @ Vh
+    if U.shape[0] <= Vh.shape[1]:
+        return linear(x, Vh), U @ core
+    return linear(x, core @ Vh), U
