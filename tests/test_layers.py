@@ -116,6 +116,13 @@ def test_input_without_a_batch(layer_and_input):
     torch.testing.assert_close(pull(twin_of(layer), x[0]), pull(layer, x[0]))
 
 
+def test_a_volume_without_a_batch_whose_depth_is_fastest():
+    layer, x = convolution(3)
+    x = x[0].permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    assert x.is_contiguous(memory_format=torch.channels_last)  # as a batch of images would be
+    torch.testing.assert_close(pull(twin_of(layer), x), pull(layer, x))
+
+
 def test_non_contiguous_input(layer_and_input):
     layer, x = layer_and_input
     x = x.expand(2, *x.shape).transpose(0, 1)[:, 1].mT.contiguous().mT

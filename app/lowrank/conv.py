@@ -105,7 +105,7 @@ class FactoredConv(FactoredLayer):
                 return pointwise(pointwise(inner, self.core), self.U, self.bias)
             return pointwise(inner, self.U @ self.core, self.bias)
 
-        layout = _layout(x)
+        layout = _layout(x, len(self.kernel_size))
         way = self.way(self._positions(x))
         if way == "dense":
             return spatial(self.weight, self.bias)
@@ -144,11 +144,12 @@ class FactoredConv(FactoredLayer):
         )
 
 
-def _layout(x: Tensor) -> torch.memory_format:
+def _layout(x: Tensor, dimensions: int) -> torch.memory_format:
     """Return how a batch lies in memory: channels first, as is usual, or last."""
-    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    channels_last = {2: torch.channels_last, 3: torch.channels_last_3d}.get(dimensions)
     if (
         channels_last is None
+        or x.dim() != dimensions + 2  # one volume without a batch may lie like a batch of images
         or x.is_contiguous()
         or not x.is_contiguous(memory_format=channels_last)
     ):
