@@ -13,8 +13,8 @@ from app.lowrank.cost import (
     SMALL_PRODUCT,
     cheapest_way,
     full_rank_cost,
+    multiply_adds,
     rank_pays,
-    training_cost,
 )
 from app.lowrank.explain import explain, rows_per_sample
 from app.lowrank.schedule import rounded_up
@@ -37,10 +37,7 @@ def test_the_model_counts_what_torch_counts(m, n, way):
     )
     layer.execution = way
     x = torch.randn(rows, n, requires_grad=True)
-    expected = training_cost(way, rows=rows, m=m, n=n, r=r)
-    if way == "factored":
-        expected -= rows * SMALL_PRODUCT * r
-    assert count(layer, x) == pytest.approx(expected, rel=0.02)
+    assert count(layer, x) == pytest.approx(multiply_adds(way, rows=rows, m=m, n=n, r=r))
     assert count(dense, x) == full_rank_cost(rows=rows, m=m, n=n)
 
 
@@ -91,11 +88,39 @@ def test_explain_counts_rows_and_names_the_cheapest_way():
     assert ranks == ["2", "4", "8", "16"]
     assert "the network's last layer" in table[-1]
     way = cheapest_way(320, 64, 16, 4)
-    ratio = training_cost(way, rows=320, m=64, n=16, r=4) / full_rank_cost(rows=320, m=64, n=16)
+    ratio = multiply_adds(way, rows=320, m=64, n=16, r=4) / full_rank_cost(rows=320, m=64, n=16)
     expected = ["2.weight", "64x16", "320", "4", way, f"{ratio:.2f}"]
     assert expected in [line.split() for line in table]
     present = explain(layers, rows, 10, {"0.weight": 5, "2.weight": 3}).splitlines()
     assert [line.split()[3] for line in present[1:3]] == ["5", "3"]
+
+
+@pytest.mark.parametrize("way", ["factored", "folded", "dense"])
+def test_explain_shows_the_way_that_is_forced(way):
+    layers = survey(nn.Sequential(nn.Linear(16, 64), nn.Linear(64, 9)))
+    table = explain(layers, {"0.weight": 32, "1.weight": 32}, 10, {"0.weight": 4}, way)
+    ratio = multiply_adds(way, rows=320, m=64, n=16, r=4) / full_rank_cost(rows=320, m=64, n=16)
+    assert table.splitlines()[1].split() == ["0.weight", "64x16", "320", "4", way, f"{ratio:.2f}"]
+
+
+def test_explain_of_attention_and_of_a_layer_that_evaluation_leaves_out():
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(16, 4)
+            self.auxiliary = nn.Linear(16, 16)
+
+        def forward(self, x):
+            x, _ = self.attention(x, x, x)
+            return x + self.auxiliary(x) if self.training else x
+
+    model = Network()
+    layers = survey(model, keep_last_layer=False)
+    rows = rows_per_sample(model, layers, lambda: model(torch.zeros(5, 2, 16)), 2)
+    names = ["attention.in_proj_weight", "attention.out_proj.weight", "auxiliary.weight"]
+    assert rows == dict(zip(names, [5, 5, 0], strict=True))
+    last = explain(layers, rows, 10, None).splitlines()[-1]
+    assert last.split(maxsplit=3) == [names[2], "16x16", "0", "not called in evaluation"]
 
 
 def test_ranks_are_rounded_up_in_layers_of_twelve_multiples_and_more():

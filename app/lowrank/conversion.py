@@ -164,7 +164,7 @@ def factorize_layer(
     """
     path, _, key = name.rpartition(".")
     module = model.get_submodule(path)
-    attention = module if key in INPUT_PROJECTIONS else _attention_of(model, module)
+    attention = module if key in INPUT_PROJECTIONS else attention_of(model, module)
     if type(attention) is nn.MultiheadAttention:
         attention = _replace(model, attention, FactoredAttention.from_dense(attention))
     if key in INPUT_PROJECTIONS:
@@ -219,6 +219,16 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
     return trained, sum(p.numel() for p in parameters)
 
 
+def attention_of(model: nn.Module, module: nn.Module) -> nn.MultiheadAttention | None:
+    """Return the attention, of no foreign kind, whose out_proj a module is."""
+    for attention in model.modules():
+        kinds = (nn.MultiheadAttention, FactoredAttention)
+        if type(attention) in kinds and attention.out_proj is module:
+            assert isinstance(attention, nn.MultiheadAttention)
+            return attention
+    return None
+
+
 def _why_not(
     model: nn.Module, module: nn.Module, report: LayerReport, minimum_rank_fraction: float
 ) -> str | None:
@@ -230,7 +240,7 @@ def _why_not(
         else kind in FACTORED and key == "weight"
     )
     if kind is NonDynamicallyQuantizableLinear:  # anyone else may read its weight himself
-        is_known = is_known and _attention_of(model, module) is not None
+        is_known = is_known and attention_of(model, module) is not None
     if not is_known:
         return f"{key} of {kind.__name__} is never factorized"
     if module._forward_pre_hooks or module._forward_hooks or module._backward_hooks:
@@ -258,16 +268,6 @@ def _groups(module: nn.Module, key: str, attention_projection: AttentionProjecti
     if isinstance(module, nn.modules.conv._ConvNd) and not module.transposed:
         return 1 if _is_depthwise(module) else module.groups
     return 3 if key == "in_proj_weight" and attention_projection == "separate" else 1
-
-
-def _attention_of(model: nn.Module, module: nn.Module) -> nn.MultiheadAttention | None:
-    """Return the attention, of no foreign kind, whose out_proj a module is."""
-    for attention in model.modules():
-        kinds = (nn.MultiheadAttention, FactoredAttention)
-        if type(attention) in kinds and attention.out_proj is module:
-            assert isinstance(attention, nn.MultiheadAttention)
-            return attention
-    return None
 
 
 def _first_match(path: str, patterns: Sequence[str]) -> str | None:

@@ -38,7 +38,7 @@ Several narrow products run at a lower rate than one wide one: measured as above
 MANY_ROWS = 2**30
 
 
-def training_cost(way: Way, *, rows: int, m: int, n: int, r: int) -> float:
+def multiply_adds(way: Way, *, rows: int, m: int, n: int, r: int) -> float:
     """Multiply-adds of one training step through a factorized weight.
 
     Args:
@@ -50,11 +50,17 @@ def training_cost(way: Way, *, rows: int, m: int, n: int, r: int) -> float:
     k = min(m, n)
     match way:
         case "factored":
-            return rows * (2 * r * (m + n) + 3 * r * r + SMALL_PRODUCT * r)
+            return rows * (2 * r * (m + n) + 3 * r * r)
         case "folded":
             return rows * (2 * r * (m + n) + r * k) + 2 * k * r * r
         case "dense":
             return 3 * rows * m * n + 2 * m * n * r + 2 * m * r * r
+
+
+def training_cost(way: Way, *, rows: int, m: int, n: int, r: int) -> float:
+    """What such a step costs: its :func:`multiply_adds`, and :data:`SMALL_PRODUCT` if factored."""
+    narrow = rows * SMALL_PRODUCT * r if way == "factored" else 0
+    return multiply_adds(way, rows=rows, m=m, n=n, r=r) + narrow
 
 
 def full_rank_cost(*, rows: int, m: int, n: int) -> float:

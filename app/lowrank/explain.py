@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from app.lowrank.conversion import LayerReport, get_layer
-from app.lowrank.cost import cheapest_way, full_rank_cost, training_cost
+from app.lowrank.conversion import LayerReport, attention_of, get_layer
+from app.lowrank.cost import Execution, cheapest_way, full_rank_cost, multiply_adds
 
 FRACTIONS = (0.1, 0.25, 0.5, 1.0)
 
@@ -30,7 +30,9 @@ def rows_per_sample(
     rows = {layer.name: 0 for layer in layers}
     handles = []
     for layer in layers:
+        # Dense attention uses the weight of its out_proj without calling it.
         module = get_layer(model, layer.name)
+        module = attention_of(model, module) or module
 
         def count(
             module: nn.Module, inputs: tuple[Tensor, ...], output: Any, name: str = layer.name
@@ -56,6 +58,7 @@ def explain(
     rows: dict[str, int],
     samples: int,
     ranks: dict[str, int | None] | None,
+    execution: Execution = "auto",
 ) -> str:
     """Return the table: layer, shape, rank, way, FLOPs of a training step against full-rank.
 
@@ -65,6 +68,7 @@ def explain(
         samples: per backward pass of a process.
         ranks: the present rank of each layer, None for one that is full-rank as yet; or None: at
             several fractions of the full rank.
+        execution: "auto", or the way that is forced.
     """
     lines = [("layer", "shape", "rows", "rank", "way", "FLOPs")]
     for layer in layers:
@@ -76,12 +80,15 @@ def explain(
         b = rows[layer.name] * samples
         several = {max(1, round(fraction * layer.full_rank)) for fraction in FRACTIONS}
         present = ranks[layer.name] if ranks else None
+        if not b:
+            lines.append((layer.name, shape, "0", "", "not called in evaluation", ""))
+            continue
         if ranks and present is None:
             lines.append((layer.name, shape, str(b), str(layer.full_rank), "full-rank", "1.00"))
             continue
         for r in [present] if present else sorted(several):
-            way = cheapest_way(b, m, n, r)
-            ratio = training_cost(way, rows=b, m=m, n=n, r=r) / full_rank_cost(rows=b, m=m, n=n)
+            way = cheapest_way(b, m, n, r) if execution == "auto" else execution
+            ratio = multiply_adds(way, rows=b, m=m, n=n, r=r) / full_rank_cost(rows=b, m=m, n=n)
             lines.append((layer.name, shape, str(b), str(r), way, f"{ratio:.2f}"))
     widths = [max(len(line[i]) for line in lines if i != 4 or line[3]) for i in range(6)]
     return "\n".join(

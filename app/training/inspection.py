@@ -39,7 +39,7 @@ def explain_run(configuration: Configuration, runtime: Runtime, *, resume: bool)
     rows = rows_per_sample(model, method.layers, lambda: model(batch.inputs), len(batch.inputs))
     training = configuration.training
     samples = -(-training.batch_size // (runtime.process_count * training.accumulation))
-    return explain(method.survey, rows, samples, ranks)
+    return explain(method.survey, rows, samples, ranks, configuration.oialr.execution)
 
 
 def check_run(configuration: Configuration, runtime: Runtime) -> int:
