@@ -160,7 +160,7 @@ def test_first_and_last_layer_are_those_of_the_network():
     assert survey(model, **kept)[0].stays_dense is None
 
 
-def test_shared_frozen_hooked_and_foreign_weights_stay_dense():
+def test_shared_frozen_hooked_half_and_foreign_weights_stay_dense():
     class Own(nn.Linear):
         pass
 
@@ -170,6 +170,10 @@ def test_shared_frozen_hooked_and_foreign_weights_stay_dense():
             "b": nn.Linear(16, 16),
             "frozen": nn.Linear(16, 16).requires_grad_(False),
             "hooked": nn.Linear(16, 16),
+            "hooked backward": nn.Linear(16, 16),
+            "hooked weight": nn.Linear(16, 16),
+            "low": nn.Linear(16, 16, dtype=torch.bfloat16),
+            "complex": nn.Linear(16, 16, dtype=torch.complex64),
             "own": Own(16, 16),
             "embedding": nn.Embedding(16, 16),
             "attention": nn.MultiheadAttention(16, 2),
@@ -177,10 +181,16 @@ def test_shared_frozen_hooked_and_foreign_weights_stay_dense():
     )
     model["b"].weight = model["a"].weight
     model["hooked"].register_forward_hook(lambda *_: None)
+    model["hooked backward"].register_full_backward_pre_hook(lambda *_: None)
+    model["hooked weight"].weight.register_hook(lambda gradient: None)
     reasons = {report.name: report.stays_dense for report in survey(model, **KEEP)}
     assert "tied" in reasons["a.weight"]
     assert "not trained" in reasons["frozen.weight"]
     assert "hooks" in reasons["hooked.weight"]
+    assert "hooks" in reasons["hooked backward.weight"]
+    assert "hooks" in reasons["hooked weight.weight"]
+    assert "bfloat16; weights must be float32 or float64" in reasons["low.weight"]
+    assert "complex64; weights must be float32 or float64" in reasons["complex.weight"]
     assert "Own is never factorized" in reasons["own.weight"]
     assert "Embedding" in reasons["embedding.weight"]
     assert reasons["attention.in_proj_weight"] is None

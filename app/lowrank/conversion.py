@@ -29,6 +29,9 @@ FACTORED: dict[type[nn.Module], type[FactoredLinear] | type[FactoredConv]] = {
 The exact type counts: a subclass may use its weight otherwise.
 """
 
+MASTER_DTYPES = (torch.float32, torch.float64)
+"""Products of bases in half precision lose their orthogonality."""
+
 LINEAR_MAPS = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.Bilinear)
 
 
@@ -125,6 +128,10 @@ def survey(
                 reason = "the model itself is this layer, and nothing holds it"
             elif not parameter.requires_grad:
                 reason = "not trained"
+            elif parameter.dtype not in MASTER_DTYPES:
+                reason = f"{parameter.dtype}; weights must be float32 or float64 (try autocast)"
+            elif parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+                reason = "has hooks, which its replacement would lose"
             elif holders[id(parameter)] > 1:
                 reason = "tied to another layer's weight"
             elif not _first_match(path, include):
@@ -243,7 +250,12 @@ def _why_not(
         is_known = is_known and attention_of(model, module) is not None
     if not is_known:
         return f"{key} of {kind.__name__} is never factorized"
-    if module._forward_pre_hooks or module._forward_hooks or module._backward_hooks:
+    if (
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+    ):
         return "has hooks, which its replacement would lose"
     m, n = report.matrix_shape
     if _is_depthwise(module):
