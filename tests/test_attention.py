@@ -385,6 +385,21 @@ def test_transformer_encoder_with_nested_padding():
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("projection", ["packed", "separate"])
+def test_nested_tensors(projection):
+    model = Holder(batch_first=True).eval()
+    twin, _ = converted(model, attention_projection=projection)
+    (x, *_) = inputs("self", batch_first=True)
+    nested = torch.nested.nested_tensor([x[0].detach(), x[1, :3].detach()])
+    with torch.no_grad():
+        out, _ = twin(nested, nested, nested, need_weights=False)
+        expected, _ = model(nested, nested, nested, need_weights=False)
+    torch.testing.assert_close(out.unbind(), expected.unbind())
+    with pytest.raises(AssertionError, match="NestedTensor"):  # as of the dense twin
+        twin(nested, nested, nested)
+
+
 OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=3e-3),
     "momentum": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9),

@@ -135,7 +135,8 @@ class FactoredAttention(nn.MultiheadAttention):
 
         Args:
             query: (L, N, E), (N, L, E) with batch_first, or unbatched (L, E). key, value: likewise,
-                of length S and widths kdim and vdim.
+                of length S and widths kdim and vdim. Nested tensors only in self-attention without
+                gradients, as of nn.MultiheadAttention.
             key_padding_mask: (N, S) or (S,), True or -inf where a key is ignored.
             need_weights: return the attention weights too.
             attn_mask: (L, S) or (N heads, L, S), True or -inf where a query ignores a key.
@@ -149,6 +150,11 @@ class FactoredAttention(nn.MultiheadAttention):
         Raises:
             ValueError: is_causal without attn_mask, or a mask of the wrong shape.
         """
+        if query.is_nested:  # known to torch's fused kernel alone, which takes dense weights
+            out, weights = self.to_dense()(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights
+            )
+            return out, weights
         if is_causal and attn_mask is None:
             raise ValueError("is_causal is a hint about attn_mask, which is missing")
         batched = query.dim() == 3
