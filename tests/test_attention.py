@@ -232,14 +232,20 @@ def test_an_empty_batch(need_weights, batch_first):
 
 @pytest.mark.parametrize("projection", ["packed", "separate"])
 @pytest.mark.parametrize("need_weights", [True, False])
-def test_autocast(need_weights, projection):
+@pytest.mark.parametrize("call", [{}, {"attn_mask": floating(L, S).float()}], ids=", ".join)
+def test_autocast(call, need_weights, projection):
     model = Holder(add_bias_kv=True).float()
     twin, _ = converted(model, attention_projection=projection)
     arguments = [x.detach().float().requires_grad_() for x in inputs()]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out, _, gradients = pull(twin, arguments, need_weights=need_weights)
-        expected, _, expected_gradients = pull(model, arguments, need_weights=need_weights)
+        out, weights, gradients = pull(twin, arguments, need_weights=need_weights, **call)
+        expected, expected_weights, expected_gradients = pull(
+            model, arguments, need_weights=need_weights, **call
+        )
     assert out.dtype == expected.dtype
+    if need_weights:
+        assert weights.dtype == expected_weights.dtype
+        torch.testing.assert_close(weights, expected_weights, atol=0.02, rtol=0.02)
     for mine, theirs in zip([out, *gradients], [expected, *expected_gradients], strict=True):
         # A handful of roundings to 8 bits, against the scale of the result.
         error = (mine.float() - theirs.float()).abs().max()

@@ -242,7 +242,8 @@ def _attend(
         Output (N, heads, L, width) and weights (N, heads, L, S), after the dropout.
     """
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    weights = (scores if mask is None else scores + mask).softmax(-1)
+    # Under autocast scores are of lower precision than the mask.
+    weights = (scores if mask is None else scores + mask.to(scores.dtype)).softmax(-1)
     if dropout:
         weights = functional.dropout(weights, dropout)
     return weights @ v, weights
