@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
+from functorch.compile import nop
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 
 from app import OIALR
 from app.distributed.processes import Processes
@@ -111,18 +113,24 @@ def test_a_smaller_last_batch_is_compiled_once_more_and_not_at_every_turn(backen
     assert backend.graphs == 2
 
 
-def test_where_compilation_fails_training_goes_on_with_a_warning():
-    def broken(graph, inputs):
-        raise RuntimeError("no C++ compiler")
+def broken(graph, inputs):
+    raise RuntimeError("no C++ compiler")
 
+
+@pytest.mark.parametrize(
+    "backend",
+    [broken, aot_autograd(fw_compiler=nop, bw_compiler=broken)],
+    ids=["forward", "backward"],
+)
+def test_where_compilation_fails_training_goes_on_with_a_warning(backend):
     torch.compiler.reset()
     model = network()
-    compiled = Compiled(model, backend=broken)
+    compiled = Compiled(model, backend=backend)
     (x,) = batches([2])
     with pytest.warns(UserWarning, match="training.compile: .* without compilation.*no C\\+\\+"):
         out = compiled(x)
     torch.testing.assert_close(out, model(x))
-    compiled(x)  # silently now
+    compiled(x).sum().backward()  # silently now
 
 
 def test_errors_of_the_network_itself_are_not_hidden():

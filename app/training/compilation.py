@@ -30,7 +30,9 @@ class Compiled(nn.Module):
     def forward(self, *inputs: Any) -> Any:
         """Call the network."""
         try:
-            return self._run(*inputs)
+            # Backward is compiled here too and not at its first call, which is out of reach.
+            with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
+                return self._run(*inputs)
         except torch._dynamo.exc.TorchDynamoException as error:
             if self._run is self._module:
                 raise
