@@ -22,7 +22,8 @@ class FactoredConv(FactoredLayer):
     Vh is applied as a convolution with r output channels and the kernel of the dense layer, with
     its stride, padding and dilation; core and U follow as convolutions with a kernel of one, in
     most cases folded into one. (The smaller side of a convolution is that of U but for very few
-    input channels, and those make it cheap anyway.)
+    input channels, or a kernel of one and more output channels. There the cost model counts the
+    core folded into Vh, b r (m - n) multiply-adds less; measured, that takes longer.)
 
     With g groups each has a factorization of its own, of (out_channels / g, in_channels / g *
     prod(kernel)), and both convolutions have g groups.
