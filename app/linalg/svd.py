@@ -7,6 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+ORTHONORMAL = {torch.float32: 1e-5, torch.float64: 1e-12}
+"""Largest spectral norm of Q^T Q - I, by dtype, that up to 1,024 singular vectors may have.
+
+LAPACK's divide and conquer leaves 5e-6 for 1,024 columns in float32, but ten times as much for some
+matrices of low rank with equal rows or columns, a constant one among them (seen with MKL). Beyond
+1,024 columns the limit grows with their number.
+"""
+_POWER_STEPS = 8
+
 
 class Factors(NamedTuple):
     """An economy SVD, W = U diag(s) Vh, with k = min(m, n).
@@ -28,8 +37,9 @@ def economy_svd(matrix: Tensor) -> Factors:
     A wide matrix is factorized as its transpose: LAPACK's driver for tall ones takes down to a
     third of the time.
 
-    A factorization that does not converge is tried again in float64, then by another driver
-    (QR iteration, LAPACK's gesvd, instead of divide and conquer), and last on the CPU.
+    A factorization that does not converge, or whose vectors are not orthonormal
+    (:data:`ORTHONORMAL`), is tried again in float64, then by another driver (QR iteration, LAPACK's
+    gesvd, instead of divide and conquer), and last on the CPU.
 
     Args:
         matrix: (m, n) or (g, m, n), any real floating dtype, finite.
@@ -50,7 +60,7 @@ def economy_svd(matrix: Tensor) -> Factors:
     U, s, Vh = _first_success(matrix.mT if is_wide else matrix)
     if is_wide:
         U, Vh = Vh.mT, U.mT
-    return Factors(*(factor.to(matrix).contiguous() for factor in (U, s, Vh)))
+    return Factors(*(factor.contiguous() for factor in (U, s, Vh)))
 
 
 def diagonal_svd(matrix: Tensor) -> Factors:
@@ -73,13 +83,13 @@ def is_diagonal(matrix: Tensor) -> Tensor:
 
 
 def _first_success(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Try one driver after another on a tall matrix or stack."""
+    """Try one driver after another on a tall matrix or stack; return what is like the matrix."""
     for attempt in _attempts(matrix):
         try:
-            U, s, Vh = attempt()
+            U, s, Vh = (factor.to(matrix) for factor in attempt())
         except torch.linalg.LinAlgError:
             continue
-        if s.isfinite().all():
+        if s.isfinite().all() & _is_orthonormal(U) & _is_orthonormal(Vh.mT):
             return U, s, Vh
     raise torch.linalg.LinAlgError(f"no SVD of {tuple(matrix.shape)} converges")
 
@@ -91,6 +101,26 @@ def _attempts(matrix: Tensor) -> Iterator[Callable[[], tuple[Tensor, Tensor, Ten
         yield lambda: torch.linalg.svd(matrix.double(), full_matrices=False, driver="gesvd")
         yield lambda: torch.linalg.svd(matrix.double().cpu(), full_matrices=False)
     yield lambda: _gesvd(matrix.double().cpu())
+
+
+def _is_orthonormal(Q: Tensor) -> Tensor:
+    """Whether columns are as orthonormal as :data:`ORTHONORMAL` asks for; a boolean scalar.
+
+    Power iteration on Q^T Q - I comes from below to about a tenth of its norm. It costs the time of
+    a few products with vectors, where the norm itself would cost half of that of an SVD.
+
+    Args:
+        Q: (m, k) or (g, m, k).
+    """
+    k, limit = Q.shape[-1], 0.9 * ORTHONORMAL[Q.dtype] * max(1.0, Q.shape[-1] / 1024)
+    Q = Q.double()  # sums over many rows would be off by more than the limit in float32
+    generator = torch.Generator().manual_seed(0)  # the global one is not touched
+    x = torch.randn(k, 1, generator=generator).to(Q)
+    previous = x
+    for _ in range(_POWER_STEPS):
+        previous, x = x, Q.mT @ (Q @ x) - x
+    norm, of_previous = (torch.linalg.vector_norm(y, dim=-2) for y in (x, previous))
+    return (norm <= limit * of_previous).all()
 
 
 def _gesvd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
