@@ -13,7 +13,7 @@ from torch import Tensor
 
 from app.compatibility import free_communicators_of_heat, import_heat
 from app.distributed.costs import split_limit
-from app.linalg.svd import Factors, economy_svd
+from app.linalg.svd import Factors, economy_svd, is_orthonormal
 
 
 class SplitSVD:
@@ -78,13 +78,24 @@ class SplitSVD:
         Returns:
             In host memory, float32 or float64: the same rows of U (m_i, n), and the whole s (n,)
             and Vh (n, n), of the same bits on all members; s and Vh are NaN where the SVD does not
-            converge.
+            converge. Computed again in float64 where U is not orthonormal, as Heat's Q may be that
+            of a matrix with equal rows or columns.
         """
-        heat, group, n = self._heat, self._group(tuple(members)), shard.shape[1]
+        group = self._group(tuple(members))
         if shard.dtype not in (torch.float32, torch.float64):
             shard = shard.float()
         # Heat 1.8.0 fails on a transposed view that does not begin its storage.
         shard = shard.detach().cpu().contiguous()
+        factors = self._factorize_shard(shard, group)
+        if shard.dtype == torch.float64 or _is_orthonormal(factors.U, group):
+            return factors
+        return Factors(
+            *(factor.to(shard) for factor in self._factorize_shard(shard.double(), group))
+        )
+
+    def _factorize_shard(self, shard: Tensor, group: Any) -> Factors:
+        """Do the work of :meth:`factorize_shard` in the shard's precision."""
+        heat, n = self._heat, shard.shape[1]
         with free_communicators_of_heat():
             W = heat.array(
                 shard, is_split=0, copy=None, comm=heat.communication.MPICommunication(group)
@@ -117,6 +128,18 @@ class SplitSVD:
         for group in self._groups.values():
             group.Free()
         self._groups.clear()
+
+
+def _is_orthonormal(rows: Tensor, group: Any) -> bool:
+    """Whether columns of which each member holds some rows are orthonormal; the same on all."""
+
+    def add_up(vector: Tensor) -> Tensor:
+        total = torch.empty_like(vector)
+        group.Allreduce(vector.numpy(), total.numpy())
+        return total
+
+    # One process's word for all: they may add up in another order.
+    return bool(group.bcast(bool(is_orthonormal(rows, add_up)), root=0))
 
 
 def _gather(rows: Tensor, group: Any) -> Tensor | None:

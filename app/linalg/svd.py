@@ -82,6 +82,27 @@ def is_diagonal(matrix: Tensor) -> Tensor:
     return matrix.count_nonzero() == matrix.diagonal(dim1=-2, dim2=-1).count_nonzero()
 
 
+def is_orthonormal(Q: Tensor, add_up: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+    """Whether columns are as orthonormal as :data:`ORTHONORMAL` asks for; a boolean scalar.
+
+    Power iteration on Q^T Q - I comes from below to about a tenth of its norm. It costs the time of
+    a few products with vectors, where the norm itself would cost half of that of an SVD.
+
+    Args:
+        Q: (m, k) or (g, m, k), or some of its rows.
+        add_up: adds a vector (k, 1) up over those who hold the other rows.
+    """
+    k, limit = Q.shape[-1], 0.9 * ORTHONORMAL[Q.dtype] * max(1.0, Q.shape[-1] / 1024)
+    Q = Q.double()  # sums over many rows would be off by more than the limit in float32
+    generator = torch.Generator().manual_seed(0)  # the global one is not touched
+    x = torch.randn(k, 1, generator=generator).to(Q)
+    previous = x
+    for _ in range(_POWER_STEPS):
+        previous, x = x, add_up(Q.mT @ (Q @ x)) - x
+    norm, of_previous = (torch.linalg.vector_norm(y, dim=-2) for y in (x, previous))
+    return (norm <= limit * of_previous).all()
+
+
 def _first_success(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Try one driver after another on a tall matrix or stack; return what is like the matrix."""
     for attempt in _attempts(matrix):
@@ -89,7 +110,7 @@ def _first_success(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             U, s, Vh = (factor.to(matrix) for factor in attempt())
         except torch.linalg.LinAlgError:
             continue
-        if s.isfinite().all() & _is_orthonormal(U) & _is_orthonormal(Vh.mT):
+        if s.isfinite().all() & is_orthonormal(U) & is_orthonormal(Vh.mT):
             return U, s, Vh
     raise torch.linalg.LinAlgError(f"no SVD of {tuple(matrix.shape)} converges")
 
@@ -101,26 +122,6 @@ def _attempts(matrix: Tensor) -> Iterator[Callable[[], tuple[Tensor, Tensor, Ten
         yield lambda: torch.linalg.svd(matrix.double(), full_matrices=False, driver="gesvd")
         yield lambda: torch.linalg.svd(matrix.double().cpu(), full_matrices=False)
     yield lambda: _gesvd(matrix.double().cpu())
-
-
-def _is_orthonormal(Q: Tensor) -> Tensor:
-    """Whether columns are as orthonormal as :data:`ORTHONORMAL` asks for; a boolean scalar.
-
-    Power iteration on Q^T Q - I comes from below to about a tenth of its norm. It costs the time of
-    a few products with vectors, where the norm itself would cost half of that of an SVD.
-
-    Args:
-        Q: (m, k) or (g, m, k).
-    """
-    k, limit = Q.shape[-1], 0.9 * ORTHONORMAL[Q.dtype] * max(1.0, Q.shape[-1] / 1024)
-    Q = Q.double()  # sums over many rows would be off by more than the limit in float32
-    generator = torch.Generator().manual_seed(0)  # the global one is not touched
-    x = torch.randn(k, 1, generator=generator).to(Q)
-    previous = x
-    for _ in range(_POWER_STEPS):
-        previous, x = x, Q.mT @ (Q @ x) - x
-    norm, of_previous = (torch.linalg.vector_norm(y, dim=-2) for y in (x, previous))
-    return (norm <= limit * of_previous).all()
 
 
 def _gesvd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
