@@ -148,3 +148,15 @@ def test_the_default_is_the_chosen_method():
     matrix = gaussian(30, 20)
     assert torch.equal(polar(matrix).factor, polar(matrix, "eigh").factor)
     assert torch.equal(polar(matrix.double()).factor, polar(matrix.double(), "svd").factor)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_where_one_decomposition_fails_the_svd_takes_over(monkeypatch, method):
+    def fail(*_, **__):
+        raise torch.linalg.LinAlgError("did not converge")
+
+    matrix = gaussian(40, 12)
+    expected = polar(matrix, "svd")
+    for name in ("eigh", "eigvalsh"):
+        monkeypatch.setattr(torch.linalg, name, fail)
+    torch.testing.assert_close(polar(matrix, method).factor, expected.factor)

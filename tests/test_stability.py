@@ -15,7 +15,7 @@ from app.distributed.processes import Processes
 from app.errors import DivergedError, UserError
 from app.linalg.svd import economy_svd
 from app.lowrank.conversion import get_layer, matrix_shape
-from app.metrics import stability
+from app.metrics import measurement, stability
 from app.metrics.stability import (
     StabilityTracker,
     mean_mixing_similarity,
@@ -327,6 +327,34 @@ def test_a_fault_in_the_background_is_not_lost():
         tracker.finish()
 
 
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_a_weight_of_which_no_decomposition_converges_is_named_and_left_out(
+    monkeypatch, caplog, low_rank
+):
+    model, optimizer, method = make()
+    train(model, optimizer, method, DELAY if low_rank else 1)
+    tracker = tracker_of(method)
+    tracker.measure(model, 0)
+    real = measurement.polar
+
+    def polar(matrix):
+        if matrix.shape == shape:
+            raise torch.linalg.LinAlgError("did not converge")
+        return real(matrix)
+
+    layer = get_layer(model, "fc.weight")
+    shape = (layer.core if low_rank else layer.weight).shape
+    monkeypatch.setattr(measurement, "polar", polar)
+    rows = {row.name: row for row in tracker.measure(model, 1)}
+    assert math.isnan(rows["fc.weight"].stability)
+    assert rows["fc.weight"].singular_values.shape == (min(shape),)
+    assert "fc.weight is not measured" in caplog.text
+    monkeypatch.undo()
+    rows = {row.name: row for row in tracker.measure(model, 2)}
+    assert rows["fc.weight"].numerical_rank == min(shape)
+    assert math.isnan(rows["fc.weight"].stability)  # nothing to compare with
+
+
 def test_what_is_closed_leaves_nothing_under_way(monkeypatch):
     model, _, method = make()
     tracker, done, real = tracker_of(method), [], stability._measure
@@ -348,7 +376,7 @@ class Pair:
 
     def gather(self, value):
         self.gathered[self.index] = value
-        nothing = SimpleNamespace(rows=[], diverged=[])
+        nothing = SimpleNamespace(rows=[], diverged=[], failed=[])
         return [self.gathered.get(i, nothing) for i in (0, 1)]
 
 

@@ -235,6 +235,16 @@ def test_stability_by_epochs_in_the_background_is_that_of_the_foreground(tmp_pat
     assert shown == [["epoch 1", "epoch 2", "epoch 3", "epoch 4"], ["epoch 4"]]
 
 
+@pytest.mark.parametrize("background", [0, 3])
+def test_a_weight_that_diverged_is_named_with_the_step(tmp_path, background):
+    options = [*TINY, f"stability.background_steps={background}", f"run.dir={tmp_path}"]
+    result = launch(2, DISTURBED, "nan", 1, 8, *options, code=1)  # at the end of the first epoch
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert "blocks.1.mlp.fc2.weight holds NaN or infinity" in lines[0]
+    assert lines[0].endswith("(step 8)")
+
+
 def test_resume_on_another_number_of_processes(tmp_path):
     train(2, *TINY, f"run.dir={tmp_path}", "run.stop_after=16", code=75)
     train(1, "--resume", tmp_path, "run.stop_after=null")

@@ -57,18 +57,18 @@ def polar(matrix: Tensor, method: Method | None = None) -> Polar:
         In float32, or float64 for a float64 matrix. A zero matrix has the factor 0 of rank 0.
 
     Raises:
-        torch.linalg.LinAlgError: a decomposition does not converge.
+        torch.linalg.LinAlgError: nothing converges, the SVD in all its ways neither.
     """
     matrix = matrix.detach()
     if matrix.dtype not in (torch.float32, torch.float64):
         matrix = matrix.float()
-    match method or choose_method(_shape(matrix), matrix.dtype, matrix.device):
-        case "svd":
-            return _polar_by_svd(matrix)
-        case "eigh":
-            return _polar_by_eigh(matrix)
-        case "products":
-            return _polar_by_products(matrix)
+    method = method or choose_method(_shape(matrix), matrix.dtype, matrix.device)
+    if method != "svd":
+        try:
+            return _polar_by_eigh(matrix) if method == "eigh" else _polar_by_products(matrix)
+        except torch.linalg.LinAlgError:
+            pass  # the SVD has more drivers to try
+    return _polar_by_svd(matrix)
 
 
 def choose_method(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Method:

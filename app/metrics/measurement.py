@@ -49,6 +49,23 @@ class LayerStability:
     singular_values: Tensor
     """(rank,) on the CPU."""
 
+    @classmethod
+    def undefined(cls, *, name: str, averaged: bool, rank: int) -> Self:
+        """Return the row of a weight of which no decomposition converges."""
+        return cls(
+            name=name,
+            averaged=averaged,
+            stability=math.nan,
+            mixing_similarity=math.nan,
+            rank=rank,
+            reference_rank=0,
+            numerical_rank=0,
+            effective_rank=math.nan,
+            stable_rank=math.nan,
+            orthonormality_error=math.nan,
+            singular_values=torch.full((rank,), math.nan),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:

@@ -1,5 +1,6 @@
 """Measurement of basis stability while a network is trained, spread over the processes."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple
@@ -22,6 +23,8 @@ from app.metrics.measurement import (
     measure_factored,
 )
 from app.settings import StabilitySection
+
+logger = logging.getLogger(__name__)
 
 
 class StabilityTracker:
@@ -119,9 +122,21 @@ class StabilityTracker:
         """Measure this process's weights, from what :func:`_take` returned."""
         earlier = self._references.get(time - self._window, {})
         references: dict[str, Reference] = {}
-        measured = _Measured(time, [], [])
+        measured = _Measured(time, [], [], [])
         for layer in self._mine:
-            snapshot = _measure(taken[layer.name])
+            tensors = taken[layer.name]
+            try:
+                snapshot = _measure(tensors)
+            except torch.linalg.LinAlgError:
+                measured.failed.append(layer.name)
+                measured.rows.append(
+                    LayerStability.undefined(
+                        name=layer.name,
+                        averaged=layer.is_linear_map,
+                        rank=min(min(tensor.shape[-2:]) for tensor in tensors),
+                    )
+                )
+                continue
             if snapshot is None:
                 measured.diverged.append(layer.name)
                 continue
@@ -142,6 +157,13 @@ class StabilityTracker:
             raise DivergedError(
                 f"{names[0]} holds NaN or infinity after {mine.time} {self._unit}: "
                 f"the training has diverged"
+            )
+        for name in (name for part in gathered for name in part.failed):
+            logger.warning(
+                "%s is not measured after %d %s: no decomposition of it converges",
+                name,
+                mine.time,
+                self._unit,
             )
         rows = {row.name: row for part in gathered for row in part.rows}
         return [rows[name] for name in self._order]
@@ -229,6 +251,8 @@ class _Measured(NamedTuple):
     rows: list[LayerStability]
     diverged: list[str]
     """Names of weights that are not finite."""
+    failed: list[str]
+    """Names of weights of which no decomposition converges: their figures are NaN."""
 
 
 def _take(model: nn.Module, report: LayerReport) -> list[Tensor]:

@@ -2,10 +2,12 @@
 
 import math
 import time
+from collections.abc import Callable
 
 from torch import nn
 
 from app.distributed.watchdog import Watchdog
+from app.errors import DivergedError
 from app.metrics.measurement import LayerStability
 from app.metrics.stability import StabilityTracker, mean_stability
 from app.settings import StabilitySection
@@ -61,7 +63,8 @@ class Tracking:
             self._tracker.start(model, now)
             self._started_step, self._started_seconds = step, time.perf_counter() - start
             return
-        rows = self._tracker.measure(model, now)
+        tracker = self._tracker
+        rows = _naming_step(step, lambda: tracker.measure(model, now))
         self._record(rows, step, time.perf_counter() - start)
 
     def fetch(self, *, at_step: int | None = None) -> None:
@@ -80,7 +83,7 @@ class Tracking:
             return
         self._watchdog.progress(f"measurement of stability after step {step}")
         start = time.perf_counter()
-        rows = self._tracker.finish()
+        rows = _naming_step(step, self._tracker.finish)
         self._record(rows, step, self._started_seconds + time.perf_counter() - start)
 
     def close(self) -> None:
@@ -92,3 +95,11 @@ class Tracking:
         epoch = step // self._steps_per_epoch
         self._recorder.stability(rows, epoch=epoch, step=step, seconds=seconds)
         self._last_step, self._last_mean = step, mean_stability(rows)
+
+
+def _naming_step(step: int, measure: Callable[[], list[LayerStability]]) -> list[LayerStability]:
+    """Measure; the tracker itself may count in epochs."""
+    try:
+        return measure()
+    except DivergedError as error:
+        raise DivergedError(f"{error} (step {step})") from None

@@ -1,5 +1,6 @@
 """Run app.train with a disturbance on one process: WHAT PROCESS STEP, then its arguments."""
 
+import math
 import os
 import signal
 import sys
@@ -24,6 +25,8 @@ def disturb(what, process, step):
                 raise RuntimeError("the machine is on fire")
             if what == "mistake":
                 raise UserError("image 7 is damaged")
+            if what == "nan":
+                self.model.get_parameter("blocks.1.mlp.fc2.weight").data[0, 0] = math.nan
             if what == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             if what == "sleep":
