@@ -8,7 +8,8 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -17,10 +18,14 @@ from app.errors import UserError
 from app.section import Section
 from app.settings import Configuration
 
+_NULL = ("null", "Null", "NULL", "~")
+"""What YAML reads as none."""
 DEFAULT_CONFIGURATION = Path(__file__).resolve().parent.parent / "configs" / "digits_vit.yaml"
 
 
-def load(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Configuration:
+def load(
+    path: str | Path | None = None, overrides: Iterable[str] = (), *, folder: str | None = None
+) -> Configuration:
     """Read a configuration file, apply ``section.key=value`` overrides, check everything.
 
     A file may extend another one, ``extends: other.yaml`` with a path relative to its own folder:
@@ -29,7 +34,8 @@ def load(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Confi
 
     Args:
         path: a YAML file; None: the default configuration.
-        overrides: assignments; the value is read as YAML.
+        overrides: assignments, as :func:`parse_override` reads them.
+        folder: of what is resumed, which is run.dir; None: nothing is.
 
     Raises:
         UserError: one line with the culprit and what would be right.
@@ -37,9 +43,30 @@ def load(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Confi
     path = DEFAULT_CONFIGURATION if path is None else Path(path)
     values = read(path, "--config")
     set_default_name(values, path.stem)
-    for override in overrides:
-        assign(values, *parse_override(override))
+    apply_overrides(values, overrides, folder=folder)
     return build(values)
+
+
+def apply_overrides(
+    values: dict[str, Any], overrides: Iterable[str], *, folder: str | None = None
+) -> None:
+    """Apply ``section.key=value`` to nested dictionaries.
+
+    Args:
+        values: to be changed.
+        overrides: assignments, as :func:`parse_override` reads them.
+        folder: of what is resumed, which is run.dir; None: nothing is.
+
+    Raises:
+        UserError: an assignment has another form, or names another run.dir than the folder.
+    """
+    resumed = None if folder is None else Path(folder).resolve()
+    for key, value in map(parse_override, overrides):
+        if resumed and key == "run.dir" and Path(str(value)).resolve() != resumed:
+            raise UserError(f"run.dir: {value} is not {folder}, which is resumed; leave it out")
+        assign(values, key, value)
+    if folder is not None:
+        assign(values, "run.dir", folder)
 
 
 def set_default_name(values: dict[str, Any], name: str) -> None:
@@ -119,7 +146,7 @@ def to_yaml(configuration: Configuration) -> str:
 
 def dump(values: Mapping[str, Any]) -> str:
     """Return nested dictionaries as YAML, in their order."""
-    return yaml.safe_dump(dict(values), sort_keys=False)
+    return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False)
 
 
 def documented_keys() -> list[str]:
@@ -155,7 +182,11 @@ def _as_yaml(value: Any) -> str:
 
 
 def parse_override(override: str) -> tuple[str, Any]:
-    """Split ``section.key=value`` (deeper for model.arguments); the value is read as YAML.
+    """Split ``section.key=value`` (deeper for model.arguments).
+
+    A string is what was typed, as it stands: the folder of ``run.dir=1e3`` is 1e3. Quotes around
+    the whole are taken off, and null means none where a key may have none. Every other value is
+    read as YAML.
 
     Raises:
         UserError: it has another form.
@@ -164,10 +195,25 @@ def parse_override(override: str) -> tuple[str, Any]:
     parts = key.split(".")
     if not separator or len(parts) < 2 or not all(parts):
         raise UserError(f"{override!r}: expected section.key=value, such as training.epochs=10")
+    types = _types_of(key)
+    is_null = not text or (NoneType in types and text in _NULL)
+    if str in types and not is_null and text[0] not in "'\"":
+        return key, text
     try:
         return key, yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
         raise UserError(f"{key}: {text!r} is not a YAML value; quote it") from None
+
+
+def _types_of(key: str) -> tuple[Any, ...]:
+    """Return the types that values of a key may have; none for a key that is not known."""
+    if key not in documented_keys():
+        return ()
+    section, _, name = key.partition(".")
+    kind = _section(Configuration.model_fields[section].annotation).model_fields[name].annotation
+    if get_origin(kind) is Literal:
+        return tuple(map(type, get_args(kind)))
+    return (kind,) if get_origin(kind) in (list, dict) else get_args(kind) or (kind,)
 
 
 def assign(values: dict[str, Any], key: str, value: Any) -> None:
@@ -235,9 +281,14 @@ class _Loader(yaml.SafeLoader):
         return float(self.construct_scalar(node))
 
 
-_Loader.add_implicit_resolver(
-    "tag:oialr,2026:exponent",  # YAML 1.1 reads 3e-4 as a string
-    re.compile(r"^[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """Puts strings that :class:`_Loader` would read as numbers in quotes."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:oialr,2026:exponent",  # YAML 1.1 reads 3e-4 as a string
+        re.compile(r"^[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"),
+        list("-+0123456789"),
+    )
 _Loader.add_constructor("tag:oialr,2026:exponent", _Loader.construct_number)

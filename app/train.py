@@ -54,14 +54,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _read_configuration(options: argparse.Namespace) -> Configuration:
     """Resolve the configuration; a resumed run's own one unless --config names another."""
-    path, overrides = options.config, list(options.overrides)
+    path = options.config
     if options.resume is not None:
         stored = Path(options.resume) / "config.yaml"
         if not stored.exists():
             raise UserError(f"--resume: {options.resume} holds no run (no config.yaml there)")
         path = path or stored
-        overrides.append(f"run.dir={options.resume}")
-    return config.load(path, overrides)
+    return config.load(path, options.overrides, folder=options.resume)
 
 
 def _explain(configuration: Configuration, *, resume: bool) -> int:

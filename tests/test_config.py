@@ -32,6 +32,30 @@ def test_overrides():
 
 
 @pytest.mark.parametrize(
+    "text",
+    ["2024", "007", "1e3", "1.0", "yes", "a #b", "a: b", "[x]", "{x", "*", "a b/", "Ü", " a"],
+)
+def test_a_string_is_what_was_typed(text):
+    loaded = config.load(None, [f"run.dir={text}", f"data.root={text}", f"run.name={text}"])
+    assert (loaded.run.dir, loaded.data.root, loaded.run.name) == (text, text, text)
+    assert config.build(config.parse(config.to_yaml(loaded), source="")) == loaded
+
+
+def test_null_is_none_where_a_key_may_have_none():
+    loaded = config.load(None, ["run.dir=null", "data.root=null", "training.ema_decay=null"])
+    assert (loaded.run.dir, loaded.data.root, loaded.training.ema_decay) == (None, "null", None)
+    assert config.load(None, ["run.dir="]).run.dir is None
+    assert config.load(None, ["run.dir='null'"]).run.dir == "null"
+
+
+def test_a_resumed_folder_is_what_was_typed():
+    assert config.load(folder="null").run.dir == "null"
+    assert config.load(None, ["run.dir=1e3/"], folder="1e3").run.dir == "1e3"
+    with pytest.raises(UserError, match=r"run\.dir: b is not a, which is resumed; leave it out"):
+        config.load(None, ["run.dir=b"], folder="a")
+
+
+@pytest.mark.parametrize(
     ("override", "message"),
     [
         ("training.epoch=3", "training.epoch: unknown key; did you mean training.epochs?"),
@@ -46,6 +70,8 @@ def test_overrides():
         ("oialr.layer_fraction=0", "oialr.layer_fraction: should be greater than 0"),
         ("data.name=cifar", "'cifar' is not one of digits, mnist"),
         ("data.name=cifar", "did you mean cifar10?"),
+        ("data.name=007", "data.name: '007' is not one of digits, mnist"),
+        ("data.root=", "data.root: should be a valid string (got None)"),
         ("training.warmup_epochs=60", "training.warmup_epochs: 60.0 must be less than epochs, 60"),
         ("training.minimum_learning_rate=1", "training.minimum_learning_rate: 1.0 exceeds"),
         ("training.accumulation=100", "training.accumulation: 100 backward passes cannot share"),

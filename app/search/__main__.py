@@ -72,7 +72,7 @@ def _read_definition(options: argparse.Namespace) -> Definition:
     stored = Path(options.resume) / STORED
     if not stored.exists():
         raise UserError(f"--resume: {options.resume} holds no search (no {STORED} there)")
-    return load(stored, [*options.overrides, f"run.dir={options.resume}"])
+    return load(stored, options.overrides, folder=options.resume)
 
 
 def _run(definition: Definition, *, resume: bool, start: float) -> int:

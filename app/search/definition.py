@@ -85,14 +85,17 @@ def evaluation_folder(folder: Path, number: int) -> Path:
     return folder / "evaluations" / f"{number:05d}"
 
 
-def load(path: str | Path, overrides: Iterable[str] = ()) -> Definition:
+def load(
+    path: str | Path, overrides: Iterable[str] = (), *, folder: str | None = None
+) -> Definition:
     """Read a search configuration, apply ``section.key=value`` overrides, check everything.
 
     The file extends its base configuration, as any may (:func:`app.config.load`), by a space.
 
     Args:
         path: YAML file with ``space`` and sections of the configuration.
-        overrides: assignments to sections; the value is read as YAML.
+        overrides: assignments, as :func:`app.config.parse_override` reads them.
+        folder: of a search that is resumed, which is run.dir; None: none is.
 
     Raises:
         UserError: one line with the culprit and what would be right.
@@ -101,7 +104,6 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Definition:
     values = config.read(path, "--config")
     entries = values.pop("space", None)
     config.set_default_name(values, path.stem)
-    for override in overrides:
-        config.assign(values, *config.parse_override(override))
+    config.apply_overrides(values, overrides, folder=folder)
     configuration = config.build(values)
     return Definition(base=configuration, space=read_space(entries, configuration), entries=entries)
