@@ -1,5 +1,6 @@
 """Run app.train with a disturbance on one process: WHAT PROCESS STEP, then its arguments."""
 
+import atexit
 import math
 import os
 import signal
@@ -37,6 +38,9 @@ def disturb(what, process, step):
                 self.runtime.communicator.Barrier()
 
     Trainer._train_step = disturbed
+    if what == "signal":  # and once more on every process, when the program is on its way out
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            atexit.register(os.kill, os.getpid(), number)
 
 
 if __name__ == "__main__":
