@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from app.distributed.processes import Processes
+from app.errors import UserError
 from app.training import checkpoint
 from app.training.checkpoint import Checkpoints
 
@@ -85,6 +86,30 @@ def test_a_checkpoint_without_one_of_its_parts_is_passed_over(tmp_path):
     save(checkpoints, 20, 1, 2)
     (checkpoints.complete()[-1] / "process-00000-part-2.pt").unlink()
     assert loaded(tmp_path) == (10, 10, {"part-1": 1.0})
+
+
+def test_a_checkpoint_may_be_damaged_twice_at_one_step(tmp_path):
+    checkpoints = Checkpoints(tmp_path, Processes(), keep=2)
+    save(checkpoints, 10)
+    for _ in range(2):
+        save(checkpoints, 20)
+        (checkpoints.complete()[-1] / "state.pt").write_bytes(b"")
+        assert loaded(tmp_path)[0] == 10
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"step-00000010", "damaged-step-00000020", "damaged-step-00000020-1"}
+
+
+def test_where_no_checkpoint_can_be_read_nothing_is_lost(tmp_path):
+    """A second try does not start over, as a run without checkpoints does."""
+    checkpoints = Checkpoints(tmp_path, Processes(), keep=2)
+    save(checkpoints, 10)
+    save(checkpoints, 20)
+    for folder in checkpoints.complete():
+        (folder / "state.pt").write_bytes(b"")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"none of 2 checkpoints can be read .*; restore one"):
+            loaded(tmp_path)
+    assert len(checkpoints.complete()) == 2
 
 
 def test_what_a_killed_session_wrote_later_does_not_outlive_the_new(tmp_path):

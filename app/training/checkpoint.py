@@ -76,7 +76,8 @@ class Checkpoints:
         self._processes.barrier()
         if first:
             _sync_folder(partial)
-            folder = self._free_name(step)
+            # A second one of the same step (an epoch's end) comes after it.
+            folder = self._free_name(f"step-{step:08d}")
             partial.rename(folder)
             _sync_folder(self._folder)
             complete = self.complete()
@@ -94,6 +95,8 @@ class Checkpoints:
     def load(self) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
         """Read the newest checkpoint that all processes can read. A collective call.
 
+        Newer ones are renamed then, to damaged-*. If none can be read, all stay as they are.
+
         Returns:
             What all processes share, and the parts of the processes: of this one alone if the
             process count is that of the checkpoint, otherwise of all. None if there is no
@@ -105,20 +108,27 @@ class Checkpoints:
         candidates = self._processes.from_first(self.complete())
         if not candidates:
             return None
+        first = self._processes.index == 0
+        damaged: list[Path] = []
         for folder in reversed(candidates):
             loaded, problem = None, None
             try:
                 loaded = self._read(folder)
             except Exception as error:  # a damaged file may raise anything: it cannot be read
-                problem = f"{type(error).__name__}: {error}".splitlines()[0]
+                problem = f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0]
             problems = [p for p in self._processes.gather(problem) if p]
             if loaded and not problems:
+                # Out of the way, so that they do not count among those that are kept.
+                for other in damaged if first else []:
+                    other.rename(self._free_name(f"damaged-{other.name}"))
                 return loaded
-            if self._processes.index == 0:
+            damaged.append(folder)
+            if first and len(damaged) < len(candidates):
                 logger.warning("%s cannot be read (%s): trying the one before", folder, problems[0])
-                # Out of the way, so that it does not count among those that are kept.
-                folder.rename(folder.with_name(f"damaged-{folder.name}"))
-        raise AgreedUserError(f"{self._folder}: no readable checkpoint to resume from")
+        raise AgreedUserError(
+            f"{self._folder}: none of {len(candidates)} checkpoints can be read to resume from "
+            f"({folder.name}: {problems[0]}); restore one, or start anew in another folder"
+        )
 
     def _read(self, folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         shared = _load(folder / "state.pt")
@@ -126,12 +136,12 @@ class Checkpoints:
         wanted = [self._processes.index] if count == self._processes.count else range(count)
         return shared, [_load_own(folder, index) for index in wanted]
 
-    def _free_name(self, step: int) -> Path:
-        """Name a checkpoint; a second one of the same step (an epoch's end) comes after it."""
-        name, number = self._folder / f"step-{step:08d}", 1
-        while name.exists():
-            name, number = self._folder / f"step-{step:08d}-{number}", number + 1
-        return name
+    def _free_name(self, name: str) -> Path:
+        """Return the path of this name, with a number behind it if there is one already."""
+        path, number = self._folder / name, 1
+        while path.exists():
+            path, number = self._folder / f"{name}-{number}", number + 1
+        return path
 
 
 def _own_file(process_index: int) -> str:
