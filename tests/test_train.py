@@ -277,6 +277,10 @@ def test_a_resume_that_does_not_fit_changes_nothing(tmp_path):
     before = [file.read_bytes() for file in files]
     result = train(0, "--resume", tmp_path, "model.arguments.depth=1", code=2)
     assert "the checkpoint does not fit the configuration" in result.stderr
+    for key, value, old in (("optimizer", "sgd", "adamw"), ("weight_decay", "0.5", "0.05")):
+        result = train(0, "--resume", tmp_path, f"training.{key}={value}", code=2)
+        line = f"error: training.{key}: cannot change when a run is resumed: it was {old}\n"
+        assert result.stderr == line
     assert [file.read_bytes() for file in files] == before
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from app.config import to_yaml
+from app.config import parse, to_yaml
 from app.distributed.runtime import Runtime
 from app.distributed.startup_check import check_nodes
 from app.distributed.stop_signal import StopRequest
@@ -31,6 +31,9 @@ from app.training.parts import (
 from app.training.progress import EpochObserver, Progress
 from app.training.recorder import Recorder
 from app.training.trainer import Trainer
+
+_FIXED = ("optimizer", "momentum", "weight_decay")
+"""Keys of the section training that are part of the optimizer's stored state."""
 
 
 def train(
@@ -164,6 +167,12 @@ def _assemble(
 
 
 def _load(trainer: Trainer, shared: dict[str, Any], own: list[dict[str, Any]]) -> None:
+    stored = parse(shared["configuration"], source="the checkpoint's configuration")["training"]
+    for key in _FIXED:
+        if stored[key] != getattr(trainer.configuration.training, key):
+            raise UserError(
+                f"training.{key}: cannot change when a run is resumed: it was {stored[key]}"
+            )
     try:
         trainer.load_checkpoint(shared, own)
     except (ValueError, RuntimeError, KeyError) as error:
