@@ -58,10 +58,12 @@ class Events:
         """
         start, bytes_before = time.perf_counter(), self._processes.broadcast_bytes
         was_dense = [self._transitions.is_dense(report) for report in reports]
+        infos = self._check(reports, step)
+        # Around the factorizations alone: nothing large is made before and after, and it slows
+        # down the many small operators of the checksums.
         with TensorMemory(self._transitions.all_tensors()) as memory:
-            infos = self._check(reports, step)
             layers = self._factorize(reports, infos)
-            seconds = self._prove(reports, layers, step)
+        seconds = self._prove(reports, layers, step)
         became_low_rank = any(
             dense and not self._transitions.is_dense(report)
             for dense, report in zip(was_dense, reports, strict=True)
