@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launching import environment, launch
+from launching import TIMEOUT, environment, launch
 from safetensors.torch import save_file
 from torch import nn
 
@@ -326,7 +326,7 @@ def test_help_imports_nothing_heavy():
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=TIMEOUT,
         env=environment(),
     )
     assert "exit codes:" in result.stdout

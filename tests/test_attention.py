@@ -245,11 +245,11 @@ def test_autocast(call, need_weights, projection):
     assert out.dtype == expected.dtype
     if need_weights:
         assert weights.dtype == expected_weights.dtype
-        torch.testing.assert_close(weights, expected_weights, atol=0.02, rtol=0.02)
+        torch.testing.assert_close(weights, expected_weights, atol=0.05, rtol=0.05)
     for mine, theirs in zip([out, *gradients], [expected, *expected_gradients], strict=True):
         # A handful of roundings to 8 bits, against the scale of the result.
         error = (mine.float() - theirs.float()).abs().max()
-        assert error < 10 * 2**-8 * theirs.float().abs().max()
+        assert error < 16 * 2**-8 * theirs.float().abs().max()
 
 
 def test_mistakes_in_a_call():

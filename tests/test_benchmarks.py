@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from launching import TIMEOUT
 
 SCRIPTS = sorted((Path(__file__).resolve().parents[1] / "benchmarks").glob("*.py"))
 
@@ -27,6 +28,6 @@ def started(tmp_path_factory):
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
 def test_a_benchmark_tells_its_options(started, script):
-    out, err = started[script].communicate(timeout=120)
+    out, err = started[script].communicate(timeout=TIMEOUT)
     assert started[script].returncode == 0, err
     assert "usage:" in out

@@ -163,7 +163,7 @@ def test_mixed_precision_keeps_factors_and_state_in_float32(precision, clip):
         assert mixed_losses[-1] < 0.8 * mixed_losses[0]
     else:
         theirs = torch.tensor(losses)
-        torch.testing.assert_close(torch.tensor(mixed_losses), theirs, rtol=0.1, atol=1e-3)
+        torch.testing.assert_close(torch.tensor(mixed_losses), theirs, rtol=0.2, atol=2e-3)
     assert mixed_losses != losses
 
 

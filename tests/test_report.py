@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 import h5py
 import numpy as np
 import pytest
-from launching import environment
+from launching import TIMEOUT, environment
 from rich.console import Console
 
 from app import config, report
@@ -525,7 +525,7 @@ def test_help_imports_nothing_heavy():
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=TIMEOUT,
         env=environment(),
     )
     assert "examples:" in result.stdout

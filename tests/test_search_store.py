@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 import h5py
 import numpy as np
 import pytest
-from launching import environment
+from launching import TIMEOUT, environment
 
 from app.errors import UserError
 from app.search.objective import FAILED
@@ -124,7 +124,7 @@ def test_a_killed_writer_leaves_whole_rows(tmp_path):
         for line in writer.stdout:
             if int(line) == 40:
                 os.kill(writer.pid, signal.SIGKILL)
-        writer.wait(timeout=60)
+        writer.wait(timeout=TIMEOUT)
     finally:
         writer.kill()
     found = read_evaluations(tmp_path)

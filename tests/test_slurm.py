@@ -21,6 +21,7 @@ SCRIPTS = sorted(
     for path in (ROOT / "slurm").glob("*.sh")
     if path.name not in ("env.sh", "job.sh")
 )
+EPOCHS = 24  # several seconds remain after the second, for disturbances to come in time
 # Over the configuration for ImageNet: a tiny network on digits, epochs of 20 steps.
 TINY = [
     "data.name=digits",
@@ -32,7 +33,7 @@ TINY = [
     "data.cutmix=0",
     "model.name=vision_transformer",
     "model.arguments={patch_size: 2, embed_dim: 32, depth: 2, num_heads: 2, proj_drop_rate: 0.1}",
-    "training.epochs=8",
+    f"training.epochs={EPOCHS}",
     "training.batch_size=64",
     "training.warmup_epochs=1",
     "oialr.delay=50",
@@ -107,8 +108,8 @@ def test_slurm_accepts_every_header(slurm, script):
 def test_a_job_trains_on_both_nodes(slurm, undisturbed):
     job = undisturbed.name.rpartition("-")[2]
     assert "2 processes on cpu" in slurm.log(job)
-    assert last_checkpoint(undisturbed)["position"]["epoch"] == 8
-    assert "step 90: cut of" in slurm.log(job)
+    assert last_checkpoint(undisturbed)["position"]["epoch"] == EPOCHS
+    assert re.search(r"step \d+: cut of", slurm.log(job))
     assert slurm.show(job)["NodeList"] == "n[1-2]"
     for process, node in enumerate(("n1", "n2")):  # of the table before the training
         assert re.search(rf"^{node} +{process} +cpu +\w{{8}} +\w{{8}} +[+-]", slurm.log(job), re.M)
@@ -124,7 +125,7 @@ def test_a_signal_leads_to_a_checkpoint_a_requeue_and_the_same_weights(slurm, un
     assert "restart 1" in slurm.log(job)
     first_steps = read_rows(run_dir(slurm, job) / "metrics.h5", "sessions")["first_step"]
     assert first_steps[0] == 0
-    assert 40 <= first_steps[1] < 160
+    assert 40 <= first_steps[1] < 20 * EPOCHS
     assert_same_weights(run_dir(slurm, job), undisturbed)
 
 
@@ -163,7 +164,7 @@ def test_a_node_that_goes_down_leads_to_a_requeue_also_on_fewer_nodes(slurm):
     sessions = read_rows(run_dir(slurm, job) / "metrics.h5", "sessions")
     assert list(sessions["process_count"]) == [2, 1]
     assert sessions["first_step"][1] >= 40
-    assert last_checkpoint(run_dir(slurm, job))["position"]["epoch"] == 8
+    assert last_checkpoint(run_dir(slurm, job))["position"]["epoch"] == EPOCHS
 
 
 def test_a_frozen_process_ends_the_step_and_the_job_goes_on(slurm, undisturbed):
@@ -187,7 +188,7 @@ def test_a_killed_process_ends_the_step_and_the_job_goes_on(slurm):
     assert slurm.show(job)["Restarts"] == "1"
     sessions = read_rows(run_dir(slurm, job) / "metrics.h5", "sessions")
     assert list(sessions["process_count"]) == [2, 2]
-    assert last_checkpoint(run_dir(slurm, job))["position"]["epoch"] == 8
+    assert last_checkpoint(run_dir(slurm, job))["position"]["epoch"] == EPOCHS
 
 
 def test_the_array_trains_every_seed(slurm):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launching import ROOT, environment
+from launching import ROOT, TIMEOUT, environment
 
 from app.errors import UserError
 from app.metrics.store import Follower, MetricsStore, open_for_reading, read_rows
@@ -108,7 +108,7 @@ def test_the_examples_of_the_document_run(tmp_path, ending):
     try:
         assert writer.stdout.readline() == b"written\n"
         if ending != "running":
-            writer.communicate("", timeout=60)
+            writer.communicate("", timeout=TIMEOUT)
             assert bool(writer.returncode) == (ending == "killed")
         text = (ROOT / "docs" / "metrics.md").read_text()
         examples = [part.split("```")[0] for part in text.split("```python\n")[1:]]
@@ -217,7 +217,7 @@ def test_a_plain_open_of_a_running_file_fails_in_another_process(tmp_path):
                 [sys.executable, "-c", program, path, mode],
                 capture_output=True,
                 check=False,
-                timeout=60,
+                timeout=TIMEOUT,
             )
             assert bool(result.returncode) == fails, result.stderr
 
@@ -238,7 +238,7 @@ def test_kill_9_loses_nothing_that_was_flushed(tmp_path):
     path = tmp_path / "metrics.h5"
     env = {**environment(), "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     killed = subprocess.run(
-        [sys.executable, "-c", KILLED, path], env=env, cwd=ROOT, check=False, timeout=60
+        [sys.executable, "-c", KILLED, path], env=env, cwd=ROOT, check=False, timeout=TIMEOUT
     )
     assert killed.returncode == -signal.SIGKILL
     with pytest.raises(OSError, match=r"."):
