@@ -56,6 +56,20 @@ def task(configured: Callable[..., Configuration]) -> Callable[..., Task]:
     return build
 
 
+def test_constant_variable_is_not_divided_by_its_deviation(
+    values: np.ndarray, tmp_path: Path
+) -> None:
+    """0.1 has no exact mean: the deviation that numpy finds is 1e-17 and not 0."""
+    write_ett(tmp_path, "ETTh1", HOURS)
+    path = tmp_path / "ETT-small" / "ETTh1.csv"
+    header, *rows = path.read_text().splitlines()
+    changed = [",".join([*row.split(",")[:-2], "0.1", "1.5"]) for row in rows]
+    path.write_text("\n".join([header, *changed]) + "\n")
+    series = ett.load(config.build({"data": {"name": "etth1", "root": str(tmp_path)}}).data)
+    assert np.abs(series.values[:, -2:]).max() < 1e-12
+    assert series.values[:, 0].std() == pytest.approx(1, abs=0.1)
+
+
 @pytest.mark.parametrize(("minutes", "month"), [(60, 720), (15, 2880)])
 def test_published_split(minutes: int, month: int) -> None:
     assert ett.split(minutes, 96) == {

@@ -60,7 +60,9 @@ def load(data: DataSection) -> Series:
             )
     times, values = _read(data, minutes, steps=parts["test"].stop)
     train = values[parts["train"]]
-    standardized = (values - train.mean(axis=0)) / train.std(axis=0)
+    # A constant variable has the deviation 1: one cannot divide by 0, or what rounding makes of it.
+    deviation = np.where(np.ptp(train, axis=0) > 0, train.std(axis=0), 1.0)
+    standardized = (values - train.mean(axis=0)) / deviation
     return Series(
         values=standardized.astype(np.float32),
         calendar=calendar_features(times, minutes),
