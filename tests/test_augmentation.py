@@ -309,6 +309,15 @@ def test_staging_copies_once(images: Path, tmp_path: Path) -> None:
     assert {path.suffix for path in copy.parent.iterdir()} == {"", ".lock"}
 
 
+@pytest.mark.parametrize("inside", [".", "local"])
+def test_staging_into_the_data_itself(images: Path, inside: str) -> None:
+    before = contents(images)
+    with pytest.raises(UserError, match=r"data\.stage_to: .* is inside data\.root"):
+        stage(staged(images, images / inside))
+    assert contents(images) == before
+    assert not (images / "local").exists()
+
+
 def test_other_data_has_another_place(images: Path, tmp_path: Path) -> None:
     other = tmp_path / images.name
     places = {staged_root(staged(root, tmp_path)) for root in (images, other)}

@@ -40,6 +40,11 @@ def stage(data: DataSection) -> None:
     origin, copy = Path(data.root), Path(staged_root(data))
     if not origin.is_dir():
         raise UserError(f"data.root: {origin} not found")
+    if copy.resolve().is_relative_to(origin.resolve()):
+        raise UserError(
+            f"data.stage_to: {data.stage_to} is inside data.root, {origin}, and would be copied "
+            f"into itself; choose another folder, or leave data.stage_to out"
+        )
     try:
         with _locked(copy.with_name(f"{copy.name}.lock")):
             if copy.exists():
