@@ -195,6 +195,19 @@ def test_evaluation_takes_the_central_crop(own_images: Path) -> None:
     torch.testing.assert_close(image, white[:, None, None].expand_as(image))
 
 
+def test_grey_values_of_16_bits_in_a_pgm(own_images: Path) -> None:
+    """PIL opens them with the mode I, and not I;16 as those of a .png."""
+    content = b"P5\n30 30\n65535\n" + np.full((30, 30), 128 * 257, dtype=">u2").tobytes()
+    for path in own_images.glob("*/*/*.png"):
+        path.unlink()
+        path.with_suffix(".pgm").write_bytes(content)
+    task = folder_task(own_images)
+    expected = (128 / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
+    for batches in (task.train_batches(0), task.evaluation_batches("test")):
+        inputs = torch.cat([batch.inputs for batch in batches])
+        assert (inputs - expected[:, None, None]).abs().max() < 0.02
+
+
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "CMYK", "I;16"])
 def test_images_of_all_kinds_are_read_as_rgb(own_images: Path, mode: str) -> None:
     """A square of mid grey, of the whole size of the image, in training and evaluation."""

@@ -212,7 +212,8 @@ def read_region(image: Any, box: Box, size: int) -> Any:
 
 def _to_rgb(image: Any) -> Any:
     """Return an opened PIL image as RGB, without transparency."""
-    if image.mode.startswith("I;16"):  # grey values of 16 bits, which PIL would cut off at 255
+    # Grey values of 16 bits, which PIL would cut off at 255; those of a .pgm have the mode I.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         from PIL import Image
 
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
