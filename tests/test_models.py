@@ -82,6 +82,7 @@ WRONG_ARGUMENTS = [
     ("vision_transformer", {"depth": "3"}, "'str'"),
     ("vision_transformer", {"num_heads": 0}, "ZeroDivisionError"),
     ("vision_transformer", {"norm_layer": "no"}, "KeyError: 'no'"),
+    ("resnet18", {"checkpoint_path": "nowhere.pth"}, "FileNotFoundError"),
     ("cifar_resnet", {"depth": 21}, r"depth must be 6n \+ 2"),
     ("cifar_resnet", {"depth": 2}, r"depth must be 6n \+ 2"),
     ("cifar_resnet", {"width": 0}, "width must be at least 1"),

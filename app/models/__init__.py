@@ -24,6 +24,7 @@ _CONSTRUCTION_ERRORS = (
     AssertionError,
     AttributeError,
     LookupError,
+    OSError,
     RuntimeError,
     TypeError,
     ValueError,
