@@ -81,6 +81,8 @@ class Schedule:
         else:
             self._scheduler = StepLRScheduler(optimizer, decay_t=steps, decay_rate=1.0, **common)
         self._optimizer = optimizer
+        peaks = self._scheduler.base_values  # of the optimizer's groups, as they were above
+        self._factors = [peak / peaks[0] for peak in peaks]
         self._conversion = conversion
         self._warmup_after_conversion = section.warmup_after_conversion
 
@@ -94,6 +96,11 @@ class Schedule:
             The learning rate of the first group.
         """
         self._scheduler.step_update(step)
+        # The minimum and the warm-up's start are those of the first group: to timm they are all
+        # groups' alike, so that at the end cores would have the learning rate of weights.
+        rate = self._optimizer.param_groups[0]["lr"]
+        for group, factor in zip(self._optimizer.param_groups, self._factors, strict=True):
+            group["lr"] = rate * factor
         if self._conversion is not None:
             since = step - self._conversion
             if 0 <= since < self._warmup_after_conversion:
