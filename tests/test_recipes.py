@@ -24,6 +24,8 @@ from app.metrics.store import read_rows
 from app.settings import TrainingSection
 from app.tasks import build_task
 from app.training.average import WeightAverage
+from app.training.checkpoint import Checkpoints
+from app.training.early_stopping import EarlyStopping
 from app.training.evaluation import evaluate
 from app.training.optimizer import Schedule
 from app.training.replicas import synchronize_batch_norm
@@ -305,6 +307,32 @@ def test_a_resumed_run_with_an_average_is_the_uninterrupted_run(
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
     rates = read_rows(tmp_path / "whole" / "metrics.h5", "train")["learning_rate"]
     assert rates[15] < rates[16] < rates[17]
+
+
+def test_early_stopping_forgets_best_weights_that_a_killed_session_replaced(tmp_path: Path) -> None:
+    """Their loss is in the checkpoint, but other weights are in their place by then."""
+    model = nn.Linear(2, 2)
+    first = EarlyStopping(Checkpoints(tmp_path, Processes(), keep=1), patience=3)
+    assert first.improves(1.0)
+    first.keep(10, model, None, process_count=1)
+    assert not first.improves(2.0)
+    state = first.state_dict()
+
+    resumed = EarlyStopping(Checkpoints(tmp_path, Processes(), keep=1), patience=3)
+    resumed.load_state_dict(state)
+    assert resumed.state_dict() == state
+
+    first.improves(0.5)
+    first.keep(30, model, None, process_count=1)  # after the last checkpoint; then it is killed
+    resumed = EarlyStopping(Checkpoints(tmp_path, Processes(), keep=1), patience=3)
+    resumed.load_state_dict(state)
+    assert resumed.improves(1.5)  # the loss of 1.0 has no weights any more
+    with torch.no_grad():
+        model.weight.fill_(7)
+    resumed.keep(20, model, None, process_count=1)
+    model.reset_parameters()
+    resumed.restore_best(model, None)
+    assert (model.weight == 7).all()
 
 
 def test_early_stopping_tests_the_best_weights(tmp_path: Path) -> None:

@@ -92,6 +92,11 @@ class Checkpoints:
         """Return the complete checkpoints, oldest first."""
         return sorted(self._folder.glob("step-*"))
 
+    def newest_step(self) -> int | None:
+        """Return the step of the newest complete checkpoint, None if there is none. Collective."""
+        complete = self._processes.from_first(self.complete())
+        return int(complete[-1].name.split("-")[1]) if complete else None
+
     def load(self) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
         """Read the newest checkpoint that all processes can read. A collective call.
 

@@ -1,5 +1,6 @@
 """The end of a training whose validation loss does not fall any more."""
 
+import logging
 import math
 from typing import Any
 
@@ -9,12 +10,14 @@ from app.lowrank.conversion import restore
 from app.oialr import OIALR
 from app.training.checkpoint import Checkpoints
 
+logger = logging.getLogger(__name__)
+
 
 class EarlyStopping:
     """Keeps the weights of the epoch with the least validation loss, and says when to stop."""
 
     def __init__(self, checkpoints: Checkpoints, *, patience: int) -> None:
-        """Start before the first epoch.
+        """Start before the first epoch. A collective call.
 
         Args:
             checkpoints: where the best weights are kept.
@@ -23,7 +26,9 @@ class EarlyStopping:
         self._checkpoints = checkpoints
         self._patience = patience
         self._best = math.inf
+        self._best_step: int | None = None
         self._epochs_since = 0
+        self._kept_step = checkpoints.newest_step()
 
     @property
     def exhausted(self) -> bool:
@@ -48,6 +53,7 @@ class EarlyStopping:
             "model": model.state_dict(),
         }
         self._checkpoints.save(step, shared, {})
+        self._best_step = step
 
     def restore_best(self, model: nn.Module, method: OIALR | None) -> None:
         """Give the network the best weights, at the ranks that it had then. A collective call.
@@ -60,8 +66,17 @@ class EarlyStopping:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, but for the best weights."""
-        return {"best": self._best, "epochs_since": self._epochs_since}
+        return {
+            "best": self._best,
+            "best_step": self._best_step,
+            "epochs_since": self._epochs_since,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a stored state."""
-        self._best, self._epochs_since = state["best"], state["epochs_since"]
+        """Take over a stored state, unless its best weights are not there any more."""
+        step = state.get("best_step", self._kept_step)
+        if step != self._kept_step:  # a killed session found better ones after its last checkpoint
+            logger.warning("early stopping begins anew: the weights of step %d are lost", step)
+            return
+        self._best, self._best_step = state["best"], step
+        self._epochs_since = state["epochs_since"]
