@@ -177,8 +177,8 @@ def test_the_spectrum_of_a_step_is_the_last_one(tmp_path):
 
 def test_layers_are_chosen_by_pattern_or_at_even_distances(tmp_path):
     run = read_run(write_run(tmp_path / "run"))
-    assert choose_layers(run, [], count=2) == ["patch.weight", "position"]
-    assert choose_layers(run, [], count=9) == list(LAYERS)
+    assert choose_layers(run, [], count=2) == ["patch.weight", "blocks.2.fc.weight"]
+    assert choose_layers(run, [], count=9) == list(LAYERS)[:3]
     assert choose_layers(run, ["blocks.*"], count=9) == list(LAYERS)[1:3]
     with pytest.raises(UserError, match=r"--layers: 'x\*' matches no .*such as patch\.weight"):
         check_patterns([run], ["blocks.*", "x*"])
@@ -335,6 +335,19 @@ def test_the_largest_singular_values_are_in_sight(tmp_path):
     assert axes.get_ylim()[1] >= 4 * 9
     assert len(axes.lines) == 9
     assert axes.get_title() == "patch"
+
+
+def test_spectra_are_those_of_averaged_layers_and_a_single_value_is_a_dot(tmp_path):
+    layers = {"position": (5, 6), "row.weight": (1, 4), "fc.weight": (4, 4)}
+    writer = Writer(tmp_path / "run", layers=layers)
+    for place, name in enumerate(layers):
+        writer.measure(place, name, 5)
+    writer.store.close()
+    run = read_run(tmp_path / "run")
+    assert choose_layers(run, [], count=6) == ["row.weight", "fc.weight"]
+    assert choose_layers(run, ["pos*"], count=6) == ["position"]
+    drawn = spectra(run, ["row.weight", "fc.weight"], "spectra")
+    assert [axes.lines[0].get_marker() for axes in drawn.figure.axes[:2]] == ["o", ""]
 
 
 def test_long_names_of_layers_do_not_overlap_above_their_spectra(tmp_path):

@@ -222,12 +222,16 @@ def choose_layers(run: Run, patterns: Sequence[str], *, count: int) -> list[str]
 
     Args:
         run: the run.
-        patterns: shell-style, of layer names. None given: some at even distances.
+        patterns: shell-style, of layer names. None given: some at even distances, of those that
+            means take in, if there are any: a token has a single singular value.
         count: how many at most.
     """
     names = _measured_layers(run)
     if patterns:
         names = [name for name in names if any(fnmatchcase(name, p) for p in patterns)]
+    else:
+        averaged = {layer.name for layer in run.layers if layer.averaged}
+        names = [name for name in names if name in averaged] or names
     if len(names) <= count:
         return names
     places = np.linspace(0, len(names) - 1, count).round().astype(int)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from app.reporting.drawing import Drawing, new_figure, short_name
+from app.reporting.drawing import Drawing, marker_of, new_figure, short_name
 from app.reporting.runs import Run, read_spectra
 
 _TIMES = 10  # lines in a panel
@@ -48,7 +48,13 @@ def spectra(run: Run, layers: Sequence[str], name: str) -> Drawing | None:
         largest = np.nanmax(values, initial=0.0) or 1.0
         for place in places:
             s = np.where(values[place] > 0, values[place], np.nan)
-            axes.plot(np.arange(1, len(s) + 1), s, color=colours.to_rgba(x[place]), linewidth=1.1)
+            axes.plot(
+                np.arange(1, len(s) + 1),
+                s,
+                color=colours.to_rgba(x[place]),
+                linewidth=1.1,
+                marker=marker_of(s[np.isfinite(s)]),
+            )
         axes.set_yscale("log")
         lowest = np.nanmin(np.where(values > 0, values, np.nan), initial=largest)
         axes.set_ylim(max(lowest, largest * 10.0**-_DECADES) / 1.5, largest * 1.5)
