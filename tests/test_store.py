@@ -465,3 +465,13 @@ def test_a_follower_waits_for_the_rows_it_has(tmp_path):
         with pytest.raises(UserError, match="no such file"):
             follower.rows("train", 4)
     follower.close()
+
+
+def test_a_layer_may_have_a_slash_in_its_name(tmp_path):
+    layers = {"towers.a/b.weight": (4, 3), "head.weight": (2, 4)}
+    with MetricsStore.create(tmp_path / "metrics.h5", configuration="", layers=layers):
+        pass
+    follower = Follower(tmp_path / "metrics.h5")
+    assert {layer.name: layer.shape for layer in follower.layers()} == layers
+    assert len(follower.rows("layers/towers.a/b.weight/stability")["step"]) == 0
+    follower.close()

@@ -6,7 +6,7 @@ exists from the start. Readers use ``swmr=True``, also for the file of a process
 """
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -212,7 +212,7 @@ class Follower:
                 shape=tuple(int(size) for size in nodes[name].attrs["shape"]),
                 averaged=bool(nodes[name].attrs.get("averaged", True)),
             )
-            for name in nodes
+            for name in _layer_names(nodes)
         ]
         return sorted(found, key=lambda layer: int(nodes[layer.name].attrs.get("index", 0)))
 
@@ -243,6 +243,15 @@ class Follower:
             return os.path.samestat(opened, self._path.stat())
         except FileNotFoundError:
             return False
+
+
+def _layer_names(node: h5py.Group, prefix: str = "") -> Iterator[str]:
+    """List the layers below a group; a name with a slash lies in groups within groups."""
+    for key, child in node.items():
+        if "shape" in child.attrs:
+            yield f"{prefix}{key}"
+        else:
+            yield from _layer_names(child, f"{prefix}{key}/")
 
 
 def _read(group: h5py.Group, start: int) -> dict[str, np.ndarray]:
