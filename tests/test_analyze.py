@@ -300,6 +300,48 @@ def test_bad_input_is_one_line_with_culprit_and_cure(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+def test_weights_of_8_bits_sparse_ones_and_names_with_a_slash_are_measured(tmp_path, capsys):
+    torch.manual_seed(0)
+    for number in range(2):
+        weight = torch.randn(8, 6)
+        state = {
+            "dense.weight": weight.to(torch.float8_e4m3fn).float(),
+            "eight.weight": weight.to(torch.float8_e4m3fn),
+            "towers.a/b.weight": weight.to(torch.float8_e4m3fn).float(),
+            "sparse.weight": weight.to(torch.float8_e4m3fn).float().to_sparse(),
+            # Not factors of one weight.
+            "other.U": weight,
+            "other.core": weight.T,
+            "other.Vh": weight,
+        }
+        torch.save(state, tmp_path / f"{number}.pt")
+    assert analyze.main([str(tmp_path), "--window", "1"]) == 0
+    assert "2 checkpoints, 7 weights" in capsys.readouterr().out
+    metrics = tmp_path / "analysis" / "metrics.h5"
+    follower = Follower(metrics)
+    assert "towers.a/b.weight" in [layer.name for layer in follower.layers()]
+    follower.close()
+    dense, *others = (
+        read_rows(metrics, f"layers/{name}.weight/stability")["stability"]
+        for name in ("dense", "eight", "towers.a/b", "sparse")
+    )
+    assert np.isfinite(dense[1])
+    for values in others:
+        np.testing.assert_array_equal(values, dense)
+    assert report.main([str(tmp_path / "analysis"), "--formats", "png"]) == 0
+
+
+@pytest.mark.parametrize("name", ["type.weight", "", "a..b", "fc0.weight.b", "training"])
+def test_a_file_with_a_name_that_no_module_can_hold_is_skipped(tmp_path, capsys, name):
+    folder = save_series(tmp_path / "run", count=2)
+    state = torch.load(folder / "model-1.pt")
+    torch.save({**state, name: torch.randn(3, 3)}, folder / "model-2.pt")
+    assert analyze.main([str(folder), "--window", "1"]) == 2
+    captured = capsys.readouterr()
+    assert f"model-2.pt: {name!r} is no name" in captured.err
+    assert "2 checkpoints" in captured.out
+
+
 def test_two_processes_measure_what_one_does(tmp_path):
     folder = save_series(tmp_path / "run")
     (folder / "model-9.pt").write_text("x")

@@ -1,7 +1,7 @@
 """Reads the weights of a checkpoint, whatever program wrote it."""
 
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,6 +83,8 @@ def read_checkpoint(path: Path) -> StoredCheckpoint:
     weights = _name_weights(_without_prefix(state))
     if not weights:
         raise CheckpointError(f"{path}: no floating tensor of two or more dimensions")
+    if (name := _impossible_name(weights)) is not None:
+        raise CheckpointError(f"{path}: {name!r} is no name that a weight of a module can have")
     position = content.get("position", content)
     position = position if isinstance(position, Mapping) else {}
     steps = (_as_int(position.get(key)) for key in _STEP_KEYS)
@@ -151,12 +153,37 @@ def _name_weights(state: dict[str, Tensor]) -> dict[str, Weight]:
     for name, tensor in state.items():
         path, _, key = name.rpartition(".")
         factors = [state[k] for k in (f"{path}.{part}" for part in _FACTORS) if k in state]
-        if key in _FACTORS and len(factors) == len(_FACTORS):
+        if key in _FACTORS and _are_factors(factors):
             if key == "core":
                 weights[_dense_name(path, state)] = StoredFactors(*factors)
         elif tensor.dim() >= 2 and tensor.is_floating_point() and tensor.numel():
             weights[name] = tensor
     return weights
+
+
+def _are_factors(factors: Sequence[Tensor]) -> bool:
+    """Whether U (m, r), core (r, r) and Vh (r, n) are there, or stacks of them."""
+    if len(factors) != len(_FACTORS) or len({factor.dim() for factor in factors}) != 1:
+        return False
+    U, core, Vh = factors
+    if core.dim() not in (2, 3) or not core.numel():
+        return False
+    r = core.shape[-1]
+    same_count = U.shape[:-2] == core.shape[:-2] == Vh.shape[:-2]
+    return same_count and U.shape[-1] == core.shape[-2] == Vh.shape[-2] == r
+
+
+def _impossible_name(names: Collection[str]) -> str | None:
+    """Return a name under which no tree of modules can hold a weight; None if there is none."""
+    reserved = nn.Module()
+    for name in names:
+        parts = name.split(".")
+        parents = (".".join(parts[:end]) for end in range(1, len(parts)))
+        if any(not part.strip("/") or hasattr(reserved, part) for part in parts) or any(
+            parent in names for parent in parents
+        ):
+            return name
+    return None
 
 
 def _dense_name(path: str, state: Mapping[str, Tensor]) -> str:
@@ -173,8 +200,17 @@ def _as_int(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
+def is_finite(weight: Weight) -> bool:
+    """Whether a weight holds neither NaN nor infinity."""
+    parts = weight if isinstance(weight, StoredFactors) else (weight,)
+    return all(bool(_to(part, part.device).isfinite().all()) for part in parts)
+
+
 def _to(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.detach().to(device, torch.promote_types(tensor.dtype, torch.float32))
+    """Bring a tensor to a device, dense, in a dtype that is computed in."""
+    # torch promotes no dtype of 8 bits.
+    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    return tensor.detach().to_dense().to(device, dtype)
 
 
 def _holder(root: nn.Module, path: str) -> nn.Module:

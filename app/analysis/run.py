@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import nn
 from tqdm import tqdm
 
-from app.analysis.checkpoint import CheckpointError, StoredFactors, as_module, read_checkpoint
+from app.analysis.checkpoint import CheckpointError, as_module, is_finite, read_checkpoint
 from app.analysis.files import find_checkpoints, number_in
 from app.analysis.selection import Shapes, select_weights, shapes_of, signature
 from app.distributed.processes import Processes
@@ -197,9 +197,7 @@ def _load(
         stored = read_checkpoint(path).weights
         weights = {layer.name: stored[layer.name] for layer in layers}
         for layer in layers[runtime.process_index :: runtime.process_count]:
-            weight = weights[layer.name]
-            parts = weight if isinstance(weight, StoredFactors) else (weight,)
-            if not all(part.isfinite().all() for part in parts):
+            if not is_finite(weights[layer.name]):
                 problem = f"{path}: {layer.name} holds NaN or infinity"
                 break
         model = as_module(weights, runtime.device)
