@@ -337,6 +337,15 @@ def test_the_largest_singular_values_are_in_sight(tmp_path):
     assert axes.get_title() == "patch"
 
 
+def test_a_reference_beside_another_window_is_noted(tmp_path, capsys):
+    folders = [write_run(tmp_path / str(n), f"stability.window={n}") for n in (5, 2)]
+    for folder in folders:
+        assert report.main([str(folder), "--formats", "svg", "--reference", "vit_b16"]) == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if "--reference" in line]
+    assert len(notes) == 1
+    assert "has a window of 5 epochs, and this run compares with 2 epochs before" in notes[0]
+
+
 def test_spectra_are_those_of_averaged_layers_and_a_single_value_is_a_dot(tmp_path):
     layers = {"position": (5, 6), "row.weight": (1, 4), "fc.weight": (4, 4)}
     writer = Writer(tmp_path / "run", layers=layers)

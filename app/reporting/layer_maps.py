@@ -29,7 +29,7 @@ def stability_map(run: Run, name: str, reference: ReferenceCurve | None) -> Draw
     Returns:
         None where there is nothing to draw yet.
     """
-    window = _window(run)
+    window = window_of(run)
     return _map(
         run,
         run.series("stability"),
@@ -55,8 +55,8 @@ def mixing_map(run: Run, name: str) -> Drawing | None:
         quantity="similarity of R",
         low=_floor(series.values, 0.8),
         colours="cividis",
-        caption=f"Similarity of R in W = Q R to its own {_window(run)}: how much the mixing of the "
-        "basis still changes.",
+        caption=f"Similarity of R in W = Q R to its own {window_of(run)}: how much the mixing of "
+        "the basis still changes.",
     )
 
 
@@ -190,7 +190,7 @@ def _lowest(series: LayerSeries) -> tuple[float, float]:
     return float(series.steps[place]), float(mean[place])
 
 
-def _window(run: Run) -> str:
+def window_of(run: Run) -> str:
     """Say what is compared with."""
     if analysis := run.configuration.get("analysis"):
         window, unit = analysis["window"], "checkpoint"

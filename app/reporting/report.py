@@ -8,7 +8,7 @@ from app.errors import UserError
 from app.reporting.comparison import final_figures, group_runs
 from app.reporting.curves import learning, means, other_measures, seconds
 from app.reporting.drawing import Drawing, save, style
-from app.reporting.layer_maps import mixing_map, rank_map, stability_map
+from app.reporting.layer_maps import mixing_map, rank_map, stability_map, window_of
 from app.reporting.page import render_page
 from app.reporting.reference import REFERENCE_CURVES, ReferenceCurve
 from app.reporting.runs import Run, check_patterns, choose_layers, read_run
@@ -63,6 +63,15 @@ def write_report(
         f"{run.folder}: --reference counts epochs, and this run {run.axis.label}: left out"
         for run in runs
         if reference and run.axis.label != "epoch"
+    ]
+    notices += [
+        f"{run.folder}: --reference has a window of 5 epochs, and this run compares with "
+        f"{window_of(run)}"
+        for run in runs
+        if reference
+        and run.axis.label == "epoch"
+        and window_of(run) != "5 epochs before"
+        and "analysis" not in run.configuration
     ]
     with style():
         together = [drawing for drawing in (learning(groups), seconds(groups)) if drawing]
