@@ -76,7 +76,7 @@ class EarlyStopping:
         """Take over a stored state, unless its best weights are not there any more."""
         step = state.get("best_step", self._kept_step)
         if step != self._kept_step:  # a killed session found better ones after its last checkpoint
-            logger.warning("early stopping begins anew: the weights of step %d are lost", step)
+            logger.warning("early stopping begins anew: the best weights are of a killed session")
             return
         self._best, self._best_step = state["best"], step
         self._epochs_since = state["epochs_since"]
