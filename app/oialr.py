@@ -284,11 +284,12 @@ class OIALR:
         return 100 * parameter_counts(self.model)[1] / self._dense_counts[1]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the step count and the ranks of factorized layers, for :meth:`load_state_dict`."""
+        """Return step count, delay and ranks of factorized layers, for :meth:`load_state_dict`."""
         ranks = self.ranks()
         return {
             "step_count": self.step_count,
             "handled": self._handled,
+            "delay": self.delay,
             "ranks": {
                 report.name: None if self._transitions.is_dense(report) else ranks[report.name]
                 for report in self.layers
@@ -302,7 +303,8 @@ class OIALR:
         the shapes that they expect. The values of the factors are undefined until then.
 
         Raises:
-            ValueError: the state belongs to another network, or this network is low-rank already.
+            ValueError: the state belongs to another network, or this network is low-rank already,
+                or the delay is another one and either of them is over.
         """
         if self.converted:
             raise ValueError("load_state_dict needs the full-rank network")
@@ -310,6 +312,12 @@ class OIALR:
         if list(state["ranks"]) != names:
             other = sorted(set(state["ranks"]) ^ set(names))
             raise ValueError(f"the stored state is of another network: {', '.join(other)}")
+        delay = state.get("delay", self.delay)  # states of earlier versions are without
+        if self.delay != delay and min(self.delay, delay) <= state["handled"]:
+            raise ValueError(
+                f"oialr.delay: cannot change from {delay} to {self.delay} after step "
+                f"{state['handled']}; layers turn low-rank once"
+            )
         for report in self.layers:
             if (rank := state["ranks"][report.name]) is not None:
                 self._transitions.put_factors(report, *empty_factors(self.model, report, rank))

@@ -295,6 +295,18 @@ def test_state_of_another_network_is_refused():
         other_method.load_state_dict(state)
 
 
+@pytest.mark.parametrize(("steps", "delay", "fits"), [(2, 3, True), (2, 1, False), (6, 9, False)])
+def test_the_delay_is_open_until_either_is_over(steps, delay, fits):
+    model, optimizer, method = make(delay=4)
+    train(model, optimizer, method, steps)
+    _, _, other = make(delay=delay)
+    if fits:
+        other.load_state_dict(method.state_dict())
+    else:
+        with pytest.raises(ValueError, match=f"delay: cannot change from 4 to {delay} after step"):
+            other.load_state_dict(method.state_dict())
+
+
 class Lion(torch.optim.Optimizer):
     """An optimizer whose state has names that nobody knows."""
 
