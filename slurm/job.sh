@@ -28,6 +28,9 @@ fi
 
 # The job may have come back with other nodes, which SLURM_NTASKS does not know of.
 processes=$((${SLURM_JOB_NUM_NODES:-1} * ${SLURM_NTASKS_PER_NODE:-1}))
+if [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ] && [ "${SLURM_NTASKS:-$processes}" -ne "$processes" ]; then
+    echo "Note: $processes processes, by --nodes and --ntasks-per-node; --ntasks=$SLURM_NTASKS is not used" >&2
+fi
 
 # All processes leave with 75 after a checkpoint, but not in the same instant: so the first to leave
 # must not end the others (a site may have set that), unless they stay for long.

@@ -196,6 +196,19 @@ def test_processes_follow_the_nodes_that_the_job_has_now(site: Path) -> None:
     assert "--ntasks=4" in srun_arguments(site)
 
 
+@pytest.mark.parametrize(
+    ("tasks", "restarts", "told"), [(8, 0, False), (2, 0, True), (2, 1, False)]
+)
+def test_tasks_that_do_not_count_are_told(
+    site: Path, tasks: int, restarts: int, told: bool
+) -> None:
+    environment = {"SLURM_NTASKS": str(tasks), "SLURM_RESTART_COUNT": str(restarts)}
+    nodes = {"SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS_PER_NODE": "4"}
+    _, _, errors = submit(site, **environment, **nodes)
+    assert ("--ntasks=2 is not used" in errors) == told
+    assert "--ntasks=8" in srun_arguments(site)
+
+
 @pytest.mark.parametrize("code", [1, 2, 137])
 def test_bad_exit_code_is_handed_on(site: Path, code: int) -> None:
     install(site, "srun", FAKE_SRUN.format(body=f"exit {code}"))
