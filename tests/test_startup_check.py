@@ -8,7 +8,7 @@ from launching import launch
 
 from app.distributed.processes import Processes
 from app.distributed.runtime import Runtime
-from app.distributed.startup_check import Report, check_nodes, find_problem, table
+from app.distributed.startup_check import Report, check_nodes, find_problem, table, unseen_gpus
 from app.errors import AgreedUserError
 from app.settings import Configuration
 
@@ -16,6 +16,7 @@ CPU = Report(
     node="n1",
     gpu=None,
     visible_gpus=0,
+    granted_gpus=0,
     code="c0de",
     configuration="c0f1",
     data_problem="",
@@ -80,6 +81,14 @@ def test_the_table_has_one_line_per_node():
     assert len(lines) == 3
 
 
+def test_granted_gpus_that_torch_does_not_see_are_told():
+    unseen = replace(OTHER, granted_gpus=4)
+    warning = unseen_gpus([CPU, unseen, unseen, replace(CPU, node="n3", granted_gpus=2)])
+    assert "Slurm granted GPUs (4 on n2, 2 on n3)" in warning
+    assert warning.count("\n") == 1
+    assert unseen_gpus([CPU, replace(unseen, visible_gpus=4)]) == ""
+
+
 @pytest.fixture
 def pair():
     """Two processes of which the other one, the same as this, is not there."""
@@ -107,6 +116,13 @@ def test_a_check_leaves_nothing_behind(pair, tmp_path):
 
 def test_one_process_has_nothing_to_agree_on(pair, tmp_path):
     assert check_nodes(Configuration(), replace(pair, process_count=1), tmp_path / "gone") == ""
+
+
+def test_one_process_is_told_of_gpus(pair, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "3")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    said = check_nodes(Configuration(), replace(pair, process_count=1), tmp_path / "gone")
+    assert "Slurm granted GPUs (3 on " in said
 
 
 def test_a_folder_that_cannot_be_written(pair, tmp_path):

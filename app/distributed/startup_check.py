@@ -28,6 +28,8 @@ class Report:
     gpu: str | None
     """Name and identity of the GPU that it computes on; None: it computes on CPUs."""
     visible_gpus: int
+    granted_gpus: int
+    """GPUs that Slurm gave to the job here."""
     code: str
     """Digest of the program's files and of the versions of Python and torch."""
     configuration: str
@@ -47,13 +49,14 @@ def check_nodes(configuration: Configuration, runtime: Runtime, folder: Path) ->
         folder: of the run, which exists; every node must write there, and all see the same one.
 
     Returns:
-        The table, one line per node; empty for one process, which has nothing to agree on.
+        The table, one line per node, and what else to know; of one process, which has nothing to
+        agree on, the latter alone.
 
     Raises:
         AgreedUserError: a check failed; it names the node and the cure.
     """
     if runtime.process_count == 1:
-        return ""
+        return unseen_gpus([_report(configuration, runtime, "", time.time())])
     processes = runtime.processes
     mark = folder / f".process-{runtime.process_index}"
     folder_problem = _write_mark(mark) if runtime.local_index == 0 else ""
@@ -61,21 +64,27 @@ def check_nodes(configuration: Configuration, runtime: Runtime, folder: Path) ->
     clock = time.time()
     if not folder_problem and not (folder / ".process-0").exists():
         folder_problem = "is not the folder that process 0 sees"
-    report = Report(
+    reports = processes.gather(_report(configuration, runtime, folder_problem, clock))
+    mark.unlink(missing_ok=True)
+    if problem := find_problem(reports):
+        raise AgreedUserError(problem)
+    return table(reports) + "\n" + unseen_gpus(reports)
+
+
+def _report(
+    configuration: Configuration, runtime: Runtime, folder_problem: str, clock: float
+) -> Report:
+    return Report(
         node=node_name(),
         gpu=_gpu(runtime.device),
         visible_gpus=torch.cuda.device_count(),
+        granted_gpus=_granted_gpus(),
         code=_code_digest(),
         configuration=_digest(to_yaml(configuration).encode()),
         data_problem=_data_problem(configuration.data),
         folder_problem=folder_problem,
         clock=clock,
     )
-    reports = processes.gather(report)
-    mark.unlink(missing_ok=True)
-    if problem := find_problem(reports):
-        raise AgreedUserError(problem)
-    return table(reports) + "\n"
 
 
 def find_problem(reports: Sequence[Report]) -> str:
@@ -122,6 +131,24 @@ def find_problem(reports: Sequence[Report]) -> str:
     return ""
 
 
+def unseen_gpus(reports: Sequence[Report]) -> str:
+    """Warn, in a line, where GPUs were granted and torch sees none; empty if nowhere.
+
+    Not an error: a site may grant GPUs with every node.
+
+    Args:
+        reports: of all processes, in process order.
+    """
+    nodes = {r.node: r for r in reports if r.granted_gpus and not r.visible_gpus}
+    if not nodes:
+        return ""
+    granted = ", ".join(f"{report.granted_gpus} on {node}" for node, report in nodes.items())
+    return (
+        f"warning: Slurm granted GPUs ({granted}), but torch {torch.__version__} sees none and "
+        f"computes on CPUs: is it a build for CPUs, or does the container hide them?\n"
+    )
+
+
 def table(reports: Sequence[Report]) -> str:
     """Return one line per node: processes, devices, code, configuration, clock."""
     lines = [("node", "processes", "device", "code", "configuration", "clock")]
@@ -153,6 +180,11 @@ def _devices(reports: Sequence[Report]) -> str:
         return ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
     unused = max(report.visible_gpus for report in reports)
     return f"cpu, {unused} GPUs unused" if unused else "cpu"
+
+
+def _granted_gpus() -> int:
+    count = os.environ.get("SLURM_GPUS_ON_NODE", "")
+    return int(count) if count.isdecimal() else 0
 
 
 def _gpu(device: torch.device) -> str | None:
