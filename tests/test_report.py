@@ -441,6 +441,20 @@ def test_the_page_of_two_configurations_needs_nothing_else(tmp_path, capsys):
     assert (output / "figures" / "means.pdf").read_bytes().startswith(b"%PDF")
 
 
+def test_a_run_without_an_evaluation_puts_all_on_steps(tmp_path):
+    finished = write_run(tmp_path / "finished")
+    writer = Writer(tmp_path / "young", "run.seed=1")
+    writer.epoch(0)
+    figures = {"loss": 1.0, "learning_rate": 0.1, "samples_per_second": 1.0, "step_seconds": 1.0}
+    writer.store.append("train", step=5, epoch=1, **figures)
+    writer.store.close()
+    report.main([str(finished), str(writer.folder), "--output", str(tmp_path / "both")])
+    page = (tmp_path / "both" / "report.html").read_text()
+    assert "Curves by optimizer step of" in page
+    assert "by epoch" not in page
+    assert "step or epoch" not in page
+
+
 def test_a_single_run_has_its_report_in_its_folder(tmp_path):
     folder = write_run(tmp_path / "run")
     assert report.main([str(folder / "metrics.h5"), "--formats", "png,svg"]) == 0
@@ -466,6 +480,8 @@ def test_bad_input_is_one_line_with_culprit_and_cure(tmp_path):
     file = tmp_path / "file"
     file.write_text("")
     empty = empty_run(tmp_path / "empty")
+    taken = tmp_path / "taken"
+    (taken / "report.html").mkdir(parents=True)
     for arguments, message in (
         ([str(bare)], r"bare/metrics\.h5: no such file; a run's metrics are in its folder"),
         ([str(tmp_path / "gone")], r"gone/metrics\.h5: no such file"),
@@ -477,6 +493,7 @@ def test_bad_input_is_one_line_with_culprit_and_cure(tmp_path):
         ([run, "--reference", "bert"], "--reference: invalid choice: 'bert'"),
         ([run, "--layers", "none"], "--layers: 'none' matches no measured layer"),
         ([run, "--output", str(file)], r"--output: cannot write to .*file"),
+        ([run, "--output", str(taken)], r"--output: cannot write .*taken/report\.html: Is a dir"),
         ([run, str(empty), "--follow"], "--follow: shows one run, 2 were given"),
         ([run, "--follow", "--interval", "0"], "--interval: 0.0 is not a positive number"),
     ):

@@ -1,7 +1,7 @@
 """A report from its runs to its files: puts the parts together."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from app.errors import UserError
@@ -95,8 +95,11 @@ def write_report(
             notices=notices,
         )
     target = folder / "report.html"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(page, encoding="utf-8")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--output: cannot write {target}: {error.strerror}") from None
     return Written(page=target, figures=figures, notices=notices)
 
 
@@ -112,7 +115,10 @@ def _read_runs(paths: Sequence[Path]) -> list[Run]:
                 f"begun"
             )
         runs[run.folder.resolve()] = run
-    return list(runs.values())
+    found = list(runs.values())
+    # Before its first evaluation a run cannot tell epochs; beside it nobody is drawn by them.
+    labels = {run.axis.label for run in found if "analysis" not in run.configuration}
+    return [replace(run, by_steps=len(labels) > 1) for run in found]
 
 
 def _draw_run(

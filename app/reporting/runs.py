@@ -77,17 +77,19 @@ class Run:
     """Of each layer."""
     rank: Sequence[Rows]
     """Of each layer."""
+    by_steps: bool = False
+    """Drawn by steps, also where epochs are known."""
 
     @cached_property
     def axis(self) -> TimeAxis:
-        """Epochs where an evaluation tells how many steps they have; otherwise steps.
+        """Epochs where an evaluation tells how many steps they have and they are wanted, or steps.
 
         An analysis says itself what it counts.
         """
         if analysis := self.configuration.get("analysis"):
             return TimeAxis(label=str(analysis["position"]), steps_per_unit=1)
         finished = self.evaluation["epoch"] > 0
-        if not finished.any():
+        if self.by_steps or not finished.any():
             return TimeAxis(label="optimizer step", steps_per_unit=1)
         steps = self.evaluation["step"][finished] / self.evaluation["epoch"][finished]
         return TimeAxis(label="epoch", steps_per_unit=float(steps[0]))
