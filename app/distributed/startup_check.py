@@ -29,7 +29,7 @@ class Report:
     """Name and identity of the GPU that it computes on; None: it computes on CPUs."""
     visible_gpus: int
     granted_gpus: int
-    """GPUs that Slurm gave to the job here."""
+    """GPUs that Slurm gave to the job here; 0 where nobody wants them."""
     code: str
     """Digest of the program's files and of the versions of Python and torch."""
     configuration: str
@@ -78,7 +78,7 @@ def _report(
         node=node_name(),
         gpu=_gpu(runtime.device),
         visible_gpus=torch.cuda.device_count(),
-        granted_gpus=_granted_gpus(),
+        granted_gpus=0 if configuration.distributed.device == "cpu" else _granted_gpus(),
         code=_code_digest(),
         configuration=_digest(to_yaml(configuration).encode()),
         data_problem=_data_problem(configuration.data),
