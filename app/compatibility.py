@@ -1,6 +1,7 @@
 """Workarounds for other packages: one function each, with the version seen and when it can go."""
 
 import importlib
+import inspect
 import random
 import re
 import sys
@@ -44,6 +45,28 @@ def import_torchvision() -> None:
         library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _libraries.append(library)
     importlib.import_module("torchvision")
+
+
+def compile_alone(module: Any, *, backend: str) -> Any:
+    """Compile a network, regardless of what was compiled before.
+
+    torch.compile keeps what it compiled with the code of the network's class, and after a number of
+    versions of it compiles no more. isolate_recompiles gives each call its own. Seen with torch
+    2.11.0: it has no such option yet; there all that was compiled in this process is forgotten. It
+    can go when torch is 2.12 or newer everywhere.
+
+    Args:
+        module: the network.
+        backend: of torch.compile.
+    """
+    import torch
+
+    # The overloads that torch declares lack isolate_recompiles.
+    compile_: Any = torch.compile
+    if "isolate_recompiles" in inspect.signature(compile_).parameters:
+        return compile_(module, backend=backend, isolate_recompiles=True)
+    torch.compiler.reset()
+    return compile_(module, backend=backend)
 
 
 def let_timm_posterize() -> None:

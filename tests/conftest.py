@@ -2,15 +2,18 @@
 
 import os
 
-from hypothesis import HealthCheck, settings
-
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# A machine under load takes as long as it takes, and the same examples come in every run.
-settings.register_profile(
-    "tests",
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow],
-)
-settings.load_profile("tests")
+try:
+    from hypothesis import HealthCheck, settings
+except ImportError:  # a bare host, which runs tests/gpu alone
+    pass
+else:
+    # A machine under load takes as long as it takes, and the same examples come in every run.
+    settings.register_profile(
+        "tests",
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    settings.load_profile("tests")

@@ -1,6 +1,7 @@
 """torch.compile and mixed precision around conversions and cuts."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,7 +11,6 @@ from torch._dynamo.backends.common import aot_autograd
 
 from app import OIALR
 from app.distributed.processes import Processes
-from app.training import compilation
 from app.training.compilation import Compiled
 from app.training.precision import Precision
 from app.training.replicas import Replicas
@@ -33,24 +33,28 @@ def batches(sizes):
 class CountingBackend:
     """Compiles nothing, and counts the graphs that it was given."""
 
-    def __init__(self):
+    def __init__(self, *, isolated):
         self.graphs = 0
+        self.isolated = isolated
 
     def __call__(self, graph, inputs):
         self.graphs += 1
         return graph.forward
 
 
-@pytest.fixture
-def backend(monkeypatch):
+@pytest.fixture(params=["isolated", "as in torch 2.11"])
+def backend(monkeypatch, request):
     """Let the network be compiled by a backend that counts."""
-    counting = CountingBackend()
+    counting = CountingBackend(isolated=request.param == "isolated")
     original = torch.compile
-    monkeypatch.setattr(
-        compilation.torch,
-        "compile",
-        lambda module, **options: original(module, **{**options, "backend": counting}),
-    )
+
+    def isolated(module, *, backend, isolate_recompiles=False):
+        return original(module, backend=counting, isolate_recompiles=isolate_recompiles)
+
+    def shared(module, *, backend):
+        return original(module, backend=counting)
+
+    monkeypatch.setattr(torch, "compile", isolated if counting.isolated else shared)
     torch.compiler.reset()
     return counting
 
@@ -87,10 +91,13 @@ def test_a_compiled_network_trains_like_the_plain_one(backend, sizes):
     assert changes >= 3
     for mine, theirs in zip(compiled.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs)
-    # Once at first, once more for the first smaller batch, and once after each event that changed
-    # shapes.
     assert max(events) < len(sizes) - 1
-    assert backend.graphs == 1 + (5 in sizes) + changes
+    starts = [step + 1 for step, event in events.items() if event.shapes_changed]
+    periods = [sizes[a:b] for a, b in pairwise([0, *starts, len(sizes)])]
+    # Once at first, once after each event that changed shapes, and once more for the first smaller
+    # batch; torch 2.11 has forgotten after each event that there are smaller ones.
+    uneven = sum(len(set(period)) > 1 for period in periods)
+    assert backend.graphs == 1 + changes + (min(1, uneven) if backend.isolated else uneven)
 
 
 def test_more_changes_than_torch_allows_recompilations(backend):

@@ -1,6 +1,7 @@
 """Mathematics of one matrix, held against float64 and numpy."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -97,6 +98,23 @@ def test_svd_that_nothing_can_do_is_an_error(monkeypatch):
 
     monkeypatch.setattr(torch.linalg, "svd", fail)
     monkeypatch.setattr("scipy.linalg.svd", fail)
+    with pytest.raises(torch.linalg.LinAlgError, match=r"no SVD of \(5, 3\) converges"):
+        economy_svd(torch.ones(5, 3))
+
+
+def test_without_scipy_there_is_one_way_less_and_no_other_error(monkeypatch):
+    real = torch.linalg.svd
+
+    def svd(matrix, **options):
+        if matrix.dtype == torch.float32 or always:
+            raise torch.linalg.LinAlgError("did not converge")
+        return real(matrix, **options)
+
+    monkeypatch.setattr(torch.linalg, "svd", svd)
+    monkeypatch.setitem(sys.modules, "scipy.linalg", None)
+    always = False
+    assert economy_svd(torch.ones(4, 2)).s[0] == pytest.approx(8**0.5)
+    always = True
     with pytest.raises(torch.linalg.LinAlgError, match=r"no SVD of \(5, 3\) converges"):
         economy_svd(torch.ones(5, 3))
 

@@ -39,7 +39,8 @@ def economy_svd(matrix: Tensor) -> Factors:
 
     A factorization that does not converge, or whose vectors are not orthonormal
     (:data:`ORTHONORMAL`), is tried again in float64, then by another driver (QR iteration, LAPACK's
-    gesvd, instead of divide and conquer), and last on the CPU.
+    gesvd, instead of divide and conquer), and last on the CPU; there by gesvd too where scipy is
+    installed.
 
     Args:
         matrix: (m, n) or (g, m, n), any real floating dtype, finite.
@@ -127,7 +128,10 @@ def _attempts(matrix: Tensor) -> Iterator[Callable[[], tuple[Tensor, Tensor, Ten
 
 def _gesvd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """LAPACK's gesvd, which torch offers on GPUs only, of each matrix of a stack."""
-    from scipy.linalg import LinAlgError, svd
+    try:
+        from scipy.linalg import LinAlgError, svd
+    except ImportError as error:  # one way less, and no reason to end a training
+        raise torch.linalg.LinAlgError(f"gesvd on the CPU needs scipy: {error}") from None
 
     stack = matrix.reshape(-1, *matrix.shape[-2:]).numpy()
     try:

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,9 @@ from app.metrics.measurement import (
     measure_dense,
     measure_factored,
 )
-from app.settings import StabilitySection
+
+if TYPE_CHECKING:
+    from app.settings import StabilitySection
 
 logger = logging.getLogger(__name__)
 
@@ -193,7 +195,7 @@ class StabilityTracker:
 
 
 def build_tracker(
-    settings: StabilitySection, layers: Sequence[LayerReport], processes: Processes
+    settings: "StabilitySection", layers: Sequence[LayerReport], processes: Processes
 ) -> StabilityTracker | None:
     """Build the tracker of a configuration; None if nothing is to be measured.
 

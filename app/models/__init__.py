@@ -3,14 +3,16 @@
 import difflib
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from app.compatibility import import_torchvision
 from app.errors import UserError
-from app.settings import ModelSection
+
+if TYPE_CHECKING:
+    from app.settings import ModelSection
 
 _OWN = {
     "autoformer": ("app.models.autoformer", "Autoformer"),
@@ -78,7 +80,7 @@ def build(
         ) from None
 
 
-def check(section: ModelSection, *, input_shape: tuple[int, ...], outputs: Outputs) -> None:
+def check(section: "ModelSection", *, input_shape: tuple[int, ...], outputs: Outputs) -> None:
     """Find out early, without memory or computation, whether a network can be built and fits.
 
     It is built on the meta device and given a batch there, which draws no random numbers.

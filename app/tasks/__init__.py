@@ -6,14 +6,16 @@ but that it is called with a batch's inputs. It never communicates.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from app.settings import Configuration
 from app.tasks.datasets import download as download
 from app.tasks.ett import is_series
+
+if TYPE_CHECKING:
+    from app.settings import Configuration
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +92,7 @@ class Task(Protocol):
 
 
 def build_task(
-    configuration: Configuration,
+    configuration: "Configuration",
     *,
     process_index: int,
     process_count: int,

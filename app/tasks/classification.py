@@ -1,18 +1,20 @@
 """Image classification: loss, accuracy, and the sets that fit into memory."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from app.settings import Configuration
 from app.tasks import Batch, datasets, mixing, sharding
 from app.tasks.pixels import channel_statistics, crop_and_flip
 from app.tasks.sharded import ShardedTask
 from app.tasks.sharding import Stream
+
+if TYPE_CHECKING:
+    from app.settings import Configuration
 
 
 class Classification(ShardedTask):
@@ -20,7 +22,7 @@ class Classification(ShardedTask):
 
     figures: tuple[str, ...] = ("accuracy",)
 
-    def __init__(self, configuration: Configuration, **sizes: Any) -> None:
+    def __init__(self, configuration: "Configuration", **sizes: Any) -> None:
         """Set the sizes; see :class:`app.tasks.sharded.ShardedTask`.
 
         Raises:
@@ -93,7 +95,7 @@ class InMemoryClassification(Classification):
 
     def __init__(
         self,
-        configuration: Configuration,
+        configuration: "Configuration",
         *,
         process_index: int,
         process_count: int,

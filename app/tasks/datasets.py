@@ -13,15 +13,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from app.compatibility import import_scikit_learn, import_torchvision
 from app.errors import UserError
-from app.settings import Configuration, DataSection
 from app.tasks.ett import is_series, series_path
 from app.tasks.formats import read_cifar, read_idx
 from app.tasks.splitting import limit_training_part, split_off, split_off_validation
+
+if TYPE_CHECKING:
+    from app.settings import Configuration, DataSection
 
 DIGITS_TEST, DIGITS_VALIDATION = 360, 180
 """Sizes of the parts of the 1,797 digits; the other 1,257 are the training part."""
@@ -127,7 +130,7 @@ _SOURCES = {
 }
 
 
-def load(data: DataSection) -> ImageSet:
+def load(data: "DataSection") -> ImageSet:
     """Read an image set and cut it into its parts.
 
     The validation part is ``data.validation_fraction`` of the official training part, by a fixed
@@ -151,7 +154,7 @@ def load(data: DataSection) -> ImageSet:
     )
 
 
-def download(configuration: Configuration) -> None:
+def download(configuration: "Configuration") -> None:
     """Let torchvision download the data set to data.root, if configured and files are missing.
 
     Files that are there are left alone, damaged ones too. Call it on one process per node, before
@@ -189,7 +192,7 @@ def download(configuration: Configuration) -> None:
         ) from None
 
 
-def _load_digits(data: DataSection) -> ImageSet:
+def _load_digits(data: "DataSection") -> ImageSet:
     import_scikit_learn()
     from sklearn.datasets import load_digits
 
@@ -208,7 +211,7 @@ def _load_digits(data: DataSection) -> ImageSet:
     )
 
 
-def _read(data: DataSection, source: _Source, files: tuple[str, ...], size: int) -> Images:
+def _read(data: "DataSection", source: _Source, files: tuple[str, ...], size: int) -> Images:
     """Read one official part.
 
     Args:
@@ -258,7 +261,7 @@ def _naming(path: Path) -> Iterator[None]:
         ) from None
 
 
-def _by_hand(data: DataSection, source: _Source) -> str:
+def _by_hand(data: "DataSection", source: _Source) -> str:
     files = ", ".join((*source.train_files, *source.test_files))
     packed = " (or the same as .gz)" if source.label_key is None else ""
     return f"put {files}{packed} into {Path(data.root, source.folder)}"

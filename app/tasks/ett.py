@@ -6,11 +6,14 @@ AAAI 2021, section 5.1. The official layout below data.root: ETT-small/ETTh1.csv
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from app.errors import UserError
-from app.settings import DataSection
+
+if TYPE_CHECKING:
+    from app.settings import DataSection
 
 VARIABLES = ("HUFL", "HULL", "MUFL", "MULL", "LUFL", "LULL", "OT")
 STEP_MINUTES = {"etth1": 60, "etth2": 60, "ettm1": 15, "ettm2": 15}
@@ -36,12 +39,12 @@ def is_series(name: str) -> bool:
     return name in STEP_MINUTES
 
 
-def series_path(data: DataSection) -> Path:
+def series_path(data: "DataSection") -> Path:
     """Return the path of the file of ``data.name``."""
     return Path(data.root, "ETT-small", f"ETT{data.name.removeprefix('ett')}.csv")
 
 
-def load(data: DataSection) -> Series:
+def load(data: "DataSection") -> Series:
     """Read a series, split it, and standardize it by its training part.
 
     Raises:
@@ -104,7 +107,7 @@ def calendar_features(times: np.ndarray, step_minutes: int) -> np.ndarray:
     return np.stack(features[first:], axis=1).astype(np.float32) - np.float32(0.5)
 
 
-def _read(data: DataSection, minutes: int, *, steps: int) -> tuple[np.ndarray, np.ndarray]:
+def _read(data: "DataSection", minutes: int, *, steps: int) -> tuple[np.ndarray, np.ndarray]:
     """Return times (steps,) datetime64[s] and values (steps, variables) float64."""
     path = series_path(data)
     try:

@@ -1,15 +1,18 @@
 """Forecasting of all variables of a time series: data in memory, squared and absolute error."""
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from app.settings import Configuration
 from app.tasks import Batch, ett, sharding
 from app.tasks.sharded import ShardedTask
 from app.tasks.splitting import limit_training_part
+
+if TYPE_CHECKING:
+    from app.settings import Configuration
 
 
 class Forecasting(ShardedTask):
@@ -23,7 +26,7 @@ class Forecasting(ShardedTask):
 
     def __init__(
         self,
-        configuration: Configuration,
+        configuration: "Configuration",
         *,
         process_index: int,
         process_count: int,

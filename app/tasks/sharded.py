@@ -1,12 +1,15 @@
 """What all tasks share that spread every global batch over the processes."""
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 
 from app.errors import UserError
-from app.settings import Configuration
 from app.tasks import sharding
+
+if TYPE_CHECKING:
+    from app.settings import Configuration
 
 
 class ShardedTask:
@@ -16,7 +19,7 @@ class ShardedTask:
 
     def __init__(
         self,
-        configuration: Configuration,
+        configuration: "Configuration",
         *,
         train_size: int,
         input_shape: tuple[int, ...],

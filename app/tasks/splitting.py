@@ -4,11 +4,15 @@ The cut follows a fixed seed and not run.seed, so that runs of all seeds are com
 samples.
 """
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from app.errors import UserError
-from app.settings import DataSection
 from app.tasks.sharding import Stream, generator
+
+if TYPE_CHECKING:
+    from app.settings import DataSection
 
 
 def split_off(labels: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -31,7 +35,7 @@ def split_off(labels: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     return order[~taken[order]], order[taken[order]]
 
 
-def split_off_validation(labels: np.ndarray, data: DataSection) -> tuple[np.ndarray, np.ndarray]:
+def split_off_validation(labels: np.ndarray, data: "DataSection") -> tuple[np.ndarray, np.ndarray]:
     """Split by ``data.validation_fraction``, at least one sample; see :func:`split_off`.
 
     Raises:
@@ -45,7 +49,7 @@ def split_off_validation(labels: np.ndarray, data: DataSection) -> tuple[np.ndar
     return split_off(labels, max(1, round(data.validation_fraction * len(labels))))
 
 
-def limit_training_part(train: np.ndarray, data: DataSection) -> np.ndarray:
+def limit_training_part(train: np.ndarray, data: "DataSection") -> np.ndarray:
     """Return the first ``data.train_samples`` indices of the training part, or all.
 
     Raises:

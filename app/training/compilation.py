@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from app.compatibility import compile_alone
+
 
 class Compiled(nn.Module):
     """A network compiled for itself: what was compiled before its shapes changed does not count.
@@ -23,9 +25,7 @@ class Compiled(nn.Module):
         """
         super().__init__()
         self._module = module
-        # The overloads that torch declares lack isolate_recompiles.
-        compile_: Any = torch.compile
-        self._run: Any = compile_(module, backend=backend, isolate_recompiles=True)
+        self._run: Any = compile_alone(module, backend=backend)
 
     def forward(self, *inputs: Any) -> Any:
         """Call the network."""

@@ -1,16 +1,18 @@
 """The optimizer and the learning-rate schedule, by configuration."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from app.compatibility import import_torchvision
-from app.settings import TrainingSection
+
+if TYPE_CHECKING:
+    from app.settings import TrainingSection
 
 
-def build_optimizer(model: nn.Module, section: TrainingSection) -> Optimizer:
+def build_optimizer(model: nn.Module, section: "TrainingSection") -> Optimizer:
     """Build the optimizer over two parameter groups, with and without weight decay.
 
     Biases, normalization weights and what the network names in ``no_weight_decay()`` (tokens,
@@ -39,7 +41,7 @@ class Schedule:
     def __init__(
         self,
         optimizer: Optimizer,
-        section: TrainingSection,
+        section: "TrainingSection",
         *,
         steps: int,
         steps_per_epoch: int,
