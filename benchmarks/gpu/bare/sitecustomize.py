@@ -1,33 +1,27 @@
-"""Put this folder on PYTHONPATH, and packages that a bare GPU host lacks cannot be imported.
+"""Makes Python a bare host: packages that a GPU machine may lack are not found.
 
-BLOCKED_PACKAGES names others, separated by commas.
+Python imports a module of this name at its start if its folder is on PYTHONPATH.
 """
 
 import os
 import sys
-from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
+from importlib.machinery import PathFinder
+from typing import Any
 
-MISSING = "mpi4py,heat,propulate,pydantic,rich,scipy,sklearn,matplotlib,jinja2"
-"""What a host with torch, timm, h5py and numpy need not have."""
-
-
-class Blocked(MetaPathFinder):
-    """Finds none of some packages, wherever they are installed."""
-
-    def __init__(self, packages: set[str]) -> None:
-        """Block these top-level packages."""
-        self.packages = packages
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        """Raise the error of a package that is not installed."""
-        if fullname.partition(".")[0] in self.packages:
-            raise ModuleNotFoundError(f"No module named {fullname!r} (blocked)", name=fullname)
-        return None
+BLOCKED = os.environ.get(
+    "BLOCKED_PACKAGES", "mpi4py,heat,propulate,pydantic,rich,scipy,sklearn,matplotlib,jinja2"
+).split(",")
 
 
-sys.meta_path.insert(0, Blocked(set(os.environ.get("BLOCKED_PACKAGES", MISSING).split(","))))
+class BareFinder(PathFinder):
+    """Finds what lies on the path, but for blocked packages."""
+
+    @classmethod
+    def find_spec(cls, fullname: str, path: Any = None, target: Any = None) -> Any:
+        """Find a module, as if blocked packages were not installed."""
+        if fullname.partition(".")[0] in BLOCKED:
+            return None
+        return super().find_spec(fullname, path, target)
+
+
+sys.meta_path[:] = [BareFinder if finder is PathFinder else finder for finder in sys.meta_path]
