@@ -70,6 +70,8 @@ def kept_rank(
             at the cutoff; None: by the cutoff.
         largest_energy_cut: largest share of the energy that may be cut at once, in (0, 1].
     """
+    # The host waits once, and not at every question; and it adds up in an order that is fixed.
+    s = s.cpu()
     rank = s.shape[-1]
     if retained_energy is None:
         kept = int((s >= cutoff * s[..., :1]).sum(-1).max())

@@ -66,7 +66,12 @@ class Peak:
 
 @contextmanager
 def peak_memory(device: torch.device, tensors: Iterable[Tensor]) -> Iterator[Peak]:
-    """Measure the most that was allocated at once in the block; the tensors are there already."""
+    """Measure the most that was allocated at once in the block.
+
+    Args:
+        device: where.
+        tensors: what is there already; an iterator, so that it may be let go of.
+    """
     peak = Peak()
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -36,14 +36,14 @@ def why_not():
     return "no CUDA device; OIALR_GPU_DRY_RUN=1 runs the same code on the CPU"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def device():
     import torch
 
     return torch.device("cpu" if DRY_RUN else "cuda:0")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def size():
     return DRY_SIZE if DRY_RUN else GPU_SIZE
 

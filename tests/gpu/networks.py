@@ -89,7 +89,9 @@ def convolution(size: Size) -> nn.Module:
 
 def attention(size: Size) -> nn.Module:
     w = size.width
-    layer = nn.TransformerEncoderLayer(w, 2, 2 * w, dropout=0.0, activation="gelu", batch_first=True)
+    layer = nn.TransformerEncoderLayer(
+        w, 2, 2 * w, dropout=0.0, activation="gelu", batch_first=True
+    )
     return nn.Sequential(layer, Mean(1), nn.Linear(w, CLASSES))
 
 
@@ -195,7 +197,9 @@ def separate(model: nn.Module) -> None:
     """Give the weights that are factorized a spectrum with a gap."""
     for report in OIALR(model, sgd(model), delay=1, update_interval=1).layers:
         weight = model.get_parameter(report.name)
-        U, s, Vh = torch.linalg.svd(weight.double().reshape(report.stack_shape), full_matrices=False)
+        U, s, Vh = torch.linalg.svd(
+            weight.double().reshape(report.stack_shape), full_matrices=False
+        )
         k = s.shape[-1]
         strong = torch.linspace(1, 0.7, k - k // 2, dtype=torch.float64)
         weak = torch.linspace(0.05, 0.02, k // 2, dtype=torch.float64)

@@ -1,14 +1,14 @@
-"""torch.compile with inductor over conversions and cuts: how often it compiles, and what comes out."""
+"""torch.compile with inductor over conversions and cuts: how often, and what comes out."""
 
 import copy
 from functools import partial
 
 import pytest
 import torch
+from accelerator import skipped_graphs
 from networks import batches, build, input_shape, training
 from torch._inductor.compile_fx import compile_fx
 
-from accelerator import skipped_graphs
 from app.distributed.processes import Processes
 from app.training import replicas as replicas_module
 from app.training.compilation import Compiled
@@ -36,10 +36,8 @@ def eager_losses(model, name, size):
 
 
 @pytest.mark.filterwarnings("error:training.compile")
-@pytest.mark.parametrize("name", ["linear", "convolution"])
-def test_it_compiles_once_at_first_and_once_after_each_change_of_shapes(
-    name, size, device, monkeypatch
-):
+def test_it_compiles_once_at_first_and_once_after_each_change_of_shapes(size, device, monkeypatch):
+    name = "linear"
     inductor = CountingInductor()
     monkeypatch.setattr(replicas_module, "Compiled", partial(Compiled, backend=inductor))
     model = build(name, size).to(device)
@@ -77,13 +75,16 @@ def test_reduce_overhead_records_graphs_that_see_new_factors(size, device):
 
 
 @pytest.mark.filterwarnings("error:training.compile")
-def test_a_compiled_network_of_mixed_precision_follows_a_conversion(size, device):
-    model = build("linear", size).to(device)
+def test_compiled_convolutions_of_mixed_precision_follow_a_conversion(size, device):
+    layout = torch.channels_last
+    model = build("convolution", size).to(device, memory_format=layout)
     trained = training(model)
-    data = trained.placed(batches(input_shape("linear", size), size, 3))
+    data = trained.placed(batches(input_shape("convolution", size), size, 3))
+    data = [(inputs.contiguous(memory_format=layout), labels) for inputs, labels in data]
     for inputs, labels in data[:2]:
         trained.step(model, inputs, labels)
     assert trained.events[2].kind == "convert"
+    model.zero_grad(set_to_none=True)
     compiled = Compiled(model)
     with torch.autocast(device.type, dtype=torch.bfloat16):
         out, eager = compiled(data[2][0]), model(data[2][0])
@@ -91,4 +92,5 @@ def test_a_compiled_network_of_mixed_precision_follows_a_conversion(size, device
     # Inductor keeps float32 between what it fuses, eager rounds to 8 bits.
     torch.testing.assert_close(out.float(), eager.float(), rtol=0.05, atol=0.05)
     out.float().sum().backward()
-    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    trained_parameters = [p for p in model.parameters() if p.requires_grad]
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trained_parameters)

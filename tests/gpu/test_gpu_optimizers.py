@@ -13,7 +13,9 @@ IMPLEMENTATIONS = {
 
 def adamw(model, implementation):
     # With an eps of the order of the gradients, so that the noise in those that are zero stays so.
-    return torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-4, **IMPLEMENTATIONS[implementation])
+    return torch.optim.AdamW(
+        model.parameters(), lr=1e-3, eps=1e-4, **IMPLEMENTATIONS[implementation]
+    )
 
 
 @pytest.mark.parametrize("name", ["linear", "convolution"])

@@ -1,0 +1,108 @@
+"""The methods of stability on the GPU against the singular value decomposition in float64."""
+
+import math
+from typing import get_args
+
+import pytest
+import torch
+from networks import batches, build, input_shape, training
+
+from app.distributed.processes import Processes
+from app.linalg.polar import Method, choose_method, polar
+from app.linalg.svd import economy_svd, numerical_rank, orthonormality_error
+from app.metrics.stability import StabilityTracker
+
+METHODS = get_args(Method)
+EPS = torch.finfo(torch.float32).eps
+
+
+def random_matrix(m, n, seed=0):
+    return torch.randn(m, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def gaussian(m, n):
+    return random_matrix(m, n).float()
+
+
+def power_law(m, n):
+    """Singular values i^(-a) down to 1e-4."""
+    k = min(m, n)
+    U, V = torch.linalg.qr(random_matrix(m, k)).Q, torch.linalg.qr(random_matrix(n, k, 1)).Q
+    s = torch.arange(1, k + 1, dtype=torch.float64) ** (-4 / math.log10(k))
+    return ((U * s) @ V.T).float()
+
+
+def rank_deficient(m, n):
+    """Rank of half of the columns; what is left is rounding noise."""
+    r = min(m, n) // 2
+    return (random_matrix(m, r) @ random_matrix(r, n, 1)).float()
+
+
+@pytest.mark.parametrize("draw", [gaussian, power_law, rank_deficient])
+def test_the_error_is_that_of_rounding_the_matrix(draw, size, device):
+    for shape in size.shapes:
+        matrix = draw(*shape)
+        U, s, Vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+        r = numerical_rank(s.float(), shape)
+        for method in METHODS:
+            measured = polar(matrix.to(device), method)
+            assert measured.rank == r, (shape, method)
+            assert measured.factor.device.type == device.type
+            # As the module has it: of the order of eps times the condition of what is determined.
+            bound = EPS * (math.sqrt(max(shape)) + 2 * float(s[0] / s[r - 1]))
+            error = measured.factor.cpu().double() - U[:, :r] @ Vh[:r]
+            assert torch.linalg.matrix_norm(error, 2) < bound, (shape, method)
+            atol = 20 * EPS * float(s[0])
+            torch.testing.assert_close(measured.s.cpu().double(), s, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("draw", [gaussian, power_law, rank_deficient])
+def test_singular_vectors_are_as_orthonormal_as_stated(draw, size, device):
+    for shape in size.shapes:
+        matrix = draw(*shape).to(device)
+        U, s, Vh = economy_svd(matrix)
+        for vectors in (U, Vh.T):
+            assert orthonormality_error(vectors) < 1e-5
+            assert vectors.device.type == device.type
+        product = (U.double() * s.double()) @ Vh.double()
+        error = torch.linalg.vector_norm(product - matrix.double())
+        assert error < 20 * EPS * torch.linalg.vector_norm(matrix.double())
+
+
+def test_products_are_chosen_on_a_gpu(size, device):
+    assert choose_method((768, 768), torch.float32, torch.device("cuda")) == "products"
+    matrix = gaussian(*size.shapes[0]).to(device)
+    chosen = choose_method(size.shapes[0], matrix.dtype, device)
+    assert torch.equal(polar(matrix).factor, polar(matrix, chosen).factor)
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("name", ["linear", "convolution"])
+def test_a_training_is_measured_as_on_the_cpu(name, background, size, device):
+    rows = []
+    for place in (torch.device("cpu"), device):
+        model = build(name, size).to(place)
+        trained = training(model)
+        tracker = StabilityTracker(trained.method.survey, Processes(), window=1, unit="steps")
+        measured = tracker.measure(model, 0)
+        for time, (inputs, labels) in enumerate(
+            trained.placed(batches(input_shape(name, size), size, 4)), start=1
+        ):
+            trained.step(model, inputs, labels)
+            if background:
+                tracker.start(model, time)
+                measured += tracker.finish()
+            else:
+                measured += tracker.measure(model, time)
+        tracker.close()
+        rows.append(measured)
+    for expected, row in zip(*rows, strict=True):
+        assert (row.name, row.rank, row.numerical_rank) == (
+            expected.name,
+            expected.rank,
+            expected.numerical_rank,
+        )
+        assert row.stability == pytest.approx(expected.stability, abs=1e-4, nan_ok=True)
+        assert row.mixing_similarity == pytest.approx(
+            expected.mixing_similarity, abs=1e-4, nan_ok=True
+        )
