@@ -29,7 +29,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from step_time import at_rank_fraction, vision_transformer
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
@@ -41,6 +40,7 @@ from app.distributed.processes import Processes
 from app.distributed.runtime import Runtime, start_runtime
 from app.lowrank.conversion import parameter_counts
 from app.oialr import OIALR
+from benchmarks.step_time import at_rank_fraction, vision_transformer
 
 TRAINABLE = 0.16
 """Share of parameters that OIALR trains here, as the paper's networks do in the end."""
