@@ -138,7 +138,7 @@ class InMemoryClassification(Classification):
         is the sample as far from the end of the global batch as it is from the start.
         """
         order = sharding.epoch_order(self.train_size, seed=self._seed, epoch=epoch)
-        order_on_device = torch.from_numpy(order).to(self.device)
+        order_on_device = self._to_device(order)
         for number in range(first_batch, self.steps_per_epoch):
             positions = sharding.global_batch(self.train_size, self._batch_size, number)
             share, count = self._share(positions)
@@ -199,8 +199,8 @@ class InMemoryClassification(Classification):
             corners, flips = crops
             taken = crop_and_flip(
                 taken,
-                torch.from_numpy(corners.copy()).to(self.device),
-                torch.from_numpy(np.flatnonzero(flips)).to(self.device),
+                self._to_device(corners.copy()),
+                self._to_device(np.flatnonzero(flips)),
                 margin=self._margin,
             )
         return self._normalize(taken), labels[samples]

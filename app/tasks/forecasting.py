@@ -63,7 +63,7 @@ class Forecasting(ShardedTask):
     def train_batches(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
         """Yield this process's shares of the global batches; see :class:`app.tasks.Task`."""
         order = sharding.epoch_order(self.train_size, seed=self._seed, epoch=epoch)
-        starts = self._starts["train"][torch.from_numpy(order).to(self.device)]
+        starts = self._starts["train"][self._to_device(order)]
         for number in range(first_batch, self.steps_per_epoch):
             positions = sharding.global_batch(self.train_size, self._batch_size, number)
             share, count = self._share(positions)

@@ -3,7 +3,9 @@
 import math
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from app.errors import UserError
 from app.tasks import sharding
@@ -73,3 +75,10 @@ class ShardedTask:
         mine = sharding.share(global_batch.stop - global_batch.start, *self._process)
         count = mine.stop - mine.start
         return (mine if count else slice(0, 1)), count
+
+    def _to_device(self, numbers: np.ndarray) -> Tensor:
+        """Bring numbers to the device, without waiting for the work that it has to do before."""
+        tensor = torch.from_numpy(numbers)
+        if self.device.type == "cuda":  # from other memory the host would have to wait
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)

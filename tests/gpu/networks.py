@@ -31,11 +31,11 @@ class Size:
 
 
 GPU_SIZE = Size(
-    width=256,
+    width=192,
     channels=32,
     pixels=16,
     batch=32,
-    shapes=((768, 768), (3072, 768), (768, 3072), (64, 576)),
+    shapes=((768, 768), (1536, 384), (384, 1536), (64, 576)),
     vision_transformer={"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12},
     image=224,
 )

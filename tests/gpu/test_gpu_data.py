@@ -10,7 +10,7 @@ from networks import CLASSES, Mean, relative_error, separate, training
 from torch import nn
 
 from app.distributed.processes import Processes
-from app.tasks import datasets
+from app.tasks import datasets, pixels
 from app.tasks.classification import InMemoryClassification
 from app.tasks.datasets import Images, ImageSet
 from app.training.evaluation import evaluate
@@ -62,7 +62,8 @@ def test_batches_are_those_of_the_cpu(options, device):
 
 
 @pytest.mark.parametrize("options", ["plain", "crop_flip"])
-def test_no_batch_waits_for_the_device(options, device):
+def test_no_batch_waits_for_the_device(options, device, monkeypatch):
+    monkeypatch.setattr(pixels, "_cut_by_numpy", pixels._cut_by_torch)  # as on a GPU
     task = task_on(device, **OPTIONS[options])
     batches = task.train_batches(0)
     next(batches)  # brings the order of the epoch to the device

@@ -48,10 +48,15 @@ def test_the_error_is_that_of_rounding_the_matrix(draw, size, device):
             measured = polar(matrix.to(device), method)
             assert measured.rank == r, (shape, method)
             assert measured.factor.device.type == device.type
-            # As the module has it: of the order of eps times the condition of what is determined.
-            bound = EPS * (math.sqrt(max(shape)) + 2 * float(s[0] / s[r - 1]))
-            error = measured.factor.cpu().double() - U[:, :r] @ Vh[:r]
-            assert torch.linalg.matrix_norm(error, 2) < bound, (shape, method)
+            # As the module has it: eps times the condition of what is determined. The SVD itself is
+            # in float32; its backward error, seen with LAPACK, is up to 90 eps.
+            constant = math.sqrt(max(shape)) * (8 if method == "svd" else 1)
+            bound = constant * EPS * float(s[0] / s[r - 1])
+            B = U[:, :r] @ Vh[:r]
+            factor = measured.factor.cpu().double()
+            assert torch.linalg.matrix_norm(factor - B, 2) < bound, (shape, method)
+            stability = float((factor * B).sum()) / r
+            assert stability == pytest.approx(1, abs=1e-4), (shape, method)
             atol = 20 * EPS * float(s[0])
             torch.testing.assert_close(measured.s.cpu().double(), s, rtol=0, atol=atol)
 
@@ -66,7 +71,7 @@ def test_singular_vectors_are_as_orthonormal_as_stated(draw, size, device):
             assert vectors.device.type == device.type
         product = (U.double() * s.double()) @ Vh.double()
         error = torch.linalg.vector_norm(product - matrix.double())
-        assert error < 20 * EPS * torch.linalg.vector_norm(matrix.double())
+        assert error < 10 * math.sqrt(max(shape)) * EPS * torch.linalg.vector_norm(matrix.double())
 
 
 def test_products_are_chosen_on_a_gpu(size, device):
