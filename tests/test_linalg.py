@@ -21,6 +21,7 @@ from app.linalg.svd import (
     diagonal_svd,
     economy_svd,
     effective_rank,
+    gram_svd,
     is_diagonal,
     numerical_rank,
     orthonormality_error,
@@ -270,3 +271,28 @@ def test_mixing_similarity_has_its_documented_values():
     assert mixing_similarity(R, -R) == pytest.approx(0)
     assert mixing_similarity(R, 3 * R) == pytest.approx(0.5)
     assert mixing_similarity(0 * R, 0 * R) == 1
+
+
+def half_rank(*shape):
+    generator = torch.Generator().manual_seed(0)
+    *batch, m, n = shape
+    left = torch.randn(*batch, m, n // 2, generator=generator)
+    return left @ torch.randn(*batch, n // 2, n, generator=generator)
+
+
+@pytest.mark.parametrize("draw", [torch.randn, half_rank, torch.ones, torch.zeros])
+@pytest.mark.parametrize("shape", [(60, 24), (24, 24), (3, 20, 8)])
+def test_a_gram_matrix_gives_the_svd_to_the_digits_of_float32(draw, shape):
+    torch.manual_seed(1)
+    matrix = draw(*shape)
+    U, s, Vh = gram_svd(matrix)
+    one = torch.eye(shape[-1], dtype=torch.float64)
+    for vectors in (U, Vh.mT):
+        torch.testing.assert_close(
+            vectors.mT @ vectors, one.expand(*shape[:-2], *one.shape), rtol=0, atol=1e-9
+        )
+    expected = torch.linalg.svdvals(matrix.double())
+    scale = float(expected.max())
+    torch.testing.assert_close(s, expected, rtol=0, atol=1e-7 * scale)
+    assert (s.diff(dim=-1) <= 0).all()
+    torch.testing.assert_close(U * s[..., None, :] @ Vh, matrix.double(), rtol=0, atol=1e-7 * scale)

@@ -55,13 +55,15 @@ def run(arguments: list[str], folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Run all trainings, one after another."""
-    options = command_line(__doc__).parse_args()
+    parser = command_line(__doc__)
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
+    options = parser.parse_args()
     device = choose_device(dry_run=options.dry_run)
     results = Results("application", options.output, device)
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         results.add(run="none", not_run=f"{', '.join(missing)} is not installed here")
         return
-    runs = dict(list(RUNS.items())[:1]) if options.dry_run else RUNS
+    runs = {key: RUNS[key] for key in (options.runs[:1] if options.dry_run else options.runs)}
     short = [*SHORT, f"distributed.device={device.type}"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -209,7 +209,8 @@ def measure_methods(options: Any, device: torch.device, results: Results) -> Non
         (network, event): shapes_of(networks[network], update=event == "update")
         for network, event, _ in cases
     }
-    for method, factorize in METHODS.items():
+    for method in options.methods:
+        factorize = METHODS[method]
         for network, event, spectrum in cases:
             if results.seconds > options.seconds * (0.5 if method in ("host", "gesvd") else 0.7):
                 print(f"{method}: no time is left for {event} of {network}")
@@ -272,7 +273,9 @@ def measure_events(options: Any, device: torch.device, results: Results) -> None
 
 def main() -> None:
     """Measure methods, and then the method."""
-    options = command_line(__doc__).parse_args()
+    parser = command_line(__doc__)
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
+    options = parser.parse_args()
     device = choose_device(dry_run=options.dry_run)
     results = Results("factorization", options.output, device)
     measure_events(options, device, results)

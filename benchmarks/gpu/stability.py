@@ -9,12 +9,13 @@ of the full rank. "similarity" is what comparing with an earlier basis and the m
 
 import math
 import statistics
+from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from app.linalg.polar import Method, choose_method, polar
+from app.linalg.polar import Method, choose_method, cubic_coefficients, polar
 from app.linalg.stability import DenseBasis, basis_stability, mixing_factor, mixing_similarity
 from app.linalg.svd import numerical_rank
 from benchmarks.gpu.measuring import Results, choose_device, command_line, seconds_of
@@ -30,6 +31,103 @@ def half_rank(m: int, n: int) -> Tensor:
 
 
 SPECTRA = {"gaussian": gaussian, "power law": power_law, "half rank": half_rank}
+
+
+def by_products(stack: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Polar factors of a stack by products alone, restricted to the determined directions.
+
+    With G = W^T W in float64 the iteration X <- X (a I + b X^T X) is run on k x k matrices: Z, the
+    product of the polynomials, and G, which goes to 1 where a direction is determined, s > rtol
+    s[0], and stays near 0 where it is noise. Then P <- 3 P^2 - 2 P^3 (McWeeny 1960) makes a
+    projector of it, and B = W Z P. Singular values near the limit are neither: those matrices are
+    told.
+
+    Args:
+        stack: (g, m, n), m >= n, float32.
+
+    Returns:
+        B (g, m, n), ranks (g,), and whether every direction is either determined or noise (g,).
+    """
+    g, m, k = stack.shape
+    exact = stack.double()
+    gram = exact.mT @ exact
+    # trace(G^16)^(1/16) is above the largest eigenvalue, by k^(1/16) at most; power iteration with
+    # G^8 comes close to it from below.
+    eighth = gram / torch.linalg.matrix_norm(gram)[:, None, None]
+    for _ in range(3):
+        eighth = eighth @ eighth
+    bound = torch.linalg.matrix_norm(eighth) ** 0.125 * torch.linalg.matrix_norm(gram)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(k, 1, generator=generator, dtype=torch.float64).to(stack.device).expand(g, k, 1)
+    for _ in range(4):
+        x = eighth @ x
+        x = x / torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    largest = torch.linalg.vector_norm(gram @ x, dim=(1, 2))
+    lower = m * torch.finfo(stack.dtype).eps * float((largest / bound).sqrt().min())
+    bound = bound[:, None, None]
+    gram = gram / bound
+    Z = torch.eye(k, dtype=torch.float64, device=stack.device).expand(g, k, k)
+    for a, b in cubic_coefficients(lower, 1e-9):
+        polynomial = b * gram
+        polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
+        Z = Z @ polynomial
+        gram = (gram @ polynomial) @ polynomial
+    between = gram.diagonal(dim1=-2, dim2=-1).sum(-1) - gram.square().sum((-2, -1))
+    P = gram
+    for _ in range(3):
+        square = P @ P
+        P = 3 * square - 2 * (square @ P)
+    ranks = P.diagonal(dim1=-2, dim2=-1).sum(-1).round().long()
+    B = exact @ ((Z @ P) / bound.sqrt())
+    return B.to(stack.dtype), ranks, between.abs() < 0.02
+
+
+STACKED: dict[str, Callable[[Tensor], Any]] = {
+    "products, stacked": by_products,
+    "eigvalsh, stacked": lambda stack: torch.linalg.eigvalsh(_gram(stack)),
+    "eigh, stacked": lambda stack: torch.linalg.eigh(_gram(stack)),
+    "eigh in float32, stacked": lambda stack: torch.linalg.eigh(_gram(stack).float()),
+}
+
+
+def _gram(stack: Tensor) -> Tensor:
+    exact = stack.double()
+    return exact.mT @ exact
+
+
+def measure_stacked(
+    weights: dict[tuple[int, int], Tensor],
+    shapes: dict[tuple[int, int], int],
+    exact: dict[tuple[int, int], tuple[Tensor, int]],
+) -> Iterator[dict[str, Any]]:
+    """Measure what factorizes all weights of one shape at a time."""
+    stacks, references = [], []
+    for shape, count in shapes.items():
+        W, (B64, r64) = weights[shape], exact[shape]
+        is_wide = shape[0] < shape[1]
+        tall = W.T if is_wide else W
+        stacks.append(tall.expand(count, *tall.shape).contiguous())
+        references.append((B64.T if is_wide else B64, r64))
+    device = stacks[0].device
+    for method, call in STACKED.items():
+
+        def one(call: Any = call) -> list[Any]:
+            return [call(stack) for stack in stacks]
+
+        row: dict[str, Any] = {"method": method}
+        results = one()
+        if method == "products, stacked":
+            found = list(zip(results, references, strict=True))
+            row["certain"] = all(bool(certain.all()) for (_, _, certain), _ in found)
+            row["right_ranks"] = all(
+                bool((ranks == r64).all()) for (_, ranks, _), (_, r64) in found
+            )
+            row["error"] = max(
+                float(torch.linalg.norm(B[0].double() - B64)) / math.sqrt(max(1, r64))
+                for (B, _, _), (B64, r64) in found
+            )
+        row["seconds"] = statistics.median(seconds_of(one, device) for _ in range(5))
+        yield row
 
 
 def by_svd(W: Tensor) -> tuple[Tensor, int]:
@@ -50,7 +148,7 @@ def measure(options: Any, device: torch.device, results: Results) -> None:
             r = numerical_rank(s.to(W.dtype), shape)
             exact[shape] = (U[:, :r] @ Vh[:r], r)
         reference = None
-        for method in ("svd", *(m for m in get_args(Method) if m != "svd"), None):
+        for method in ("svd", "economy_svd", *(m for m in get_args(Method) if m != "svd"), None):
             total = worst = 0.0
             right_ranks = True
             for shape, count in shapes.items():
@@ -59,6 +157,8 @@ def measure(options: Any, device: torch.device, results: Results) -> None:
                 def one(W: Tensor = W, method: Any = method) -> tuple[Tensor, int]:
                     if method == "svd":
                         return by_svd(W)
+                    if method == "economy_svd":
+                        return polar(W, "svd").factor, polar(W, "svd").rank
                     found = polar(W, method)
                     return found.factor, found.rank
 
@@ -79,6 +179,9 @@ def measure(options: Any, device: torch.device, results: Results) -> None:
                 right_ranks=right_ranks,
                 chosen=None if method else choose_method(shape, W.dtype, device),
             )
+        for row in measure_stacked(weights, shapes, exact):
+            times = reference / row["seconds"] if reference else None
+            results.add(spectrum=spectrum, times_faster_than_svd=times, **row)
         results.add(spectrum=spectrum, method="similarity", seconds=similarity(weights, shapes))
 
 

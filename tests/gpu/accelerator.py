@@ -110,9 +110,13 @@ def skipped_graphs() -> int:
     return 0 if DRY_RUN else torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
 
 
-def svd_attempts(device: torch.device) -> list[tuple[torch.dtype, str, str | None]]:
-    """Return dtype, device and driver of each way of economy_svd that needs torch alone."""
-    first = [(torch.float32, device.type, None), (torch.float64, device.type, None)]
+def svd_attempts(device: torch.device) -> list[tuple[str, torch.dtype, str, str | None]]:
+    """Return function, dtype, device and driver of each way to an SVD that needs torch alone."""
     if device.type != "cuda":
-        return first
-    return [*first, (torch.float64, "cuda", "gesvd"), (torch.float64, "cpu", None)]
+        return [("svd", torch.float32, "cpu", None), ("svd", torch.float64, "cpu", None)]
+    return [
+        ("eigh", torch.float64, "cuda", None),  # of the Gram matrix
+        ("svd", torch.float64, "cuda", None),
+        ("svd", torch.float64, "cuda", "gesvd"),
+        ("svd", torch.float64, "cpu", None),
+    ]

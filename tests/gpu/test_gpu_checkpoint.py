@@ -34,7 +34,7 @@ def save(folder, trained, precision):
         "precision": precision.state_dict(),
     }
     device = next(trained.model.parameters()).device
-    own = {"random_state": torch.get_rng_state(), "of_device": random_state(device)}
+    own = {"random_state": torch.get_rng_state(), f"of_{device.type}": random_state(device)}
     Checkpoints(folder, Processes(), keep=1).save(trained.method.step_count, shared, own)
 
 
@@ -49,7 +49,8 @@ def load(folder, model, optimizer, precision_name="float32"):
     precision = Precision(precision_name, device)
     precision.load_state_dict(shared["precision"])
     torch.set_rng_state(own["random_state"])
-    set_random_state(device, own["of_device"])
+    if (state := own.get(f"of_{device.type}")) is not None:  # from another kind, begin anew
+        set_random_state(device, state)
     return trained
 
 
