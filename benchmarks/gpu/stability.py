@@ -10,15 +10,20 @@ of the full rank. "similarity" is what comparing with an earlier basis and the m
 import math
 import statistics
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
+from app.distributed.processes import Processes
 from app.linalg.polar import Method, choose_method, cubic_coefficients, polar
 from app.linalg.stability import DenseBasis, basis_stability, mixing_factor, mixing_similarity
 from app.linalg.svd import numerical_rank
+from app.lowrank.conversion import survey
+from app.metrics.stability import StabilityTracker
 from benchmarks.gpu.measuring import Results, choose_device, command_line, seconds_of
+from benchmarks.gpu.networks import of_timm
 from benchmarks.stability import NETWORKS, gaussian, power_law
 
 SMALL = {(48, 16): 2, (16, 16): 1, (16, 64): 2}
@@ -201,11 +206,26 @@ def similarity(weights: dict[tuple[int, int], Tensor], shapes: dict[tuple[int, i
     return total
 
 
+def measure_tracker(options: Any, device: torch.device, results: Results) -> None:
+    """Let the tracker measure a network twice, as it does in a training."""
+    torch.manual_seed(0)
+    small = {"img_size": 32, "embed_dim": 48, "depth": 1} if options.dry_run else {}
+    model = of_timm("vit_base_patch16_224", **small).to(device)
+    tracker = StabilityTracker(survey(model), Processes(), window=1, unit="steps")
+    for time in range(3):
+        seconds = seconds_of(partial(tracker.measure, model, time), device)
+        if time:  # the first has nothing to compare with, and makes handles and workspaces
+            results.add(method="StabilityTracker.measure", seconds=seconds)
+    tracker.close()
+
+
 def main() -> None:
     """Measure."""
     options = command_line(__doc__).parse_args()
     device = choose_device(dry_run=options.dry_run)
-    measure(options, device, Results("stability", options.output, device))
+    results = Results("stability", options.output, device)
+    measure(options, device, results)
+    measure_tracker(options, device, results)
 
 
 if __name__ == "__main__":
