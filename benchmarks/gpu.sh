@@ -38,6 +38,8 @@ python=${PYTHON:-python3}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} PYTHONUNBUFFERED=1
 mkdir -p "$output"
 failed=()
+limit=300
+[ ${#dry[@]} -eq 0 ] || limit=600
 
 run() { # PART SECONDS COMMAND...: within its time, its output also in DIR/PART.log
     local part=$1 seconds=$2 path=${PYTHONPATH:-}
@@ -53,12 +55,12 @@ run() { # PART SECONDS COMMAND...: within its time, its output also in DIR/PART.
 measure() { # PART MODULE ARGUMENTS...
     local part=$1 module=$2
     shift 2
-    run "$part" 300 "$python" -m "benchmarks.gpu.$module" --output "$output" "${dry[@]}" "$@"
+    run "$part" "$limit" "$python" -m "benchmarks.gpu.$module" --output "$output" "${dry[@]}" "$@"
 }
 
 for part in "${parts[@]}"; do
     case "$part" in
-        tests) OIALR_GPU_DRY_RUN=${dry[*]:+1} run tests 300 "$python" -m pytest tests/gpu -q -rs ;;
+        tests) OIALR_GPU_DRY_RUN=${dry[*]:+1} run tests "$limit" "$python" -m pytest tests/gpu -q -rs -p no:cacheprovider ;;
         steps-*) measure "$part" steps "${part#steps-}" ;;
         training) measure training training ${data:+--data "$data"} ;;
         *) measure "$part" "$part" ;;

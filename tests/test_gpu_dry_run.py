@@ -1,9 +1,12 @@
-"""tests/gpu on the CPU, as on a host that has little more than torch."""
+"""All that runs on a GPU, run on the CPU as on a host that has little more than torch."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT = 600  # seconds; two idle cores take a minute
@@ -24,12 +27,52 @@ def run(*arguments, **variables):
     )
 
 
+def measure(part, output, **variables):
+    """Run a part of benchmarks/gpu.sh from elsewhere."""
+    return subprocess.run(
+        [ROOT / "benchmarks" / "gpu.sh", "--dry-run", "--output", output, part],
+        cwd=output,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, **variables},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+
+
 def test_every_gpu_test_runs_on_the_cpu_with_little_more_than_torch(tmp_path):
     # A cache of its own: what was compiled before on this machine counts for nothing.
-    result = run(OIALR_GPU_DRY_RUN="1", TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
+    result = measure("tests", tmp_path, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
     assert result.returncode == 0, result.stdout[-20_000:] + result.stderr[-5_000:]
     assert " passed" in result.stdout
     assert "skipped" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("part", "rows"),
+    [
+        ("steps-vit", 8),
+        ("steps-resnet", 7),
+        ("steps-mlp", 6),
+        ("factorization", 60),
+        ("stability", 38),
+        ("training", 9),
+        ("application", 4),
+    ],
+)
+def test_every_part_of_the_benchmark_runs_on_the_cpu(part, rows, tmp_path):
+    result = measure(part, tmp_path)
+    assert result.returncode == 0, result.stdout[-20_000:] + result.stderr[-5_000:]
+    measured = json.loads((tmp_path / "gpu.json").read_text())[part]["rows"]
+    assert len(measured) == rows
+    assert not any("not_run" in row for row in measured)
+    assert f"## {part}" in (tmp_path / "gpu.md").read_text()
+
+
+def test_an_unknown_part_is_refused(tmp_path):
+    result = measure("step", tmp_path)
+    assert result.returncode == 2
+    assert "no part step; there are: tests steps-vit" in result.stderr
 
 
 def test_without_a_gpu_they_are_skipped_with_the_reason():

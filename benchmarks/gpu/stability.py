@@ -44,14 +44,15 @@ def by_products(stack: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     With G = W^T W in float64 the iteration X <- X (a I + b X^T X) is run on k x k matrices: Z, the
     product of the polynomials, and G, which goes to 1 where a direction is determined, s > rtol
     s[0], and stays near 0 where it is noise. Then P <- 3 P^2 - 2 P^3 (McWeeny 1960) makes a
-    projector of it, and B = W Z P. Singular values near the limit are neither: those matrices are
-    told.
+    projector of it, and B = W Z P. A Cholesky decomposition proves that what was kept is above the
+    limit. Matrices with singular values near the limit, or in the power-law spectrum all along, are
+    told: they need their eigenvectors.
 
     Args:
         stack: (g, m, n), m >= n, float32.
 
     Returns:
-        B (g, m, n), ranks (g,), and whether every direction is either determined or noise (g,).
+        B (g, m, n), ranks (g,), and whether both are proven to be those of the definition (g,).
     """
     g, m, k = stack.shape
     exact = stack.double()
@@ -70,21 +71,24 @@ def by_products(stack: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     largest = torch.linalg.vector_norm(gram @ x, dim=(1, 2))
     lower = m * torch.finfo(stack.dtype).eps * float((largest / bound).sqrt().min())
     bound = bound[:, None, None]
-    gram = gram / bound
+    first = gram = gram / bound
     Z = torch.eye(k, dtype=torch.float64, device=stack.device).expand(g, k, k)
     for a, b in cubic_coefficients(lower, 1e-9):
         polynomial = b * gram
         polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
         Z = Z @ polynomial
         gram = (gram @ polynomial) @ polynomial
-    between = gram.diagonal(dim1=-2, dim2=-1).sum(-1) - gram.square().sum((-2, -1))
     P = gram
     for _ in range(3):
         square = P @ P
         P = 3 * square - 2 * (square @ P)
     ranks = P.diagonal(dim1=-2, dim2=-1).sum(-1).round().long()
+    # All that was kept is above the limit, and all that was left out together below it.
+    one = torch.eye(k, dtype=torch.float64, device=stack.device)
+    kept = torch.linalg.cholesky_ex(first + (one - P) - (1.02 * lower) ** 2 * one).info == 0
+    left_out = (first * (one - P)).sum((-2, -1)) < (0.9 * lower) ** 2
     B = exact @ ((Z @ P) / bound.sqrt())
-    return B.to(stack.dtype), ranks, between.abs() < 0.02
+    return B.to(stack.dtype), ranks, kept & left_out
 
 
 STACKED: dict[str, Callable[[Tensor], Any]] = {
