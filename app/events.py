@@ -7,6 +7,7 @@
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -31,12 +32,18 @@ class Events:
     """Carries out events. All calls are collective."""
 
     def __init__(
-        self, transitions: Transitions, factorizer: Factorizer, processes: Processes
+        self,
+        transitions: Transitions,
+        factorizer: Factorizer,
+        processes: Processes,
+        *,
+        measure_memory: bool,
     ) -> None:
         """Put the parts together."""
         self._transitions = transitions
         self._factorizer = factorizer
         self._processes = processes
+        self._measure_memory = measure_memory
         self._send_results = False
         """Whether the owner's results are sent, since processes compute others from the same."""
 
@@ -61,7 +68,8 @@ class Events:
         infos = self._check(reports, step)
         # Around the factorizations alone: nothing large is made before and after, and it slows
         # down the many small operators of the checksums.
-        with TensorMemory(self._transitions.all_tensors()) as memory:
+        memory = TensorMemory(self._transitions.all_tensors()) if self._measure_memory else None
+        with memory or nullcontext():
             layers = self._factorize(reports, infos)
         seconds = self._prove(reports, layers, step)
         became_low_rank = any(
@@ -74,7 +82,7 @@ class Events:
             step=step,
             layers=layers,
             shapes_changed=cut or became_low_rank,
-            peak_bytes=memory.peak_bytes,
+            peak_bytes=memory.peak_bytes if memory else None,
             seconds=time.perf_counter() - start,
             factorization_seconds=seconds,
             predicted_seconds=self._factorizer.predicted_seconds,

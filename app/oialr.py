@@ -78,6 +78,7 @@ class OIALR:
         factorization: Factorization = "auto",
         processes: Processes | None = None,
         costs: Costs | None = None,
+        measure_memory: bool = False,
     ) -> None:
         """Take hold of a full-rank network and its optimizer; nothing is changed yet.
 
@@ -121,6 +122,7 @@ class OIALR:
             processes: who shares the work; None: torch.distributed's default group, or this
                 process alone.
             costs: what factorizations cost on this machine (app.calibrate measures it).
+            measure_memory: find out ``peak_bytes`` of every event, which slows events down.
 
         Raises:
             ValueError: an argument out of range, a wrapped model, an unknown optimizer, a pattern
@@ -199,7 +201,9 @@ class OIALR:
                 else CoreGroups(optimizer, weights, learning_rate_factor=core_learning_rate_factor)
             ),
         )
-        self._events = Events(self._transitions, self.factorizer, self.processes)
+        self._events = Events(
+            self._transitions, self.factorizer, self.processes, measure_memory=measure_memory
+        )
         self._dense_counts = parameter_counts(model)
 
         self.step_count = 0
