@@ -41,6 +41,7 @@ from app.lowrank.event import Event
 from app.lowrank.optimizer_state import (
     CoreGroups,
     UnknownState,
+    check_loaded_state,
     check_optimizer,
 )
 from app.lowrank.schedule import event_at, kept_rank, layers_in_turn
@@ -210,6 +211,7 @@ class OIALR:
         """Optimizer steps taken since this object was made."""
         self._handled = 0
         optimizer.register_step_post_hook(self._count_step)
+        optimizer.register_load_state_dict_post_hook(partial(check_loaded_state, model=model))
 
     def step(self) -> Event | None:
         """Convert, update, or do nothing, as the number of optimizer steps says.
@@ -304,7 +306,8 @@ class OIALR:
         """Give a full-rank network and its optimizer the shapes of a stored state.
 
         To be called before the network's and the optimizer's own load_state_dict, which then find
-        the shapes that they expect. The values of the factors are undefined until then.
+        the shapes that they expect; the optimizer's raises ValueError where it does not find them.
+        The values of the factors are undefined until then.
 
         Raises:
             ValueError: the state belongs to another network, or this network is low-rank already,

@@ -307,6 +307,26 @@ def test_the_delay_is_open_until_either_is_over(steps, delay, fits):
             other.load_state_dict(method.state_dict())
 
 
+FUSED = {"adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True), **OPTIMIZERS}
+
+
+@pytest.mark.parametrize("kind", ["momentum", "adamw", "centered"])
+@pytest.mark.parametrize(("stored_at", "loaded_at"), [(12, 0), (12, 6), (2, 6)])
+def test_optimizer_state_of_other_ranks_is_refused_before_any_step(kind, stored_at, loaded_at):
+    """torch takes it, and a fused step then ends the process with a segmentation fault."""
+    made = []
+    for steps in (stored_at, loaded_at):
+        model = network(dtype=torch.float32)
+        optimizer = FUSED[kind](model.parameters())
+        method = OIALR(model, optimizer, delay=5, update_interval=3, cutoff=0.4)
+        train(model, optimizer, method, steps)
+        made.append((model, optimizer, method))
+    (_, stored, of_stored), (_, optimizer, method) = made
+    assert of_stored.state_dict()["ranks"] != method.state_dict()["ranks"]
+    with pytest.raises(ValueError, match=r"(exp_avg|momentum_buffer|square_avg) \(.* of [02]\."):
+        optimizer.load_state_dict(stored.state_dict())
+
+
 class Lion(torch.optim.Optimizer):
     """An optimizer whose state has names that nobody knows."""
 

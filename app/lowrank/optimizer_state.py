@@ -43,6 +43,32 @@ def check_optimizer(optimizer: Optimizer, unknown: UnknownState) -> None:
         )
 
 
+def check_loaded_state(optimizer: Optimizer, model: nn.Module) -> None:
+    """Reject optimizer state that was stored at other ranks than the network has.
+
+    torch's own load_state_dict takes it, and a fused step then writes beyond the parameters' end.
+
+    Args:
+        optimizer: after its load_state_dict.
+        model: knows the parameters' names.
+
+    Raises:
+        ValueError: an average of the gradient, or of its square, has not its parameter's shape.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            for key, value in optimizer.state.get(parameter, {}).items():
+                is_average = key in LINEAR | SQUARED and isinstance(value, Tensor)
+                if is_average and value.shape != parameter.shape:
+                    raise ValueError(
+                        f"the loaded optimizer state does not fit the network: {key} "
+                        f"{tuple(value.shape)} of {names.get(parameter, 'a parameter')} "
+                        f"{tuple(parameter.shape)}. It was stored at other ranks: call "
+                        "load_state_dict of OIALR before that of the optimizer"
+                    )
+
+
 def replace_parameter(
     optimizer: Optimizer,
     old: nn.Parameter,
