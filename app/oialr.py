@@ -10,8 +10,9 @@ steps in anyone's training loop::
         optimizer.step()
         event = method.step()
 
-Under DistributedDataParallel it is given the module inside, and where ``event.shapes_changed`` the
-module has new Parameter objects and must be wrapped anew. All processes must call ``step`` alike.
+Where ``event.shapes_changed`` the network has new Parameter objects: a list of its parameters that
+was made before is out of date. Under DistributedDataParallel the method is given the module inside,
+which must then be wrapped anew. All processes must call ``step`` alike.
 """
 
 from collections.abc import Sequence

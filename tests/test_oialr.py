@@ -233,6 +233,25 @@ def test_a_pending_gradient_follows_its_parameter():
     torch.testing.assert_close(layer.core.grad, layer.U.T @ G @ layer.Vh.T)
 
 
+def test_a_list_of_parameters_from_before_clips_by_no_norm_of_replaced_ones():
+    model, optimizer, method = make("sgd", delay=1, cutoff=0.4, layer_fraction=1, update_interval=1)
+    cached = list(model.parameters())
+    for step in range(2):  # a conversion and a cut
+        optimizer.zero_grad()
+        x, y = batch(step)
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        assert method.step().shapes_changed
+        present = {id(parameter) for parameter in model.parameters()}
+        assert all(p.grad is None for p in cached if id(p) not in present)
+        norms = [
+            torch.nn.utils.get_total_norm([p.grad for p in some if p.grad is not None])
+            for some in (cached, [p for p in cached if id(p) in present])
+        ]
+        assert norms[0] == norms[1]
+        cached += model.parameters()
+
+
 def test_parameter_groups_with_their_own_options_survive():
     model = network()
     weight_group = {"params": [m.weight for m in model if hasattr(m, "weight")]}

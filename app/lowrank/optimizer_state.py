@@ -97,6 +97,7 @@ def replace_parameter(
         group["params"][:] = [new if p is old else p for p in group["params"]]
     if old.grad is not None:
         new.grad = _linear(old.grad, left, right)
+        old.grad = None  # a list of parameters from before would clip by its norm
     state = optimizer.state.pop(old, None)
     if state and (moved := transported(state, old, left, right, unknown=unknown)):
         optimizer.state[new] = moved
