@@ -39,6 +39,7 @@ from app.lowrank.conversion import (
 )
 from app.lowrank.cost import Execution
 from app.lowrank.event import Event
+from app.lowrank.gradients import GradientWatch
 from app.lowrank.optimizer_state import (
     CoreGroups,
     UnknownState,
@@ -180,6 +181,9 @@ class OIALR:
             r.name for r, w in zip(self.layers, weights, strict=True) if id(w) not in held
         ]:
             raise ValueError(f"{missing[0]} is not among the optimizer's parameters")
+        self._gradients = GradientWatch(
+            {r.name: w for r, w in zip(self.layers, weights, strict=True)}
+        )
         self._transitions = Transitions(
             model,
             optimizer,
@@ -202,6 +206,7 @@ class OIALR:
                 if core_learning_rate_factor == 1
                 else CoreGroups(optimizer, weights, learning_rate_factor=core_learning_rate_factor)
             ),
+            gradients=self._gradients,
         )
         self._events = Events(
             self._transitions, self.factorizer, self.processes, measure_memory=measure_memory
@@ -226,15 +231,22 @@ class OIALR:
         Raises:
             DivergedError: a weight to be factorized holds NaN or infinity; on all processes.
             DifferingReplicasError: the processes hold different bits; on all processes.
+            ValueError: the optimizer could not follow: it does not hold a weight, or knows of it
+                what nobody can carry over. No layer has been changed then.
+            RuntimeError: somebody trains a parameter that an earlier event has replaced.
         """
+        self._gradients.check()
         due = self._due()
+        event = None
+        if due:
+            self._gradients.end_interval()
+        if due and due[0] == 0:
+            event = self._events.run("convert", self.layers, self.step_count)
+        elif due:
+            turn = layers_in_turn(due[-1], len(self.layers), layer_fraction=self.layer_fraction)
+            event = self._events.run("update", self.layers[-turn:], self.step_count)
         self._handled = self.step_count
-        if not due:
-            return None
-        if due[0] == 0:
-            return self._events.run("convert", self.layers, self.step_count)
-        turn = layers_in_turn(due[-1], len(self.layers), layer_fraction=self.layer_fraction)
-        return self._events.run("update", self.layers[-turn:], self.step_count)
+        return event
 
     def _due(self) -> list[int]:
         """Numbers of the events that are due: 0 for the conversion, i for the i-th update."""
@@ -312,7 +324,7 @@ class OIALR:
 
         Raises:
             ValueError: the state belongs to another network, or this network is low-rank already,
-                or the delay is another one and either of them is over.
+                or cannot be, or the delay is another one and either of them is over.
         """
         if self.converted:
             raise ValueError("load_state_dict needs the full-rank network")
@@ -326,6 +338,10 @@ class OIALR:
                 f"oialr.delay: cannot change from {delay} to {self.delay} after step "
                 f"{state['handled']}; layers turn low-rank once"
             )
+        obstacles = self._transitions.obstacles(self.layers)
+        for report, obstacle in zip(self.layers, obstacles, strict=True):
+            if obstacle and state["ranks"][report.name] is not None:
+                raise ValueError(f"{report.name} cannot turn low-rank as it was stored: {obstacle}")
         for report in self.layers:
             if (rank := state["ranks"][report.name]) is not None:
                 self._transitions.put_factors(report, *empty_factors(self.model, report, rank))
@@ -333,3 +349,4 @@ class OIALR:
 
     def _count_step(self, *_: Any) -> None:
         self.step_count += 1
+        self._gradients.look()
