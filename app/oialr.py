@@ -94,7 +94,8 @@ class OIALR:
             cutoff: singular values below cutoff times the largest are cut, beta in (0, 1).
             layer_fraction: share of the layers, the last first, that each update adds, alpha.
             keep_first_layer: the network's first layer stays full-rank.
-            keep_last_layer: the network's last layer stays full-rank.
+            keep_last_layer: the layers that produce the network's outputs stay full-rank: its
+                heads by name, or its last layer (:func:`app.lowrank.outputs.output_layers`).
             minimum_rank_fraction: no rank falls below this share of min(m, n).
             largest_cut: largest share of a layer's rank that one update may cut.
             retained_energy: in place of the cutoff: keep the fewest singular values that hold this

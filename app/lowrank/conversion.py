@@ -16,13 +16,12 @@ from app.lowrank.attention import (
 )
 from app.lowrank.layer import FactoredLayer
 from app.lowrank.obstacles import FACTORED, Obstacles
+from app.lowrank.outputs import LINEAR_MAPS, output_layers
 from app.lowrank.replaced import retire
 from app.lowrank.schedule import minimum_rank
 from app.lowrank.twin import FactoredTwin
 
 Twin = TypeVar("Twin", bound=nn.Module)
-
-LINEAR_MAPS = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.Bilinear)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +78,9 @@ def survey(
 
     Args:
         model: a dense network.
-        keep_first_layer, keep_last_layer: leave the network's first or last layer full-rank.
+        keep_first_layer: leave the network's first layer full-rank.
+        keep_last_layer: leave the layers full-rank that produce the network's outputs
+            (:func:`app.lowrank.outputs.output_layers`).
         minimum_rank_fraction: share of min(m, n) below which no rank falls.
         include, exclude: shell-style patterns of module names, such as "blocks.*.attn.*". A layer
             is factorized only if it matches one of the first and none of the second.
@@ -101,7 +102,8 @@ def survey(
         for _, module, key, _ in found
         if _is_linear_map(module, key) or isinstance(module, nn.Embedding)
     ]
-    first, last = (layers[0], layers[-1]) if layers else (None, None)
+    kept_first = layers[:1] if keep_first_layer else []
+    kept_last = output_layers(model) if keep_last_layer else []
     obstacles = Obstacles(model)
     reports = []
     for path, module, key, parameter in found:
@@ -118,9 +120,9 @@ def survey(
                 reason = "matches no pattern of oialr.include"
             elif pattern := _first_match(path, exclude):
                 reason = f"excluded by oialr.exclude pattern {pattern!r}"
-            elif keep_first_layer and module is first:
+            elif module in kept_first:
                 reason = "the network's first layer (keep_first_layer)"
-            elif keep_last_layer and module is last:
+            elif module in kept_last:
                 reason = "the network's last layer (keep_last_layer)"
         reports.append(replace(report, stays_dense=reason))
     return reports
