@@ -15,6 +15,7 @@ was made before is out of date. Under DistributedDataParallel the method is give
 which must then be wrapped anew. All processes must call ``step`` alike.
 """
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -47,7 +48,10 @@ from app.lowrank.optimizer_state import (
     check_optimizer,
 )
 from app.lowrank.schedule import event_at, kept_rank, layers_in_turn
+from app.lowrank.share import little_factorized
 from app.lowrank.transitions import Transitions
+
+logger = logging.getLogger(__name__)
 
 
 class OIALR:
@@ -176,6 +180,9 @@ class OIALR:
         if not self.layers:
             reasons = {report.stays_dense or "" for report in self.survey}
             raise ValueError(f"no layer can be factorized: {'; '.join(sorted(reasons))}")
+        little = little_factorized(model, self.survey)
+        if little and self.processes.index == 0:
+            logger.warning("%s", little)
         weights = [model.get_parameter(report.name) for report in self.layers]
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if missing := [

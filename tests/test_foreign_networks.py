@@ -448,3 +448,94 @@ def test_a_core_that_somebody_froze_stays_frozen_when_it_is_cut():
     assert event.kind == "cut"
     assert model.hidden.core is not core
     assert not model.hidden.core.requires_grad
+
+
+class Marked(nn.Linear):
+    """A type by name alone, with what plain values a class may have."""
+
+    is_special = True
+    note: str
+
+
+class Nested(Marked):
+    pass
+
+
+class Kernel(nn.Conv2d):
+    pass
+
+
+class Mixin:
+    def helps(self):
+        return 1
+
+
+class Helped(Mixin, nn.Linear):
+    pass
+
+
+class Scaled(nn.Linear):
+    scale = torch.ones(1)
+
+
+class Computed(nn.Linear):
+    @property
+    def width(self):
+        return self.in_features
+
+
+@pytest.mark.parametrize("kind", [Marked, Nested, Kernel])
+def test_a_type_by_name_alone_is_factorized_and_stays_of_that_type(kind):
+    torch.manual_seed(0)
+    layer = kind(4, 16, 3) if kind is Kernel else kind(16, 16)
+    model = nn.Sequential(layer, nn.Flatten(), nn.LazyLinear(4))
+    x = torch.randn(2, 4, 5, 5) if kind is Kernel else torch.randn(2, 16)
+    model(x)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    method = OIALR(model, optimizer, delay=1, update_interval=1)
+    assert [report.name for report in method.layers] == ["0.weight"]
+    optimizer.step()
+    expected = model(x)
+    method.step()
+    for twin in (model[0], copy.deepcopy(model[0]), pickle.loads(pickle.dumps(model[0]))):
+        assert isinstance(twin, kind)
+        assert isinstance(twin, FactoredLayer)
+        assert getattr(twin, "is_special", True)
+    torch.testing.assert_close(model(x), expected)
+    to_dense(model)
+    assert type(model[0]) is kind
+    torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("kind", [Helped, Scaled, Computed])
+def test_a_type_that_adds_more_than_plain_values_stays_full_rank_with_its_full_name(kind):
+    model = nn.Sequential(kind(16, 16), nn.Linear(16, 16), nn.Linear(16, 4))
+    report = survey(model)[0]
+    assert report.stays_dense == f"weight of {__name__}.{kind.__name__} is never factorized"
+
+
+class Conv1D(nn.Module):
+    """As of transformers: a linear layer with a transposed weight."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width, width))
+
+
+def test_a_network_of_which_little_is_factorized_says_so_once(caplog):
+    layers = [Conv1D(48), nn.Linear(24, 32), nn.Linear(16, 2)]
+    _, _, method = make(nn.Sequential(*layers))
+    (record,) = caplog.records
+    message = record.getMessage()
+    assert message.startswith("only 25 % of the parameters are factorized. 74 % stay full-rank: ")
+    assert f"weight of {__name__}.Conv1D is never factorized; 1 % stay full-rank: the " in message
+    assert [report.name for report in method.layers] == ["1.weight"]
+
+
+@pytest.mark.parametrize(
+    "options", [{"exclude": ["0"]}, {"include": ["1"]}, {"exclude": ["1"], "include": ["3", "1"]}]
+)
+def test_what_the_user_leaves_out_does_not_count_as_little(options, caplog):
+    layers = [nn.Linear(48, 48), nn.Linear(24, 32), nn.Linear(16, 2), nn.Linear(20, 20)]
+    make(nn.Sequential(*layers), keep_last_layer=False, **options)
+    assert not caplog.records

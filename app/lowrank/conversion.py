@@ -15,7 +15,7 @@ from app.lowrank.attention import (
     attention_of,
 )
 from app.lowrank.layer import FactoredLayer
-from app.lowrank.obstacles import FACTORED, Obstacles
+from app.lowrank.obstacles import FACTORED, Obstacles, known_type
 from app.lowrank.outputs import LINEAR_MAPS, output_layers
 from app.lowrank.replaced import retire
 from app.lowrank.schedule import minimum_rank
@@ -160,7 +160,9 @@ def factorize_layer(
     if key in INPUT_PROJECTIONS:
         assert isinstance(attention, FactoredAttention)
         return attention.factorize(key, U, core, Vh)
-    return _replace(model, module, FACTORED[type(module)].from_dense(module, U, core, Vh), path)
+    known = known_type(type(module))
+    assert known is not None
+    return _replace(model, module, FACTORED[known].from_dense(module, U, core, Vh), path)
 
 
 def to_dense(model: nn.Module) -> nn.Module:

@@ -20,15 +20,33 @@ FACTORED: dict[type[nn.Module], type[FactoredLinear] | type[FactoredConv]] = {
     nn.Conv2d: FactoredConv,
     nn.Conv3d: FactoredConv,
 }
-"""The twin of each layer type with one weight; that of nn.MultiheadAttention is FactoredAttention.
-
-The exact type counts: a subclass may use its weight otherwise.
-"""
+"""The twin of each layer type with one weight; nn.MultiheadAttention has FactoredAttention."""
 
 ATTENTION = (nn.MultiheadAttention, FactoredAttention)
 
 MASTER_DTYPES = (torch.float32, torch.float64)
 """Products of bases in half precision lose their orthogonality."""
+
+
+def known_type(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """Return which type of :data:`FACTORED` a layer's type is, if only under another name.
+
+    A subclass may use its weight otherwise: it is known if it adds nothing but plain values, no
+    method above all.
+    """
+    for ancestor in kind.__mro__:
+        if ancestor in FACTORED:
+            return ancestor
+        added = {key: value for key, value in vars(ancestor).items() if key not in vars(_Bare)}
+        if not all(map(_is_plain, added.values())):
+            return None
+    return None
+
+
+class _Bare:
+    """Has what Python itself puts into every class."""
+
+    nothing: None
 
 
 class Obstacles:
@@ -53,13 +71,18 @@ class Obstacles:
         path, _, key = name.rpartition(".")
         module = self._model.get_submodule(path)
         kind, weight = type(module), module._parameters[key]
+        known = known_type(kind)
         assert weight is not None
         # Attention and its output projection are replaced together.
         attention: Any = module if key in INPUT_PROJECTIONS else self._attentions.get(module)
-        if not (
-            key in INPUT_PROJECTIONS if kind in ATTENTION else kind in FACTORED and key == "weight"
-        ) or (kind is NonDynamicallyQuantizableLinear and attention is None):
-            return f"{key} of {kind.__name__} is never factorized"
+        if kind in ATTENTION:
+            is_known = key in INPUT_PROJECTIONS
+        elif known is NonDynamicallyQuantizableLinear:  # anyone else may read its weight himself
+            is_known = key == "weight" and attention is not None
+        else:
+            is_known = key == "weight" and known is not None
+        if not is_known:
+            return f"{key} of {kind.__module__}.{kind.__qualname__} is never factorized"
         replaced = [module] if attention is None else [attention, attention.out_proj]
         if reason := next(filter(None, map(_oddity, replaced)), None):
             return reason
@@ -84,7 +107,7 @@ def _oddity(module: nn.Module) -> str | None:
     own, kind = module.__dict__, type(module)
     if isinstance(module, FactoredLayer | FactoredAttention):
         return None  # stays what it is
-    if kind is not nn.MultiheadAttention and kind not in FACTORED:
+    if kind is not nn.MultiheadAttention and known_type(kind) is None:
         return f"its {kind.__name__} would be called otherwise than by nn.MultiheadAttention"
     if any(value for key, value in own.items() if key.endswith("_hooks")):
         return "has hooks, which its replacement would lose"
