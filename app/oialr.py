@@ -48,6 +48,7 @@ from app.lowrank.optimizer_state import (
     check_optimizer,
 )
 from app.lowrank.schedule import event_at, kept_rank, layers_in_turn
+from app.lowrank.sharding import check_not_sharded, check_not_sharding
 from app.lowrank.share import little_factorized
 from app.lowrank.transitions import Transitions
 
@@ -133,8 +134,8 @@ class OIALR:
             measure_memory: find out ``peak_bytes`` of every event, which slows events down.
 
         Raises:
-            ValueError: an argument out of range, a wrapped model, an unknown optimizer, a pattern
-                that matches nothing, no layer that could be factorized.
+            ValueError: an argument out of range, a wrapped or sharded model, an unknown or sharding
+                optimizer, a pattern that matches nothing, no layer that could be factorized.
             UserError: the processes cannot factorize in the way that was asked for.
         """
         check_arguments(
@@ -155,6 +156,8 @@ class OIALR:
         )
         if isinstance(model, DistributedDataParallel):
             raise ValueError("OIALR takes the module inside DistributedDataParallel: model.module")
+        check_not_sharded(model)
+        check_not_sharding(optimizer)
         check_optimizer(optimizer, unknown_optimizer_state)
 
         self.model = model
@@ -240,13 +243,15 @@ class OIALR:
             DivergedError: a weight to be factorized holds NaN or infinity; on all processes.
             DifferingReplicasError: the processes hold different bits; on all processes.
             ValueError: the optimizer could not follow: it does not hold a weight, or knows of it
-                what nobody can carry over. No layer has been changed then.
+                what nobody can carry over; or the network has been sharded meanwhile. No layer has
+                been changed then.
             RuntimeError: somebody trains a parameter that an earlier event has replaced.
         """
         self._gradients.check()
         due = self._due()
         event = None
         if due:
+            check_not_sharded(self.model)  # nor meanwhile
             self._gradients.end_interval()
         if due and due[0] == 0:
             event = self._events.run("convert", self.layers, self.step_count)
