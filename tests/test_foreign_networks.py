@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from app import OIALR
 from app.lowrank.conversion import get_layer, survey, to_dense
@@ -402,6 +403,40 @@ def no_longer_held(model, optimizer):
     parameters = optimizer.param_groups[0]["params"]
     weight = model.attention.out_proj.weight
     parameters[:] = [parameter for parameter in parameters if parameter is not weight]
+
+
+class Doubled(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+def parametrized(model, _):
+    parametrize.register_parametrization(model.attention.out_proj, "weight", Doubled())
+
+
+def test_a_weight_that_is_computed_from_another_stays_full_rank(caplog):
+    model, optimizer, method = make()
+    train(model, optimizer, method, 1)
+    parametrize.register_parametrization(model.hidden, "weight", nn.Identity())
+    train(model, optimizer, method, 1)
+    assert "hidden.weight keeps its full-rank weight: is no parameter of" in caplog.text
+    assert [name for name in LAYERS if is_dense(model, name)] == ["hidden.weight"]
+
+
+def taken_away(model, _):
+    model.attention.out_proj = nn.Identity()
+
+
+@pytest.mark.parametrize("spoil", [parametrized, taken_away])
+def test_a_weight_that_is_gone_is_named_before_any_layer_is_converted(spoil):
+    model, optimizer, method = make()
+    train(model, optimizer, method, 1)
+    backward(model)
+    optimizer.step()
+    spoil(model, optimizer)
+    with pytest.raises(ValueError, match=r"^attention\.out_proj\.weight is no parameter of the"):
+        method.step()
+    assert all(is_dense(model, name) for name in LAYERS[:3])
 
 
 @pytest.mark.parametrize(

@@ -66,13 +66,14 @@ class Obstacles:
         """Say why a weight cannot be factorized; None if it can be.
 
         Args:
-            name: dense parameter name of a weight that is there, and not factorized.
+            name: dense parameter name of a weight that is not factorized.
         """
         path, _, key = name.rpartition(".")
         module = self._model.get_submodule(path)
-        kind, weight = type(module), module._parameters[key]
+        kind, weight = type(module), module._parameters.get(key)
         known = known_type(kind)
-        assert weight is not None
+        if weight is None:
+            return f"is no parameter of {kind.__qualname__} itself"
         # Attention and its output projection are replaced together.
         attention: Any = module if key in INPUT_PROJECTIONS else self._attentions.get(module)
         if kind in ATTENTION:

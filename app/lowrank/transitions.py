@@ -72,11 +72,21 @@ class Transitions:
         return not isinstance(get_layer(self._model, report.name), FactoredLayer)
 
     def weight(self, report: LayerReport) -> nn.Parameter:
-        """Return what is trained of a layer's weight: the dense weight or the core."""
-        layer = get_layer(self._model, report.name)
-        if isinstance(layer, FactoredLayer):
-            return layer.core
-        return self._model.get_parameter(report.name)
+        """Return what is trained of a layer's weight: the dense weight or the core.
+
+        Raises:
+            ValueError: somebody has taken the layer away, or made its weight something else.
+        """
+        try:
+            layer = get_layer(self._model, report.name)
+            if isinstance(layer, FactoredLayer):
+                return layer.core
+            return self._model.get_parameter(report.name)
+        except AttributeError:
+            raise ValueError(
+                f"{report.name} is no parameter of the network any more: change its layers before "
+                "OIALR is made, or name them in exclude"
+            ) from None
 
     def matrix(self, report: LayerReport) -> Tensor:
         """Return what an event factorizes: a dense weight as matrix or stack, or the core."""
