@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from app import OIALR
+from app.distributed.processes import Processes
 from app.lowrank.conversion import get_layer, survey, to_dense
 from app.lowrank.layer import FactoredLayer
 
@@ -117,6 +118,21 @@ def test_what_is_put_on_it_during_the_delay_does_so_too_with_a_warning(reason, p
     told = [r.getMessage() for r in caplog.records if "keeps its full-rank" in r.getMessage()]
     assert len(told) == len(PLACES[place])  # once each, though there was an update too
     assert all(reason in line for line in told)
+
+
+def test_what_one_process_finds_keeps_a_layer_full_rank_on_all(caplog):
+    class Partner(Processes):
+        """Somewhere else the second layer carries a hook."""
+
+        def maximum(self, values):
+            values = values.clone()
+            values[-1, LAYERS.index("hidden.weight")] = 1
+            return values
+
+    model, optimizer, method = make(processes=Partner())
+    train(model, optimizer, method, 2)
+    assert [name for name in LAYERS if is_dense(model, name)] == ["hidden.weight"]
+    assert "hidden.weight keeps its full-rank weight: another process finds" in caplog.text
 
 
 def test_a_layer_turns_low_rank_when_its_hook_is_gone(caplog):

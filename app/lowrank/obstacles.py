@@ -73,7 +73,7 @@ class Obstacles:
         kind, weight = type(module), module._parameters.get(key)
         known = known_type(kind)
         if weight is None:
-            return f"is no parameter of {kind.__qualname__} itself"
+            return f"is no parameter of {_full_name(kind)} itself"
         # Attention and its output projection are replaced together.
         attention: Any = module if key in INPUT_PROJECTIONS else self._attentions.get(module)
         if kind in ATTENTION:
@@ -83,7 +83,7 @@ class Obstacles:
         else:
             is_known = key == "weight" and known is not None
         if not is_known:
-            return f"{key} of {kind.__module__}.{kind.__qualname__} is never factorized"
+            return f"{key} of {_full_name(kind)} is never factorized"
         replaced = [module] if attention is None else [attention, attention.out_proj]
         if reason := next(filter(None, map(_oddity, replaced)), None):
             return reason
@@ -109,7 +109,7 @@ def _oddity(module: nn.Module) -> str | None:
     if isinstance(module, FactoredLayer | FactoredAttention):
         return None  # stays what it is
     if kind is not nn.MultiheadAttention and known_type(kind) is None:
-        return f"its {kind.__name__} would be called otherwise than by nn.MultiheadAttention"
+        return f"its {_full_name(kind)} would be called otherwise than by nn.MultiheadAttention"
     if any(value for key, value in own.items() if key.endswith("_hooks")):
         return "has hooks, which its replacement would lose"
     if "forward" in own:
@@ -126,6 +126,10 @@ def _oddity(module: nn.Module) -> str | None:
             if key not in usual:
                 return f"holds the {what} {key}, which its replacement would lack"
     return None
+
+
+def _full_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _usual_names(kind: Any) -> frozenset[str]:
