@@ -357,6 +357,9 @@ def test_a_bare_weight_that_is_trained_after_its_replacement_is_told():
     train(model, optimizer, method, 2)
     with pytest.raises(RuntimeError, match=r"^hidden\.weight was replaced by an event"):
         train(model, optimizer, method, 1)
+    model.weights = []
+    model.forward = MethodType(Network.forward, model)
+    assert train(model, optimizer, method, 4)  # it can go on
 
 
 def test_a_core_that_no_step_of_an_interval_reaches_is_told(caplog):

@@ -28,6 +28,7 @@ class GradientWatch:
         self._silent: dict[str, nn.Parameter] = {}
         """New cores of which no step has seen a gradient; their full-rank weights had one."""
         self._stale: str | None = None
+        """Name of a layer of which a replaced parameter had a gradient, which has been cleared."""
 
     def replace(self, name: str, old: nn.Parameter, core: nn.Parameter) -> None:
         """Watch a weight or core, whose gradient has been cleared, and what replaces it.
@@ -50,17 +51,18 @@ class GradientWatch:
         self._replaced = [(old, name) for old, name in self._replaced if old() is not None]
         for reference, name in self._replaced:
             if (old := reference()) is not None and old.grad is not None:
-                self._stale = name
+                self._stale, old.grad = name, None
 
     def check(self) -> None:
-        """Raise if a parameter that was replaced takes part in the training still.
+        """Raise if a parameter that was replaced has taken part in the training since last time.
 
         Raises:
             RuntimeError: it does.
         """
-        if self._stale is not None:
+        stale, self._stale = self._stale, None
+        if stale is not None:
             raise RuntimeError(
-                f"{self._stale} was replaced by an event, and the parameter from before takes a "
+                f"{stale} was replaced by an event, and the parameter from before takes a "
                 "gradient still, which trains nothing: whoever keeps it (a list, a closure) must "
                 "fetch it from the network anew where event.shapes_changed, or oialr.exclude must "
                 "name the layer"
