@@ -7,6 +7,7 @@
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -31,14 +32,22 @@ class Events:
     """Carries out events. All calls are collective."""
 
     def __init__(
-        self, transitions: Transitions, factorizer: Factorizer, processes: Processes
+        self,
+        transitions: Transitions,
+        factorizer: Factorizer,
+        processes: Processes,
+        *,
+        measure_memory: bool,
     ) -> None:
         """Put the parts together."""
         self._transitions = transitions
         self._factorizer = factorizer
         self._processes = processes
+        self._measure_memory = measure_memory
         self._send_results = False
         """Whether the owner's results are sent, since processes compute others from the same."""
+        self._told: set[str] = set()
+        """Names of layers of which was told that something keeps them full-rank."""
 
     def run(
         self, kind: Literal["convert", "update"], reports: Sequence[LayerReport], step: int
@@ -57,11 +66,14 @@ class Events:
             DifferingReplicasError: the processes hold different bits of a layer.
         """
         start, bytes_before = time.perf_counter(), self._processes.broadcast_bytes
+        reports, infos = self._check(reports, step)
+        # What can fail is tried while no layer is replaced yet.
+        self._transitions.check_optimizer(reports)
         was_dense = [self._transitions.is_dense(report) for report in reports]
-        infos = self._check(reports, step)
         # Around the factorizations alone: nothing large is made before and after, and it slows
         # down the many small operators of the checksums.
-        with TensorMemory(self._transitions.all_tensors()) as memory:
+        memory = TensorMemory(self._transitions.all_tensors()) if self._measure_memory else None
+        with memory or nullcontext():
             layers = self._factorize(reports, infos)
         seconds = self._prove(reports, layers, step)
         became_low_rank = any(
@@ -74,16 +86,23 @@ class Events:
             step=step,
             layers=layers,
             shapes_changed=cut or became_low_rank,
-            peak_bytes=memory.peak_bytes,
+            peak_bytes=memory.peak_bytes if memory else None,
             seconds=time.perf_counter() - start,
             factorization_seconds=seconds,
             predicted_seconds=self._factorizer.predicted_seconds,
             broadcast_bytes=self._processes.broadcast_bytes - bytes_before,
         )
 
-    def _check(self, reports: Sequence[LayerReport], step: int) -> list[MatrixInfo]:
-        """Find a diverged run, or replicas that differ, before anything is sent."""
+    def _check(
+        self, reports: Sequence[LayerReport], step: int
+    ) -> tuple[list[LayerReport], list[MatrixInfo]]:
+        """Find a diverged run, or replicas that differ, before anything is sent.
+
+        Returns:
+            The layers that can take part, and what is to be known of their matrices.
+        """
         matrices = [self._transitions.matrix(report) for report in reports]
+        obstacles = self._transitions.obstacles(reports)
         not_finite, not_diagonal = [], []
         for report, matrix in zip(reports, matrices, strict=True):
             not_finite.append(~torch.stack(matrix.aminmax()).isfinite().all())
@@ -92,7 +111,11 @@ class Events:
         different, flags = compare(
             self._checksums(reports),
             self._processes,
-            flags=[torch.stack(not_finite), torch.stack(not_diagonal)],
+            flags=[
+                torch.stack(not_finite),
+                torch.stack(not_diagonal),
+                torch.tensor([obstacle is not None for obstacle in obstacles]),
+            ],
         )
         # Before the replicas: a NaN may have any bits.
         for report, is_wrong in zip(reports, flags[0], strict=True):
@@ -102,7 +125,7 @@ class Events:
                 )
         if different:
             raise _differ(reports[different[0]], f"before the event at step {step}")
-        return [
+        infos = [
             MatrixInfo(
                 shape=tuple(matrix.shape),
                 dtype=matrix.dtype,
@@ -111,6 +134,13 @@ class Events:
             )
             for matrix, is_full in zip(matrices, flags[1], strict=True)
         ]
+        for report, is_kept, obstacle in zip(reports, flags[2], obstacles, strict=True):
+            if is_kept and report.name not in self._told:
+                self._told.add(report.name)
+                reason = obstacle or "another process finds an obstacle"
+                logger.warning("%s keeps its full-rank weight: %s", report.name, reason)
+        free = [i for i, is_kept in enumerate(flags[2]) if not is_kept]
+        return [reports[i] for i in free], [infos[i] for i in free]
 
     def _factorize(
         self, reports: Sequence[LayerReport], infos: Sequence[MatrixInfo]
@@ -156,8 +186,8 @@ class Events:
             Seconds that each process spent on factorizations.
         """
         processes = self._processes
-        if processes.count == 1:
-            return [self._factorizer.seconds]
+        if processes.count == 1 or not reports:
+            return [self._factorizer.seconds] * processes.count
         owners = {layer.name: layer.owner for layer in layers}
         if self._send_results:
             self._send(reports, owners)

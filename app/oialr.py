@@ -10,10 +10,12 @@ steps in anyone's training loop::
         optimizer.step()
         event = method.step()
 
-Under DistributedDataParallel it is given the module inside, and where ``event.shapes_changed`` the
-module has new Parameter objects and must be wrapped anew. All processes must call ``step`` alike.
+Where ``event.shapes_changed`` the network has new Parameter objects: a list of its parameters that
+was made before is out of date. Under DistributedDataParallel the method is given the module inside,
+which must then be wrapped anew. All processes must call ``step`` alike.
 """
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -38,13 +40,19 @@ from app.lowrank.conversion import (
 )
 from app.lowrank.cost import Execution
 from app.lowrank.event import Event
+from app.lowrank.gradients import GradientWatch
 from app.lowrank.optimizer_state import (
     CoreGroups,
     UnknownState,
+    check_loaded_state,
     check_optimizer,
 )
 from app.lowrank.schedule import event_at, kept_rank, layers_in_turn
+from app.lowrank.sharding import check_not_sharded, check_not_sharding
+from app.lowrank.share import little_factorized
 from app.lowrank.transitions import Transitions
+
+logger = logging.getLogger(__name__)
 
 
 class OIALR:
@@ -78,6 +86,7 @@ class OIALR:
         factorization: Factorization = "auto",
         processes: Processes | None = None,
         costs: Costs | None = None,
+        measure_memory: bool = False,
     ) -> None:
         """Take hold of a full-rank network and its optimizer; nothing is changed yet.
 
@@ -90,7 +99,8 @@ class OIALR:
             cutoff: singular values below cutoff times the largest are cut, beta in (0, 1).
             layer_fraction: share of the layers, the last first, that each update adds, alpha.
             keep_first_layer: the network's first layer stays full-rank.
-            keep_last_layer: the network's last layer stays full-rank.
+            keep_last_layer: the layers that produce the network's outputs stay full-rank: its
+                heads by name, or its last layer (:func:`app.lowrank.outputs.output_layers`).
             minimum_rank_fraction: no rank falls below this share of min(m, n).
             largest_cut: largest share of a layer's rank that one update may cut.
             retained_energy: in place of the cutoff: keep the fewest singular values that hold this
@@ -121,10 +131,11 @@ class OIALR:
             processes: who shares the work; None: torch.distributed's default group, or this
                 process alone.
             costs: what factorizations cost on this machine (app.calibrate measures it).
+            measure_memory: find out ``peak_bytes`` of every event, which slows events down.
 
         Raises:
-            ValueError: an argument out of range, a wrapped model, an unknown optimizer, a pattern
-                that matches nothing, no layer that could be factorized.
+            ValueError: an argument out of range, a wrapped or sharded model, an unknown or sharding
+                optimizer, a pattern that matches nothing, no layer that could be factorized.
             UserError: the processes cannot factorize in the way that was asked for.
         """
         check_arguments(
@@ -145,6 +156,8 @@ class OIALR:
         )
         if isinstance(model, DistributedDataParallel):
             raise ValueError("OIALR takes the module inside DistributedDataParallel: model.module")
+        check_not_sharded(model)
+        check_not_sharding(optimizer)
         check_optimizer(optimizer, unknown_optimizer_state)
 
         self.model = model
@@ -170,12 +183,18 @@ class OIALR:
         if not self.layers:
             reasons = {report.stays_dense or "" for report in self.survey}
             raise ValueError(f"no layer can be factorized: {'; '.join(sorted(reasons))}")
+        little = little_factorized(model, self.survey)
+        if little and self.processes.index == 0:
+            logger.warning("%s", little)
         weights = [model.get_parameter(report.name) for report in self.layers]
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if missing := [
             r.name for r, w in zip(self.layers, weights, strict=True) if id(w) not in held
         ]:
             raise ValueError(f"{missing[0]} is not among the optimizer's parameters")
+        self._gradients = GradientWatch(
+            {r.name: w for r, w in zip(self.layers, weights, strict=True)}
+        )
         self._transitions = Transitions(
             model,
             optimizer,
@@ -198,14 +217,18 @@ class OIALR:
                 if core_learning_rate_factor == 1
                 else CoreGroups(optimizer, weights, learning_rate_factor=core_learning_rate_factor)
             ),
+            gradients=self._gradients,
         )
-        self._events = Events(self._transitions, self.factorizer, self.processes)
+        self._events = Events(
+            self._transitions, self.factorizer, self.processes, measure_memory=measure_memory
+        )
         self._dense_counts = parameter_counts(model)
 
         self.step_count = 0
         """Optimizer steps taken since this object was made."""
         self._handled = 0
         optimizer.register_step_post_hook(self._count_step)
+        optimizer.register_load_state_dict_post_hook(partial(check_loaded_state, model=model))
 
     def step(self) -> Event | None:
         """Convert, update, or do nothing, as the number of optimizer steps says.
@@ -219,15 +242,24 @@ class OIALR:
         Raises:
             DivergedError: a weight to be factorized holds NaN or infinity; on all processes.
             DifferingReplicasError: the processes hold different bits; on all processes.
+            ValueError: the optimizer could not follow: it does not hold a weight, or knows of it
+                what nobody can carry over; or the network has been sharded meanwhile. No layer has
+                been changed then.
+            RuntimeError: somebody trains a parameter that an earlier event has replaced.
         """
+        self._gradients.check()
         due = self._due()
+        event = None
+        if due:
+            check_not_sharded(self.model)  # nor meanwhile
+            self._gradients.end_interval()
+        if due and due[0] == 0:
+            event = self._events.run("convert", self.layers, self.step_count)
+        elif due:
+            turn = layers_in_turn(due[-1], len(self.layers), layer_fraction=self.layer_fraction)
+            event = self._events.run("update", self.layers[-turn:], self.step_count)
         self._handled = self.step_count
-        if not due:
-            return None
-        if due[0] == 0:
-            return self._events.run("convert", self.layers, self.step_count)
-        turn = layers_in_turn(due[-1], len(self.layers), layer_fraction=self.layer_fraction)
-        return self._events.run("update", self.layers[-turn:], self.step_count)
+        return event
 
     def _due(self) -> list[int]:
         """Numbers of the events that are due: 0 for the conversion, i for the i-th update."""
@@ -300,11 +332,12 @@ class OIALR:
         """Give a full-rank network and its optimizer the shapes of a stored state.
 
         To be called before the network's and the optimizer's own load_state_dict, which then find
-        the shapes that they expect. The values of the factors are undefined until then.
+        the shapes that they expect; the optimizer's raises ValueError where it does not find them.
+        The values of the factors are undefined until then.
 
         Raises:
             ValueError: the state belongs to another network, or this network is low-rank already,
-                or the delay is another one and either of them is over.
+                or cannot be, or the delay is another one and either of them is over.
         """
         if self.converted:
             raise ValueError("load_state_dict needs the full-rank network")
@@ -318,6 +351,10 @@ class OIALR:
                 f"oialr.delay: cannot change from {delay} to {self.delay} after step "
                 f"{state['handled']}; layers turn low-rank once"
             )
+        obstacles = self._transitions.obstacles(self.layers)
+        for report, obstacle in zip(self.layers, obstacles, strict=True):
+            if obstacle and state["ranks"][report.name] is not None:
+                raise ValueError(f"{report.name} cannot turn low-rank as it was stored: {obstacle}")
         for report in self.layers:
             if (rank := state["ranks"][report.name]) is not None:
                 self._transitions.put_factors(report, *empty_factors(self.model, report, rank))
@@ -325,3 +362,4 @@ class OIALR:
 
     def _count_step(self, *_: Any) -> None:
         self.step_count += 1
+        self._gradients.look()

@@ -219,7 +219,9 @@ class OIALRSection(Section):
         0.1, gt=0, le=1, description="Share of layers, last first, that each update adds, alpha."
     )
     keep_first_layer: bool = Field(False, description="The network's first layer stays full-rank.")
-    keep_last_layer: bool = Field(True, description="The network's last layer stays full-rank.")
+    keep_last_layer: bool = Field(
+        True, description="The layers that produce the network's outputs stay full-rank."
+    )
     minimum_rank_fraction: float = Field(
         0.01, ge=0, le=1, description="No rank falls below this share of min(m, n)."
     )

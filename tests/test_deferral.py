@@ -122,7 +122,7 @@ def test_a_stored_state_tells_which_layers_wait(factor):
 
 def test_a_conversion_holds_one_layer_twice_at_most():
     count = 12
-    model, optimizer, method = make([K] * count)
+    model, optimizer, method = make([K] * count, measure_memory=True)
     train(model, optimizer, method, 1)
     (event,) = train(model, optimizer, method, 1)
     with TensorMemory(tensors_of(model, optimizer)) as memory:

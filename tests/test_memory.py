@@ -1,9 +1,13 @@
 """What tensors are alive: the measure itself, and what a forward pass leaves for backward."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
 
+from app import OIALR
 from app.lowrank.conv import FactoredConv
 from app.lowrank.linear import FactoredLinear
 from app.lowrank.memory import TensorMemory
@@ -29,6 +33,38 @@ def test_a_storage_counts_once_until_its_last_tensor_is_gone():
         del here
         assert memory.bytes == 0
     assert memory.peak_bytes == 150 * FLOAT
+
+
+def test_nothing_waits_for_the_storages_that_a_finished_measure_saw():
+    here = torch.zeros(100)
+    with TensorMemory([here]) as memory:
+        made = torch.ones(50)
+    figures = memory.bytes, memory.peak_bytes
+    waiting = weakref.ref(memory)
+    assert figures == (150 * FLOAT, 150 * FLOAT)
+    del made
+    assert (memory.bytes, memory.peak_bytes) == figures  # those at the exit
+    del memory
+    gc.collect()
+    assert waiting() is None
+    TensorMemory([here])  # never entered: nothing to leave behind
+    assert not any(type(thing) is TensorMemory for thing in gc.get_objects())
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_events_leave_nothing_behind_and_measure_memory_on_request(measured):
+    model = nn.Sequential(nn.Linear(20, 32), nn.Linear(32, 24), nn.Linear(24, 5))
+    optimizer = torch.optim.AdamW(model.parameters())
+    method = OIALR(model, optimizer, delay=1, update_interval=1, measure_memory=measured)
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(torch.ones(4, 20)).square().mean().backward()
+        optimizer.step()
+        event = method.step()
+        assert event
+        assert (event.peak_bytes is not None) == measured
+    gc.collect()
+    assert not any(type(thing) is TensorMemory for thing in gc.get_objects())
 
 
 def left_alive(layer, x):

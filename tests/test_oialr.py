@@ -233,6 +233,25 @@ def test_a_pending_gradient_follows_its_parameter():
     torch.testing.assert_close(layer.core.grad, layer.U.T @ G @ layer.Vh.T)
 
 
+def test_a_list_of_parameters_from_before_clips_by_no_norm_of_replaced_ones():
+    model, optimizer, method = make("sgd", delay=1, cutoff=0.4, layer_fraction=1, update_interval=1)
+    cached = list(model.parameters())
+    for step in range(2):  # a conversion and a cut
+        optimizer.zero_grad()
+        x, y = batch(step)
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        assert method.step().shapes_changed
+        present = {id(parameter) for parameter in model.parameters()}
+        assert all(p.grad is None for p in cached if id(p) not in present)
+        norms = [
+            torch.nn.utils.get_total_norm([p.grad for p in some if p.grad is not None])
+            for some in (cached, [p for p in cached if id(p) in present])
+        ]
+        assert norms[0] == norms[1]
+        cached += model.parameters()
+
+
 def test_parameter_groups_with_their_own_options_survive():
     model = network()
     weight_group = {"params": [m.weight for m in model if hasattr(m, "weight")]}
@@ -305,6 +324,26 @@ def test_the_delay_is_open_until_either_is_over(steps, delay, fits):
     else:
         with pytest.raises(ValueError, match=f"delay: cannot change from 4 to {delay} after step"):
             other.load_state_dict(method.state_dict())
+
+
+FUSED = {"adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True), **OPTIMIZERS}
+
+
+@pytest.mark.parametrize("kind", ["momentum", "adamw", "centered"])
+@pytest.mark.parametrize(("stored_at", "loaded_at"), [(12, 0), (12, 6), (2, 6)])
+def test_optimizer_state_of_other_ranks_is_refused_before_any_step(kind, stored_at, loaded_at):
+    """torch takes it, and a fused step then ends the process with a segmentation fault."""
+    made = []
+    for steps in (stored_at, loaded_at):
+        model = network(dtype=torch.float32)
+        optimizer = FUSED[kind](model.parameters())
+        method = OIALR(model, optimizer, delay=5, update_interval=3, cutoff=0.4)
+        train(model, optimizer, method, steps)
+        made.append((model, optimizer, method))
+    (_, stored, of_stored), (_, optimizer, method) = made
+    assert of_stored.state_dict()["ranks"] != method.state_dict()["ranks"]
+    with pytest.raises(ValueError, match=r"(exp_avg|momentum_buffer|square_avg) \(.* of [02]\."):
+        optimizer.load_state_dict(stored.state_dict())
 
 
 class Lion(torch.optim.Optimizer):

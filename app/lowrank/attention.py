@@ -91,7 +91,7 @@ class FactoredAttention(nn.MultiheadAttention):
         for key in INPUT_PROJECTIONS:
             if projection := self.projection(key):
                 with torch.no_grad():
-                    dense._parameters[key] = nn.Parameter(projection.weight)
+                    dense._parameters[key] = nn.Parameter(projection.form_weight())
                 del dense._modules[_child(key)]
         return dense
 
@@ -211,10 +211,19 @@ class FactoredAttention(nn.MultiheadAttention):
     ) -> list[Tensor]:
         if projection := self.projection(key):
             return projection(inputs, biases)
-        weight = self._parameters[key]
-        assert weight is not None
+        weight = getattr(self, key)
         parts = zip(inputs, weight.chunk(len(inputs)), biases, strict=True)
         return [functional.linear(x, part, bias) for x, part, bias in parts]
+
+
+def attention_of(model: nn.Module, module: nn.Module) -> nn.MultiheadAttention | None:
+    """Return the attention, of no foreign kind, whose out_proj a module is."""
+    for attention in model.modules():
+        kinds = (nn.MultiheadAttention, FactoredAttention)
+        if type(attention) in kinds and attention.out_proj is module:
+            assert isinstance(attention, nn.MultiheadAttention)
+            return attention
+    return None
 
 
 def _child(key: str) -> str:

@@ -1,22 +1,19 @@
 """The factorized convolution in one, two and three dimensions, with groups."""
 
 import math
-from typing import Any, Self
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from app.lowrank.layer import FactoredLayer
+from app.lowrank.twin import FactoredTwin
 
-Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
-
-DENSE: dict[int, type[Conv]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 CONVOLVE = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 
 
-class FactoredConv(FactoredLayer):
+class FactoredConv(FactoredTwin):
     """A convolution with W = U core Vh, (out_channels, in_channels * prod(kernel)) as a matrix.
 
     Vh is applied as a convolution with r output channels and the kernel of the dense layer, with
@@ -34,50 +31,22 @@ class FactoredConv(FactoredLayer):
 
     recompute: bool = False
 
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
     padding: str | tuple[int, ...]
     dilation: tuple[int, ...]
     padding_mode: str
-    _padding_by_side: list[int]
-
-    @classmethod
-    def from_dense(cls, dense: nn.Module, U: Tensor, core: Tensor, Vh: Tensor) -> Self:
-        """Make the twin of a convolution from the factors of its weight."""
-        assert isinstance(dense, Conv)
-        bias = dense.bias
-        assert bias is None or isinstance(bias, nn.Parameter)
-        twin = cls(U, core, Vh, weight_shape=dense.weight.shape, bias=bias)
-        assert twin.groups == dense.groups
-        twin.stride = dense.stride
-        twin.padding = dense.padding
-        twin.dilation = dense.dilation
-        twin.padding_mode = dense.padding_mode
-        twin._padding_by_side = list(dense._reversed_padding_repeated_twice)
-        return twin.train(dense.training)
-
-    def to_dense(self) -> Conv:
-        """Make the convolution with the same function and the same bias object."""
-        arguments: dict[str, Any] = {
-            "kernel_size": self.kernel_size,
-            "stride": self.stride,
-            "padding": self.padding,
-            "dilation": self.dilation,
-            "groups": self.groups,
-            "padding_mode": self.padding_mode,
-        }
-        kind = DENSE[len(self.kernel_size)]
-        dense = kind(self.in_channels, self.out_channels, bias=False, device="meta", **arguments)
-        with torch.no_grad():
-            dense.weight = nn.Parameter(self.weight)
-        dense.register_parameter("bias", self.bias)
-        return dense.train(self.training)
+    _reversed_padding_repeated_twice: list[int]
+    _own = FactoredTwin._own | {"recompute"}
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (b, in_channels, ...) to (b, out_channels, ...), or the same without b."""
         convolve: Any = CONVOLVE[len(self.kernel_size)]
         padding = self.padding
         if self.padding_mode != "zeros":
-            x = functional.pad(x, self._padding_by_side, mode=self.padding_mode)
+            x = functional.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = (0,) * len(self.kernel_size)
 
         def spatial(kernel: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -109,7 +78,7 @@ class FactoredConv(FactoredLayer):
         layout = _layout(x, len(self.kernel_size))
         way = self.way(self._positions(x))
         if way == "dense":
-            return spatial(self.weight, self.bias)
+            return spatial(self.form_weight(), self.bias)
         if self.recompute and torch.is_grad_enabled():
             # Stops as soon as what backward needs is there again: the last product is not repeated.
             recomputed: Tensor = checkpoint(low_rank, use_reentrant=False, preserve_rng_state=False)
@@ -120,21 +89,6 @@ class FactoredConv(FactoredLayer):
         """Positions of the output, over the batch; those of the input over the stride, about."""
         d = len(self.kernel_size)
         return x.numel() // max(1, self.in_channels * math.prod(self.stride[-d:]))
-
-    @property
-    def in_channels(self) -> int:
-        """Channels of the input."""
-        return self.weight_shape[1] * self.groups
-
-    @property
-    def out_channels(self) -> int:
-        """Channels of the output."""
-        return self.weight_shape[0]
-
-    @property
-    def kernel_size(self) -> tuple[int, ...]:
-        """Extent of the kernel in each dimension."""
-        return tuple(self.weight_shape[2:])
 
     def extra_repr(self) -> str:
         """Describe the layer in one line."""

@@ -7,32 +7,21 @@ from typing import TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from app.lowrank.attention import INPUT_PROJECTIONS, AttentionProjection, FactoredAttention
-from app.lowrank.conv import FactoredConv
+from app.lowrank.attention import (
+    INPUT_PROJECTIONS,
+    AttentionProjection,
+    FactoredAttention,
+    attention_of,
+)
 from app.lowrank.layer import FactoredLayer
-from app.lowrank.linear import FactoredLinear
+from app.lowrank.obstacles import FACTORED, Obstacles, known_type
+from app.lowrank.outputs import LINEAR_MAPS, output_layers
+from app.lowrank.replaced import retire
 from app.lowrank.schedule import minimum_rank
+from app.lowrank.twin import FactoredTwin
 
 Twin = TypeVar("Twin", bound=nn.Module)
-
-FACTORED: dict[type[nn.Module], type[FactoredLinear] | type[FactoredConv]] = {
-    nn.Linear: FactoredLinear,
-    NonDynamicallyQuantizableLinear: FactoredLinear,  # out_proj of nn.MultiheadAttention
-    nn.Conv1d: FactoredConv,
-    nn.Conv2d: FactoredConv,
-    nn.Conv3d: FactoredConv,
-}
-"""The twin of each layer type with one weight; that of nn.MultiheadAttention is FactoredAttention.
-
-The exact type counts: a subclass may use its weight otherwise.
-"""
-
-MASTER_DTYPES = (torch.float32, torch.float64)
-"""Products of bases in half precision lose their orthogonality."""
-
-LINEAR_MAPS = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.Bilinear)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +78,9 @@ def survey(
 
     Args:
         model: a dense network.
-        keep_first_layer, keep_last_layer: leave the network's first or last layer full-rank.
+        keep_first_layer: leave the network's first layer full-rank.
+        keep_last_layer: leave the layers full-rank that produce the network's outputs
+            (:func:`app.lowrank.outputs.output_layers`).
         minimum_rank_fraction: share of min(m, n) below which no rank falls.
         include, exclude: shell-style patterns of module names, such as "blocks.*.attn.*". A layer
             is factorized only if it matches one of the first and none of the second.
@@ -111,8 +102,9 @@ def survey(
         for _, module, key, _ in found
         if _is_linear_map(module, key) or isinstance(module, nn.Embedding)
     ]
-    first, last = (layers[0], layers[-1]) if layers else (None, None)
-    holders = _holders(model)
+    kept_first = layers[:1] if keep_first_layer else []
+    kept_last = output_layers(model) if keep_last_layer else []
+    obstacles = Obstacles(model)
     reports = []
     for path, module, key, parameter in found:
         groups = _groups(module, key, attention_projection)
@@ -123,24 +115,14 @@ def survey(
             stays_dense=None,
             groups=groups,
         )
-        if (reason := _why_not(model, module, report, minimum_rank_fraction)) is None:
-            if module is model:
-                reason = "the model itself is this layer, and nothing holds it"
-            elif not parameter.requires_grad:
-                reason = "not trained"
-            elif parameter.dtype not in MASTER_DTYPES:
-                reason = f"{parameter.dtype}; weights must be float32 or float64 (try autocast)"
-            elif parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
-                reason = "has hooks, which its replacement would lose"
-            elif holders[id(parameter)] > 1:
-                reason = "tied to another layer's weight"
-            elif not _first_match(path, include):
+        if (reason := _why_not(obstacles, module, report, minimum_rank_fraction)) is None:
+            if not _first_match(path, include):
                 reason = "matches no pattern of oialr.include"
             elif pattern := _first_match(path, exclude):
                 reason = f"excluded by oialr.exclude pattern {pattern!r}"
-            elif keep_first_layer and module is first:
+            elif module in kept_first:
                 reason = "the network's first layer (keep_first_layer)"
-            elif keep_last_layer and module is last:
+            elif module in kept_last:
                 reason = "the network's last layer (keep_last_layer)"
         reports.append(replace(report, stays_dense=reason))
     return reports
@@ -173,18 +155,21 @@ def factorize_layer(
     module = model.get_submodule(path)
     attention = module if key in INPUT_PROJECTIONS else attention_of(model, module)
     if type(attention) is nn.MultiheadAttention:
-        attention = _replace(model, attention, FactoredAttention.from_dense(attention))
+        where = path if attention is module else path.rpartition(".")[0]
+        attention = _replace(model, attention, FactoredAttention.from_dense(attention), where)
     if key in INPUT_PROJECTIONS:
         assert isinstance(attention, FactoredAttention)
         return attention.factorize(key, U, core, Vh)
-    return _replace(model, module, FACTORED[type(module)].from_dense(module, U, core, Vh))
+    known = known_type(type(module))
+    assert known is not None
+    return _replace(model, module, FACTORED[known].from_dense(module, U, core, Vh), path)
 
 
 def to_dense(model: nn.Module) -> nn.Module:
     """Put the dense twin in the place of every factorized layer, in place, and return the model."""
-    for module in list(model.modules()):
-        if isinstance(module, FactoredLinear | FactoredConv | FactoredAttention):
-            _replace(model, module, module.to_dense())
+    for path, module in list(model.named_modules()):
+        if isinstance(module, FactoredTwin | FactoredAttention):
+            _replace(model, module, module.to_dense(), path)
     return model
 
 
@@ -226,37 +211,12 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
     return trained, sum(p.numel() for p in parameters)
 
 
-def attention_of(model: nn.Module, module: nn.Module) -> nn.MultiheadAttention | None:
-    """Return the attention, of no foreign kind, whose out_proj a module is."""
-    for attention in model.modules():
-        kinds = (nn.MultiheadAttention, FactoredAttention)
-        if type(attention) in kinds and attention.out_proj is module:
-            assert isinstance(attention, nn.MultiheadAttention)
-            return attention
-    return None
-
-
 def _why_not(
-    model: nn.Module, module: nn.Module, report: LayerReport, minimum_rank_fraction: float
+    obstacles: Obstacles, module: nn.Module, report: LayerReport, minimum_rank_fraction: float
 ) -> str | None:
-    """Say why a weight cannot be factorized, judging by its module alone; None if it can be."""
-    kind, key = type(module), report.name.rpartition(".")[-1]
-    is_known = (
-        key in INPUT_PROJECTIONS
-        if kind is nn.MultiheadAttention
-        else kind in FACTORED and key == "weight"
-    )
-    if kind is NonDynamicallyQuantizableLinear:  # anyone else may read its weight himself
-        is_known = is_known and attention_of(model, module) is not None
-    if not is_known:
-        return f"{key} of {kind.__name__} is never factorized"
-    if (
-        module._forward_pre_hooks
-        or module._forward_hooks
-        or module._backward_pre_hooks
-        or module._backward_hooks
-    ):
-        return "has hooks, which its replacement would lose"
+    """Say why a weight cannot be factorized, whatever the method's patterns are."""
+    if reason := obstacles.of(report.name):
+        return reason
     m, n = report.matrix_shape
     if _is_depthwise(module):
         return f"depthwise, a grouped convolution ({module.groups} groups) of single channels"
@@ -267,8 +227,9 @@ def _why_not(
 
 
 def _is_linear_map(module: nn.Module, key: str) -> bool:
-    """Whether a multidimensional parameter is the weight of a linear map, and not a bias."""
-    return isinstance(module, LINEAR_MAPS) and key not in {"bias_k", "bias_v"}
+    """Whether a multidimensional parameter is the weight of a linear map: no bias and no factor."""
+    is_dense = isinstance(module, LINEAR_MAPS) and not isinstance(module, FactoredLayer)
+    return is_dense and key not in {"bias_k", "bias_v"}
 
 
 def _is_depthwise(module: nn.Module) -> TypeGuard[nn.modules.conv._ConvNd]:
@@ -298,19 +259,14 @@ def _check_patterns(
                 )
 
 
-def _holders(model: nn.Module) -> dict[int, int]:
-    """Count the modules that hold each parameter, by the parameter's id."""
-    count: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            count[id(parameter)] = count.get(id(parameter), 0) + 1
-    return count
-
-
-def _replace(model: nn.Module, old: nn.Module, new: Twin) -> Twin:
+def _replace(model: nn.Module, old: nn.Module, new: Twin, path: str) -> Twin:
     """Put a module in the place of another, wherever the network holds it."""
     for parent in list(model.modules()):
         for key, child in parent._modules.items():
             if child is old:
                 parent._modules[key] = new
+    if isinstance(old, nn.MultiheadAttention):
+        retire(old, path, INPUT_PROJECTIONS)
+    else:
+        retire(old, path, ["weight", "U", "core", "Vh"])
     return new

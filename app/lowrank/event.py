@@ -35,10 +35,11 @@ class Event:
     layers: Sequence[LayerEvent]
     """Without those whose factorization did not converge: they stay as they were."""
     shapes_changed: bool
-    """The network has new Parameter objects: DistributedDataParallel must be made anew."""
-    peak_bytes: int
+    """The network has new Parameter objects: DistributedDataParallel must be made anew, and every
+    list of parameters (to clip, to average, to penalize) be fetched anew."""
+    peak_bytes: int | None
     """The most that parameters, gradients, optimizer state and all that the event made took at once
-    on this process; not what LAPACK or cuSOLVER allocate inside."""
+    on this process; not what LAPACK or cuSOLVER allocate inside. None unless it was measured."""
     seconds: float
     factorization_seconds: Sequence[float]
     """For each process, what it spent on factorizations."""

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from app.lowrank.conversion import LayerReport, attention_of, get_layer
+from app.lowrank.attention import attention_of
+from app.lowrank.conversion import LayerReport, get_layer
 from app.lowrank.cost import Execution, cheapest_way, full_rank_cost, multiply_adds
 
 FRACTIONS = (0.1, 0.25, 0.5, 1.0)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from app.lowrank.cost import Execution, Way, cheapest_way
+from app.lowrank.formed import guarded_weight
 
 
 class FactoredLayer(nn.Module):
@@ -40,7 +41,7 @@ class FactoredLayer(nn.Module):
         weight_shape: torch.Size,
         bias: nn.Parameter | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # a twin's next base is a dense layer, whose weight it has not
         self.weight_shape = weight_shape
         self.set_factors(U, core, Vh)
         # The same object as before, so that the optimizer and everyone else keep their hold on it.
@@ -75,7 +76,11 @@ class FactoredLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, formed anew at every access."""
+        """The dense weight, formed anew at every access, to be read: writing to it raises."""
+        return guarded_weight(self.form_weight())
+
+    def form_weight(self) -> Tensor:
+        """Form the dense weight."""
         return (self.U @ self.core @ self.Vh).reshape(self.weight_shape)
 
     def set_factors(self, U: Tensor, core: Tensor, Vh: Tensor) -> None:

@@ -1,57 +1,27 @@
 """The factorized linear layer."""
 
-from typing import Self
-
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from app.lowrank.cost import Way
-from app.lowrank.layer import FactoredLayer
+from app.lowrank.twin import FactoredTwin
 
 
-class FactoredLinear(FactoredLayer):
+class FactoredLinear(FactoredTwin):
     """y = x W^T + b with W = U core Vh (out, in), applied as ((x Vh^T) core^T) U^T + b.
 
     For b rows the forward costs b (n r + r^2 + r m) multiply-adds instead of b m n, and backward
     keeps the products of width r instead of x, since only the core takes a gradient.
     """
 
-    dense_type: type[nn.Linear]
-    """nn.Linear, or the subclass of it that nn.MultiheadAttention has as its output projection."""
-
-    @classmethod
-    def from_dense(cls, dense: nn.Module, U: Tensor, core: Tensor, Vh: Tensor) -> Self:
-        """Make the twin of an nn.Linear from U (out, r), core (r, r), Vh (r, in)."""
-        assert isinstance(dense, nn.Linear)
-        twin = cls(U, core, Vh, weight_shape=dense.weight.shape, bias=dense.bias)
-        twin.dense_type = type(dense)
-        return twin.train(dense.training)
-
-    def to_dense(self) -> nn.Linear:
-        """Make the nn.Linear with the same function and the same bias object."""
-        m, n = self.matrix_shape
-        dense = self.dense_type(n, m, bias=False, device="meta")
-        with torch.no_grad():
-            dense.weight = nn.Parameter(self.weight)
-        dense.register_parameter("bias", self.bias)
-        return dense.train(self.training)
+    in_features: int
+    out_features: int
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in) to (..., out)."""
         way = self.way(x.numel() // max(1, x.shape[-1]))
         inner, left = ordered(x, self.U, self.core, self.Vh, way)
         return functional.linear(inner, left, self.bias)
-
-    @property
-    def in_features(self) -> int:
-        """Width of the input."""
-        return self.Vh.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        """Width of the output."""
-        return self.U.shape[0]
 
     def extra_repr(self) -> str:
         """Describe the layer in one line."""

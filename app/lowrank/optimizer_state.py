@@ -12,6 +12,7 @@ leading dimension g, and every matrix is transported by itself.
 """
 
 from bisect import bisect
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -43,6 +44,63 @@ def check_optimizer(optimizer: Optimizer, unknown: UnknownState) -> None:
         )
 
 
+def check_loaded_state(optimizer: Optimizer, model: nn.Module) -> None:
+    """Reject optimizer state that was stored at other ranks than the network has.
+
+    torch's own load_state_dict takes it, and a fused step then writes beyond the parameters' end.
+
+    Args:
+        optimizer: after its load_state_dict.
+        model: knows the parameters' names.
+
+    Raises:
+        ValueError: an average of the gradient, or of its square, has not its parameter's shape.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            for key, value in optimizer.state.get(parameter, {}).items():
+                is_average = key in LINEAR | SQUARED and isinstance(value, Tensor)
+                if is_average and value.shape != parameter.shape:
+                    raise ValueError(
+                        f"the loaded optimizer state does not fit the network: {key} "
+                        f"{tuple(value.shape)} of {names.get(parameter, 'a parameter')} "
+                        f"{tuple(parameter.shape)}. It was stored at other ranks: call "
+                        "load_state_dict of OIALR before that of the optimizer"
+                    )
+
+
+def check_before_event(
+    optimizer: Optimizer,
+    *,
+    dense: Mapping[str, nn.Parameter],
+    cores: Mapping[str, nn.Parameter],
+    core_groups: "CoreGroups | None",
+    unknown: UnknownState,
+) -> None:
+    """Find what would stop an event half way, before it has changed anything.
+
+    Args:
+        optimizer: as it is now.
+        dense: full-rank weights that the event replaces, by name.
+        cores: those that it replaces or rotates.
+        core_groups: where the weights' cores will be moved to.
+        unknown: what is done with state of unknown meaning.
+
+    Raises:
+        ValueError: the optimizer does not hold a full-rank weight, or not the one that it held at
+            first; or it holds state of unknown meaning and ``unknown`` is "error".
+    """
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for name, weight in dense.items():
+        if id(weight) not in held or (core_groups and not core_groups.awaits(weight)):
+            raise ValueError(f"{name} is not among the optimizer's parameters any more")
+    for name, weight in {**dense, **cores}.items():
+        for key, value in optimizer.state.get(weight, {}).items():
+            if unknown == "error" and not _is_known(key, value, weight):
+                raise ValueError(f"optimizer state {key!r} of {name} is of no known kind")
+
+
 def replace_parameter(
     optimizer: Optimizer,
     old: nn.Parameter,
@@ -71,6 +129,7 @@ def replace_parameter(
         group["params"][:] = [new if p is old else p for p in group["params"]]
     if old.grad is not None:
         new.grad = _linear(old.grad, left, right)
+        old.grad = None  # a list of parameters from before would clip by its norm
     state = optimizer.state.pop(old, None)
     if state and (moved := transported(state, old, left, right, unknown=unknown)):
         optimizer.state[new] = moved
@@ -128,16 +187,14 @@ def transported(
     """
     moved: dict[str, Any] = {}
     for key, value in state.items():
+        if not _is_known(key, value, parameter):
+            if unknown == "reset":
+                return {}
+            raise ValueError(f"optimizer state {key!r} is of no known kind")
         if not isinstance(value, Tensor) or value.dim() == 0:
             moved[key] = value  # a step count, or None where a moment is not in use
-        elif key in LINEAR and value.shape == parameter.shape:
-            moved[key] = _linear(value, left, right)
-        elif key in SQUARED and value.shape == parameter.shape:
-            moved[key] = _squared(value, left, right)
-        elif unknown == "reset":
-            return {}
         else:
-            raise ValueError(f"optimizer state {key!r} is of no known kind")
+            moved[key] = (_linear if key in LINEAR else _squared)(value, left, right)
     if "grad_avg" in moved:
         # Centered RMSprop divides by the root of a variance, square_avg - grad_avg^2. Carrying that
         # over, and not square_avg, keeps it from becoming negative.
@@ -186,6 +243,10 @@ class CoreGroups:
                 self._place |= {weights[i]: (twin, i) for i in mine}
                 self._moved[twin] = []
 
+    def awaits(self, weight: nn.Parameter) -> bool:
+        """Whether a weight is one of those whose cores are to be moved."""
+        return weight in self._place
+
     def move(self, optimizer: Optimizer, weight: nn.Parameter, core: nn.Parameter) -> None:
         """Move the core that has taken a weight's place in the optimizer to the twin of its group.
 
@@ -203,6 +264,13 @@ class CoreGroups:
                     if "param_names" in group:
                         target["param_names"].insert(position, group["param_names"].pop(i))
                     return
+
+
+def _is_known(key: str, value: Any, parameter: Tensor) -> bool:
+    """Whether an entry of a parameter's state is a plain value, or an average as large as it."""
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return True
+    return key in LINEAR | SQUARED and value.shape == parameter.shape
 
 
 def _linear(value: Tensor, left: Tensor, right: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """What an event does to one layer: from full-rank to factors, and from one basis to the next."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +10,14 @@ from app.linalg.svd import Factors
 from app.lowrank.conv import FactoredConv
 from app.lowrank.conversion import LayerReport, factorize_layer, get_layer
 from app.lowrank.cost import Execution, rank_pays
+from app.lowrank.gradients import GradientWatch
 from app.lowrank.layer import FactoredLayer
 from app.lowrank.memory import tensors_of
+from app.lowrank.obstacles import Obstacles
 from app.lowrank.optimizer_state import (
     CoreGroups,
     UnknownState,
+    check_before_event,
     replace_parameter,
     rotate_parameter,
 )
@@ -39,6 +42,7 @@ class Transitions:
         recompute_convolutions: bool,
         unknown_optimizer_state: UnknownState,
         core_groups: CoreGroups | None,
+        gradients: GradientWatch,
     ) -> None:
         """Take hold of a network and its optimizer; nothing is changed yet.
 
@@ -49,6 +53,7 @@ class Transitions:
             cut_at_conversion, defer_conversion, execution, recompute_convolutions,
                 unknown_optimizer_state: as of the method.
             core_groups: moves cores to parameter groups of their own.
+            gradients: is told what replaces what.
         """
         self._model = model
         self._optimizer = optimizer
@@ -60,17 +65,28 @@ class Transitions:
         self._recompute_convolutions = recompute_convolutions
         self._unknown_optimizer_state = unknown_optimizer_state
         self._core_groups = core_groups
+        self._gradients = gradients
 
     def is_dense(self, report: LayerReport) -> bool:
         """Whether a layer is full-rank as yet."""
         return not isinstance(get_layer(self._model, report.name), FactoredLayer)
 
     def weight(self, report: LayerReport) -> nn.Parameter:
-        """Return what is trained of a layer's weight: the dense weight or the core."""
-        layer = get_layer(self._model, report.name)
-        if isinstance(layer, FactoredLayer):
-            return layer.core
-        return self._model.get_parameter(report.name)
+        """Return what is trained of a layer's weight: the dense weight or the core.
+
+        Raises:
+            ValueError: somebody has taken the layer away, or made its weight something else.
+        """
+        try:
+            layer = get_layer(self._model, report.name)
+            if isinstance(layer, FactoredLayer):
+                return layer.core
+            return self._model.get_parameter(report.name)
+        except AttributeError:
+            raise ValueError(
+                f"{report.name} is no parameter of the network any more: change its layers before "
+                "OIALR is made, or name them in exclude"
+            ) from None
 
     def matrix(self, report: LayerReport) -> Tensor:
         """Return what an event factorizes: a dense weight as matrix or stack, or the core."""
@@ -89,6 +105,23 @@ class Transitions:
     def all_tensors(self) -> Iterable[Tensor]:
         """Return all that network and optimizer store."""
         return tensors_of(self._model, self._optimizer)
+
+    def obstacles(self, reports: Sequence[LayerReport]) -> list[str | None]:
+        """Say of each layer why it cannot be converted any more; None if it can, or is low-rank."""
+        if not any(map(self.is_dense, reports)):
+            return [None] * len(reports)
+        obstacles = Obstacles(self._model)
+        return [obstacles.of(r.name) if self.is_dense(r) else None for r in reports]
+
+    def check_optimizer(self, reports: Iterable[LayerReport]) -> None:
+        """Raise ValueError if the optimizer could not follow an event of these layers."""
+        check_before_event(
+            self._optimizer,
+            dense={r.name: self.weight(r) for r in reports if self.is_dense(r)},
+            cores={r.name: self.weight(r) for r in reports if not self.is_dense(r)},
+            core_groups=self._core_groups,
+            unknown=self._unknown_optimizer_state,
+        )
 
     def apply(self, report: LayerReport, factors: Factors) -> int:
         """Let factors take the place of what was factorized, and return the rank that is left.
@@ -110,7 +143,7 @@ class Transitions:
         layer.execution = self._execution
         if isinstance(layer, FactoredConv):
             layer.recompute = self._recompute_convolutions
-        self._replace_parameter(weight, layer.core, U, Vh.mT)
+        self._replace_parameter(report, weight, layer.core, U, Vh.mT)
         if self._core_groups:
             self._core_groups.move(self._optimizer, weight, layer.core)
 
@@ -137,7 +170,8 @@ class Transitions:
         if r < layer.rank:
             old = layer.core
             layer.set_factors(U, core, Vh)
-            self._replace_parameter(old, layer.core, left, right.mT)
+            layer.core.requires_grad_(old.requires_grad)
+            self._replace_parameter(report, old, layer.core, left, right.mT)
         else:  # the same Parameter objects, so that DistributedDataParallel can stay
             layer.U.copy_(U)
             layer.core.copy_(core)
@@ -163,8 +197,14 @@ class Transitions:
         return self._kept_rank(s, full_rank=report.full_rank)
 
     def _replace_parameter(
-        self, old: nn.Parameter, new: nn.Parameter, left: Tensor, right: Tensor
+        self,
+        report: LayerReport,
+        old: nn.Parameter,
+        new: nn.Parameter,
+        left: Tensor,
+        right: Tensor,
     ) -> None:
         replace_parameter(
             self._optimizer, old, new, left, right, unknown=self._unknown_optimizer_state
         )
+        self._gradients.replace(report.name, old, new)

@@ -65,6 +65,7 @@ def build_method(
             factorization=configuration.distributed.factorization,
             processes=processes,
             costs=read_costs(calibration) if calibration else None,
+            measure_memory=True,
         )
     except ValueError as error:
         raise UserError(f"oialr: {error}") from None

@@ -78,10 +78,11 @@ class Progress:
         before = sum(layer.previous_rank for layer in event.layers)
         after = sum(layer.rank for layer in event.layers)
         balance = f", imbalance {event.imbalance:.2f}" if len(event.predicted_seconds) > 1 else ""
+        peak = f", peak {event.peak_bytes / 2**20:.1f} MiB" if event.peak_bytes is not None else ""
         self.say(
             f"step {event.step}: {event.kind} of {len(event.layers)} layers, "
             f"sum of ranks {before} -> {after}, trainable {trainable_percent:.1f} %, "
-            f"{event.seconds:.2f} s, peak {event.peak_bytes / 2**20:.1f} MiB{balance}"
+            f"{event.seconds:.2f} s{peak}{balance}"
         )
 
     def say(self, line: str) -> None:

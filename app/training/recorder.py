@@ -88,6 +88,7 @@ class Recorder:
         gradient_bytes: int,
     ) -> None:
         """Record what the method did, and the ranks and spectra that it saw."""
+        assert event.peak_bytes is not None, "a run's method measures memory"
         self._append(
             "lowrank",
             step=event.step,

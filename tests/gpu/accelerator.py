@@ -89,7 +89,8 @@ def allocated_bytes(device: torch.device, tensors: Iterable[Tensor]) -> int:
     """Return the bytes that are allocated now."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    return TensorMemory(tensors).bytes
+    with TensorMemory(tensors) as memory:
+        return memory.bytes
 
 
 def random_state(device: torch.device) -> Tensor:

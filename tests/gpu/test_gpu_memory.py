@@ -21,7 +21,7 @@ def test_the_peak_of_a_conversion_is_as_told_but_for_the_workspace_of_one_factor
         "vision_transformer", size.vision_transformer, input_shape=(3, pixels, pixels), outputs=10
     ).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    trained = training(model, optimizer, delay=1, update_interval=10)
+    trained = training(model, optimizer, delay=1, update_interval=10, measure_memory=True)
     images = torch.randn(2, 3, pixels, pixels).to(device)
     functional.cross_entropy(model(images), torch.tensor([1, 2]).to(device)).backward()
     optimizer.step()
