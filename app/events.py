@@ -19,6 +19,7 @@ from app.distributed.factorization import Factorizer
 from app.distributed.processes import Processes
 from app.errors import DifferingReplicasError, DivergedError
 from app.linalg.checksum import checksum
+from app.linalg.precision import full_precision
 from app.linalg.svd import is_diagonal
 from app.lowrank.conversion import LayerReport
 from app.lowrank.event import Event, LayerEvent
@@ -73,7 +74,7 @@ class Events:
         # Around the factorizations alone: nothing large is made before and after, and it slows
         # down the many small operators of the checksums.
         memory = TensorMemory(self._transitions.all_tensors()) if self._measure_memory else None
-        with memory or nullcontext():
+        with memory or nullcontext(), full_precision():
             layers = self._factorize(reports, infos)
         seconds = self._prove(reports, layers, step)
         became_low_rank = any(

@@ -129,3 +129,13 @@ def test_ranks_are_rounded_up_in_layers_of_twelve_multiples_and_more():
     assert rounded_up(77, full_rank=191, multiple=16) == 77
     assert rounded_up(195, full_rank=200, multiple=16) == 200
     assert rounded_up(77, full_rank=192, multiple=1) == 77
+
+
+def test_smaller_layers_are_rounded_up_to_what_the_hardware_asks_for():
+    assert rounded_up(25, full_rank=64, multiple=16, alignment=8) == 32
+    assert rounded_up(51, full_rank=128, multiple=16, alignment=8) == 56
+    assert rounded_up(9, full_rank=31, multiple=16, alignment=8) == 9
+    assert rounded_up(31, full_rank=33, multiple=16, alignment=8) == 32
+    assert rounded_up(33, full_rank=33, multiple=16, alignment=8) == 33
+    assert rounded_up(77, full_rank=192, multiple=16, alignment=8) == 80
+    assert rounded_up(25, full_rank=64, multiple=1, alignment=8) == 25

@@ -203,6 +203,25 @@ def test_cut_at_conversion_on_request():
     assert method.ranks()["2.weight"] < 32
 
 
+def test_an_event_computes_in_full_precision_whatever_the_program_allows(monkeypatch):
+    model, optimizer, method = make(delay=1, update_interval=1)
+    seen, apply = [], Transitions.apply
+
+    def look(self, report, factors):
+        seen.append(torch.backends.cuda.matmul.fp32_precision)
+        return apply(self, report, factors)
+
+    monkeypatch.setattr(Transitions, "apply", look)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        train(model, optimizer, method, 2)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert set(seen) == {"ieee"}
+
+
 def test_gradient_accumulation_counts_optimizer_steps_and_loses_nothing():
     model, optimizer, method = make("momentum", delay=2, layer_fraction=1, **NO_CUT)
     other, other_optimizer, other_method = make("momentum", delay=2, layer_fraction=1, **NO_CUT)

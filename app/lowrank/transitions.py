@@ -22,6 +22,9 @@ from app.lowrank.optimizer_state import (
     rotate_parameter,
 )
 
+TENSOR_CORE_ALIGNMENT = 8
+"""Numbers of half precision in 16 bytes."""
+
 
 class Transitions:
     """Applies a factorization to a layer of a network and to its optimizer's state.
@@ -194,7 +197,8 @@ class Transitions:
     def _rank_after(self, report: LayerReport, s: Tensor) -> int:
         if self.is_dense(report) and not self.cuts_at_conversion:
             return s.shape[-1]
-        return self._kept_rank(s, full_rank=report.full_rank)
+        alignment = TENSOR_CORE_ALIGNMENT if s.is_cuda else 1
+        return self._kept_rank(s, full_rank=report.full_rank, alignment=alignment)
 
     def _replace_parameter(
         self,
