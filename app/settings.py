@@ -92,13 +92,19 @@ class DataSection(Section):
         "process per node (image_folder only).",
     )
     image_size: int = Field(224, gt=0, description="Crop size in pixels (image_folder only).")
+    check_images: Literal["headers", "pixels", "none"] = Field(
+        "headers",
+        description="Before the first step, all processes together: headers: open every image, and "
+        "decode those of validation and test, at most 10,000 per process; pixels: decode all "
+        "(image_folder only).",
+    )
     workers: int = Field(2, ge=0, description="Loader processes per process (image_folder only).")
     input_length: int = Field(96, gt=0, description="Known steps of a time series (ETT only).")
     horizon: int = Field(96, gt=0, description="Steps to be forecast (ETT only).")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        unused = {"random_augment", "random_erasing", "stage_to"}
+        unused = {"random_augment", "random_erasing", "stage_to", "check_images"}
         if self.name == "image_folder":
             unused = {"augmentation"}
         elif self.name.startswith("ett"):

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from app import config
 from app.errors import UserError
 from app.tasks import Task, build_task
 from app.tasks.image_files import MEAN, STD
+from app.tasks.image_listing import LeftOut, list_folder
 
 SIZE = 16
 CLASSES = ("ant", "bee", "cat")
@@ -232,11 +234,131 @@ def test_images_of_all_kinds_are_read_as_rgb(own_images: Path, mode: str) -> Non
 def test_damaged_image_is_named(own_images: Path, content: bytes | None, workers: int) -> None:
     path = own_images / "val" / "bee" / "1.png"
     path.write_bytes(path.read_bytes()[:-900] if content is None else content)
-    task = folder_task(own_images, workers=workers)
+    task = folder_task(own_images, workers=workers, check_images="none")
     with pytest.raises(UserError) as caught:
         list(task.evaluation_batches("test"))
     assert str(caught.value).startswith(f"data.root: {path} is not a readable image (")
     assert "\n" not in str(caught.value)
+
+
+def test_damaged_images_are_found_before_the_first_step(own_images: Path) -> None:
+    """Truncated ones in evaluation, those without a header everywhere; shared by processes."""
+    truncated, *_ = damaged = [
+        own_images / "val" / "bee" / "1.png",
+        own_images / "train" / "ant" / "0.png",
+        own_images / "train" / "ant" / "1.png",
+        own_images / "train" / "ant" / "2.png",
+    ]
+    truncated.write_bytes(truncated.read_bytes()[:-900])
+    for path in damaged[1:]:
+        path.write_bytes(b"no image")
+    messages = []
+    for number in range(2):
+        try:
+            folder_task(own_images, number, 2)
+        except UserError as error:
+            messages.append(str(error))
+    for message in messages:
+        assert re.match(r"data\.root: \S+ is not a readable image \(.*\); remove it", message)
+        assert "\n" not in message
+    counts = [int(m.partition("(and ")[2].partition(" ")[0] or 0) + 1 for m in messages]
+    assert sum(counts) == 4
+    assert any(str(truncated) in message for message in messages)
+    folder_task(own_images, check_images="none")
+
+
+def test_a_truncated_training_image_is_found_where_pixels_are_asked_for(own_images: Path) -> None:
+    path = own_images / "train" / "ant" / "0.png"
+    path.write_bytes(path.read_bytes()[:-900])
+    write_images(own_images / "test", 1)
+    folder_task(own_images)
+    with pytest.raises(UserError, match=r"ant/0\.png is not a readable image"):
+        folder_task(own_images, check_images="pixels")
+
+
+def add_what_lies_beside_images(root: Path) -> None:
+    image = (root / "val" / "ant" / "0.png").read_bytes()
+    for name in (".ipynb_checkpoints/a.png", "@eaDir/a.png", "ant/.ipynb_checkpoints/a.png",
+                 "ant/@eaDir/a.png/SYNOPHOTO_THUMB_M.jpg", "ant/._0.png", "ant/.DS_Store",
+                 "bee/Thumbs.db", "bee/moving.gif", "bee/MOVING.GIF", "notes.txt"):  # fmt: skip
+        path = root / "train" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(image)
+
+
+def test_what_lies_beside_images_is_left_out_and_told(
+    own_images: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = folder_task(own_images)
+    assert not caplog.messages
+    add_what_lies_beside_images(own_images)
+    task = folder_task(own_images)
+    assert (task._parts, task.outputs) == (plain._parts, 3)
+    (line,) = caplog.messages
+    assert line.startswith(f"data.root: left out in {own_images}: 6 hidden or of the system (")
+    assert line.endswith("(.gif: 2, .db: 1, .txt: 1)")
+    assert "\n" not in line
+
+
+def test_links_lead_nowhere_twice(
+    own_images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = folder_task(own_images)
+    train = own_images / "train"
+    (train / "ant" / "up").symlink_to(train)
+    (train / "ant" / "root").symlink_to(own_images)
+    (train / "bee" / "self").symlink_to(".")
+    (train / "bee" / "other").symlink_to("../ant")
+    (train / "cow").symlink_to("cat")
+    assert folder_task(own_images)._parts == plain._parts
+    (line,) = caplog.messages
+    assert ": 5 links to folders that are entered elsewhere or hold the link (" in line
+    # A folder that lies elsewhere is entered, and once; so is a class, or a whole part.
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(train / "cat", elsewhere / "more")
+    (elsewhere / "more" / "loop").symlink_to(elsewhere)
+    (train / "cat" / "a").symlink_to(elsewhere / "more")
+    (train / "cat" / "b").symlink_to(elsewhere)
+    (own_images / "val").rename(tmp_path / "val")
+    (own_images / "val").symlink_to(tmp_path / "val")
+    task = folder_task(own_images, validation_fraction=0.1)
+    assert len(task._parts["train"]) + len(task._parts["validation"]) == 21 + PER_CLASS
+    assert len(task._parts["test"]) == 9
+
+
+def test_the_order_is_that_of_torchvision(own_images: Path) -> None:
+    """So that the splits of runs of earlier versions, and of other programs, are the same."""
+    from torchvision.datasets import ImageFolder
+
+    inner = own_images / "train" / "ant" / "1"
+    inner.mkdir()
+    shutil.copy(own_images / "train" / "ant" / "0.png", inner / "B.PNG")
+    shutil.copy(own_images / "train" / "ant" / "0.png", own_images / "train" / "ant" / "1-a.jpg")
+    files, classes = list_folder(own_images / "train", LeftOut())
+    listing = ImageFolder(own_images / "train")
+    assert files == listing.samples
+    assert classes == listing.classes
+
+
+def test_a_folder_that_cannot_be_read_is_named(own_images: Path, monkeypatch: Any) -> None:
+    real = os.scandir
+
+    def scandir(path: Path) -> Any:
+        if path.name == "bee":
+            raise PermissionError(13, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match=r"cannot read .*train/bee \(Permission denied\)"):
+        folder_task(own_images)
+
+
+def test_a_class_of_other_files_says_so(own_images: Path) -> None:
+    for number in range(PER_CLASS):
+        path = own_images / "train" / "cat" / f"{number}.png"
+        path.rename(path.with_suffix(".gif"))
+    with pytest.raises(UserError, match=r"train/cat: no image of .*not read \(\.gif: 7\)"):
+        folder_task(own_images)
 
 
 @pytest.mark.parametrize("part", ["train", "val"])

@@ -16,6 +16,7 @@ from app.compatibility import import_torchvision, let_timm_posterize
 from app.errors import UserError
 from app.settings import DataSection
 from app.tasks import sharding
+from app.tasks.image_listing import File
 from app.tasks.randomness import seeded
 from app.tasks.sharding import Stream
 
@@ -27,8 +28,6 @@ CROP_RATIO = 0.875
 
 Box = tuple[int, int, int, int]
 """Left, top, right, bottom in pixels."""
-File = tuple[str, int]
-"""Path of an image and its class."""
 
 
 class Transform(Protocol):
@@ -74,9 +73,33 @@ class ImageFiles(Dataset[tuple[Tensor, int] | UserError]):
             with Image.open(path) as image:
                 pixels = self._transform.decode(image, random)
         except Exception as error:  # decoders fail in many ways
-            reason = " ".join(str(error).split())
-            return UserError(f"data.root: {path} is not a readable image ({reason}); remove it")
+            return UserError(_unreadable(path, error))
         return self._transform.finish(pixels, random), label
+
+
+def describe_problem(path: str, decode: bool) -> str | None:
+    """Open an image and return what is wrong with it, or None.
+
+    Args:
+        path: of the file.
+        decode: decode all of it, at the lowest resolution that its format allows for; False: read
+            the header alone, which does not find a truncated file.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            if decode:
+                image.draft("RGB", (1, 1))
+                image.load()
+    except Exception as error:  # decoders fail in many ways
+        return _unreadable(path, error)
+    return None
+
+
+def _unreadable(path: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())
+    return f"data.root: {path} is not a readable image ({reason}); remove it"
 
 
 def collate(
