@@ -92,6 +92,13 @@ class DataSection(Section):
         "process per node (image_folder only).",
     )
     image_size: int = Field(224, gt=0, description="Crop size in pixels (image_folder only).")
+    image_bits: int | None = Field(
+        None,
+        ge=1,
+        le=16,
+        description="Bits that grey values in files of 16 bits use; null: those that the file "
+        "names (a PNG by sBIT, a TIFF of 12 bits), otherwise 16 (image_folder only).",
+    )
     check_images: Literal["headers", "pixels", "none"] = Field(
         "headers",
         description="Before the first step, all processes together: headers: open every image, and "
@@ -104,7 +111,7 @@ class DataSection(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        unused = {"random_augment", "random_erasing", "stage_to", "check_images"}
+        unused = {"random_augment", "random_erasing", "stage_to", "check_images", "image_bits"}
         if self.name == "image_folder":
             unused = {"augmentation"}
         elif self.name.startswith("ett"):

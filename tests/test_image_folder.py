@@ -1,9 +1,12 @@
 """Image classification from folders: parts, transforms, random numbers, and what can go wrong."""
 
+import io
 import os
 import random
 import re
 import shutil
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from app.errors import UserError
 from app.tasks import Task, build_task
 from app.tasks.image_files import MEAN, STD
 from app.tasks.image_listing import LeftOut, list_folder
+from app.tasks.pixel_depth import grey_values
 
 SIZE = 16
 CLASSES = ("ant", "bee", "cat")
@@ -208,6 +212,138 @@ def test_grey_values_of_16_bits_in_a_pgm(own_images: Path) -> None:
     for batches in (task.train_batches(0), task.evaluation_batches("test")):
         inputs = torch.cat([batch.inputs for batch in batches])
         assert (inputs - expected[:, None, None]).abs().max() < 0.02
+
+
+def png(pixels: np.ndarray, *, significant_bits: int | None = None) -> bytes:
+    """Return a PNG of 16 bits, of grey values (height, width) or colours (height, width, 3)."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        crc = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + crc
+
+    colours = pixels.shape[2] if pixels.ndim == 3 else 1
+    header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 16, colours - 1, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    content = [chunk(b"IHDR", header)]
+    if significant_bits:
+        content.append(chunk(b"sBIT", bytes([significant_bits] * colours)))
+    content += [chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(content)
+
+
+def replace_all(root: Path, content: bytes, suffix: str) -> None:
+    for path in root.glob("*/*/*.png"):
+        path.unlink()
+        path.with_suffix(suffix).write_bytes(content)
+
+
+def mean_grey(task: Task) -> float:
+    """Return the mean over training and test of images of one grey, in [0, 1]."""
+    batches = [*task.train_batches(0), *task.evaluation_batches("test")]
+    inputs = torch.cat([batch.inputs for batch in batches])
+    grey = inputs * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
+    assert grey.std() < 0.01
+    return float(grey.mean())
+
+
+def flat(value: int, *shape: int) -> np.ndarray:
+    return np.full(shape or (30, 30), value, dtype=np.uint16)
+
+
+def tiff_of_12_bits(value: int) -> bytes:
+    """Two values in three bytes."""
+    tags = [(256, 30), (257, 30), (258, 12), (259, 1), (262, 1), (273, 8 + 2 + 12 * 9 + 4),
+            (277, 1), (278, 30), (279, 45 * 30)]  # fmt: skip
+    directory = b"".join(struct.pack("<HHII", tag, 4, 1, number) for tag, number in tags)
+    packed = bytes([value >> 4, (value & 15) << 4 | value >> 8, value & 255])
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + directory + bytes(4) + packed * 450
+
+
+@pytest.mark.parametrize(
+    ("content", "suffix", "data"),
+    [
+        (png(flat(128 << 4)), ".png", {"image_bits": 12}),
+        (png(flat(128)), ".png", {"image_bits": 8}),
+        (png(flat(2)), ".png", {"image_bits": 2}),
+        (png(flat(128 << 4), significant_bits=12), ".png", {}),
+        (png(flat(128 << 8), significant_bits=12), ".png", {}),  # scaled up, as the standard asks
+        (png(flat(0x0800 << 4 | 8), significant_bits=12), ".png", {}),  # with its upper bits below
+        (png(flat(0x8080), significant_bits=16), ".png", {}),
+        (tiff_of_12_bits(128 << 4), ".tif", {}),
+        (b"P5\n30 30\n4095\n" + flat(128 << 4).astype(">u2").tobytes(), ".pgm", {}),
+        (b"P5\n30 30\n4095\n" + flat(2048).astype(">u2").tobytes(), ".pgm", {"image_bits": 12}),
+    ],
+    ids=range(10),
+)  # fmt: skip
+def test_grey_values_are_scaled_by_the_bits_that_they_use(
+    own_images: Path, content: bytes, suffix: str, data: dict[str, Any]
+) -> None:
+    replace_all(own_images, content, suffix)
+    expected = 2 / 3 if data.get("image_bits") == 2 else 0.5
+    assert mean_grey(folder_task(own_images, **data)) == pytest.approx(expected, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("content", "cure"),
+    [
+        (png(np.arange(900).reshape(30, 30) % 250), "set data.image_bits=8"),
+        (png(np.arange(900).reshape(30, 30) * 4), "set data.image_bits=12"),
+        (png(np.arange(2700).reshape(30, 30, 3)), "convert them to 8 bits"),
+    ],
+    ids=["8", "12", "colours"],
+)
+def test_images_of_16_bits_that_are_almost_black_are_told(
+    own_images: Path, content: bytes, cure: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    replace_all(own_images, content, ".png")
+    folder_task(own_images, 1, 2)
+    assert not caplog.messages  # one process tells
+    folder_task(own_images, 0, 2)
+    for name, message in zip(("train", "test", "validation"), caplog.messages, strict=True):
+        assert message.startswith(f"data.root: images of 16 bits in {name} use at most ")
+        assert message.endswith(f"almost black: {cure}")
+
+
+def test_a_dark_image_that_was_scaled_up_stays_dark(own_images: Path) -> None:
+    """As the standard asks of a writer: 12 bits shifted to the left, none of them above 4096."""
+    values = (np.arange(900).reshape(30, 30) % 250) << 4
+    with Image.open(io.BytesIO(png(values, significant_bits=12))) as image:
+        assert grey_values(image, None)[1] == 16
+    with Image.open(io.BytesIO(png(values + 5, significant_bits=12))) as image:
+        assert grey_values(image, None)[1] == 12
+
+
+def test_a_part_of_equal_pixels_is_told(own_images: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for path in own_images.glob("val/*/*.png"):
+        Image.new("RGB", (9, 9), (7, 7, 7)).save(path)
+    folder_task(own_images)
+    assert caplog.messages == [
+        "data.root: all pixels of the 9 images of test that were looked at are equal"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.full((30, 30), 0.5, np.float32), r"holds floats \(mode F\), whose range is unknown"),
+        (np.full((30, 30), 9, np.int32), r"holds integers of 32 bits \(mode I\), whose range"),
+    ],
+)
+@pytest.mark.parametrize("check", ["headers", "none"])
+def test_values_of_unknown_range_are_refused(
+    own_images: Path, values: np.ndarray, message: str, check: str
+) -> None:
+    path = own_images / "val" / "ant" / "0.tif"
+    Image.fromarray(values).save(path)
+    with pytest.raises(UserError, match=rf"^data\.root: \S+0\.tif {message}") as caught:
+        list(folder_task(own_images, check_images=check).evaluation_batches("test"))
+    assert "\n" not in str(caught.value)
+
+
+def test_bits_of_grey_values_are_not_for_colours(own_images: Path) -> None:
+    (own_images / "train" / "ant" / "0.png").write_bytes(png(flat(900, 30, 30, 3)))
+    with pytest.raises(UserError, match=r"0\.png holds colours of 16 bits, and data\.image_bits"):
+        folder_task(own_images, image_bits=12)
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "CMYK", "I;16"])

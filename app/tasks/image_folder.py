@@ -19,7 +19,7 @@ from app.errors import UserError
 from app.settings import Configuration, DataSection
 from app.tasks import Batch, sharding
 from app.tasks.classification import Classification
-from app.tasks.image_check import check_images
+from app.tasks.image_check import check_images, warn_of_dark_parts
 from app.tasks.image_files import (
     EvaluationTransform,
     ImageFiles,
@@ -64,10 +64,16 @@ class ImageFolderClassification(Classification):
         self._workers = data.workers
         self._normalize = Normalization(device)
         self._train_transform = TrainingTransform(data)
-        self._evaluation_transform = EvaluationTransform(data.image_size)
+        self._evaluation_transform = EvaluationTransform(data.image_size, data.image_bits)
         check_images(
-            self._parts, data.check_images, process_index=process_index, process_count=process_count
+            self._parts,
+            data.check_images,
+            image_bits=data.image_bits,
+            process_index=process_index,
+            process_count=process_count,
         )
+        if data.check_images != "none" and process_index == 0:
+            warn_of_dark_parts(self._parts, data.image_bits)
 
     def train_batches(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
         """Yield this process's shares of the global batches; see :class:`app.tasks.Task`.
