@@ -8,7 +8,16 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 APP = ROOT / "app"
 FRONT_DOORS = {"train", "report", "analyze", "export", "calibrate"}
-COMMON = {"errors", "settings", "section", "search_section", "config", "yaml_text", "compatibility"}
+COMMON = {
+    "errors",
+    "settings",
+    "section",
+    "search_section",
+    "data_section",
+    "config",
+    "yaml_text",
+    "compatibility",
+}
 
 # What the modules of a package may import of app, beside their own package and COMMON.
 ALLOWED = {
@@ -30,6 +39,7 @@ ALLOWED = {
     "settings": set(),
     "section": set(),
     "search_section": set(),
+    "data_section": set(),
     "compatibility": set(),
 }
 ONLY_IN = {

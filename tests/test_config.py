@@ -43,6 +43,15 @@ def test_a_string_is_what_was_typed(text):
     assert config.build(config.parse(config.to_yaml(loaded), source="")) == loaded
 
 
+def test_cycles_that_grow_too_fast_leave_none_for_the_first():
+    """100^999 is no float, and the first of ten such cycles would be a fraction of a step."""
+    for limit, factor in ((1000, 100), (10, 20)):
+        keys = [f"training.cycle_limit={limit}", f"training.cycle_mul={factor}"]
+        with pytest.raises(UserError, match=rf"^training\.cycle_limit: of {limit} cycles, each"):
+            config.load(None, keys)
+    config.load(None, ["training.cycle_limit=1000", "training.cycle_mul=1"])
+
+
 def test_null_is_none_where_a_key_may_have_none():
     loaded = config.load(None, ["run.dir=null", "data.root=null", "training.ema_decay=null"])
     assert (loaded.run.dir, loaded.data.root, loaded.training.ema_decay) == (None, "null", None)
@@ -78,6 +87,14 @@ def test_a_resumed_folder_is_what_was_typed():
         ("training.minimum_learning_rate=1", "training.minimum_learning_rate: 1.0 exceeds"),
         ("training.accumulation=100", "training.accumulation: 100 backward passes cannot share"),
         ("stability.interval=2", "stability.window: 5 must be a multiple of interval, 2"),
+        ("training.cycle_limit=1000000000", "training.cycle_limit: should be less than or equal"),
+        ("training.k_decay=1e300", "training.k_decay: should be less than or equal to 20"),
+        ("training.k_decay=1e-20", "training.k_decay: should be greater than or equal to 0.1"),
+        ("training.learning_rate=3e38", "training.learning_rate: should be less than or equal to"),
+        ("training.gradient_clip=1e-40", "gradient_clip: should be 0 or at least 1e-30 in size"),
+        ("search.step_price=1e300", "search.step_price: should be at most 1e9 in size (got 1e+30"),
+        ("training.epochs=" + "9" * 400, "training.epochs: should be at most 2^32 in size"),
+        ("distributed.timeout=1e300", "distributed.timeout: should be less than or equal to 1000"),
         ("epochs=3", "'epochs=3': expected section.key=value"),
         ("training.epochs", "'training.epochs': expected section.key=value"),
         ("training.epochs=[", "training.epochs: '[' is not a YAML value"),

@@ -154,6 +154,15 @@ def test_cifar_pickled_by_python_3(tmp_path: Path) -> None:
     assert labels.tolist() == [0, 7, 4]
 
 
+@pytest.mark.parametrize("label", [10**30, -(2**64)])
+def test_labels_beyond_all_integers(tmp_path: Path, label: int) -> None:
+    path = tmp_path / "batch"
+    images = images_of(labels_of(2, 10), 3072)
+    path.write_bytes(pickle.dumps({"data": images, "labels": [label, 0]}, protocol=4))
+    with pytest.raises(ValueError, match="'labels' holds labels of more than 64 bits"):
+        read_cifar(path, label_key="labels")
+
+
 def test_digits_are_cut_as_documented() -> None:
     from sklearn.datasets import load_digits
 

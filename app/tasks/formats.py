@@ -83,6 +83,8 @@ def read_cifar(path: Path, *, label_key: str) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError("'data' is not an array of bytes, 3072 per image")
     if not isinstance(labels, list) or not all(type(label) is int for label in labels):
         raise ValueError(f"{label_key!r} is not a list of integers")
+    if any(abs(label) >= 2**63 for label in labels):
+        raise ValueError(f"{label_key!r} holds labels of more than 64 bits")
     return images.reshape(-1, 3, 32, 32), np.array(labels, dtype=np.int64)
 
 
