@@ -1,9 +1,12 @@
 """python -m app.analyze: checkpoints of any origin, measured as during training."""
 
 import argparse
+import json
+import struct
 import subprocess
 import sys
 import types
+import zipfile
 from collections import defaultdict
 from datetime import datetime
 from pathlib import Path
@@ -206,6 +209,58 @@ def test_what_cannot_be_read_is_named_and_runs_no_code(tmp_path):
         assert str(tmp_path / name) in str(caught.value)
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "ran").exists()
+
+
+def write_safetensors(path, kind, size):
+    """Write a file with one weight of a type that this version of torch may not know."""
+    entry = {"dtype": kind, "shape": [2, 4], "data_offsets": [0, size]}
+    header = json.dumps({"fc.weight": entry}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(size))
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (torch.empty(2, 2, device="meta"), r"has a shape and no values \(device meta\)"),
+        (torch.zeros(1).expand(10**6, 10**6), "has far more values than are stored"),
+        (torch.sparse_coo_tensor(torch.zeros(2, 1), torch.ones(1), (10**6, 10**6)),
+         "has far more values than are stored"),
+        (torch.zeros(2, 2, dtype=torch.float8_e8m0fnu), "is of torch.float8_e8m0fnu, which is no"),
+    ],
+    ids=["meta", "expanded", "sparse", "scales"],
+)  # fmt: skip
+def test_weights_without_usable_values_are_named(tmp_path, weight, message):
+    torch.save({"fc.weight": weight, "head.weight": torch.ones(2, 2)}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=rf"a\.pt: 'fc\.weight' .*{message}") as caught:
+        read_checkpoint(tmp_path / "a.pt")
+    assert "\n" not in str(caught.value)
+
+
+def test_files_of_other_programs_are_refused_in_one_line(tmp_path):
+    for kind, size, message in (
+        ("F4", 4, "is of torch.float4_e2m1fn_x2, which is no number by itself"),
+        ("X9", 8, "cannot be read, it is damaged or no checkpoint"),
+    ):
+        write_safetensors(tmp_path / "a.safetensors", kind, size)
+        with pytest.raises(CheckpointError, match=message) as caught:
+            read_checkpoint(tmp_path / "a.safetensors")
+        assert "\n" not in str(caught.value)
+    torch.jit.script(nn.Linear(2, 2)).save(tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match="is a TorchScript program"):
+        read_checkpoint(tmp_path / "a.pt")
+
+
+def test_an_archive_that_grows_is_refused(tmp_path):
+    """A few bytes of a compressed archive may stand for gigabytes."""
+    torch.save({"fc.weight": torch.zeros(100, 100)}, tmp_path / "a.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "a.pt") as plain,
+        zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    with pytest.raises(CheckpointError, match="is a compressed archive and not one of torch"):
+        read_checkpoint(tmp_path / "b.pt")
 
 
 def test_files_are_found_below_a_folder_in_natural_order(tmp_path):
@@ -523,7 +578,9 @@ def test_weights_of_8_bits_sparse_ones_and_names_with_a_slash_are_measured(tmp_p
     assert report.main([str(tmp_path / "analysis"), "--formats", "png"]) == 0
 
 
-@pytest.mark.parametrize("name", ["type.weight", "", "a..b", "fc0.weight.b", "training"])
+@pytest.mark.parametrize(
+    "name", ["type.weight", "", "a..b", "fc0.weight.b", "training", "a\0b", "a\ud800"]
+)
 def test_a_file_with_a_name_that_no_module_can_hold_is_skipped(tmp_path, capsys, name):
     folder = save_series(tmp_path / "run", count=2)
     state = torch.load(folder / "model-1.pt")

@@ -243,6 +243,11 @@ IMAGES_FILE, LABELS_FILE = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
     [
         (IMAGES_FILE, truncate, r"holds 31260 bytes of data, its header announces \[40, 28, 28\]"),
         (IMAGES_FILE, lambda p: p.write_bytes(b""), "is not an idx file of bytes in 3"),
+        (
+            IMAGES_FILE,
+            lambda p: p.write_bytes(b"\0\0\x08\3\0"),
+            "ends after 5 bytes, within its he",
+        ),
         (IMAGES_FILE, lambda p: replace_start(p, b"\0\0\x0d\3"), "begins with '00000d03' and not"),
         (IMAGES_FILE, lambda p: write_idx(p, LABELS), "begins with '00000801' and not '00000803'"),
         (IMAGES_FILE, lambda p: write_idx(p, images_of(LABELS, 8, 8)), r"images \(40, 1, 8, 8\)"),

@@ -20,6 +20,19 @@ WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 the network or a module within it."""
 
 _STEP_KEYS = ("step", "global_step", "iteration")
+_DTYPES = {
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2,
+    torch.float8_e5m2fnuz,
+}
+"""Of weights; those of 4 bits are packed, and float8_e8m0fnu is for the scales of others."""
+_LARGEST_EXPANSION = 2**26
+"""Values of a weight that is stored as fewer: sparse, or one value for many."""
 _LOOKED_AT = 64
 """Entries at the beginning and at the end of a weight that a fingerprint is made of."""
 
@@ -86,6 +99,8 @@ def read_checkpoint(*files: Path) -> StoredCheckpoint:
         stored = content.get("position", content)
         position = position or (stored if isinstance(stored, Mapping) else {})
     path = files[0]
+    if problem := next(filter(None, map(_unusable, state.items())), None):
+        raise CheckpointError(f"{path}: {problem}")
     weights = _name_weights(_without_wrappers(state))
     if not weights:
         raise CheckpointError(f"{path}: no floating tensor of two or more dimensions")
@@ -109,9 +124,7 @@ def fingerprint(weights: Mapping[str, Weight]) -> str:
     for name, weight in weights.items():
         parts = weight if isinstance(weight, StoredFactors) else (weight,)
         for part in parts:
-            values = part.detach()
-            values = values.coalesce().values() if values.is_sparse else values
-            flat = values.flatten()
+            flat = part.detach().to_dense().flatten()
             some = torch.cat([flat[:_LOOKED_AT], flat[-_LOOKED_AT:]]).contiguous()
             digest.update(f"{name} {tuple(part.shape)} {part.dtype}".encode())
             digest.update(some.view(torch.uint8).numpy().tobytes())
@@ -162,6 +175,25 @@ def _without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed if len(renamed) == len(state) else state
 
 
+def _unusable(entry: tuple[str, Tensor]) -> str | None:
+    """Say why a tensor cannot be measured, though it may be a weight; None if it can."""
+    name, tensor = entry
+    if tensor.is_meta:
+        return f"{name!r} has a shape and no values (device meta): save the weights themselves"
+    if tensor.is_nested:
+        return f"{name!r} is a nested tensor"
+    if not tensor.is_floating_point() or tensor.dim() < 2:
+        return None
+    if tensor.dtype not in _DTYPES:
+        return f"{name!r} is of {tensor.dtype}, which is no number by itself"
+    # A few bytes can stand for more values than any memory holds.
+    is_strided = tensor.layout == torch.strided
+    stored = tensor.untyped_storage().nbytes() // tensor.element_size() if is_strided else 0
+    if tensor.numel() > max(stored, _LARGEST_EXPANSION):
+        return f"{name!r} {tuple(tensor.shape)} has far more values than are stored"
+    return None
+
+
 def _name_weights(state: dict[str, Tensor]) -> dict[str, Weight]:
     """Find the weights, those that are held as factors under their dense names."""
     weights: dict[str, Weight] = {}
@@ -189,16 +221,26 @@ def _are_factors(factors: Sequence[Tensor]) -> bool:
 
 
 def _impossible_name(names: Collection[str]) -> str | None:
-    """Return a name under which no tree of modules can hold a weight; None if there is none."""
+    """Return a name under which no module or no HDF5 file can hold a weight; None if none is."""
     reserved = nn.Module()
     for name in names:
         parts = name.split(".")
         parents = (".".join(parts[:end]) for end in range(1, len(parts)))
+        if "\0" in name or not _is_text(name):
+            return name
         if any(not part.strip("/") or hasattr(reserved, part) for part in parts) or any(
             parent in names for parent in parents
         ):
             return name
     return None
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # a half of a pair of UTF-16
+        return False
+    return True
 
 
 def _dense_name(path: str, state: Mapping[str, Tensor]) -> str:

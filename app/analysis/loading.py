@@ -121,10 +121,8 @@ def _load_safetensors(path: Path) -> dict[str, Any]:
 
 def _load_torch(path: Path) -> Any:
     mapped = zipfile.is_zipfile(path)
-    if mapped and _is_program(path):
-        raise CheckpointError(
-            f"{path}: is a TorchScript program and not a checkpoint: save the state_dict"
-        )
+    if mapped:
+        _check_archive(path)
     admitted = list(_ADMITTED)
     for _ in range(100):
         with torch.serialization.safe_globals(admitted):
@@ -146,9 +144,20 @@ def _load_torch(path: Path) -> Any:
     )
 
 
-def _is_program(path: Path) -> bool:
+def _check_archive(path: Path) -> None:
+    """Refuse programs, and what would grow when it is unpacked: torch.save does not compress.
+
+    Raises:
+        CheckpointError: it is one of both.
+    """
     with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+        members = archive.infolist()
+    if any(member.filename.endswith("/constants.pkl") for member in members):
+        raise CheckpointError(
+            f"{path}: is a TorchScript program and not a checkpoint: save the state_dict"
+        )
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise CheckpointError(f"{path}: is a compressed archive and not one of torch.save")
 
 
 def _refused_type(message: str) -> str | None:

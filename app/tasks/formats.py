@@ -42,11 +42,13 @@ def read_idx(path: Path, *, dimensions: int) -> np.ndarray:
         raise ValueError(f"cannot be read ({error})") from None
     start = 4 + 4 * dimensions
     magic = bytes([0, 0, _UNSIGNED_BYTE, dimensions])
-    if len(content) < start or content[:4] != magic:
+    if not content.startswith(magic):
         raise ValueError(
             f"is not an idx file of bytes in {dimensions} dimension(s): it begins with "
             f"{content[:4].hex()!r} and not {magic.hex()!r}"
         )
+    if len(content) < start:
+        raise ValueError(f"ends after {len(content)} bytes, within its header")
     shape = np.frombuffer(content, ">u4", count=dimensions, offset=4).tolist()
     elements = np.frombuffer(content, np.uint8, offset=start)
     if len(elements) != np.prod(shape, dtype=object):
