@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from launching import train
 from PIL import Image
 from torch import Tensor
 
@@ -532,3 +533,34 @@ def test_too_few_images(own_images: Path) -> None:
         (own_images / "train" / "ant" / f"{number}.png").unlink()
     with pytest.raises(UserError, match=r"^data\.root: image_folder in .* has 1 training images"):
         folder_task(own_images)
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_damaged_image_that_one_process_meets_ends_all_of_them_alike(
+    own_images: Path, tmp_path: Path, part: str
+) -> None:
+    """The one good line, one code, no traceback of those that wait; the last checkpoint stays."""
+    path = own_images / part / "bee" / "1.png"
+    path.write_bytes(path.read_bytes()[:-900])
+    write_images(own_images / "test", 2)
+    result = train(
+        2,
+        f"run.dir={tmp_path / 'run'}",
+        f"data.root={own_images}",
+        "data.name=image_folder",
+        "data.check_images=none",
+        f"data.image_size={SIZE}",
+        "data.augmentation=none",
+        "data.workers=0",
+        "training.batch_size=4",
+        "training.epochs=3",
+        "training.warmup_epochs=0",
+        "model.arguments={patch_size: 8, embed_dim: 16, depth: 1, num_heads: 2}",
+        "oialr.delay=3",
+        "oialr.update_interval=2",
+        code=2,
+    )
+    assert "Traceback" not in result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert line.startswith(f"error: data.root: {path} is not a readable image (")
+    assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
