@@ -591,6 +591,21 @@ def test_a_file_with_a_name_that_no_module_can_hold_is_skipped(tmp_path, capsys,
     assert "2 checkpoints" in captured.out
 
 
+def test_names_are_drawn_and_shown_as_they_stand(tmp_path):
+    """No name runs as a script on the page, and none is taken for a formula by matplotlib."""
+    torch.manual_seed(0)
+    names = ["<script>alert(1)</script>.weight", "a$\\frac$.b&\"'.weight", "x$y_^$.weight",
+             "two\nlines.weight", "$.weight"]  # fmt: skip
+    for number in range(3):
+        torch.save({name: torch.randn(6, 5) for name in names}, tmp_path / f"m-{number}.pt")
+    assert analyze.main([str(tmp_path), "--window", "1"]) == 0
+    assert report.main([str(tmp_path / "analysis"), "--formats", "png"]) == 0
+    page = (tmp_path / "analysis" / "report" / "report.html").read_text()
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert 'b&"' not in page
+
+
 def test_two_processes_measure_what_one_does(tmp_path):
     folder = save_series(tmp_path / "run")
     (folder / "model-9.pt").write_text("x")

@@ -5,6 +5,7 @@ import gzip
 import os
 import pickle
 import struct
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,28 @@ def test_cifar_pickled_by_python_3(tmp_path: Path) -> None:
     read, labels = read_cifar(path, label_key="labels")
     np.testing.assert_array_equal(read.reshape(3, -1), images)
     assert labels.tolist() == [0, 7, 4]
+
+
+def test_a_packed_file_is_read_no_further_than_its_header_announces(tmp_path: Path) -> None:
+    """A thousandth of it on the disk, a packed file of zeros could fill any memory."""
+    path = tmp_path / "images.gz"
+    header = bytes([0, 0, 8, 1, 0, 0, 0, 4])
+    with gzip.open(path, "wb") as file:
+        file.write(header + bytes(4))
+    assert read_idx(path, dimensions=1).tolist() == [0] * 4
+    with gzip.open(path, "wb") as file:
+        file.write(header + bytes(10**7))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"holds more bytes of data, its header announces \[4\]"):
+        read_idx(path, dimensions=1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10**6
+    path.write_bytes(gzip.compress(bytes([0, 0, 8, 3]) + b"\xff" * 12))
+    with pytest.raises(
+        ValueError, match=r"holds 0 bytes of data, its header announces \[4294967295"
+    ):
+        read_idx(path, dimensions=3)
 
 
 @pytest.mark.parametrize("label", [10**30, -(2**64)])

@@ -404,6 +404,18 @@ def test_damaged_images_are_found_before_the_first_step(own_images: Path) -> Non
     folder_task(own_images, check_images="none")
 
 
+def test_an_image_that_would_fill_the_memory_is_refused_by_its_header(own_images: Path) -> None:
+    """60,000 by 60,000 pixels in a few bytes."""
+    content = png(flat(0, 2, 2))
+    size = struct.pack(">II", 60_000, 60_000)
+    header = content[12:16] + size + content[24:29]
+    crc = struct.pack(">I", zlib.crc32(header))
+    path = own_images / "train" / "ant" / "0.png"
+    path.write_bytes(content[:12] + header + crc + content[33:])
+    with pytest.raises(UserError, match=r"ant/0\.png is not a readable image \(Image size"):
+        folder_task(own_images)
+
+
 def test_a_truncated_training_image_is_found_where_pixels_are_asked_for(own_images: Path) -> None:
     path = own_images / "train" / "ant" / "0.png"
     path.write_bytes(path.read_bytes()[:-900])
