@@ -4,11 +4,17 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from app.command import EXIT_USER, Parser, report_fault, run_command
 from app.distributed.launch import read_launch
 from app.errors import AgreedUserError, UserError
 
+if TYPE_CHECKING:
+    from app.analysis.run import Analysis
+
+_NAMED = 5
+"""Files that are passed over and named."""
 EXAMPLES = """\
 examples:
   python -m app.analyze checkpoints/
@@ -17,9 +23,11 @@ examples:
   python -m app.report checkpoints/analysis
 
 CHECKPOINT is a file or a folder of files: of torch.save (a state_dict, alone or under state_dict or
-model), of safetensors, or of this program. They are sorted by the epoch or step that they hold, or
-else by name, 2 before 10. All floating tensors of two or more dimensions are measured; those whose
-names are those of embeddings, tokens, positions or masks are not averaged.
+model), of safetensors, or of this program; shards (model-00001-of-00002) are one checkpoint. They
+are sorted by the epoch or step that they hold, or else by name, 2 before 10; copies, such as the
+last or the best once more, and averages (ema, swa) are passed over. All floating tensors of two or
+more dimensions are measured; those whose names are those of embeddings, tokens, positions or masks
+are not averaged.
 
 exit codes: 0 done; 2 a mistake in what was asked for, or some files were skipped, each named on
 stderr, and the others measured; 1 a fault.
@@ -48,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="N",
         type=int,
         default=5,
-        help="compare with the checkpoint N before (5)",
+        help="compare with the checkpoint N before, at their most common distance (5)",
     )
     for option, what in (
         ("--include", "measure only weights that match (*); repeatable"),
@@ -97,11 +105,28 @@ def _run(options: argparse.Namespace) -> int:
     if read_launch().process_index == 0:
         for problem in result.problems:
             print(f"skipped: {problem}", file=sys.stderr)
+        for note in _notes(result, options.window):
+            print(note, file=sys.stderr)
         print(
             f"{result.metrics}: {result.measured} checkpoints, {result.layers} weights; "
             f"draw them: python -m app.report {result.metrics.parent}"
         )
     return EXIT_USER if result.problems else 0
+
+
+def _notes(result: "Analysis", window: int) -> list[str]:
+    """Return what the user should know, a line each."""
+    notes = []
+    if passed_over := result.passed_over:
+        named = ", ".join(f"{entry.path} ({entry.reason})" for entry in passed_over[:_NAMED])
+        more = f" and {len(passed_over) - _NAMED} more" if len(passed_over) > _NAMED else ""
+        notes.append(f"passed over: {named}{more}")
+    if result.by_count:
+        notes.append(
+            f"the checkpoints are at no common distance in time: each is compared with the one "
+            f"that is {window} before in their order"
+        )
+    return notes
 
 
 if __name__ == "__main__":

@@ -5,21 +5,29 @@ Nothing is dropped silently: an unknown key is an error, and a near miss is sugg
 """
 
 import difflib
+import os
 import re
+import reprlib
+import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
-import yaml
 from pydantic import ValidationError
 
+from app import yaml_text
 from app.errors import UserError
 from app.section import Section
 from app.settings import Configuration
+from app.yaml_text import YamlError, dump
 
+LONGEST_CHAIN = 16
+"""Files that extend each other."""
 _NULL = ("null", "Null", "NULL", "~")
 """What YAML reads as none."""
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
 DEFAULT_CONFIGURATION = Path(__file__).resolve().parent.parent / "configs" / "digits_vit.yaml"
 
 
@@ -87,25 +95,55 @@ def read(path: Path, reason: str, extending: tuple[Path, ...] = ()) -> dict[str,
     Raises:
         UserError: a file cannot be read, or as :func:`parse`.
     """
-    if path.resolve() in extending:
-        raise UserError(f"{reason}: {path} extends itself")
+    name = named(str(path))
     try:
-        text = path.read_text()
+        resolved = path.resolve()
+        if resolved in extending:
+            raise UserError(f"{reason}: {name} extends itself")
+        if len(extending) > LONGEST_CHAIN:
+            raise UserError(f"{reason}: more than {LONGEST_CHAIN} files extend each other")
+        text = _read_text(path)
     except OSError as error:
-        raise UserError(f"{reason}: cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{reason}: cannot read {path}: it is no text") from None
-    values = parse(text, source=str(path))
+        raise UserError(f"{reason}: cannot read {name}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{reason}: cannot read {name}: {error}") from None
+    values = parse(text, source=name)
     if "extends" not in values:
         return values
     other = values.pop("extends")
     if not isinstance(other, str):
-        raise UserError(f"{path}: extends: expected the path of a configuration, got {other!r}")
-    base = read(path.parent / other, f"{path}: extends", (*extending, path.resolve()))
+        raise UserError(
+            f"{name}: extends: expected the path of a configuration, got {shortened(other)}"
+        )
+    base = read(path.parent / other, f"{name}: extends", (*extending, resolved))
     for section, keys in values.items():
         is_section = isinstance(keys, dict) and isinstance(base.get(section), dict)
         base[section] = {**base[section], **keys} if is_section else keys
     return base
+
+
+def _read_text(path: Path) -> str:
+    """Return the text of a regular file; others, such as pipes, may have no end.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no regular file, too large, or no text; or its name is impossible.
+    """
+    with open(path, "rb", opener=_open_at_once) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("it is no regular file")
+        content = file.read(4 * yaml_text.LARGEST_TEXT + 1)
+    if len(content) > 4 * yaml_text.LARGEST_TEXT:
+        raise ValueError("it is too large for a configuration")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError("it is no text") from None
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a file without waiting for the other end of what may be a pipe."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def parse(text: str, *, source: str) -> dict[str, Any]:
@@ -115,13 +153,14 @@ def parse(text: str, *, source: str) -> dict[str, Any]:
         UserError: not YAML, a key given twice, or no mapping of sections.
     """
     try:
-        values = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{source}: {' '.join(str(error).split())}") from None
+        values = yaml_text.load(text)
+    except YamlError as error:
+        raise UserError(f"{source}: {error}") from None
     if values is None:
         return {}
-    if not isinstance(values, dict):
-        raise UserError(f"{source}: expected sections such as 'training:', found {values!r}")
+    if not isinstance(values, dict):  # not shown: it may be any file, named by mistake or not
+        kind = type(values).__name__
+        raise UserError(f"{source}: expected sections such as 'training:', found one {kind}")
     return values
 
 
@@ -144,11 +183,6 @@ def to_yaml(configuration: Configuration) -> str:
     return dump(configuration.model_dump())
 
 
-def dump(values: Mapping[str, Any]) -> str:
-    """Return nested dictionaries as YAML, in their order."""
-    return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False)
-
-
 def documented_keys() -> list[str]:
     """Return every key of the configuration with its section, in order."""
     return [
@@ -166,7 +200,9 @@ def describe_keys() -> str:
         lines.append(f"{section}: {section_type.__doc__}")
         for key, entry in section_type.model_fields.items():
             default = entry.get_default(call_default_factory=True)
-            lines.append(f"  {section}.{key}={_as_yaml(default)}\n      {entry.description}")
+            lines.append(
+                f"  {section}.{key}={yaml_text.dump_value(default)}\n      {entry.description}"
+            )
             if choices := [c for c in get_args(entry.annotation) if isinstance(c, str)]:
                 lines.append(f"      One of {', '.join(choices)}.")
     return "\n".join(lines)
@@ -175,10 +211,6 @@ def describe_keys() -> str:
 def _section(annotation: Any) -> type[Section]:
     assert issubclass(annotation, Section)
     return annotation
-
-
-def _as_yaml(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True).splitlines()[0]
 
 
 def parse_override(override: str) -> tuple[str, Any]:
@@ -194,15 +226,19 @@ def parse_override(override: str) -> tuple[str, Any]:
     key, separator, text = override.partition("=")
     parts = key.split(".")
     if not separator or len(parts) < 2 or not all(parts):
-        raise UserError(f"{override!r}: expected section.key=value, such as training.epochs=10")
+        raise UserError(
+            f"{shortened(override)}: expected section.key=value, such as training.epochs=10"
+        )
     types = _types_of(key)
     is_null = not text or (NoneType in types and text in _NULL)
     if str in types and not is_null and text[0] not in "'\"":
         return key, text
     try:
-        return key, yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
-        raise UserError(f"{key}: {text!r} is not a YAML value; quote it") from None
+        return key, yaml_text.load(text)
+    except YamlError as error:
+        raise UserError(
+            f"{key}: {shortened(text)} is not a YAML value; quote it ({error})"
+        ) from None
 
 
 def _types_of(key: str) -> tuple[Any, ...]:
@@ -235,8 +271,8 @@ def assign(values: dict[str, Any], key: str, value: Any) -> None:
 
 def _describe(problem: Any) -> str:
     """One line for one problem that pydantic found: key, what is wrong, what would be right."""
-    location = ".".join(str(part) for part in problem["loc"])
-    given = problem["input"]
+    location = named(".".join(str(part) for part in problem["loc"]))
+    given = shortened(problem["input"])
     context = problem.get("ctx", {})
     match problem["type"]:
         case "extra_forbidden":
@@ -246,13 +282,23 @@ def _describe(problem: Any) -> str:
             return f"{location}.{context['error']}" if location else str(context["error"])
         case "literal_error":
             choices = re.findall(r"'([^']*)'", context["expected"])
-            hint = _suggestion(str(given), choices)
-            return f"{location}: {given!r} is not one of {', '.join(choices)}{hint}"
+            hint = _suggestion(str(problem["input"])[:200], choices)
+            return f"{location}: {given} is not one of {', '.join(choices)}{hint}"
         case "model_type":
-            return f"{location}: expected keys below this section, got {given!r}"
+            return f"{location}: expected keys below this section, got {given}"
         case _:
             message = problem["msg"].removeprefix("Input ")
-            return f"{location}: {message} (got {given!r})"
+            return f"{location}: {message} (got {given})"
+
+
+def named(text: str) -> str:
+    """Show a path or key in one line of bounded length, as it stands where that can be."""
+    return text if text.isprintable() and len(text) <= 300 else _SHORT.repr(text)
+
+
+def shortened(value: Any) -> str:
+    """Show a value in one line of bounded length."""
+    return _SHORT.repr(value)
 
 
 def _suggestion(word: str, known: Iterable[str]) -> str:
@@ -261,34 +307,3 @@ def _suggestion(word: str, known: Iterable[str]) -> str:
     matches = [other for other in known if other.rpartition(".")[-1] == key]  # in another section
     matches = matches or difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"; did you mean {matches[0]}?" if matches else ""
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 3e-4 is a number and a key given twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is given twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-    def construct_number(self, node: yaml.ScalarNode) -> float:
-        return float(self.construct_scalar(node))
-
-
-class _Dumper(yaml.SafeDumper):
-    """Puts strings that :class:`_Loader` would read as numbers in quotes."""
-
-
-for _class in (_Loader, _Dumper):
-    _class.add_implicit_resolver(
-        "tag:oialr,2026:exponent",  # YAML 1.1 reads 3e-4 as a string
-        re.compile(r"^[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"),
-        list("-+0123456789"),
-    )
-_Loader.add_constructor("tag:oialr,2026:exponent", _Loader.construct_number)

@@ -17,7 +17,7 @@ class SearchSection(Section):
         None, gt=0, description="Trainings per worker on average; null: no such limit."
     )
     hours: float | None = Field(
-        None, gt=0, description="Start no training after these hours; null: no such limit."
+        None, gt=0, le=1e6, description="Start no training after these hours; null: no such limit."
     )
     processes_per_worker: int = Field(
         1, gt=0, description="Processes that train together; a worker is one such group."
@@ -26,7 +26,10 @@ class SearchSection(Section):
         "genetic", description="How Propulate breeds the next candidate from what it knows."
     )
     population: int | None = Field(
-        None, ge=4, description="Parents on an island; null: twice its workers, at least 4."
+        None,
+        ge=4,
+        le=100_000,
+        description="Parents on an island; null: twice its workers, at least 4.",
     )
     islands: int | None = Field(
         None, gt=0, description="Groups of workers that breed apart; null: one per four workers."

@@ -3,26 +3,18 @@
 :mod:`app.config` reads them from YAML and from the command line.
 """
 
+import math
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from app.data_section import DataSection
 from app.errors import UserError
 from app.search_section import SearchSection
 from app.section import Section
 
-DataName = Literal[
-    "digits",
-    "mnist",
-    "fashion_mnist",
-    "cifar10",
-    "cifar100",
-    "image_folder",
-    "etth1",
-    "etth2",
-    "ettm1",
-    "ettm2",
-]
+LONGEST_CYCLE_EXPONENT = 9
+"""Power of ten that the last cycle of the learning rate is at most longer than the first."""
 
 
 class RunSection(Section):
@@ -47,66 +39,6 @@ class RunSection(Section):
     stop_after: int | None = Field(
         None, gt=0, description="Stop after this step as on a signal: checkpoint, exit code 75."
     )
-
-
-class DataSection(Section):
-    """What is learned from."""
-
-    name: DataName = Field(
-        "digits",
-        description="Data set. digits ships with scikit-learn, the others lie under data.root.",
-    )
-    root: str = Field("data", description="Folder that holds the data set in its official layout.")
-    download: bool = Field(False, description="Let torchvision download what is missing.")
-    validation_fraction: float = Field(
-        0.1, gt=0, lt=0.5, description="Share of the training part that serves as validation part."
-    )
-    train_samples: int | None = Field(
-        None, gt=0, description="Train on only this many samples (the first of the training part)."
-    )
-    drop_last: bool = Field(
-        False,
-        description="Drop the last, smaller global batch of an epoch. Otherwise it is trained on, "
-        "every sample with the weight 1 / (samples in that batch).",
-    )
-    augmentation: Literal["none", "crop", "crop_flip"] = Field(
-        "none",
-        description="Of training images in memory: random crops after zero-padding by an eighth of "
-        "the width; crop_flip: horizontal flips too.",
-    )
-    mixup: float = Field(
-        0.0, ge=0, description="Parameter a of Beta(a, a) for the share of each image; 0: no mixup."
-    )
-    cutmix: float = Field(
-        0.0, ge=0, description="The same for CutMix; of both, a batch gets one or the other."
-    )
-    random_augment: str | None = Field(
-        None, description="RandAugment as timm writes it: rand-m9-mstd0.5-inc1 (image_folder only)."
-    )
-    random_erasing: float = Field(
-        0.0, ge=0, le=1, description="Share of images with a part erased (image_folder only)."
-    )
-    stage_to: str | None = Field(
-        None,
-        description="Folder on each node's own disk: data.root is copied there first, by one "
-        "process per node (image_folder only).",
-    )
-    image_size: int = Field(224, gt=0, description="Crop size in pixels (image_folder only).")
-    workers: int = Field(2, ge=0, description="Loader processes per process (image_folder only).")
-    input_length: int = Field(96, gt=0, description="Known steps of a time series (ETT only).")
-    horizon: int = Field(96, gt=0, description="Steps to be forecast (ETT only).")
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        unused = {"random_augment", "random_erasing", "stage_to"}
-        if self.name == "image_folder":
-            unused = {"augmentation"}
-        elif self.name.startswith("ett"):
-            unused |= {"augmentation", "mixup", "cutmix"}
-        for key in sorted(unused):
-            if getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"{key}: is not for data.name={self.name}; leave it out")
-        return self
 
 
 class ModelSection(Section):
@@ -143,9 +75,12 @@ class TrainingSection(Section):
     optimizer: Literal["adamw", "adam", "sgd", "rmsprop"] = Field(
         "adamw", description="adamw, adam, sgd (Nesterov if momentum > 0) or rmsprop."
     )
-    learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate.")
+    learning_rate: float = Field(1e-3, gt=0, le=1000, description="Peak learning rate.")
     weight_decay: float = Field(
-        0.0, ge=0, description="Not applied to biases, normalization weights, tokens and positions."
+        0.0,
+        ge=0,
+        le=1000,
+        description="Not applied to biases, normalization weights, tokens and positions.",
     )
     momentum: float = Field(0.9, ge=0, lt=1, description="Of sgd and rmsprop; adam's first beta.")
     schedule: Literal["cosine", "constant"] = Field(
@@ -153,13 +88,22 @@ class TrainingSection(Section):
         description="After the warm-up: cosine to the minimum at the last step, or constant.",
     )
     warmup_epochs: float = Field(0.0, ge=0, description="Epochs of linear warm-up.")
-    warmup_learning_rate: float = Field(1e-6, ge=0, description="Learning rate of the first step.")
+    warmup_learning_rate: float = Field(
+        1e-6, ge=0, le=1000, description="Learning rate of the first step."
+    )
     minimum_learning_rate: float = Field(0.0, ge=0, description="Learning rate of the last step.")
-    cycle_limit: int = Field(1, gt=0, description="Cycles of the cosine, each from the top again.")
-    cycle_mul: float = Field(1.0, ge=1, description="Length of a cycle over that of the last one.")
+    cycle_limit: int = Field(
+        1, gt=0, le=1000, description="Cycles of the cosine, each from the top again."
+    )
+    cycle_mul: float = Field(
+        1.0, ge=1, le=100, description="Length of a cycle over that of the last one."
+    )
     cycle_decay: float = Field(1.0, gt=0, le=1, description="Peak of a cycle over the last one's.")
     k_decay: float = Field(
-        1.0, gt=0, description="Exponent of time in the cosine: more than 1 stays high for longer."
+        1.0,
+        ge=0.1,
+        le=20,
+        description="Exponent of time in the cosine: more than 1 stays high for longer.",
     )
     warmup_after_conversion: int = Field(
         0,
@@ -197,6 +141,11 @@ class TrainingSection(Section):
         if self.warmup_epochs >= self.epochs:
             raise ValueError(
                 f"warmup_epochs: {self.warmup_epochs} must be less than epochs, {self.epochs}"
+            )
+        if (self.cycle_limit - 1) * math.log10(self.cycle_mul) > LONGEST_CYCLE_EXPONENT:
+            raise ValueError(
+                f"cycle_limit: of {self.cycle_limit} cycles, each {self.cycle_mul} times as long "
+                f"as the last one, the first would be shorter than a step; lower one of both"
             )
         if self.minimum_learning_rate > self.learning_rate:
             raise ValueError(
@@ -261,6 +210,7 @@ class OIALRSection(Section):
     core_learning_rate_factor: float = Field(
         1.0,
         gt=0,
+        le=1000,
         description="Learning rate of cores over that of full-rank weights: a step on a core moves "
         "the weight less.",
     )
@@ -287,6 +237,7 @@ class DistributedSection(Section):
     timeout: float = Field(
         1800.0,
         gt=0,
+        le=1e7,
         description="Seconds without progress (step, evaluation, checkpoint, event) after which a "
         "run of several processes ends and says what each of them waits for.",
     )

@@ -1,8 +1,16 @@
 """python -m app.analyze: checkpoints of any origin, measured as during training."""
 
+import argparse
+import json
+import struct
 import subprocess
 import sys
+import types
+import zipfile
+from collections import defaultdict
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +20,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from app import OIALR, analyze, report
-from app.analysis.checkpoint import CheckpointError, read_checkpoint
-from app.analysis.files import find_checkpoints, natural_order, number_in
-from app.analysis.run import _Found, order
+from app.analysis.checkpoint import read_checkpoint
+from app.analysis.choice import Found, compare, drop_copies, order
+from app.analysis.files import Source, find_checkpoints, natural_order, number_in
+from app.analysis.loading import CheckpointError
 from app.distributed.processes import Processes
 from app.errors import UserError
 from app.lowrank.conversion import survey
@@ -156,7 +165,8 @@ def test_every_form_of_a_state_dict_is_read(tmp_path):
         torch.save(content, tmp_path / name)
     torch.save(state, tmp_path / "old.tar", _use_new_zipfile_serialization=False)
     save_file(state, tmp_path / "model.safetensors")
-    found = {path.name: read_checkpoint(path) for path in find_checkpoints([tmp_path])}
+    sources, _ = find_checkpoints([tmp_path])
+    found = {source.path.name: read_checkpoint(*source.files) for source in sources}
     assert found.keys() == {*forms, "old.tar", "model.safetensors"}
     for name, checkpoint in found.items():
         assert list(checkpoint.weights) == ["fc.weight"], name
@@ -187,9 +197,9 @@ def test_what_cannot_be_read_is_named_and_runs_no_code(tmp_path):
     torch.save({"optimizer": {"lr": 1}}, tmp_path / "e.pt")
     torch.save({"fc.bias": torch.zeros(3)}, tmp_path / "f.pt")
     for name, message in (
-        ("a.pt", "more than tensors and plain values, or is damaged"),
-        ("b.pt", "cannot be read"),
-        ("c.safetensors", "cannot be read"),
+        ("a.pt", r"more than tensors and plain values: (pathlib\.)?_?\w*\.?\w+; save the state"),
+        ("b.pt", "cannot be read, it is damaged or no checkpoint"),
+        ("c.safetensors", "cannot be read, it is damaged or no checkpoint"),
         ("d.pt", "holds a list, not a dictionary"),
         ("e.pt", "no state_dict, neither at the top nor under state_dict, model"),
         ("f.pt", "no floating tensor of two or more dimensions"),
@@ -201,6 +211,58 @@ def test_what_cannot_be_read_is_named_and_runs_no_code(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def write_safetensors(path, kind, size):
+    """Write a file with one weight of a type that this version of torch may not know."""
+    entry = {"dtype": kind, "shape": [2, 4], "data_offsets": [0, size]}
+    header = json.dumps({"fc.weight": entry}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(size))
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (torch.empty(2, 2, device="meta"), r"has a shape and no values \(device meta\)"),
+        (torch.zeros(1).expand(10**6, 10**6), "has far more values than are stored"),
+        (torch.sparse_coo_tensor(torch.zeros(2, 1), torch.ones(1), (10**6, 10**6)),
+         "has far more values than are stored"),
+        (torch.zeros(2, 2, dtype=torch.float8_e8m0fnu), "is of torch.float8_e8m0fnu, which is no"),
+    ],
+    ids=["meta", "expanded", "sparse", "scales"],
+)  # fmt: skip
+def test_weights_without_usable_values_are_named(tmp_path, weight, message):
+    torch.save({"fc.weight": weight, "head.weight": torch.ones(2, 2)}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=rf"a\.pt: 'fc\.weight' .*{message}") as caught:
+        read_checkpoint(tmp_path / "a.pt")
+    assert "\n" not in str(caught.value)
+
+
+def test_files_of_other_programs_are_refused_in_one_line(tmp_path):
+    for kind, size, message in (
+        ("F4", 4, "is of torch.float4_e2m1fn_x2, which is no number by itself"),
+        ("X9", 8, "cannot be read, it is damaged or no checkpoint"),
+    ):
+        write_safetensors(tmp_path / "a.safetensors", kind, size)
+        with pytest.raises(CheckpointError, match=message) as caught:
+            read_checkpoint(tmp_path / "a.safetensors")
+        assert "\n" not in str(caught.value)
+    torch.jit.script(nn.Linear(2, 2)).save(tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match="is a TorchScript program"):
+        read_checkpoint(tmp_path / "a.pt")
+
+
+def test_an_archive_that_grows_is_refused(tmp_path):
+    """A few bytes of a compressed archive may stand for gigabytes."""
+    torch.save({"fc.weight": torch.zeros(100, 100)}, tmp_path / "a.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "a.pt") as plain,
+        zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    with pytest.raises(CheckpointError, match="is a compressed archive and not one of torch"):
+        read_checkpoint(tmp_path / "b.pt")
+
+
 def test_files_are_found_below_a_folder_in_natural_order(tmp_path):
     for name in ("step-10/state.pt", "step-9/state.pt", "step-9/process-00000.pt",
                  "step-9/optimizer.pt", "stability-epochs-00000001/process-00000.pt",
@@ -208,7 +270,9 @@ def test_files_are_found_below_a_folder_in_natural_order(tmp_path):
                  "notes.txt"):  # fmt: skip
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    found = find_checkpoints([tmp_path, tmp_path / "step-9" / "state.pt"])
+    sources, problems = find_checkpoints([tmp_path, tmp_path / "step-9" / "state.pt"])
+    assert not problems
+    found = [source.path for source in sources]
     assert [path.relative_to(tmp_path).as_posix() for path in found] == [
         "step-9/state.pt",
         "step-10/state.pt",
@@ -217,8 +281,11 @@ def test_files_are_found_below_a_folder_in_natural_order(tmp_path):
     assert natural_order(Path("a2")) < natural_order(Path("a10")) < natural_order(Path("b1"))
 
 
-def found_at(name, *, epoch=None, step=None):
-    return _Found(path=Path("f") / name, shapes={}, epoch=epoch, step=step)
+def found_at(name, *, epoch=None, step=None, within=False, weights=""):
+    return Found(
+        source=Source((Path("f") / name,)), shapes={}, epoch=epoch, step=step, within_epoch=within,
+        fingerprint=weights or name,
+    )  # fmt: skip
 
 
 def test_time_is_the_epoch_or_the_step_or_the_name_or_the_order():
@@ -230,11 +297,82 @@ def test_time_is_the_epoch_or_the_step_or_the_name_or_the_order():
         ([("a9.pt", None, None), ("b5.pt", None, None)], "checkpoint", ["a9.pt", "b5.pt"],
          [1, 2]),
         ([("a.pt", None, None), ("b5.pt", 2, 3)], "checkpoint", ["a.pt", "b5.pt"], [1, 2]),
+        # One more of an epoch does not take the epochs away from all: the last step's stays.
+        ([("a.pt", 1, 30), ("b.pt", 1, 20), ("c.pt", 2, 40)], "epoch", ["a.pt", "c.pt"], [1, 2]),
     ):  # fmt: skip
         found = [found_at(name, epoch=epoch, step=step) for name, epoch, step in entries]
-        ordered, its_label, its_times = order(found)
-        assert (its_label, its_times) == (label, times)
-        assert [checkpoint.path.name for checkpoint in ordered] == names
+        series, passed_over = order(found)
+        assert (series.label, series.times) == (label, times)
+        assert [checkpoint.path.name for checkpoint in series.found] == names
+        assert len(passed_over) == len(entries) - len(names)
+
+
+def test_what_was_written_within_an_epoch_is_not_taken_for_its_end():
+    names = [("step-20", 1, 20, False), ("step-40", 2, 40, False), ("step-55", 2, 55, True),
+             ("step-60", 3, 60, False)]  # fmt: skip
+    found = [found_at(n, epoch=e, step=s, within=within) for n, e, s, within in names]
+    series, passed_over = order(found)
+    assert (series.label, series.times) == ("epoch", [1, 2, 3])
+    assert [(entry.path.name, entry.reason) for entry in passed_over] == [
+        ("step-55", "epoch 2 is step-40")
+    ]
+    # Where the end of its epoch is gone, time is counted in steps.
+    series, passed_over = order([found[0], *found[2:]])
+    assert (series.label, series.times, passed_over) == ("optimizer step", [20, 55, 60], [])
+
+
+def test_copies_and_averages_are_passed_over():
+    for entries, kept, reasons in (
+        # Lightning: the last is a copy; a best one whose epoch is gone is not.
+        ([("epoch=1.ckpt", 1, 10, "a"), ("epoch=2.ckpt", 2, 20, "b"), ("last.ckpt", 2, 20, "b")],
+         ["epoch=1.ckpt", "epoch=2.ckpt"], ["the same as epoch=2.ckpt"]),
+        ([("best.ckpt", 3, 30, "c"), ("e4.ckpt", 4, 40, "d")], ["best.ckpt", "e4.ckpt"], []),
+        # Without a time in them, by the weights or by the name.
+        ([("m-1.pt", None, None, "a"), ("m-2.pt", None, None, "b"), ("x.bin", None, None, "b"),
+          ("model_best.pth.tar", None, None, "q")],
+         ["m-1.pt", "m-2.pt"], ["the same as m-2.pt", "a copy by its name"]),
+        ([("m-1.pt", None, None, "a"), ("m-1_ema.pt", None, None, "b")], ["m-1.pt"],
+         ["an average"]),
+        # A training that stands still is no copy, and averages alone are what was asked for.
+        ([("m-1.pt", None, None, "a"), ("m-2.pt", None, None, "a")], ["m-1.pt", "m-2.pt"], []),
+        ([("a.pt", 1, None, "a"), ("b.pt", 2, None, "a")], ["a.pt", "b.pt"], []),
+        ([("ema-1.pt", None, None, "a"), ("ema-2.pt", None, None, "b")],
+         ["ema-1.pt", "ema-2.pt"], []),
+        ([("last.ckpt", None, None, "a")], ["last.ckpt"], []),
+    ):  # fmt: skip
+        found = [found_at(n, epoch=e, step=s, weights=w) for n, e, s, w in entries]
+        left, passed_over = drop_copies(found)
+        assert [entry.path.name for entry in left] == kept
+        assert [entry.reason for entry in passed_over] == reasons
+
+
+def test_a_window_is_a_time_and_not_a_number_of_files():
+    for times, window, expected in (
+        ([1, 2, 3, 4], 2, ([1, 2, 3, 4], 2, False)),
+        ([500, 1000, 1500, 1700, 2000], 2, ([500, 1000, 1500, 1700, 2000], 1000, False)),
+        ([1, 2, 4, 5], 1, ([1, 2, 4, 5], 1, False)),
+        ([1, 10, 100, 1000], 2, ([0, 1, 2, 3], 2, True)),
+        ([7], 5, ([7], 5, False)),
+    ):
+        comparisons = compare(times, window)
+        assert (comparisons.times, comparisons.span, comparisons.by_count) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("epoch=3-val_loss=0.81.ckpt", 3),
+        ("step=1200-epoch=4.ckpt", 4),
+        ("global_step1200_acc92.pt", 1200),
+        ("val_loss=0.81.ckpt", 7),
+        ("resnet50-12.pth.tar", 12),
+        ("model-00002-of-00003.safetensors", 7),
+        ("iter_0000500.pth", 500),
+        ("Epoch_09-v1.pt", 9),
+    ],
+)
+def test_the_number_that_tells_the_time(name, number):
+    assert number_in(Path("run-7") / name) == number
 
 
 def save_series(folder, count=4):
@@ -274,6 +412,115 @@ def test_skipped_files_are_named_and_the_rest_is_measured(tmp_path, capsys):
     assert "--reference counts epochs, and this run number in the name" in capsys.readouterr().err
     page = (folder / "analysis" / "report" / "report.html").read_text()
     assert "number in the name" in page
+
+
+def test_a_folder_with_copies_is_measured_as_without_them(tmp_path, capsys):
+    """The last, the best, an average and a stop within an epoch change no figure."""
+    train_and_save(tmp_path / "run")
+    plain, full = tmp_path / "plain", tmp_path / "full"
+    analyze.main([str(tmp_path / "run"), "--window", "2", "--output", str(plain)])
+    content = torch.load(tmp_path / "run" / "epoch-5.pt")
+    torch.save(content, tmp_path / "run" / "last.ckpt")
+    torch.save(content["model"], tmp_path / "run" / "model_best.pth.tar")
+    torch.save({**content, "epoch": torch.tensor(4)}, tmp_path / "run" / "epoch-4_ema.pt")
+    within = {"model": content["model"], "position": {"epoch": 3, "batch": 2}}
+    torch.save(within, tmp_path / "run" / "stop.pt")
+    capsys.readouterr()
+    assert analyze.main([str(tmp_path / "run"), "--window", "2", "--output", str(full)]) == 0
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert line.startswith("passed over: ")
+    for what in (
+        "epoch-4_ema.pt (an average)",
+        "last.ckpt (the same as epoch-5.pt)",
+        "model_best.pth.tar (the same as epoch-5.pt)",
+        "stop.pt (epoch 3 is epoch-3.pt)",
+    ):
+        assert what in line  # fmt: skip
+    assert "6 checkpoints" in captured.out
+    for name in ("fc.weight", "conv.weight"):
+        one, two = (read_rows(f / "metrics.h5", f"layers/{name}/stability") for f in (plain, full))
+        for column, values in one.items():
+            np.testing.assert_array_equal(two[column], values, err_msg=column)
+
+
+def test_a_checkpoint_that_is_missing_moves_no_window(tmp_path):
+    folder = save_series(tmp_path / "run", count=5)
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    analyze.main([str(folder), "--window", "2", "--output", str(whole)])
+    (folder / "model-1.pt").unlink()
+    analyze.main([str(folder), "--window", "2", "--output", str(part)])
+    group = "layers/fc2.weight/stability"
+    one, two = (read_rows(f / "metrics.h5", group)["stability"] for f in (whole, part))
+    np.testing.assert_array_equal(two, [np.nan, one[2], np.nan, one[4]])
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_shards_are_one_checkpoint(tmp_path, capsys, suffix):
+    save = save_file if suffix == "safetensors" else torch.save
+    torch.manual_seed(0)
+    for step in (10, 20):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        for number in (1, 2, 3):
+            state = {f"fc{number}.weight": torch.randn(4, 3)}
+            save(state, folder / f"model-{number:05d}-of-00003.{suffix}")
+        (folder / f"model.{suffix}.index.json").write_text("{}")
+    assert analyze.main([str(tmp_path), "--window", "1"]) == 0
+    assert "2 checkpoints, 3 weights" in capsys.readouterr().out
+    rows = read_rows(tmp_path / "analysis" / "metrics.h5", "layers/fc3.weight/stability")
+    assert rows["step"].tolist() == [10, 20]
+    assert np.isfinite(rows["stability"][1])
+    (tmp_path / "checkpoint-20" / f"model-00002-of-00003.{suffix}").unlink()
+    assert analyze.main([str(tmp_path), "--output", str(tmp_path / "out")]) == 2
+    assert "shard 2 of 3 is missing" in capsys.readouterr().err
+
+
+def foreign_class(monkeypatch, full_name, *bases):
+    """Return a class of a package that is not installed here."""
+    module, _, name = full_name.rpartition(".")
+    for part in (module.partition(".")[0], module):
+        monkeypatch.setitem(sys.modules, part, types.ModuleType(part))
+    kind = type(name, bases, {"__module__": module, "__qualname__": name})
+    setattr(sys.modules[module], name, kind)
+    return kind
+
+
+def test_settings_beside_the_weights_are_no_hindrance(tmp_path, monkeypatch):
+    container = foreign_class(monkeypatch, "omegaconf.dictconfig.DictConfig")()
+    container.__dict__ = {"_metadata": {"ref_type": Any, "key_type": dict}, "_content": {"lr": 1}}
+    settings = foreign_class(monkeypatch, "lightning_x.data.AttributeDict", dict)(lr=1)
+    settings.lr = 1
+    content = {
+        "args": argparse.Namespace(lr=0.1, output=Path("x"), started=datetime.now()),
+        "hyper_parameters": settings,
+        "config": container,
+        "best": np.float64(0.5),
+        "table": np.arange(3),
+        "history": defaultdict(list, loss=[np.float32(1)]),
+        "epoch": torch.tensor(4),
+        "global_step": np.int64(40),
+        "state_dict": {"fc.weight": torch.ones(2, 3)},
+    }
+    for zipped in (True, False):
+        torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+        checkpoint = read_checkpoint(tmp_path / "a.pt")
+        assert (checkpoint.epoch, checkpoint.step) == (4, 40)
+        assert list(checkpoint.weights) == ["fc.weight"]
+
+
+def test_wrappers_anywhere_in_a_name_are_dropped(tmp_path):
+    names = {
+        "module.encoder._orig_mod.fc.weight": "encoder.fc.weight",
+        "blocks.0._orig_mod.module.fc.weight": "blocks.0.fc.weight",
+        "head._checkpoint_wrapped_module.weight": "head.weight",
+    }
+    torch.save({name: torch.ones(2, 2) for name in names}, tmp_path / "a.pt")
+    assert list(read_checkpoint(tmp_path / "a.pt").weights) == list(names.values())
+    # Not where the network itself has a module of that name.
+    own = {name: torch.ones(2, 2) for name in ("fc.weight", "fc.module.weight")}
+    torch.save(own, tmp_path / "a.pt")
+    assert list(read_checkpoint(tmp_path / "a.pt").weights) == list(own)
 
 
 def test_bad_input_is_one_line_with_culprit_and_cure(tmp_path):
@@ -331,7 +578,9 @@ def test_weights_of_8_bits_sparse_ones_and_names_with_a_slash_are_measured(tmp_p
     assert report.main([str(tmp_path / "analysis"), "--formats", "png"]) == 0
 
 
-@pytest.mark.parametrize("name", ["type.weight", "", "a..b", "fc0.weight.b", "training"])
+@pytest.mark.parametrize(
+    "name", ["type.weight", "", "a..b", "fc0.weight.b", "training", "a\0b", "a\ud800"]
+)
 def test_a_file_with_a_name_that_no_module_can_hold_is_skipped(tmp_path, capsys, name):
     folder = save_series(tmp_path / "run", count=2)
     state = torch.load(folder / "model-1.pt")
@@ -340,6 +589,21 @@ def test_a_file_with_a_name_that_no_module_can_hold_is_skipped(tmp_path, capsys,
     captured = capsys.readouterr()
     assert f"model-2.pt: {name!r} is no name" in captured.err
     assert "2 checkpoints" in captured.out
+
+
+def test_names_are_drawn_and_shown_as_they_stand(tmp_path):
+    """No name runs as a script on the page, and none is taken for a formula by matplotlib."""
+    torch.manual_seed(0)
+    names = ["<script>alert(1)</script>.weight", "a$\\frac$.b&\"'.weight", "x$y_^$.weight",
+             "two\nlines.weight", "$.weight"]  # fmt: skip
+    for number in range(3):
+        torch.save({name: torch.randn(6, 5) for name in names}, tmp_path / f"m-{number}.pt")
+    assert analyze.main([str(tmp_path), "--window", "1"]) == 0
+    assert report.main([str(tmp_path / "analysis"), "--formats", "png"]) == 0
+    page = (tmp_path / "analysis" / "report" / "report.html").read_text()
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert 'b&"' not in page
 
 
 def test_two_processes_measure_what_one_does(tmp_path):

@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import re
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -307,6 +308,15 @@ def test_staging_copies_once(images: Path, tmp_path: Path) -> None:
     stage(data)
     assert changed.read_bytes() == b"mine"
     assert {path.suffix for path in copy.parent.iterdir()} == {"", ".lock"}
+
+
+def test_staging_follows_no_link_twice(images: Path, tmp_path: Path) -> None:
+    origin = Path(shutil.copytree(images, tmp_path / "origin"))
+    (origin / "train" / "ant" / "up").symlink_to(origin)
+    (origin / "val" / "bee" / "self").symlink_to(".")
+    data = staged(origin, tmp_path / "local")
+    stage(data)
+    assert contents(Path(staged_root(data))) == contents(images)
 
 
 @pytest.mark.parametrize("inside", [".", "local"])

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from torch.nn import functional
 
 from app import config
 from app.errors import UserError
-from app.tasks import Batch, Task, build_task, pixels
+from app.settings import DataSection
+from app.tasks import Batch, Task, build_task, datasets, pixels
 from app.tasks.datasets import load
 from app.tasks.pixels import channel_statistics, crop_and_flip
 
@@ -300,3 +302,19 @@ def test_drop_last() -> None:
     with pytest.raises(UserError, match=r"^training\.batch_size: 51 exceeds the 50 training .*"):
         digits(data={"drop_last": True}, batch_size=51)
     assert digits(batch_size=51).steps_per_epoch == 1
+
+
+def test_a_part_of_equal_pixels_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A constant part is a damaged file or a wrong conversion: a network learns nothing of it."""
+    real = datasets.load
+
+    def load(data: DataSection) -> datasets.ImageSet:
+        images = real(data)
+        black = datasets.Images(images=np.zeros_like(images.test.images), labels=images.test.labels)
+        return replace(images, test=black)
+
+    monkeypatch.setattr(datasets, "load", load)
+    build_task(config.build({}), process_index=0, process_count=1, device=torch.device("cpu"))
+    assert caplog.messages == ["data.root: all pixels of test in digits are equal"]

@@ -1,6 +1,8 @@
 """The configuration: what is wrong is one line that names the key."""
 
+import os
 import re
+from itertools import pairwise
 
 import pytest
 
@@ -41,6 +43,15 @@ def test_a_string_is_what_was_typed(text):
     assert config.build(config.parse(config.to_yaml(loaded), source="")) == loaded
 
 
+def test_cycles_that_grow_too_fast_leave_none_for_the_first():
+    """100^999 is no float, and the first of ten such cycles would be a fraction of a step."""
+    for limit, factor in ((1000, 100), (10, 20)):
+        keys = [f"training.cycle_limit={limit}", f"training.cycle_mul={factor}"]
+        with pytest.raises(UserError, match=rf"^training\.cycle_limit: of {limit} cycles, each"):
+            config.load(None, keys)
+    config.load(None, ["training.cycle_limit=1000", "training.cycle_mul=1"])
+
+
 def test_null_is_none_where_a_key_may_have_none():
     loaded = config.load(None, ["run.dir=null", "data.root=null", "training.ema_decay=null"])
     assert (loaded.run.dir, loaded.data.root, loaded.training.ema_decay) == (None, "null", None)
@@ -76,6 +87,14 @@ def test_a_resumed_folder_is_what_was_typed():
         ("training.minimum_learning_rate=1", "training.minimum_learning_rate: 1.0 exceeds"),
         ("training.accumulation=100", "training.accumulation: 100 backward passes cannot share"),
         ("stability.interval=2", "stability.window: 5 must be a multiple of interval, 2"),
+        ("training.cycle_limit=1000000000", "training.cycle_limit: should be less than or equal"),
+        ("training.k_decay=1e300", "training.k_decay: should be less than or equal to 20"),
+        ("training.k_decay=1e-20", "training.k_decay: should be greater than or equal to 0.1"),
+        ("training.learning_rate=3e38", "training.learning_rate: should be less than or equal to"),
+        ("training.gradient_clip=1e-40", "gradient_clip: should be 0 or at least 1e-30 in size"),
+        ("search.step_price=1e300", "search.step_price: should be at most 1e9 in size (got 1e+30"),
+        ("training.epochs=" + "9" * 400, "training.epochs: should be at most 2^32 in size"),
+        ("distributed.timeout=1e300", "distributed.timeout: should be less than or equal to 1000"),
         ("epochs=3", "'epochs=3': expected section.key=value"),
         ("training.epochs", "'training.epochs': expected section.key=value"),
         ("training.epochs=[", "training.epochs: '[' is not a YAML value"),
@@ -94,7 +113,22 @@ def test_mistakes_are_one_line(override, message):
     [
         ("training: {epochs: 1, epochs: 2}", "the key 'epochs' is given twice"),
         ("training: [", "a.yaml"),
-        ("- training", "expected sections"),
+        ("- training", "expected sections such as 'training:', found one list"),
+        ("training: {epochs: !!int abc}", "line 1, column 20: this cannot be read as int"),
+        ("training: {epochs: 2020-13-45}", "line 1, column 20: this cannot be read as timestamp"),
+        ("training: {epochs: " + "1" * 5000 + "}", "column 20: this cannot be read as int"),
+        ("training: {epochs: 1_e5}", "training.epochs: should be a valid integer (got '1_e5')"),
+        ("? [a, b]\n: 3", "a.yaml: line 1, column 3: a list or mapping cannot be a key"),
+        ("run:\n  name: a\n  <<: 5", "line 3, column 7: expected a mapping or list of mappings"),
+        ("a: &a [*a]", "line 1, column 8: *a repeats what it lies in"),
+        ("a: \x07", "line 1, column 4: the character '\\x07' is not allowed"),
+        ("a: " + "[" * 100, "column 43: more than 40 levels within each other"),
+        ("[" * 100_000, "column 41: more than 40 levels within each other"),
+        ("a: " + "a" * 2**20, "it is longer than 1048576 characters"),
+        ("!!python/object/apply:os.system [ls]", "could not determine a constructor for the tag"),
+        ("---\na: 1\n---\nb: 2", "line 3, column 1: but found another document"),
+        ('"a\\nb": 3', "'a\\nb': unknown key"),
+        ("training: {learning_rate: " + "9" * 400 + "}", "should be a valid number (got 999"),
         ("training: 3", "training: expected keys below this section, got 3"),
         ("training: {epochs: 0, batch_size: 0}", "(and 1 more)"),
     ],
@@ -105,6 +139,55 @@ def test_mistakes_in_a_file(tmp_path, text, message):
     with pytest.raises(UserError, match=re.escape(message)) as caught:
         config.load(path)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+def test_aliases_stand_for_what_they_repeat(tmp_path):
+    """Nine levels of nine stand for 387 million values, in 500 bytes."""
+    path = tmp_path / "a.yaml"
+    levels = [f"    {b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in pairwise("abcdefghi")]
+    path.write_text("model:\n  arguments:\n    a: &a [1, 2, 3]\n" + "\n".join(levels))
+    with pytest.raises(UserError, match=r"line 7, column \d+: more than 20000 values, aliases wri"):
+        config.load(path)
+    path.write_text("run: &a {seed: 3}\nmodel: {arguments: {x: *a, y: [*a, *a]}}")
+    assert config.load(path).model.arguments == {"x": {"seed": 3}, "y": [{"seed": 3}] * 2}
+
+
+def test_mappings_may_be_merged(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("run: &a {seed: 3, log_interval: 7}\nmodel: {arguments: {<<: *a, seed: 4}}")
+    assert config.load(path).model.arguments == {"seed": 4, "log_interval": 7}
+
+
+def test_only_regular_files_of_some_size_are_read(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "large").write_bytes(b"#" * (2**22 + 1))
+    for path, message in (
+        ("/dev/zero", "cannot read /dev/zero: it is no regular file"),
+        (tmp_path / "fifo", "it is no regular file"),
+        (tmp_path, "Is a directory"),
+        (tmp_path / "large", "it is too large for a configuration"),
+        ("a\0b", r"cannot read 'a\x00b': embedded null byte"),
+        ("a" * 5000, "File name too long"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)) as caught:
+            config.load(path)
+        assert len(str(caught.value)) < 400
+
+
+def test_a_file_that_is_extended_is_not_shown(tmp_path):
+    (tmp_path / "secret").write_text("root:x:0:0:root:/root:/bin/bash\n")
+    path = write(tmp_path, a="extends: secret")
+    with pytest.raises(UserError, match=r"secret: expected sections") as caught:
+        config.load(path)
+    assert "root" not in str(caught.value).replace(str(tmp_path), "")
+
+
+def test_a_chain_of_files_has_an_end(tmp_path):
+    write(tmp_path, **{f"a{i}": f"extends: a{i + 1}.yaml" for i in range(17)}, a17="run: {seed: 3}")
+    with pytest.raises(UserError, match="more than 16 files extend each other"):
+        config.load(tmp_path / "a0.yaml")
+    assert config.load(tmp_path / "a1.yaml").run.seed == 3
 
 
 def write(folder, **files):

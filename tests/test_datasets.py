@@ -5,6 +5,7 @@ import gzip
 import os
 import pickle
 import struct
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,37 @@ def test_cifar_pickled_by_python_3(tmp_path: Path) -> None:
     assert labels.tolist() == [0, 7, 4]
 
 
+def test_a_packed_file_is_read_no_further_than_its_header_announces(tmp_path: Path) -> None:
+    """A thousandth of it on the disk, a packed file of zeros could fill any memory."""
+    path = tmp_path / "images.gz"
+    header = bytes([0, 0, 8, 1, 0, 0, 0, 4])
+    with gzip.open(path, "wb") as file:
+        file.write(header + bytes(4))
+    assert read_idx(path, dimensions=1).tolist() == [0] * 4
+    with gzip.open(path, "wb") as file:
+        file.write(header + bytes(10**7))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"holds more bytes of data, its header announces \[4\]"):
+        read_idx(path, dimensions=1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10**6
+    path.write_bytes(gzip.compress(bytes([0, 0, 8, 3]) + b"\xff" * 12))
+    with pytest.raises(
+        ValueError, match=r"holds 0 bytes of data, its header announces \[4294967295"
+    ):
+        read_idx(path, dimensions=3)
+
+
+@pytest.mark.parametrize("label", [10**30, -(2**64)])
+def test_labels_beyond_all_integers(tmp_path: Path, label: int) -> None:
+    path = tmp_path / "batch"
+    images = images_of(labels_of(2, 10), 3072)
+    path.write_bytes(pickle.dumps({"data": images, "labels": [label, 0]}, protocol=4))
+    with pytest.raises(ValueError, match="'labels' holds labels of more than 64 bits"):
+        read_cifar(path, label_key="labels")
+
+
 def test_digits_are_cut_as_documented() -> None:
     from sklearn.datasets import load_digits
 
@@ -234,6 +266,11 @@ IMAGES_FILE, LABELS_FILE = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
     [
         (IMAGES_FILE, truncate, r"holds 31260 bytes of data, its header announces \[40, 28, 28\]"),
         (IMAGES_FILE, lambda p: p.write_bytes(b""), "is not an idx file of bytes in 3"),
+        (
+            IMAGES_FILE,
+            lambda p: p.write_bytes(b"\0\0\x08\3\0"),
+            "ends after 5 bytes, within its he",
+        ),
         (IMAGES_FILE, lambda p: replace_start(p, b"\0\0\x0d\3"), "begins with '00000d03' and not"),
         (IMAGES_FILE, lambda p: write_idx(p, LABELS), "begins with '00000801' and not '00000803'"),
         (IMAGES_FILE, lambda p: write_idx(p, images_of(LABELS, 8, 8)), r"images \(40, 1, 8, 8\)"),

@@ -237,19 +237,49 @@ def test_wrong_configuration(task: Callable[..., Task], data: dict[str, Any], me
     assert "\n" not in str(caught.value)
 
 
+def changed(lines: list[str], line: str) -> list[str]:
+    """Put another line in the place of the tenth."""
+    return [*lines[:9], line, *lines[10:]]
+
+
+def cell(line: str, text: str) -> str:
+    """Put another text in the place of the second variable."""
+    fields = line.split(",")
+    return ",".join([*fields[:2], text, *fields[3:]])
+
+
+@pytest.mark.filterwarnings("error")
 @pytest.mark.usefixtures("values")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda lines: lines[:1000], "holds 999 steps, expected 14400 or more"),
-        (lambda lines: lines[:50] + lines[60:], "has gaps: expected a row every 60 minutes"),
+        (
+            lambda lines: lines[:50] + lines[60:],
+            "line 51: 2016-07-03 11:00:00 follows 2016-07-03 00:00:00 of line 50, expected a row "
+            "every 60 minutes",
+        ),
         (lambda lines: ["a,b", *lines[1:]], "has the columns 'a,b', expected date,HUFL"),
         (
             lambda lines: [line.rpartition(",")[0] for line in lines],
             "has the columns 'date,HUFL,HULL,MUFL,MULL,LUFL,LULL', expected date,HUFL",
         ),
-        (lambda lines: [*lines[:9], lines[9].replace(",", ",x"), *lines[10:]], "is damaged: "),
-        (lambda lines: [*lines[:9], "x" + lines[9], *lines[10:]], "is damaged: "),
+        (lambda lines: changed(lines, lines[9].replace(",", ",x")), "line 10: HUFL is 'x"),
+        (lambda lines: changed(lines, "x" + lines[9]), "line 10: 'x2016-07-01 08:00:00' is no da"),
+        (lambda lines: changed(lines, cell(lines[9], "1_0")), "line 10: HULL is '1_0', which is"),
+        # A number with a comma shifts all that follow it.
+        (lambda lines: changed(lines, cell(lines[9], '"1,234.5"')), "line 10: it has 9 fields and"),
+        (lambda lines: changed(lines, lines[9].rpartition(",")[0]), "line 10: it has 7 fields and"),
+        (lambda lines: changed(lines, cell(lines[9], "nan")), "line 10: HULL is 'nan', expected"),
+        (lambda lines: changed(lines, cell(lines[9], "")), "line 10: HULL is '', which is no num"),
+        (lambda lines: changed(lines, cell(lines[9], "-1e39")), "line 10: HULL is '-1e39', expec"),
+        (lambda lines: changed(lines, cell(lines[9], "1e9")), "line 10: HULL is 1e+09, more than"),
+        (
+            lambda lines: [*lines[:10], *lines[9:]],
+            "line 11: 2016-07-01 08:00:00 follows 2016-07-01 08:00:00 of line 10",
+        ),
+        (lambda lines: lines[:1], "holds 0 steps, expected 14400 or more"),
+        (lambda lines: [*lines[:9], "\udcff"], "is damaged: it is no text"),
     ],
 )
 def test_damaged_file(
@@ -262,11 +292,26 @@ def test_damaged_file(
     lines = (root / "ETT-small" / "ETTh1.csv").read_text().splitlines()
     path = tmp_path / "ETT-small" / "ETTh1.csv"
     path.parent.mkdir()
-    path.write_text("\n".join(change(lines)) + "\n")
+    path.write_text("\n".join(change(lines)) + "\n", errors="surrogateescape")
     with pytest.raises(UserError, match=re.escape(message)) as caught:
         ett.load(configured({"root": str(tmp_path)}).data)
     assert str(caught.value).startswith(f"data.root: {path}")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("error")
+def test_blank_lines_and_what_spreadsheets_write_change_nothing(
+    root: Path, tmp_path: Path, configured: Callable[..., Configuration], values: np.ndarray
+) -> None:
+    """A mark of the encoding at the start, line ends of two characters; and no warning of numpy."""
+    lines = (root / "ETT-small" / "ETTh1.csv").read_text().splitlines()
+    path = tmp_path / "ETT-small" / "ETTh1.csv"
+    path.parent.mkdir()
+    content = "\ufeff" + "\r\n".join([*lines[:3], "", "  ", *lines[3:], "", ""])
+    path.write_bytes(content.encode())
+    plain, other = (ett.load(configured({"root": str(r)}).data) for r in (root, tmp_path))
+    np.testing.assert_array_equal(other.values, plain.values)
+    np.testing.assert_array_equal(other.calendar, plain.calendar)
 
 
 def test_there_is_nothing_to_download(configured: Callable[..., Configuration]) -> None:

@@ -27,6 +27,7 @@ from app.linalg.svd import (
     orthonormality_error,
     stable_rank,
 )
+from app.metrics.measurement import measure_dense
 
 SHAPES = [(1, 1), (7, 7), (40, 12), (12, 40), (64, 1)]
 
@@ -296,3 +297,36 @@ def test_a_gram_matrix_gives_the_svd_to_the_digits_of_float32(draw, shape):
     torch.testing.assert_close(s, expected, rtol=0, atol=1e-7 * scale)
     assert (s.diff(dim=-1) <= 0).all()
     torch.testing.assert_close(U * s[..., None, :] @ Vh, matrix.double(), rtol=0, atol=1e-7 * scale)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [(torch.float32, 1e-38), (torch.float32, 1e36), (torch.float64, 1e-200),
+     (torch.float64, 1e200)],
+)  # fmt: skip
+def test_stability_and_mixing_do_not_depend_on_the_scale(dtype, scale):
+    """At 1e-38 the stability was NaN, the mixing similarity 1; at 1e36 and 1e200 that was NaN."""
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((48, 32), (600, 560)):
+        earlier = torch.randn(shape, generator=generator, dtype=torch.float64)
+        later = earlier + 0.2 * torch.randn(shape, generator=generator, dtype=torch.float64)
+        rows = []
+        for kind, factor in ((torch.float64, 1.0), (dtype, scale)):
+            a, b = (measure_dense((matrix * factor).to(kind)[None]) for matrix in (earlier, later))
+            rows.append(b.compare(a.reference, name="x", averaged=True))
+        expected, row = rows
+        assert row.stability == pytest.approx(expected.stability, abs=1e-6)
+        assert row.mixing_similarity == pytest.approx(expected.mixing_similarity, abs=1e-6)
+        assert row.effective_rank == pytest.approx(expected.effective_rank, rel=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-42, 1e-38, 1e36])
+def test_a_tiny_or_huge_matrix_is_factorized_as_any_other(scale):
+    matrix = torch.randn(600, 600, generator=torch.Generator().manual_seed(0)) * scale
+    U, s, Vh = economy_svd(matrix)
+    error = (U.double() * s.double()) @ Vh.double() - matrix.double()
+    # In subnormal numbers singular values themselves have few digits.
+    assert error.abs().max() < (1e-3 if scale < 1e-40 else 1e-5) * 10 * scale
+    assert torch.linalg.norm(U.T @ U - torch.eye(600), 2) < 1e-4
+    with pytest.raises(torch.linalg.LinAlgError, match=r"beyond the range of torch\.float32"):
+        economy_svd(torch.full((10, 10), 1e38))

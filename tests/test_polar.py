@@ -160,3 +160,17 @@ def test_where_one_decomposition_fails_the_svd_takes_over(monkeypatch, method):
     for name in ("eigh", "eigvalsh"):
         monkeypatch.setattr(torch.linalg, name, fail)
     torch.testing.assert_close(polar(matrix, method).factor, expected.factor)
+
+
+@pytest.mark.parametrize("scale", [1e-42, 1e-38, 1e36])
+@pytest.mark.parametrize("method", ["svd", "eigh", "products"])
+def test_entries_near_the_ends_of_the_range_have_the_factor_of_any_others(method, scale):
+    """Squares of them are 0 or infinite in float32, and 1 over a singular value of 1e-39 too."""
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((40, 24), (24, 40)):
+        matrix = torch.randn(shape, generator=generator) * scale
+        result = polar(matrix, method)
+        U, s, Vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+        assert result.rank == 24
+        torch.testing.assert_close(result.factor, (U @ Vh).float(), atol=2e-5, rtol=0)
+        torch.testing.assert_close(result.s.double() / scale, s / scale, rtol=2e-3, atol=0)

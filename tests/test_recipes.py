@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -309,30 +310,48 @@ def test_a_resumed_run_with_an_average_is_the_uninterrupted_run(
     assert rates[15] < rates[16] < rates[17]
 
 
-def test_early_stopping_forgets_best_weights_that_a_killed_session_replaced(tmp_path: Path) -> None:
-    """Their loss is in the checkpoint, but other weights are in their place by then."""
+def test_early_stopping_goes_on_after_a_kill(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A killed session leaves better weights than its last checkpoint knows: nothing is lost."""
+
+    def start() -> EarlyStopping:
+        return EarlyStopping(Checkpoints(tmp_path, Processes(), keep=1), patience=3)
+
     model = nn.Linear(2, 2)
-    first = EarlyStopping(Checkpoints(tmp_path, Processes(), keep=1), patience=3)
+    first = start()
+    nothing_yet = first.state_dict()
     assert first.improves(1.0)
     first.keep(10, model, None, process_count=1)
     assert not first.improves(2.0)
     state = first.state_dict()
-
-    resumed = EarlyStopping(Checkpoints(tmp_path, Processes(), keep=1), patience=3)
+    resumed = start()
     resumed.load_state_dict(state)
     assert resumed.state_dict() == state
 
     first.improves(0.5)
-    first.keep(30, model, None, process_count=1)  # after the last checkpoint; then it is killed
-    resumed = EarlyStopping(Checkpoints(tmp_path, Processes(), keep=1), patience=3)
-    resumed.load_state_dict(state)
-    assert resumed.improves(1.5)  # the loss of 1.0 has no weights any more
     with torch.no_grad():
         model.weight.fill_(7)
-    resumed.keep(20, model, None, process_count=1)
+    first.keep(30, model, None, process_count=1)  # after the last checkpoint; then it is killed
+    for stored in (state, nothing_yet):
+        resumed = start()
+        resumed.load_state_dict(stored)
+        assert resumed.state_dict() == stored
+    assert not caplog.messages
+    resumed.load_state_dict(state)
+    assert not resumed.improves(1.5)
     model.reset_parameters()
     resumed.restore_best(model, None)
     assert (model.weight == 7).all()
+
+    # Without its weights a loss is worth nothing.
+    shutil.rmtree(tmp_path / "step-00000030")
+    resumed = start()
+    resumed.load_state_dict(state)
+    assert resumed.improves(1.5)
+    assert caplog.messages == [
+        "early stopping begins anew: its best weights are not there any more"
+    ]
 
 
 def test_early_stopping_tests_the_best_weights(tmp_path: Path) -> None:

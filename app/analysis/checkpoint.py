@@ -1,22 +1,40 @@
 """Reads the weights of a checkpoint, whatever program wrote it."""
 
-import zipfile
+import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from app.analysis.loading import CheckpointError, load
 from app.lowrank.attention import INPUT_PROJECTIONS, FactoredAttention, FactoredProjection
 from app.lowrank.layer import FactoredLayer
 
 STATE_KEYS = ("state_dict", "model", "model_state_dict")
-PREFIXES = ("module.", "_orig_mod.")
-"""What DistributedDataParallel and torch.compile put before the name of every weight."""
+WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Parts of names that DistributedDataParallel, torch.compile and the like put in, where they wrap
+the network or a module within it."""
 
 _STEP_KEYS = ("step", "global_step", "iteration")
+_DTYPES = {
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2,
+    torch.float8_e5m2fnuz,
+}
+"""Of weights; those of 4 bits are packed, and float8_e8m0fnu is for the scales of others."""
+_LARGEST_EXPANSION = 2**26
+"""Values of a weight that is stored as fewer: sparse, or one value for many."""
+_LOOKED_AT = 64
+"""Entries at the beginning and at the end of a weight that a fingerprint is made of."""
 
 
 class StoredFactors(NamedTuple):
@@ -50,49 +68,67 @@ class StoredCheckpoint:
     """All floating tensors of two or more dimensions, by the dense name, in stored order."""
     step: int | None
     epoch: int | None
+    within_epoch: bool
+    """Whether more than ``epoch`` epochs were trained, but not one more."""
 
 
-class CheckpointError(Exception):
-    """A file that cannot be read as a checkpoint; says why in one line."""
-
-
-def read_checkpoint(path: Path) -> StoredCheckpoint:
+def read_checkpoint(*files: Path) -> StoredCheckpoint:
     """Read a checkpoint; its tensors come from the disk when they are used.
 
-    Nothing but tensors and plain values is unpickled (weights_only=True).
+    Nothing but tensors and plain values is unpickled (:mod:`app.analysis.loading`).
 
     Args:
-        path: a file of safetensors, or of torch.save: a state_dict, or a dictionary that holds one
-            under one of STATE_KEYS.
+        files: one of safetensors, or of torch.save: a state_dict, or a dictionary that holds one
+            under one of STATE_KEYS. Several: its shards, with a part of the weights each.
 
     Raises:
         CheckpointError: it is nothing of that.
     """
-    try:
-        content = _load(path)
-    except Exception as error:  # a damaged file may raise anything
-        reason = "holds more than tensors and plain values, or is damaged: save the state_dict"
-        if "weights_only" not in str(error) and "Weights only" not in str(error):
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise CheckpointError(f"{path}: cannot be read ({reason})") from None
-    state = _find_state(content)
-    if state is None:
-        raise CheckpointError(
-            f"{path}: no state_dict, neither at the top nor under {', '.join(STATE_KEYS)}"
-        )
-    weights = _name_weights(_without_prefix(state))
+    state: dict[str, Tensor] = {}
+    position: Mapping[str, Any] = {}
+    for file in files:
+        content = load(file)
+        found = _find_state(content)
+        if found is None:
+            raise CheckpointError(
+                f"{file}: no state_dict, neither at the top nor under {', '.join(STATE_KEYS)}"
+            )
+        if twice := state.keys() & found.keys():
+            raise CheckpointError(f"{file}: {min(twice)!r} is in another shard too")
+        state |= found
+        stored = content.get("position", content)
+        position = position or (stored if isinstance(stored, Mapping) else {})
+    path = files[0]
+    if problem := next(filter(None, map(_unusable, state.items())), None):
+        raise CheckpointError(f"{path}: {problem}")
+    weights = _name_weights(_without_wrappers(state))
     if not weights:
         raise CheckpointError(f"{path}: no floating tensor of two or more dimensions")
     if (name := _impossible_name(weights)) is not None:
         raise CheckpointError(f"{path}: {name!r} is no name that a weight of a module can have")
-    position = content.get("position", content)
-    position = position if isinstance(position, Mapping) else {}
     steps = (_as_int(position.get(key)) for key in _STEP_KEYS)
     return StoredCheckpoint(
         weights=weights,
         step=next((step for step in steps if step is not None), None),
         epoch=_as_int(position.get("epoch")),
+        within_epoch=bool(_as_int(position.get("batch"))),
     )
+
+
+def fingerprint(weights: Mapping[str, Weight]) -> str:
+    """Return a digest of some entries of every weight: what differs in it, is not the same.
+
+    Whole weights are not read, which would take as long as the analysis itself.
+    """
+    digest = hashlib.sha256()
+    for name, weight in weights.items():
+        parts = weight if isinstance(weight, StoredFactors) else (weight,)
+        for part in parts:
+            flat = part.detach().to_dense().flatten()
+            some = torch.cat([flat[:_LOOKED_AT], flat[-_LOOKED_AT:]]).contiguous()
+            digest.update(f"{name} {tuple(part.shape)} {part.dtype}".encode())
+            digest.update(some.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def as_module(weights: Mapping[str, Weight], device: torch.device) -> nn.Module:
@@ -120,17 +156,6 @@ def as_module(weights: Mapping[str, Weight], device: torch.device) -> nn.Module:
     return root
 
 
-def _load(path: Path) -> dict[str, Any]:
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return {"state_dict": load_file(path)}
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    if not isinstance(content, Mapping):
-        raise TypeError(f"holds a {type(content).__name__}, not a dictionary")
-    return dict(content)
-
-
 def _find_state(content: Mapping[str, Any]) -> dict[str, Tensor] | None:
     """Return the tensors of the state_dict, which may lie one level down."""
     for candidate in (*(content.get(key) for key in STATE_KEYS), content):
@@ -141,10 +166,32 @@ def _find_state(content: Mapping[str, Any]) -> dict[str, Tensor] | None:
     return None
 
 
-def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    while prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in state)), None):
-        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    return state
+def _without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take the wrappers' parts out of all names, unless two would become one."""
+    renamed = {}
+    for name, tensor in state.items():
+        *path, key = name.split(".")
+        renamed[".".join([*(part for part in path if part not in WRAPPERS), key])] = tensor
+    return renamed if len(renamed) == len(state) else state
+
+
+def _unusable(entry: tuple[str, Tensor]) -> str | None:
+    """Say why a tensor cannot be measured, though it may be a weight; None if it can."""
+    name, tensor = entry
+    if tensor.is_meta:
+        return f"{name!r} has a shape and no values (device meta): save the weights themselves"
+    if tensor.is_nested:
+        return f"{name!r} is a nested tensor"
+    if not tensor.is_floating_point() or tensor.dim() < 2:
+        return None
+    if tensor.dtype not in _DTYPES:
+        return f"{name!r} is of {tensor.dtype}, which is no number by itself"
+    # A few bytes can stand for more values than any memory holds.
+    is_strided = tensor.layout == torch.strided
+    stored = tensor.untyped_storage().nbytes() // tensor.element_size() if is_strided else 0
+    if tensor.numel() > max(stored, _LARGEST_EXPANSION):
+        return f"{name!r} {tuple(tensor.shape)} has far more values than are stored"
+    return None
 
 
 def _name_weights(state: dict[str, Tensor]) -> dict[str, Weight]:
@@ -174,16 +221,26 @@ def _are_factors(factors: Sequence[Tensor]) -> bool:
 
 
 def _impossible_name(names: Collection[str]) -> str | None:
-    """Return a name under which no tree of modules can hold a weight; None if there is none."""
+    """Return a name under which no module or no HDF5 file can hold a weight; None if none is."""
     reserved = nn.Module()
     for name in names:
         parts = name.split(".")
         parents = (".".join(parts[:end]) for end in range(1, len(parts)))
+        if "\0" in name or not _is_text(name):
+            return name
         if any(not part.strip("/") or hasattr(reserved, part) for part in parts) or any(
             parent in names for parent in parents
         ):
             return name
     return None
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # a half of a pair of UTF-16
+        return False
+    return True
 
 
 def _dense_name(path: str, state: Mapping[str, Tensor]) -> str:
@@ -197,6 +254,13 @@ def _dense_name(path: str, state: Mapping[str, Tensor]) -> str:
 
 
 def _as_int(value: Any) -> int | None:
+    """Return a whole number, be it Python's, numpy's or a tensor of one element."""
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta:
+        value = value.item()
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 

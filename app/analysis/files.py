@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -22,12 +23,44 @@ COMPANIONS = (
 )
 """Names of files and folders that lie beside checkpoints and hold no weights, or some once more."""
 
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)")
+_NAMED_TIME = re.compile(r"(?:^|[^a-z])(epochs?|steps?|iter(?:ation)?s?)[^a-z0-9]{0,2}(\d+)")
+_DECIMAL = re.compile(r"\d+\.\d+")
+_COPIES = {"last", "latest", "best", "newest", "recovery"}
+_AVERAGES = {"ema", "swa", "avg", "average", "averaged"}
 
-def find_checkpoints(paths: Sequence[Path]) -> list[Path]:
+
+@dataclass(frozen=True)
+class Source:
+    """Where a checkpoint lies."""
+
+    files: tuple[Path, ...]
+    """One, or its shards in their order."""
+
+    @property
+    def path(self) -> Path:
+        """The first file, which stands for all of them."""
+        return self.files[0]
+
+    @property
+    def is_named_copy(self) -> bool:
+        """Whether the name says that it is one of the others once more, such as the best."""
+        return bool(_words(self.path) & _COPIES)
+
+    @property
+    def is_named_average(self) -> bool:
+        """Whether the name says that it is an average over others."""
+        return bool(_words(self.path) & _AVERAGES)
+
+
+def find_checkpoints(paths: Sequence[Path]) -> tuple[list[Source], list[str]]:
     """List the checkpoints in files and folders, in natural order: 2 before 10.
 
     Folders are searched with all that is below them; files that are named count whatever their
-    suffix.
+    suffix. Shards (model-00001-of-00002.safetensors) are one checkpoint.
+
+    Returns:
+        The checkpoints, and a line for each of which shards are missing.
 
     Raises:
         UserError: a path does not exist, or there is no checkpoint in a folder.
@@ -44,7 +77,14 @@ def find_checkpoints(paths: Sequence[Path]) -> list[Path]:
             found.append(path)
         else:
             raise UserError(f"{path}: no such file or folder")
-    return sorted(dict.fromkeys(found), key=natural_order)
+    sources: list[Source] = []
+    problems = []
+    for files in _together(sorted(dict.fromkeys(found), key=natural_order)):
+        if (missing := _missing_shard(files)) is not None:
+            problems.append(f"{files[0]}: shard {missing} of {_shard(files[0])[1]} is missing")
+        else:
+            sources.append(Source(files))
+    return sources, problems
 
 
 def natural_order(path: Path) -> list[tuple[int, int, str]]:
@@ -54,11 +94,48 @@ def natural_order(path: Path) -> list[tuple[int, int, str]]:
 
 
 def number_in(path: Path) -> int | None:
-    """Return the last number in a file's name, or else in its folder's; None if there is none."""
-    for name in (path.stem, path.parent.name):
-        if numbers := re.findall(r"\d+", name):
+    """Return the number that tells the time in a file's name, or else in its folder's.
+
+    It is the one after "epoch", or else after "step" or "iteration", or else the last whole one:
+    0.81 in val_loss=0.81 is none. None if there is none. The numbers of shards are no times.
+    """
+    shard = _SHARD.fullmatch(path.stem)
+    for name in (shard["stem"] if shard else path.stem, path.parent.name):
+        times = _NAMED_TIME.findall(name.lower())
+        if named := {word[:4]: number for word, number in times}:
+            return int(named.get("epoc") or named.get("step") or named["iter"])
+        if numbers := re.findall(r"\d+", _DECIMAL.sub("", name)):
             return int(numbers[-1])
     return None
+
+
+def _together(paths: Sequence[Path]) -> list[tuple[Path, ...]]:
+    """Put the shards of each checkpoint together, at the place of the first one."""
+    groups: dict[tuple[Path, str, str, int], list[Path]] = {}
+    for path in paths:
+        name, count = path.name, 0
+        if shard := _SHARD.fullmatch(path.stem):
+            name, count = shard["stem"], int(shard["count"])
+        groups.setdefault((path.parent, name, path.suffix, count), []).append(path)
+    return [tuple(group) for group in groups.values()]
+
+
+def _shard(path: Path) -> tuple[int, int]:
+    """Return number and count of a shard; (1, 1) of a whole checkpoint."""
+    shard = _SHARD.fullmatch(path.stem)
+    return (int(shard["number"]), int(shard["count"])) if shard else (1, 1)
+
+
+def _missing_shard(files: Sequence[Path]) -> int | None:
+    """Return the first number that is missing; shards are counted from 1, by some from 0."""
+    numbers = {_shard(file)[0] for file in files}
+    first = min(1, *numbers)
+    expected = range(first, first + _shard(files[0])[1])
+    return next((number for number in expected if number not in numbers), None)
+
+
+def _words(path: Path) -> set[str]:
+    return set(re.split(r"[^a-z]+", path.name.lower()))
 
 
 def _is_checkpoint(path: Path) -> bool:

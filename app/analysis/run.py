@@ -6,31 +6,22 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 
 from torch import nn
 from tqdm import tqdm
 
-from app.analysis.checkpoint import CheckpointError, as_module, is_finite, read_checkpoint
-from app.analysis.files import find_checkpoints, number_in
-from app.analysis.selection import Shapes, select_weights, shapes_of, signature
+from app.analysis.checkpoint import as_module, fingerprint, is_finite, read_checkpoint
+from app.analysis.choice import Found, PassedOver, compare, drop_copies, order
+from app.analysis.files import Source, find_checkpoints
+from app.analysis.loading import CheckpointError
+from app.analysis.selection import select_weights, shapes_of, signature
 from app.distributed.processes import Processes
 from app.distributed.runtime import Runtime
 from app.errors import AgreedUserError, UserError
 from app.lowrank.conversion import LayerReport
 from app.metrics.stability import StabilityTracker
 from app.training.recorder import Recorder
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Found:
-    """A checkpoint that was looked into."""
-
-    path: Path
-    shapes: Shapes
-    step: int | None
-    epoch: int | None
 
 
 @dataclass
@@ -43,6 +34,10 @@ class Analysis:
     layers: int = 0
     problems: list[str] = field(default_factory=list)
     """A line for each file that was skipped."""
+    passed_over: list[PassedOver] = field(default_factory=list)
+    """Copies, averages and the like, of which nothing new would be measured."""
+    by_count: bool = False
+    """Whether a window is a number of checkpoints, for want of any two that are it apart."""
 
 
 def analyze(
@@ -60,7 +55,7 @@ def analyze(
     Args:
         paths: files, and folders of them.
         output: folder of metrics.h5; None: "analysis" in the only folder given, or else here.
-        window: checkpoints between the two that are compared.
+        window: checkpoints between the two that are compared, at their most common distance.
         include, exclude, not_averaged: as in :func:`app.analysis.selection.select_weights`.
         runtime: the processes that share the layers.
 
@@ -68,19 +63,21 @@ def analyze(
         AgreedUserError: there is nothing to measure, or the folder cannot be written to.
     """
     processes = runtime.processes
-    files = processes.from_first(
-        processes.agree(lambda: find_checkpoints(paths) if runtime.is_first else [])
+    sources, problems = processes.from_first(
+        processes.agree(lambda: find_checkpoints(paths) if runtime.is_first else ([], []))
     )
-    found, problems = _survey(files, processes)
+    found, unreadable = _survey(sources, processes)
     found, others = _of_one_network(found)
-    problems += others
+    problems += unreadable + others
     if not found:
         reason = f": {problems[0]}" if problems else ""
         raise AgreedUserError(f"no checkpoint can be read{reason}")
-    found, label, positions = order(found)
+    found, passed_over = drop_copies(found)
+    series, of_the_same_time = order(found)
+    comparisons = compare(series.times, window)
     layers = processes.agree(
         lambda: select_weights(
-            [checkpoint.shapes for checkpoint in found],
+            [checkpoint.shapes for checkpoint in series.found],
             include=include,
             exclude=exclude,
             not_averaged=not_averaged,
@@ -91,7 +88,7 @@ def analyze(
         {
             "analysis": {
                 "checkpoints": [str(path) for path in paths],
-                "position": label,
+                "position": series.label,
                 "window": window,
                 "include": list(include),
                 "exclude": list(exclude),
@@ -103,18 +100,24 @@ def analyze(
     recorder = processes.agree(
         lambda: _open(folder, configuration, layers) if runtime.is_first else Recorder(None)
     )
-    result = Analysis(metrics=folder / "metrics.h5", layers=len(layers), problems=problems)
-    tracker = StabilityTracker(layers, processes, window=window)
+    result = Analysis(
+        metrics=folder / "metrics.h5",
+        layers=len(layers),
+        problems=problems,
+        passed_over=passed_over + of_the_same_time,
+        by_count=comparisons.by_count,
+    )
+    tracker = StabilityTracker(layers, processes, window=comparisons.span)
     try:
         recorder.session(process_count=runtime.process_count, first_step=0)
         quiet = not (runtime.is_first and sys.stderr.isatty())
-        bar = tqdm(found, unit="checkpoint", dynamic_ncols=True, disable=quiet)
-        for checkpoint, position in zip(bar, positions, strict=True):
-            model = _load(checkpoint.path, layers, runtime, problems)
+        bar = tqdm(series.found, unit="checkpoint", dynamic_ncols=True, disable=quiet)
+        for checkpoint, position, time_of in zip(bar, series.times, comparisons.times, strict=True):
+            model = _load(checkpoint.source, layers, runtime, problems)
             if model is None:
                 continue
             start = time.perf_counter()
-            rows = tracker.measure(model, result.measured)
+            rows = tracker.measure(model, time_of)
             seconds = time.perf_counter() - start
             epoch = position if checkpoint.epoch is None else checkpoint.epoch
             recorder.stability(rows, epoch=epoch, step=position, seconds=seconds)
@@ -124,49 +127,33 @@ def analyze(
     return result
 
 
-def order(found: Sequence[_Found]) -> tuple[list[_Found], str, list[int]]:
-    """Sort checkpoints by time.
-
-    Returns:
-        The checkpoints, what their time is counted in, and the time of each: the epoch or step that
-        they all hold, or the number in their names, or their number in natural order.
-    """
-    for label, times in (
-        ("epoch", [checkpoint.epoch for checkpoint in found]),
-        ("optimizer step", [checkpoint.step for checkpoint in found]),
-    ):
-        known = [time for time in times if time is not None]
-        if len(set(known)) == len(found):
-            pairs = sorted(zip(known, found, strict=True), key=lambda pair: pair[0])
-            return [checkpoint for _, checkpoint in pairs], label, [time for time, _ in pairs]
-    numbers = [number_in(checkpoint.path) for checkpoint in found]
-    known = [number for number in numbers if number is not None]
-    if len(known) == len(found) and all(a < b for a, b in pairwise(known)):
-        return list(found), "number in the name", known
-    return list(found), "checkpoint", list(range(1, len(found) + 1))
-
-
-def _survey(files: Sequence[Path], processes: Processes) -> tuple[list[_Found], list[str]]:
+def _survey(sources: Sequence[Source], processes: Processes) -> tuple[list[Found], list[str]]:
     """Look into all files, each process into its share. A collective call."""
-    mine: list[tuple[int, _Found | str]] = []
-    for index in range(processes.index, len(files), processes.count):
+    mine: list[tuple[int, Found | str]] = []
+    for index in range(processes.index, len(sources), processes.count):
         try:
-            stored = read_checkpoint(files[index])
+            stored = read_checkpoint(*sources[index].files)
         except CheckpointError as error:
             mine.append((index, str(error)))
             continue
-        shapes = shapes_of(stored.weights)
-        entry = _Found(path=files[index], shapes=shapes, step=stored.step, epoch=stored.epoch)
+        entry = Found(
+            source=sources[index],
+            shapes=shapes_of(stored.weights),
+            step=stored.step,
+            epoch=stored.epoch,
+            within_epoch=stored.within_epoch,
+            fingerprint=fingerprint(stored.weights),
+        )
         mine.append((index, entry))
     gathered = [entry for part in processes.gather(mine) for entry in part]
     entries = [entry for _, entry in sorted(gathered, key=lambda pair: pair[0])]
     return (
-        [entry for entry in entries if isinstance(entry, _Found)],
+        [entry for entry in entries if isinstance(entry, Found)],
         [entry for entry in entries if isinstance(entry, str)],
     )
 
 
-def _of_one_network(found: Sequence[_Found]) -> tuple[list[_Found], list[str]]:
+def _of_one_network(found: Sequence[Found]) -> tuple[list[Found], list[str]]:
     """Keep the checkpoints of the network that most of them are of."""
     signatures = [signature(checkpoint.shapes) for checkpoint in found]
     if not found:
@@ -186,7 +173,7 @@ def _of_one_network(found: Sequence[_Found]) -> tuple[list[_Found], list[str]]:
 
 
 def _load(
-    path: Path, layers: Sequence[LayerReport], runtime: Runtime, problems: list[str]
+    source: Source, layers: Sequence[LayerReport], runtime: Runtime, problems: list[str]
 ) -> nn.Module | None:
     """Read the weights; None, with a line more in ``problems``, where they cannot be measured.
 
@@ -194,11 +181,11 @@ def _load(
     """
     problem, model = "", None
     try:
-        stored = read_checkpoint(path).weights
+        stored = read_checkpoint(*source.files).weights
         weights = {layer.name: stored[layer.name] for layer in layers}
         for layer in layers[runtime.process_index :: runtime.process_count]:
             if not is_finite(weights[layer.name]):
-                problem = f"{path}: {layer.name} holds NaN or infinity"
+                problem = f"{source.path}: {layer.name} holds NaN or infinity"
                 break
         model = as_module(weights, runtime.device)
     except (CheckpointError, KeyError) as error:  # replaced since it was looked into

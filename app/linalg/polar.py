@@ -30,6 +30,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from app.linalg.scaling import scaled, times_power_of_two
 from app.linalg.svd import economy_svd, numerical_rank
 
 Method = Literal["svd", "eigh", "products"]
@@ -63,12 +64,9 @@ def polar(matrix: Tensor, method: Method | None = None) -> Polar:
     if matrix.dtype not in (torch.float32, torch.float64):
         matrix = matrix.float()
     method = method or choose_method(_shape(matrix), matrix.dtype, matrix.device)
-    if method != "svd":
-        try:
-            return _polar_by_eigh(matrix) if method == "eigh" else _polar_by_products(matrix)
-        except torch.linalg.LinAlgError:
-            pass  # the SVD has more drivers to try
-    return _polar_by_svd(matrix)
+    matrix, exponent = scaled(matrix)  # the factor is that of the matrix itself
+    factor, s, rank = _polar_in_range(matrix, method)
+    return Polar(factor, times_power_of_two(s, exponent), rank)
 
 
 def choose_method(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Method:
@@ -90,6 +88,16 @@ def choose_method(shape: tuple[int, int], dtype: torch.dtype, device: torch.devi
         return "products"
     k = min(shape)
     return "eigh" if k < 512 or max(shape) >= 1.25 * k else "svd"
+
+
+def _polar_in_range(matrix: Tensor, method: Method) -> Polar:
+    """Compute the polar factor of a matrix whose entries can be squared and divided by."""
+    if method != "svd":
+        try:
+            return _polar_by_eigh(matrix) if method == "eigh" else _polar_by_products(matrix)
+        except torch.linalg.LinAlgError:
+            pass  # the SVD has more drivers to try
+    return _polar_by_svd(matrix)
 
 
 def _polar_by_svd(matrix: Tensor) -> Polar:

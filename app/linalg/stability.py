@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from app.linalg.scaling import norm, scaled, times_power_of_two
+
 
 class DenseBasis(NamedTuple):
     """The basis of a full-rank weight, held as the polar factor itself."""
@@ -103,12 +105,13 @@ def mixing_similarity(R_i: Tensor, R_j: Tensor) -> float:
     """
     r = min(len(R_i), len(R_j))
     parts = (R_i[:r] - R_j[:r], R_i[r:], R_j[r:])
-    distance = math.hypot(*(float(torch.linalg.norm(part)) for part in parts))
-    scale = float(torch.linalg.norm(R_i) + torch.linalg.norm(R_j))
+    distance = math.hypot(*(norm(part) for part in parts))
+    scale = norm(R_i) + norm(R_j)
     return 1.0 - distance / scale if scale else 1.0
 
 
 def _unique_r(matrix: Tensor) -> Tensor:
+    matrix, exponent = scaled(matrix)
     R = torch.linalg.qr(matrix, mode="r").R
     sign = torch.where(R.diagonal() < 0, -1.0, 1.0).to(R.dtype)
-    return sign[:, None] * R
+    return times_power_of_two(sign[:, None] * R, exponent)

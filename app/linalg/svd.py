@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from app.linalg.scaling import scaled, times_power_of_two
+
 ORTHONORMAL = {torch.float32: 1e-5, torch.float64: 1e-12}
 """Largest spectral norm of Q^T Q - I, by dtype, that up to 1,024 singular vectors may have.
 
@@ -55,13 +57,18 @@ def economy_svd(matrix: Tensor) -> Factors:
         product and so give other bits.
 
     Raises:
-        torch.linalg.LinAlgError: nothing converges.
+        torch.linalg.LinAlgError: nothing converges, or a singular value exceeds the dtype's range.
     """
     matrix = matrix.detach()
     if matrix.dtype not in (torch.float32, torch.float64):
         matrix = matrix.float()
     is_wide = matrix.shape[-2] < matrix.shape[-1]
+    matrix, exponent = scaled(matrix)
     U, s, Vh = _first_success(matrix.mT if is_wide else matrix)
+    if exponent:
+        s = times_power_of_two(s, exponent)
+        if not s.isfinite().all():
+            raise torch.linalg.LinAlgError(f"singular values are beyond the range of {s.dtype}")
     if is_wide:
         U, Vh = Vh.mT, U.mT
     return Factors(*(factor.contiguous() for factor in (U, s, Vh)))

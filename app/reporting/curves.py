@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from app.reporting.comparison import RunGroup, merits
-from app.reporting.drawing import Drawing, LineStyle, colour_and_line, marker_of, new_figure
+from app.reporting.drawing import (
+    Drawing,
+    LineStyle,
+    as_label,
+    colour_and_line,
+    marker_of,
+    new_figure,
+)
 from app.reporting.layer_maps import draw_reference
 from app.reporting.reference import ReferenceCurve
 from app.reporting.runs import Run
@@ -123,7 +130,7 @@ def other_measures(run: Run, name: str) -> Drawing | None:
         low, middle, high = np.nanpercentile(values, [10, 50, 90], axis=0)
         axes.fill_between(x, low, high, color=colour_and_line(0)[0], alpha=0.2, linewidth=0)
         axes.plot(x, middle, color=colour_and_line(0)[0], marker=marker_of(x))
-        axes.set_ylabel(_wrapped(column.replace("_", " ") + ", %" * (column in percent)))
+        axes.set_ylabel(_wrapped(as_label(column).replace("_", " ") + ", %" * (column in percent)))
         if column == "orthonormality_error" and np.nanmin(low) > 0:
             axes.set_yscale("log")
     panels[-1][0].set_xlabel(run.axis.label)
@@ -215,7 +222,8 @@ def _legend(figure: Figure, groups: Sequence[RunGroup]) -> None:
     for index, group in enumerate(groups):
         colour, line = colour_and_line(index)
         count = f" ({len(group.runs)} runs)" if len(group.runs) > 1 else ""
-        entries.append(Line2D([], [], color=colour, linestyle=line, label=group.label + count))
+        label = as_label(group.label) + count
+        entries.append(Line2D([], [], color=colour, linestyle=line, label=label))
     figure.legend(handles=entries, loc="outside upper left")
 
 

@@ -105,12 +105,18 @@ def marker_of(x: np.ndarray) -> str:
 
 
 def short_name(layer: str) -> str:
-    """Return a layer's name for a label: without what is in its middle, if it is long."""
+    """Return a layer's name as a label: without what is in its middle, if it is long."""
     name = layer.removesuffix(".weight")
-    if len(name) <= _LONGEST_NAME:
-        return name
     half = _LONGEST_NAME // 2
-    return f"{name[: half - 1]}…{name[-half:]}"
+    return as_label(name if len(name) <= _LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}")
+
+
+def as_label(text: str) -> str:
+    """Return a text of the user's so that matplotlib draws it as it stands, in one line.
+
+    Between two dollar signs it would look for a formula, and fail where there is none.
+    """
+    return "".join(c if c.isprintable() else "�" for c in text).replace("$", r"\$")
 
 
 def save(drawing: Drawing, folder: Path, formats: Sequence[str]) -> list[Path]:

@@ -1,5 +1,6 @@
 """Image classification: loss, accuracy, and the sets that fit into memory."""
 
+import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,9 @@ from app.tasks.sharding import Stream
 
 if TYPE_CHECKING:
     from app.settings import Configuration
+
+
+logger = logging.getLogger(__name__)
 
 
 class Classification(ShardedTask):
@@ -106,7 +110,8 @@ class InMemoryClassification(Classification):
         Raises:
             UserError: as in :func:`app.tasks.datasets.load` and :class:`Classification`.
         """
-        images = datasets.load(configuration.data)
+        data = configuration.data
+        images = datasets.load(data)
         super().__init__(
             configuration,
             train_size=len(images.train.labels),
@@ -116,18 +121,18 @@ class InMemoryClassification(Classification):
             process_count=process_count,
             device=device,
         )
-        self._augmentation = configuration.data.augmentation
+        self._augmentation = data.augmentation
         self._margin = self.input_shape[-1] // 8
         mean, std = channel_statistics(images.train.images)
         self._scale = torch.tensor(1 / std, dtype=torch.float32, device=device)[:, None, None]
         self._shift = torch.tensor(-mean / std, dtype=torch.float32, device=device)[:, None, None]
+        parts = {"train": images.train, "validation": images.validation, "test": images.test}
+        for name, part in parts.items():
+            if part.images.min() == part.images.max():
+                logger.warning("data.root: all pixels of %s in %s are equal", name, data.name)
         self._parts = {
             name: (torch.tensor(part.images, device=device), torch.tensor(part.labels).to(device))
-            for name, part in (
-                ("train", images.train),
-                ("validation", images.validation),
-                ("test", images.test),
-            )
+            for name, part in parts.items()
         }
 
     def train_batches(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:

@@ -4,7 +4,9 @@ Zhou et al., "Informer: Beyond Efficient Transformer for Long Sequence Time-Seri
 AAAI 2021, section 5.1. The official layout below data.root: ETT-small/ETTh1.csv and so on.
 """
 
+import math
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +19,10 @@ if TYPE_CHECKING:
 
 VARIABLES = ("HUFL", "HULL", "MUFL", "MULL", "LUFL", "LULL", "OT")
 STEP_MINUTES = {"etth1": 60, "etth2": 60, "ettm1": 15, "ettm2": 15}
+LARGEST_VALUE = math.sqrt(np.finfo(np.float32).max)
+"""Beyond this a squared error is infinite in float32."""
+LARGEST_DEVIATION = 1e6
+"""Of a cell from the others of its column, in their median deviation."""
 SPLIT_MONTHS = {"train": 12, "validation": 4, "test": 4}
 """Of 30 days each, one after the other; what comes later is not used."""
 
@@ -108,28 +114,93 @@ def calendar_features(times: np.ndarray, step_minutes: int) -> np.ndarray:
 
 
 def _read(data: "DataSection", minutes: int, *, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return times (steps,) datetime64[s] and values (steps, variables) float64."""
+    """Return times (steps,) datetime64[s] and values (steps, variables) float64.
+
+    What comes after these steps is not looked at.
+    """
     path = series_path(data)
+    times: list[datetime] = []
+    values: list[list[float]] = []
+    lines: list[int] = []
+    step = timedelta(minutes=minutes)
     try:
-        with path.open() as file:
+        with path.open(encoding="utf-8-sig") as file:
             header = file.readline().strip()
-        if header != ",".join(("date", *VARIABLES)):
-            raise UserError(
-                f"data.root: {path} has the columns {header!r}, expected date,{','.join(VARIABLES)}"
-            )
-        dates = np.loadtxt(path, delimiter=",", skiprows=1, usecols=0, dtype="U19", max_rows=steps)
-        times = dates.astype("datetime64[s]")
-        columns = range(1, len(VARIABLES) + 1)
-        values = np.loadtxt(path, delimiter=",", skiprows=1, usecols=columns, max_rows=steps)
+            if header != ",".join(("date", *VARIABLES)):
+                raise UserError(
+                    f"data.root: {path} has the columns {header[:200]!r}, expected "
+                    f"date,{','.join(VARIABLES)}"
+                )
+            for number, line in enumerate(file, start=2):
+                if len(values) == steps:
+                    break
+                if not line.strip():
+                    continue
+                date, row = _parse_row(line.strip())
+                if times and date - times[-1] != step:
+                    raise ValueError(
+                        f"{date} follows {times[-1]} of line {lines[-1]}, expected a row every "
+                        f"{minutes} minutes"
+                    )
+                times.append(date)
+                values.append(row)
+                lines.append(number)
     except OSError as error:
         raise UserError(
             f"data.root: cannot read {path} ({error.strerror or error}); put the file there, from "
             f"the ETDataset of Zhou et al."
         ) from None
+    except UnicodeDecodeError:
+        raise UserError(f"data.root: {path} is damaged: it is no text") from None
     except ValueError as error:
-        raise UserError(f"data.root: {path} is damaged: {' '.join(str(error).split())}") from None
+        raise UserError(f"data.root: {path} is damaged: line {number}: {error}") from None
     if len(values) < steps:
         raise UserError(f"data.root: {path} holds {len(values)} steps, expected {steps} or more")
-    if (np.diff(times) != np.timedelta64(minutes, "m")).any() or not np.isfinite(values).all():
-        raise UserError(f"data.root: {path} has gaps: expected a row every {minutes} minutes")
-    return times, values
+    table = np.array(values)
+    if outlier := _outlier(table):
+        place, column = outlier
+        raise UserError(
+            f"data.root: {path} is damaged: line {lines[place]}: {VARIABLES[column]} is "
+            f"{table[place, column]:g}, more than {LARGEST_DEVIATION:.0e} deviations away"
+        )
+    return np.array(times, dtype="datetime64[s]"), table
+
+
+def _parse_row(line: str) -> tuple[datetime, list[float]]:
+    """Return time and values of a row.
+
+    Raises:
+        ValueError: says in one line what is wrong with it.
+    """
+    date, *fields = line.split(",")
+    if len(fields) != len(VARIABLES):
+        raise ValueError(
+            f"it has {len(fields) + 1} fields and not {len(VARIABLES) + 1}: {line[:100]!r}"
+        )
+    try:
+        time = datetime.fromisoformat(date.strip()).replace(tzinfo=None)
+    except ValueError:
+        raise ValueError(f"{date[:100]!r} is no date") from None
+    values = []
+    for name, field in zip(VARIABLES, fields, strict=True):
+        try:
+            value = float(field.replace("_", "?"))  # Python alone reads 1_000 as a number
+        except ValueError:
+            raise ValueError(f"{name} is {field[:100]!r}, which is no number") from None
+        if not abs(value) <= LARGEST_VALUE:
+            raise ValueError(f"{name} is {field[:100]!r}, expected a value that can be squared")
+        values.append(value)
+    return time, values
+
+
+def _outlier(values: np.ndarray) -> tuple[int, int] | None:
+    """Return row and column of a cell that would flatten all others of its column.
+
+    Deviations are judged by their median, which such a cell does not move.
+    """
+    distance = np.abs(values - np.median(values, axis=0))
+    typical = np.median(distance, axis=0)
+    # A variable that is mostly constant has none: there the mean has to do.
+    typical = np.where(typical > 0, typical, distance.mean(axis=0))
+    outliers = np.argwhere(distance > LARGEST_DEVIATION * typical)
+    return (int(outliers[0][0]), int(outliers[0][1])) if len(outliers) else None

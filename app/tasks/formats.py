@@ -1,6 +1,7 @@
 """The two file formats of the classic image sets: idx (MNIST) and pickled batches (CIFAR)."""
 
 import gzip
+import math
 import pickle
 import zlib
 from pathlib import Path
@@ -10,6 +11,9 @@ import numpy as np
 
 _UNSIGNED_BYTE = 8
 """Code of the element type in an idx file."""
+
+_LARGEST_IDX = 2**32
+"""Bytes of data."""
 
 _PICKLED: dict[tuple[str, str], Any] = {
     (module, name): value
@@ -35,23 +39,28 @@ def read_idx(path: Path, *, dimensions: int) -> np.ndarray:
     Raises:
         ValueError: unreadable, truncated, or not such a file.
     """
+    start = 4 + 4 * dimensions
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            content = file.read()
+            header = file.read(start)
+            shape = np.frombuffer(header[4:], ">u4").tolist() if len(header) == start else []
+            size = math.prod(shape)
+            # No more than is announced: a packed file could fill the memory.
+            content = file.read(size + 1) if size <= _LARGEST_IDX else b""
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"cannot be read ({error})") from None
-    start = 4 + 4 * dimensions
     magic = bytes([0, 0, _UNSIGNED_BYTE, dimensions])
-    if len(content) < start or content[:4] != magic:
+    if not header.startswith(magic):
         raise ValueError(
             f"is not an idx file of bytes in {dimensions} dimension(s): it begins with "
-            f"{content[:4].hex()!r} and not {magic.hex()!r}"
+            f"{header[:4].hex()!r} and not {magic.hex()!r}"
         )
-    shape = np.frombuffer(content, ">u4", count=dimensions, offset=4).tolist()
-    elements = np.frombuffer(content, np.uint8, offset=start)
-    if len(elements) != np.prod(shape, dtype=object):
-        raise ValueError(f"holds {len(elements)} bytes of data, its header announces {shape}")
-    return elements.reshape(shape)
+    if len(header) < start:
+        raise ValueError(f"ends after {len(header)} bytes, within its header")
+    if len(content) != size:
+        number = len(content) if len(content) < size else "more"
+        raise ValueError(f"holds {number} bytes of data, its header announces {shape}")
+    return np.frombuffer(content, np.uint8).reshape(shape)
 
 
 def read_cifar(path: Path, *, label_key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -83,6 +92,8 @@ def read_cifar(path: Path, *, label_key: str) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError("'data' is not an array of bytes, 3072 per image")
     if not isinstance(labels, list) or not all(type(label) is int for label in labels):
         raise ValueError(f"{label_key!r} is not a list of integers")
+    if any(abs(label) >= 2**63 for label in labels):
+        raise ValueError(f"{label_key!r} holds labels of more than 64 bits")
     return images.reshape(-1, 3, 32, 32), np.array(labels, dtype=np.int64)
 
 

@@ -16,6 +16,8 @@ from app.compatibility import import_torchvision, let_timm_posterize
 from app.errors import UserError
 from app.settings import DataSection
 from app.tasks import sharding
+from app.tasks.image_listing import File
+from app.tasks.pixel_depth import PixelError, check_mode, to_rgb
 from app.tasks.randomness import seeded
 from app.tasks.sharding import Stream
 
@@ -27,8 +29,6 @@ CROP_RATIO = 0.875
 
 Box = tuple[int, int, int, int]
 """Left, top, right, bottom in pixels."""
-File = tuple[str, int]
-"""Path of an image and its class."""
 
 
 class Transform(Protocol):
@@ -74,9 +74,37 @@ class ImageFiles(Dataset[tuple[Tensor, int] | UserError]):
             with Image.open(path) as image:
                 pixels = self._transform.decode(image, random)
         except Exception as error:  # decoders fail in many ways
-            reason = " ".join(str(error).split())
-            return UserError(f"data.root: {path} is not a readable image ({reason}); remove it")
+            return UserError(_describe(path, error))
         return self._transform.finish(pixels, random), label
+
+
+def describe_problem(path: str, decode: bool, image_bits: int | None) -> str | None:
+    """Open an image and return what is wrong with it, or None.
+
+    Args:
+        path: of the file.
+        decode: decode all of it, at the lowest resolution that its format allows for; False: read
+            the header alone, which does not find a truncated file.
+        image_bits: data.image_bits.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            check_mode(image, image_bits)
+            if decode:
+                image.draft("RGB", (1, 1))
+                image.load()
+    except Exception as error:  # decoders fail in many ways
+        return _describe(path, error)
+    return None
+
+
+def _describe(path: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())
+    if isinstance(error, PixelError):
+        return f"data.root: {path} {reason}"
+    return f"data.root: {path} is not a readable image ({reason}); remove it"
 
 
 def collate(
@@ -109,16 +137,17 @@ class Normalization:
 class EvaluationTransform:
     """The central crop of the resized image, as bytes."""
 
-    def __init__(self, size: int) -> None:
-        """Prepare for crops of ``size`` pixels square."""
+    def __init__(self, size: int, image_bits: int | None = None) -> None:
+        """Prepare for crops of ``size`` pixels square; see :func:`to_rgb` for ``image_bits``."""
         import_torchvision()
         from torchvision import transforms as t
 
+        self._image_bits = image_bits
         self._crop = t.Compose([t.Resize(math.ceil(size / CROP_RATIO)), t.CenterCrop(size)])
 
     def decode(self, image: Any, random: np.random.Generator) -> Any:
         """See :class:`Transform`."""
-        return self._crop(_to_rgb(image))
+        return self._crop(to_rgb(image, self._image_bits))
 
     def finish(self, pixels: Any, random: np.random.Generator) -> Tensor:
         """See :class:`Transform`."""
@@ -139,6 +168,7 @@ class TrainingTransform:
             UserError: ``data.random_augment`` is not in timm's notation.
         """
         self._size = data.image_size
+        self._image_bits = data.image_bits
         self._augment = _random_augment(data)
         self._erase: Callable[[Tensor], Tensor] | None = None
         if data.random_erasing > 0:
@@ -151,7 +181,8 @@ class TrainingTransform:
     def decode(self, image: Any, random: np.random.Generator) -> Any:
         """See :class:`Transform`."""
         width, height = image.size
-        return read_region(image, random_box(width, height, random), self._size)
+        box = random_box(width, height, random)
+        return read_region(image, box, self._size, self._image_bits)
 
     def finish(self, pixels: Any, random: np.random.Generator) -> Tensor:
         """See :class:`Transform`."""
@@ -189,7 +220,7 @@ def random_box(width: int, height: int, random: np.random.Generator) -> Box:
     return left, top, left + w, top + h
 
 
-def read_region(image: Any, box: Box, size: int) -> Any:
+def read_region(image: Any, box: Box, size: int, image_bits: int | None = None) -> Any:
     """Decode a region of an image and resize it to ``size`` pixels square, RGB.
 
     A JPEG is decoded at half, a quarter or an eighth of its resolution where that is enough: its
@@ -199,6 +230,7 @@ def read_region(image: Any, box: Box, size: int) -> Any:
         image: opened by PIL, not decoded yet.
         box: the region.
         size: width and height of the result.
+        image_bits: see :func:`app.tasks.pixel_depth.to_rgb`.
     """
     from PIL.Image import Resampling
 
@@ -207,17 +239,7 @@ def read_region(image: Any, box: Box, size: int) -> Any:
     image.draft("RGB", (math.ceil(width * scale), math.ceil(height * scale)))
     x, y = image.size[0] / width, image.size[1] / height
     scaled = (box[0] * x, box[1] * y, box[2] * x, box[3] * y)
-    return _to_rgb(image).resize((size, size), Resampling.BILINEAR, scaled)
-
-
-def _to_rgb(image: Any) -> Any:
-    """Return an opened PIL image as RGB, without transparency."""
-    # Grey values of 16 bits, which PIL would cut off at 255; those of a .pgm have the mode I.
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
-        from PIL import Image
-
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
+    return to_rgb(image, image_bits).resize((size, size), Resampling.BILINEAR, scaled)
 
 
 def _random_augment(data: DataSection) -> Callable[[Any], Any] | None:

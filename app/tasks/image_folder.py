@@ -2,9 +2,11 @@
 
 Below data.root: train/CLASS/FILE and val/CLASS/FILE, and optionally test/CLASS/FILE. With test/ the
 validation part is val/. Without it val/ is the test part, as is usual for ImageNet, and
-the validation part is ``data.validation_fraction`` of train/, by a fixed seed.
+the validation part is ``data.validation_fraction`` of train/, by a fixed seed. What else lies there
+is left out, and told of in one line (:mod:`app.tasks.image_listing`).
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -13,20 +15,22 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from app.compatibility import import_torchvision
 from app.errors import UserError
 from app.settings import Configuration, DataSection
 from app.tasks import Batch, sharding
 from app.tasks.classification import Classification
+from app.tasks.image_check import check_images, warn_of_dark_parts
 from app.tasks.image_files import (
     EvaluationTransform,
-    File,
     ImageFiles,
     Normalization,
     TrainingTransform,
     collate,
 )
+from app.tasks.image_listing import File, LeftOut, list_folder
 from app.tasks.splitting import limit_training_part, split_off, split_off_validation
+
+logger = logging.getLogger(__name__)
 
 
 class ImageFolderClassification(Classification):
@@ -40,11 +44,11 @@ class ImageFolderClassification(Classification):
         process_count: int,
         device: torch.device,
     ) -> None:
-        """List the files.
+        """List the files, and look at this process's share of them (data.check_images).
 
         Raises:
-            UserError: a folder is missing or empty, the classes of the parts differ, or as in
-                :class:`Classification`.
+            UserError: a folder is missing or empty, the classes of the parts differ, an image
+                cannot be read, or as in :class:`Classification`.
         """
         data = configuration.data
         self._parts, classes = _list_parts(data)
@@ -60,7 +64,16 @@ class ImageFolderClassification(Classification):
         self._workers = data.workers
         self._normalize = Normalization(device)
         self._train_transform = TrainingTransform(data)
-        self._evaluation_transform = EvaluationTransform(data.image_size)
+        self._evaluation_transform = EvaluationTransform(data.image_size, data.image_bits)
+        check_images(
+            self._parts,
+            data.check_images,
+            image_bits=data.image_bits,
+            process_index=process_index,
+            process_count=process_count,
+        )
+        if data.check_images != "none" and process_index == 0:
+            warn_of_dark_parts(self._parts, data.image_bits)
 
     def train_batches(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
         """Yield this process's shares of the global batches; see :class:`app.tasks.Task`.
@@ -134,15 +147,18 @@ class ImageFolderClassification(Classification):
 def _list_parts(data: DataSection) -> tuple[dict[str, list[File]], int]:
     """Return the files of the parts train, validation and test, and the number of classes."""
     root = Path(data.root)
-    train, classes = _list_folder(root / "train")
+    left_out = LeftOut()
+    train, classes = list_folder(root / "train", left_out)
     parts = {"train": train}
     for name in ("val", "test") if (root / "test").exists() else ("val",):
-        parts[name], own_classes = _list_folder(root / name)
+        parts[name], own_classes = list_folder(root / name, left_out)
         if different := set(classes) ^ set(own_classes):
             raise UserError(
                 f"data.root: {root / 'train'} and {root / name} must have the same classes; only "
                 f"one of them has {', '.join(sorted(different)[:5])}"
             )
+    if str(left_out):
+        logger.warning("data.root: left out in %s: %s", root, left_out)
     labels = np.array([label for _, label in train])
     if "test" in parts:
         parts["validation"] = parts.pop("val")
@@ -153,21 +169,3 @@ def _list_parts(data: DataSection) -> tuple[dict[str, list[File]], int]:
         parts["validation"] = [train[index] for index in validation]
     parts["train"] = [train[index] for index in limit_training_part(indices, data)]
     return parts, len(classes)
-
-
-def _list_folder(folder: Path) -> tuple[list[File], list[str]]:
-    """Return all image files below the class folders of a folder, and the classes, sorted."""
-    import_torchvision()
-    from torchvision.datasets import ImageFolder
-
-    if not folder.is_dir():
-        raise UserError(
-            f"data.root: {folder} not found; image_folder needs train/CLASS/FILE and "
-            f"val/CLASS/FILE below data.root"
-        )
-    try:
-        listing = ImageFolder(folder)
-    except OSError as error:  # no class folder, or one without images
-        reason = " ".join(str(error).split())
-        raise UserError(f"data.root: nothing to learn from in {folder}: {reason}") from None
-    return listing.samples, listing.classes

@@ -2,7 +2,6 @@
 
 import fcntl
 import hashlib
-import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from app.errors import UserError
 from app.settings import DataSection
+from app.tasks.image_listing import PARTS, LeftOut, Walk
 
 COPIES_AT_ONCE = 16
 """Threads: on a parallel file system small files wait for latency, not for bandwidth."""
@@ -64,14 +64,21 @@ def stage(data: DataSection) -> None:
         ) from None
 
 
+def _folders(origin: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Yield the folders of all parts with the names of their files, as they are listed later."""
+    for name in PARTS:
+        if (origin / name).is_dir():
+            yield from Walk(origin / name, LeftOut())(origin / name)
+
+
 def _copy_folder(origin: Path, copy: Path) -> None:
     with ThreadPoolExecutor(COPIES_AT_ONCE) as pool:
         copied = []
-        for folder, _, files in os.walk(origin, followlinks=True):
-            target = copy / Path(folder).relative_to(origin)
+        for folder, files in _folders(origin):
+            target = copy / folder.relative_to(origin)
             target.mkdir(parents=True)
             for name in files:
-                copied.append(pool.submit(shutil.copyfile, Path(folder, name), target / name))
+                copied.append(pool.submit(shutil.copyfile, folder / name, target / name))
         try:
             for future in copied:
                 future.result()

@@ -73,10 +73,14 @@ class EarlyStopping:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a stored state, unless its best weights are not there any more."""
+        """Take over a stored state, unless its best weights are not there any more.
+
+        A killed session may have found better ones after its last checkpoint. They stay: they are
+        found again, or are better than what is.
+        """
         step = state.get("best_step", self._kept_step)
-        if step != self._kept_step:  # a killed session found better ones after its last checkpoint
-            logger.warning("early stopping begins anew: the best weights are of a killed session")
+        if step is not None and (self._kept_step is None or self._kept_step < step):
+            logger.warning("early stopping begins anew: its best weights are not there any more")
             return
         self._best, self._best_step = state["best"], step
         self._epochs_since = state["epochs_since"]

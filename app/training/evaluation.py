@@ -19,16 +19,24 @@ def evaluate(
         split: "validation" or "test".
         processes: who shares the work.
         device: where the sums are made.
+
+    Raises:
+        AgreedUserError: a process cannot read its data; on all of them.
     """
     broadcast_module_buffers(model, processes)
     keys = ("loss", *task.figures, "count")
-    totals = torch.zeros(len(keys), dtype=torch.float64, device=device)
+
+    def own_totals() -> torch.Tensor:
+        totals = torch.zeros(len(keys), dtype=torch.float64, device=device)
+        for batch in task.evaluation_batches(split):
+            sums = task.evaluate(model, batch)
+            totals += torch.stack(
+                [torch.as_tensor(sums[key], dtype=torch.float64, device=device) for key in keys]
+            )
+        return totals
+
     model.eval()
-    for batch in task.evaluation_batches(split):
-        sums = task.evaluate(model, batch)
-        totals += torch.stack(
-            [torch.as_tensor(sums[key], dtype=torch.float64, device=device) for key in keys]
-        )
+    totals = processes.agree(own_totals)
     model.train()
     *sums_of_all, count = processes.sum(totals).tolist()
     return {key: total / count for key, total in zip(keys[:-1], sums_of_all, strict=True)}

@@ -21,6 +21,7 @@ from app.oialr import OIALR, Event
 from app.settings import Configuration
 from app.tasks import Batch, Task
 from app.training.average import WeightAverage
+from app.training.batches import PROBLEM, AgreedBatches
 from app.training.checkpoint import Checkpoints
 from app.training.early_stopping import EarlyStopping
 from app.training.evaluation import evaluate
@@ -100,7 +101,8 @@ class Trainer:
         """Seconds of training, of all sessions."""
         self._unrecorded: list[_Step] = []
         self._last_loss = math.nan
-        self._agreement = StopAgreement(runtime.processes, stop_signal)
+        self._batches = AgreedBatches(task, runtime.processes, stop_signal)
+        self._agreement = StopAgreement(runtime.processes, self._batches)
 
     def train(self, progress: Progress) -> None:
         """Train from the present position to the last epoch. A collective call.
@@ -108,6 +110,7 @@ class Trainer:
         Raises:
             Stopped: a signal or run.stop_after ended the run; a checkpoint was written.
             DivergedError: the loss or a weight is not finite.
+            AgreedUserError: a process cannot read its data.
         """
         self.progress = progress
         # Made here and not before: shapes are those of the checkpoint by now.
@@ -144,7 +147,7 @@ class Trainer:
     def _train_epoch(self) -> None:
         position = self.position
         start = time.perf_counter()
-        for batch in self.task.train_batches(position.epoch, position.batch):
+        for batch in self._batches.of_epoch(position.epoch, position.batch):
             self.watchdog.progress(f"step {position.step + 1}")
             self._train_step(batch, start)
             if self.method and self.method.event_due:
@@ -245,6 +248,7 @@ class Trainer:
 
     def _finish_epoch(self) -> None:
         """Measure, evaluate, write a checkpoint."""
+        self._batches.check()
         self.position.epoch += 1
         self.position.batch = 0
         # First, so that in the background it goes on beside the evaluation. By steps, the last
@@ -303,6 +307,9 @@ class Trainer:
 
     def _stop_if_asked(self) -> None:
         number = self._agreement.after_step()
+        if number == PROBLEM:
+            self._agreement.finish()
+            self._batches.check()
         if number or self.position.step == self.configuration.run.stop_after:
             self._agreement.finish()
             self._record_steps()
@@ -312,6 +319,7 @@ class Trainer:
 
     def save_checkpoint(self) -> None:
         """Write everything that the rest of the run depends on. A collective call."""
+        self._batches.check()
         self.tracking.fetch()
         self.watchdog.progress(f"checkpoint after step {self.position.step}")
         now = time.perf_counter()

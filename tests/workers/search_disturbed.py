@@ -28,9 +28,9 @@ def disturb(plan):
         if what == "diverge":
             next(self.model.parameters()).data.fill_(float("nan"))
         if what == "slow" and process == 1:
-            self._agreement._signal._end = 0  # its time is over
+            self._batches._signal._end = 0  # its time is over
         if what == "hopeless":  # on all processes, as the medians are
-            watch = self._agreement._signal
+            watch = self._batches._signal
             watch._medians = [0.0, 0.0, 0.0]
             watch._section = watch._section.model_copy(update={"median_stop_epoch": 2})
         if what == "signal" and process == 1:

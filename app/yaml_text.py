@@ -1,0 +1,149 @@
+"""Reading and writing of YAML, with bounds on what a text may ask for.
+
+A few bytes of YAML can stand for gigabytes (aliases of aliases) or for a recursion without end, and
+the parser's exceptions are of many kinds. Here every text is measured before anything is built of
+it, and whatever is wrong with it is one line with the place where it is.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+LARGEST_TEXT = 2**20
+"""Characters."""
+DEEPEST = 40
+"""Levels of mappings and lists within each other."""
+MOST_VALUES = 20_000
+"""Scalars, lists and mappings, each counted wherever an alias repeats it."""
+
+
+class YamlError(ValueError):
+    """What is wrong with a text, in one line, with line and column where there are any."""
+
+
+def load(text: str) -> Any:
+    """Read a text into dictionaries, lists and plain values.
+
+    Raises:
+        YamlError: it is no YAML, gives a key twice, or is beyond the bounds of this module.
+    """
+    if len(text) > LARGEST_TEXT:
+        raise YamlError(f"it is longer than {LARGEST_TEXT} characters")
+    try:
+        _measure(text)
+        return _written_out(yaml.load(text, Loader=_Loader))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise YamlError(_in_one_line(error.problem or error.context or "no YAML", mark)) from None
+    except yaml.reader.ReaderError as error:
+        before = text[: error.position]
+        place = f"line {before.count(chr(10)) + 1}, column {len(before.rpartition(chr(10))[2]) + 1}"
+        raise YamlError(f"{place}: the character {chr(error.character)!r} is not allowed") from None
+    except yaml.YAMLError as error:
+        raise YamlError(_in_one_line(str(error), None)) from None
+
+
+def dump(values: Mapping[str, Any]) -> str:
+    """Return nested dictionaries as YAML, in their order."""
+    return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False)
+
+
+def dump_value(value: Any) -> str:
+    """Return a value as YAML in one line."""
+    return yaml.safe_dump(value, default_flow_style=True).splitlines()[0]
+
+
+def _measure(text: str) -> None:
+    """Refuse what is too deep or, with its aliases written out, too much; builds nothing of it."""
+    sizes: dict[str, int | None] = {}  # of what has an anchor; None: it is not closed yet
+    open_nodes: list[tuple[str | None, int]] = []  # anchors, and the values before them
+    count = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            size = sizes.get(event.anchor, 0)  # an unknown one is the parser's to refuse
+            if size is None:
+                raise _refusal(f"*{event.anchor} repeats what it lies in", event)
+            count += size
+        elif isinstance(event, yaml.CollectionStartEvent):
+            open_nodes.append((event.anchor, count))
+            count += 1
+            if event.anchor:
+                sizes[event.anchor] = None
+            if len(open_nodes) > DEEPEST:
+                raise _refusal(f"more than {DEEPEST} levels within each other", event)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = open_nodes.pop()
+            if anchor:
+                sizes[anchor] = count - before
+        elif isinstance(event, yaml.ScalarEvent):
+            count += 1
+            if event.anchor:
+                sizes[event.anchor] = 1
+        if count > MOST_VALUES:
+            raise _refusal(f"more than {MOST_VALUES} values, aliases written out", event)
+
+
+def _written_out(value: Any) -> Any:
+    """Give every alias a copy of its own, so that a change of one is none of another."""
+    if isinstance(value, dict):
+        return {key: _written_out(item) for key, item in value.items()}
+    return [_written_out(item) for item in value] if isinstance(value, list) else value
+
+
+def _refusal(problem: str, event: yaml.Event) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+
+
+def _in_one_line(problem: str, mark: Any) -> str:
+    place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+    return place + " ".join(problem.split())
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 3e-4 is a number and a key given twice is an error."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Build a value; whatever its tag makes of it, a fault is one of the text."""
+        try:
+            return super().construct_object(node, deep=deep)
+        except yaml.YAMLError:
+            raise
+        except Exception as error:  # !!int of a word, a date with 13 months, 5,000 digits
+            kind = node.tag.rpartition(":")[2]
+            reason = f" ({str(error)[:80]})" if isinstance(error, ValueError) else ""
+            raise yaml.constructor.ConstructorError(
+                None, None, f"this cannot be read as {kind}{reason}", node.start_mark
+            ) from None
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            is_merge = key_node.tag == "tag:yaml.org,2002:merge"
+            key = "<<" if is_merge else self.construct_object(key_node, deep=True)
+            if isinstance(key, list | dict | set):
+                problem = "a list or mapping cannot be a key"
+            elif key in seen:
+                problem = f"the key {key!r} is given twice"
+            else:
+                seen.add(key)
+                continue
+            raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+        return super().construct_mapping(node, deep=deep)
+
+    def construct_number(self, node: yaml.ScalarNode) -> float:
+        return float(self.construct_scalar(node))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts strings that :class:`_Loader` would read as numbers in quotes."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:oialr,2026:exponent",  # YAML 1.1 reads 3e-4 as a string
+        re.compile(r"^[-+]?[0-9]+(_[0-9]+)*[eE][-+]?[0-9]+$"),
+        list("-+0123456789"),
+    )
+_Loader.add_constructor("tag:oialr,2026:exponent", _Loader.construct_number)
