@@ -140,7 +140,6 @@ def measure(matrix: Tensor, *, rounds: int) -> dict[str, Any]:
         "torch.linalg.svd": lambda: _by_torch(matrix, r),
         "svd": lambda: polar(matrix, "svd").factor,
         "eigh": lambda: polar(matrix, "eigh").factor,
-        "products": lambda: polar(matrix, "products").factor,
     }
     errors = {
         name: float(torch.linalg.norm(way() - reference)) / math.sqrt(r)

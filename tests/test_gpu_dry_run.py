@@ -55,7 +55,7 @@ def test_every_gpu_test_runs_on_the_cpu_with_little_more_than_torch(tmp_path):
         ("steps-resnet", 7),
         ("steps-mlp", 6),
         ("factorization", 60),
-        ("stability", 38),
+        ("stability", 29),
         ("training", 9),
         ("application", 4),
     ],

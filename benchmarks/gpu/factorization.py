@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from app.linalg.polar import cubic_coefficients
 from app.linalg.svd import Factors, economy_svd
 from app.models.cifar_resnet import CifarResNet
 from app.oialr import OIALR
 from benchmarks.gpu.measuring import Results, choose_device, command_line, seconds_of, synchronize
 from benchmarks.gpu.networks import low_rank_layers, of_timm
+from benchmarks.gpu.polynomials import cubic_coefficients, quintic_coefficients
 from benchmarks.stability import SPECTRA
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
@@ -90,44 +90,6 @@ def by_products(W: Tensor, coefficients: Iterator[tuple[float, float]]) -> Tenso
         gram.mul_(b).diagonal(dim1=-2, dim2=-1).add_(a)
         X = X @ gram
     return X
-
-
-def quintic_coefficients(lower: float, tolerance: float) -> Iterator[tuple[float, float, float]]:
-    """Coefficients (a, b, c) of the best x <- a x + b x^3 + c x^5 on an interval, one by one.
-
-    The best odd quintic on [l, u] equioscillates around 1 in four points, l, q, r and u (Amsel et
-    al., The Polar Express, arXiv 2505.16932, section 3): Remez' exchange finds it.
-
-    Args:
-        lower: smallest singular value over the largest.
-        tolerance: yields end once all singular values are within this of 1.
-    """
-    l, u = lower, 1.0  # noqa: E741
-    while True:
-        a, b, c, error = _best_quintic(l, u)
-        yield a, b, c
-        l, u = 1 - error, 1 + error  # noqa: E741
-        if error <= max(tolerance, 1e-15):
-            return
-
-
-def _best_quintic(l: float, u: float) -> tuple[float, float, float, float]:  # noqa: E741
-    if u - l < 1e-5 * u:  # beyond that the exchange cannot tell its points apart
-        return 15 / 8, -10 / 8, 3 / 8, max(u - 1, 1 - l) ** 3
-    points = torch.tensor([l, 0.75 * l + 0.25 * u, 0.25 * l + 0.75 * u, u], dtype=torch.float64)
-    signs = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
-    for _ in range(30):
-        system = torch.stack([points, points**3, points**5, signs], dim=1)
-        a, b, c, error = torch.linalg.solve(system, torch.ones_like(points)).tolist()
-        # Extrema of the quintic: a + 3 b x^2 + 5 c x^4 = 0.
-        root = (9 * b * b - 20 * a * c) ** 0.5
-        inner = sorted(((-3 * b + sign * root) / (10 * c)) ** 0.5 for sign in (1, -1))
-        moved = points.clone()
-        moved[1:3] = torch.tensor(inner, dtype=torch.float64)
-        if torch.allclose(moved, points, rtol=1e-12, atol=0):
-            break
-        points = moved
-    return a, b, c, abs(error)
 
 
 def polar_express(W: Tensor, lower: float = 1e-4) -> Tensor:

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from app.distributed.processes import Processes
-from app.linalg.polar import Method, choose_method, cubic_coefficients, polar
+from app.linalg.polar import Method, choose_method, polar
 from app.linalg.stability import DenseBasis, basis_stability, mixing_factor, mixing_similarity
 from app.linalg.svd import numerical_rank
 from app.lowrank.conversion import survey
 from app.metrics.stability import StabilityTracker
 from benchmarks.gpu.measuring import Results, choose_device, command_line, seconds_of
 from benchmarks.gpu.networks import of_timm
+from benchmarks.gpu.polynomials import cubic_coefficients
 from benchmarks.stability import NETWORKS, gaussian, power_law
 
 SMALL = {(48, 16): 2, (16, 16): 1, (16, 64): 2}
