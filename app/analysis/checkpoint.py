@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from app.lowrank.attention import INPUT_PROJECTIONS, FactoredAttention, FactoredProjection
 from app.lowrank.layer import FactoredLayer
+from app.training.archive import verify_foreign
 
 STATE_KEYS = ("state_dict", "model", "model_state_dict")
 PREFIXES = ("module.", "_orig_mod.")
@@ -125,6 +126,7 @@ def _load(path: Path) -> dict[str, Any]:
         from safetensors.torch import load_file
 
         return {"state_dict": load_file(path)}
+    verify_foreign(path)
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     if not isinstance(content, Mapping):
         raise TypeError(f"holds a {type(content).__name__}, not a dictionary")

@@ -12,6 +12,9 @@ from app.training.checkpoint import Checkpoints
 
 logger = logging.getLogger(__name__)
 
+BEST_KEYS = ("ranks", "model")
+"""What the best weights are kept with."""
+
 
 class EarlyStopping:
     """Keeps the weights of the epoch with the least validation loss, and says when to stop."""
@@ -63,6 +66,8 @@ class EarlyStopping:
         if loaded := self._checkpoints.load():
             best, _ = loaded
             restore(model, method.layers if method else [], best["ranks"], best["model"])
+        else:  # they were damaged when the run was resumed, and no later epoch was better
+            logger.warning("the best weights are lost: those of the last epoch are tested")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, but for the best weights."""
@@ -76,7 +81,9 @@ class EarlyStopping:
         """Take over a stored state, unless its best weights are not there any more."""
         step = state.get("best_step", self._kept_step)
         if step != self._kept_step:  # a killed session found better ones after its last checkpoint
-            logger.warning("early stopping begins anew: the best weights are of a killed session")
+            logger.warning(
+                "early stopping begins anew: the best weights are damaged, or of a killed session"
+            )
             return
         self._best, self._best_step = state["best"], step
         self._epochs_since = state["epochs_since"]

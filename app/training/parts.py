@@ -15,7 +15,7 @@ from app.tasks import Task, build_task, download
 from app.tasks.staging import stage, staged_root
 from app.training.average import WeightAverage
 from app.training.checkpoint import Checkpoints
-from app.training.early_stopping import EarlyStopping
+from app.training.early_stopping import BEST_KEYS, EarlyStopping
 from app.training.replicas import synchronize_batch_norm
 
 
@@ -85,7 +85,7 @@ def build_early_stopping(
     patience = configuration.training.early_stopping
     if patience is None:
         return None
-    best = Checkpoints(folder / "checkpoints" / "best", processes, keep=1)
+    best = Checkpoints(folder / "checkpoints" / "best", processes, keep=1, keys=BEST_KEYS)
     return EarlyStopping(best, patience=patience)
 
 

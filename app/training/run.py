@@ -30,7 +30,7 @@ from app.training.parts import (
 )
 from app.training.progress import EpochObserver, Progress
 from app.training.recorder import Recorder
-from app.training.trainer import Trainer
+from app.training.trainer import CHECKPOINT_KEYS, Trainer
 
 _FIXED = ("optimizer", "momentum", "weight_decay")
 """Keys of the section training that are part of the optimizer's stored state."""
@@ -126,7 +126,10 @@ def _assemble(
     )
     tracker = processes.agree(lambda: build_tracker(configuration.stability, layers, processes))
     checkpoints = Checkpoints(
-        folder / "checkpoints", processes, keep=configuration.run.keep_checkpoints
+        folder / "checkpoints",
+        processes,
+        keep=configuration.run.keep_checkpoints,
+        keys=CHECKPOINT_KEYS,
     )
     metrics = folder / "metrics.h5"
     state = checkpoints.load() if resume else None

@@ -31,6 +31,21 @@ from app.training.recorder import Recorder
 from app.training.replicas import Replicas
 from app.training.tracking import Tracking
 
+CHECKPOINT_KEYS = (
+    "configuration",
+    "position",
+    "last_loss",
+    "seconds",
+    "method",
+    "model",
+    "optimizer",
+    "precision",
+    "average",
+    "early_stopping",
+    "rows",
+)
+"""What a checkpoint of a run holds for all processes, beside their number."""
+
 
 @dataclass
 class Position:
@@ -331,6 +346,7 @@ class Trainer:
             "early_stopping": self.early_stopping.state_dict() if self.early_stopping else None,
             "rows": self.recorder.counts(),
         }
+        assert shared.keys() == {"process_count", *CHECKPOINT_KEYS}
         own: dict[str, Any] = {"random_state": torch.get_rng_state()}
         if self.runtime.device.type == "cuda":
             own["random_state_cuda"] = torch.cuda.get_rng_state(self.runtime.device)
