@@ -70,7 +70,8 @@ def train(
     if resume and (summary := finished(folder, configuration)):
         return summary
     watchdog = Watchdog(
-        timeout=configuration.distributed.timeout if runtime.process_count > 1 else None,
+        timeout=configuration.distributed.timeout,
+        alone=runtime.process_count == 1,
         abort=runtime.abort,
         name=f"process {runtime.process_index} of {runtime.process_count}",
     )
@@ -90,7 +91,8 @@ def train(
             figures = trainer.test() if test else {}
         finally:
             progress.close()
-            trainer.recorder.close()
+            with watchdog.guard("the end of metrics.h5"):
+                trainer.recorder.close()
     summary = _summarize(trainer, figures)
     if runtime.is_first:
         write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -132,7 +134,8 @@ def _assemble(
         keys=CHECKPOINT_KEYS,
     )
     metrics = folder / "metrics.h5"
-    state = checkpoints.load() if resume else None
+    with watchdog.guard("the stored state"):
+        state = checkpoints.load() if resume else None
 
     trainer = Trainer(
         configuration=configuration,
@@ -156,15 +159,20 @@ def _assemble(
     def open_recorder() -> Recorder:
         """Write to the run's folder, now that everything fits together."""
         write_text(folder / "config.yaml", to_yaml(configuration))
+        schema: dict[str, Any] = {
+            "configuration": to_yaml(configuration),
+            "layers": layers,
+            "figures": task.figures,
+        }
         if state:
-            return Recorder.resume(metrics, state[0]["rows"])
-        return Recorder.create(
-            metrics, configuration=to_yaml(configuration), layers=layers, figures=task.figures
-        )
+            shared, _ = state
+            return Recorder.resume(metrics, shared["rows"], shared.get("kept_rows", {}), **schema)
+        return Recorder.create(metrics, **schema)
 
-    if runtime.is_first:
-        trainer.recorder = open_recorder()
-    processes.barrier()
+    with watchdog.guard("metrics.h5"):
+        if runtime.is_first:
+            trainer.recorder = open_recorder()
+        processes.barrier()
     trainer.recorder.session(process_count=runtime.process_count, first_step=trainer.position.step)
     return trainer
 

@@ -347,6 +347,7 @@ class Trainer:
             "rows": self.recorder.counts(),
         }
         assert shared.keys() == {"process_count", *CHECKPOINT_KEYS}
+        shared["kept_rows"] = self.recorder.kept()  # earlier checkpoints have none
         own: dict[str, Any] = {"random_state": torch.get_rng_state()}
         if self.runtime.device.type == "cuda":
             own["random_state_cuda"] = torch.cuda.get_rng_state(self.runtime.device)
