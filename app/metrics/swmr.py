@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,6 +30,8 @@ _DRIVER = "sec2 with an end"
 _SUPERBLOCK_3 = b"\x89HDF\r\n\x1a\n\x03"
 _NO_LOCKS = (37, 95, 524)
 """ENOLCK, EOPNOTSUPP and the kernel's ENOTSUPP: what flock says on file systems without locks."""
+_without_locks: set[int] = set()
+"""Devices of the file systems that were found to have no locks."""
 _METADATA_ATTEMPTS = 20
 """Readings of an object of the file's structure whose checksum is wrong. HDF5 doubles the pause
 between them, from 1 ns on: these take a millisecond, and its own 100 more time than there is."""
@@ -176,23 +177,24 @@ def _with_or_without_locks(path: Path, open_file: Callable[[str | bool], h5py.Fi
         path: for the warning.
         open_file: given h5py's ``locking``, which by "best-effort" forgives ENOSYS alone.
     """
+    device = path.parent.stat().st_dev
+    if device in _without_locks:
+        # Not tried again: HDF5 wants all openings of a file in a process to be alike.
+        return open_file(False)
     try:
         return open_file("best-effort")
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        _tell_of_missing_locks(path.parent, one_line(error))
-        return open_file(False)
-
-
-@cache
-def _tell_of_missing_locks(folder: Path, reason: str) -> None:
-    logger.warning(
-        "%s: its file system has no locks (%s): HDF5 files there are used without, as with "
-        "HDF5_USE_FILE_LOCKING=FALSE",
-        folder,
-        reason,
-    )
+        file = open_file(False)
+        _without_locks.add(device)
+        logger.warning(
+            "%s: its file system has no locks (errno %d): HDF5 files there are used without, as "
+            "with HDF5_USE_FILE_LOCKING=FALSE",
+            path.parent,
+            error.errno,
+        )
+        return file
 
 
 def _is_truncated(path: Path) -> bool:
