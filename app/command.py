@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from app.distributed.launch import read_launch
-from app.errors import UserError
+from app.errors import StorageError, UserError
 
 EXIT_USER = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL: to be resumed
@@ -37,6 +37,9 @@ def run_command(main: Callable[[], int]) -> None:
         if read_launch().process_index == 0:
             print(f"error: {error}", file=sys.stderr)
         code = EXIT_USER
+    except StorageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 1
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)

@@ -5,6 +5,7 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 from app.compatibility import import_heat
 from app.config import to_yaml
 from app.distributed.launch import Launch
+from app.distributed.lease import Lease
 from app.distributed.runtime import make_store
 from app.distributed.stop_signal import StopRequest
 from app.distributed.workers import Workers, agree, wait
@@ -68,6 +70,21 @@ def search(
     section = definition.base.search
     islands = agree(workers.world, lambda: check_islands(section, workers.count))
     folder = _prepare_folder(definition, workers, resume=resume)
+    lease = agree(workers.world, lambda: None if workers.world.Get_rank() else Lease.take(folder))
+    with lease or nullcontext():
+        return _search(definition, workers, stop_signal, folder, islands=islands, start=start)
+
+
+def _search(
+    definition: Definition,
+    workers: Workers,
+    stop_signal: StopRequest,
+    folder: Path,
+    *,
+    islands: int,
+    start: float,
+) -> dict[str, Any]:
+    """Search in a folder that is this program's."""
     if definition.base.distributed.factorization == "heat" and find_spec("heat"):
         import_heat()  # a collective call of all processes, which no worker can make later
     # The first worker before the others, so that data are downloaded once.

@@ -14,18 +14,20 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from app.distributed.processes import Processes
-from app.errors import AgreedUserError
+from app.errors import AgreedStorageError, AgreedUserError, StorageError
 from app.training.archive import DamagedFileError, load_verified
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 _NAME = re.compile(r"step-(\d+)(?:-(\d+))?")
 
@@ -34,7 +36,13 @@ class Checkpoints:
     """The checkpoints of a run, in a folder that all processes see."""
 
     def __init__(
-        self, folder: Path, processes: Processes, *, keep: int, keys: Collection[str] = ()
+        self,
+        folder: Path,
+        processes: Processes,
+        *,
+        keep: int,
+        keys: Collection[str] = (),
+        check_owner: Callable[[], None] = lambda: None,
     ) -> None:
         """Take hold of the folder, which need not exist yet.
 
@@ -43,10 +51,13 @@ class Checkpoints:
             processes: who writes and reads together.
             keep: number of newest checkpoints that are kept; 0: none is written.
             keys: what all processes share has at least these; without one it counts as damaged.
+            check_owner: called by the first process before others see a checkpoint; raises
+                StorageError where the folder is not this program's any more.
         """
         self._folder = folder
         self._processes = processes
         self._keep = keep
+        self._check_owner = check_owner
         self._keys = {"process_count", *keys}
         self._parts: dict[str, Path] = {}
         """Files of the parts that this object wrote or linked, in the newest checkpoint."""
@@ -69,24 +80,28 @@ class Checkpoints:
         if not self._keep:
             return
         parts = parts or {}
-        partial = folder = self._folder / f"partial-{step:08d}"
+        partial = self._folder / f"partial-{step:08d}"
         index = self._processes.index
         first = index == 0
-        if first:
+
+        def begin() -> None:
+            self._check_owner()
             for leftover in self._folder.glob("partial-*"):
-                shutil.rmtree(leftover)
+                _remove(leftover)
             partial.mkdir(parents=True)
-        self._processes.barrier()
-        _write(partial / _own_file(index), {**own, "parts": list(parts)})
-        for name, content in parts.items():
-            _link_or_write(self._parts.get(name), partial / _part_file(index, name), content)
-        if first:
-            _write(partial / "state.pt", shared)
-        self._processes.barrier()
-        if first:
+
+        def write() -> None:
+            _write(partial / _own_file(index), {**own, "parts": list(parts)})
+            for name, content in parts.items():
+                _link_or_write(self._parts.get(name), partial / _part_file(index, name), content)
+            if first:
+                _write(partial / "state.pt", shared)
+
+        def finish() -> Path:
             _sync_folder(partial)
             # A second one of the same step (an epoch's end) comes after it.
             folder = self._free_name(f"step-{step:08d}")
+            self._check_owner()
             partial.rename(folder)
             _sync_folder(self._folder)
             complete = self.complete()
@@ -94,8 +109,31 @@ class Checkpoints:
             end = complete.index(folder) + 1
             for old in complete[: max(0, end - self._keep)] + complete[end:]:
                 shutil.rmtree(old)
-        folder = self._processes.from_first(folder)
+            return folder
+
+        self._together(lambda: begin() if first else None)
+        self._together(write)
+        folder = self._processes.from_first(self._together(lambda: finish() if first else None))
+        assert folder
         self._parts = {name: folder / _part_file(index, name) for name in parts}
+
+    def _together(self, act: Callable[[], Result]) -> Result:
+        """Do something with the disk on every process; where it fails on one, it fails on all.
+
+        Raises:
+            AgreedStorageError: it failed; what was complete is complete still.
+        """
+        result, problem = None, None
+        try:
+            result = act()
+        except StorageError as error:
+            problem = str(error)
+        except OSError as error:
+            problem = f"{error.filename or self._folder}: {error.strerror or error}"
+        for found in self._processes.gather(problem):
+            if found:
+                raise AgreedStorageError(found)
+        return result  # type: ignore[return-value]
 
     def complete(self) -> list[Path]:
         """Return the complete checkpoints, oldest first; what has another name is none."""
@@ -225,6 +263,13 @@ def _write(path: Path, content: dict[str, Any]) -> None:
         torch.save(content, file)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _sync_folder(folder: Path) -> None:

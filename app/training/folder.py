@@ -4,9 +4,12 @@ import itertools
 import json
 import os
 import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+from app.distributed.lease import Lease
 from app.distributed.runtime import Runtime
 from app.errors import UserError
 from app.settings import Configuration
@@ -48,6 +51,29 @@ def new_folder(name: str) -> Path:
             continue
         return folder
     raise AssertionError("count has no end")
+
+
+def hold_folder(folder: Path, runtime: Runtime) -> AbstractContextManager[Callable[[], None]]:
+    """Own the run's folder, see :class:`app.distributed.lease.Lease`. A collective call.
+
+    Returns:
+        A context that gives what makes sure that the folder is still this program's; it is process
+        0 that owns it, and on the others nothing happens.
+
+    Raises:
+        AgreedUserError: the folder has an owner, or cannot be written to.
+    """
+    lease = runtime.processes.agree(lambda: Lease.take(folder) if runtime.is_first else None)
+    return _held(lease)
+
+
+@contextmanager
+def _held(lease: Lease | None) -> Iterator[Callable[[], None]]:
+    if lease is None:
+        yield lambda: None
+        return
+    with lease:
+        yield lease.check
 
 
 def finished(folder: Path, configuration: Configuration) -> dict[str, Any] | None:

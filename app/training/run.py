@@ -4,6 +4,7 @@ A search calls :func:`train` too, with the processes that it gives to one evalua
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from app.lowrank.conversion import survey
 from app.metrics.stability import build_tracker
 from app.settings import Configuration
 from app.training.checkpoint import Checkpoints
-from app.training.folder import finished, prepare_folder, write_text
+from app.training.folder import finished, hold_folder, prepare_folder, write_text
 from app.training.optimizer import Schedule, build_optimizer
 from app.training.parts import (
     build_average,
@@ -75,9 +76,21 @@ def train(
         abort=runtime.abort,
         name=f"process {runtime.process_index} of {runtime.process_count}",
     )
-    with watchdog, _own_random_state(configuration.run.seed, runtime):
+    with (
+        hold_folder(folder, runtime) as check_owner,
+        watchdog,
+        _own_random_state(configuration.run.seed, runtime),
+    ):
         nodes = check_nodes(configuration, runtime, folder)
-        trainer = _assemble(configuration, runtime, stop_signal, watchdog, folder, resume=resume)
+        trainer = _assemble(
+            configuration,
+            runtime,
+            stop_signal,
+            watchdog,
+            folder,
+            resume=resume,
+            check_owner=check_owner,
+        )
         progress = Progress(
             steps=configuration.training.epochs * trainer.task.steps_per_epoch,
             first_step=trainer.position.step,
@@ -93,9 +106,10 @@ def train(
             progress.close()
             with watchdog.guard("the end of metrics.h5"):
                 trainer.recorder.close()
-    summary = _summarize(trainer, figures)
-    if runtime.is_first:
-        write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        summary = _summarize(trainer, figures)
+        if runtime.is_first:
+            check_owner()
+            write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 
@@ -107,6 +121,7 @@ def _assemble(
     folder: Path,
     *,
     resume: bool,
+    check_owner: Callable[[], None],
 ) -> Trainer:
     """Build the parts in the one order that is right and bring them to the checkpoint's state."""
     processes = runtime.processes
@@ -132,6 +147,7 @@ def _assemble(
         processes,
         keep=configuration.run.keep_checkpoints,
         keys=CHECKPOINT_KEYS,
+        check_owner=check_owner,
     )
     metrics = folder / "metrics.h5"
     with watchdog.guard("the stored state"):
@@ -149,7 +165,7 @@ def _assemble(
         recorder=Recorder(None),
         checkpoints=checkpoints,
         average=build_average(configuration, model, optimizer),
-        early_stopping=build_early_stopping(configuration, folder, processes),
+        early_stopping=build_early_stopping(configuration, folder, processes, check_owner),
         stop_signal=stop_signal,
         watchdog=watchdog,
     )
@@ -158,6 +174,7 @@ def _assemble(
 
     def open_recorder() -> Recorder:
         """Write to the run's folder, now that everything fits together."""
+        check_owner()
         write_text(folder / "config.yaml", to_yaml(configuration))
         schema: dict[str, Any] = {
             "configuration": to_yaml(configuration),
