@@ -1,6 +1,7 @@
 """What all front doors share: overrides in ``--help``, exit codes, errors from one process only."""
 
 import argparse
+import errno
 import sys
 import traceback
 from collections.abc import Callable
@@ -40,6 +41,12 @@ def run_command(main: Callable[[], int]) -> None:
     except StorageError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 1
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        if read_launch().process_index == 0:
+            print(f"error: {str(error.filename)[:60]}...: {error.strerror}", file=sys.stderr)
+        code = EXIT_USER
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)

@@ -24,5 +24,9 @@ class StorageError(Exception):
     """
 
 
+class TakenOverError(StorageError):
+    """Another program owns the folder of this one."""
+
+
 class AgreedStorageError(StorageError):
     """One that all processes raise together, so that process 0 alone reports it."""

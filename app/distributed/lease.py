@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Self
 
-from app.errors import StorageError, UserError
+from app.errors import StorageError, TakenOverError, UserError
 
 RENEWAL = 10.0
 """Seconds between two renewals."""
@@ -115,12 +115,13 @@ class Lease:
         from the file server, may have been followed by another one.
 
         Raises:
-            StorageError: it is not, or it is not there any more.
+            TakenOverError: it is another's.
+            StorageError: it is not there any more, or cannot be written to.
         """
         later = [path for path in _leases(self._folder) if _number(path) > _number(self._path)]
         if later:
             owner = _read(later[-1]) or "another program"
-            raise StorageError(
+            raise TakenOverError(
                 f"run.dir: {self._folder} was taken over by {owner}, since this one stood still or "
                 f"did not reach it for more than {EXPIRY:g} s; nothing more is written"
             )

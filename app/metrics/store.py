@@ -5,7 +5,6 @@ that is there already never sees objects made after that mode was switched on, s
 exists from the start. Readers use ``swmr=True``, also for the file of a process that was killed.
 """
 
-import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,21 +13,35 @@ from typing import Any, Self
 import h5py
 import numpy as np
 
-from app.errors import UserError
+from app.errors import StorageError, UserError
 from app.metrics.copying import Rows, copy
 from app.metrics.schema import SCHEMA_VERSION, Column, layer_groups, run_groups
-from app.metrics.swmr import create_dataset, new_file, open_swmr, patiently, reading, sync
+from app.metrics.swmr import (
+    abandon,
+    create_dataset,
+    is_same_file,
+    new_file,
+    open_swmr,
+    patiently,
+    reading,
+    sync,
+    writing,
+)
 
 _CHUNK_BYTES = 2048
 """Small, since most groups get few rows and there may be a thousand of them."""
 
 
+class LostFileError(StorageError):
+    """The file that is being written is not where it was any more; it can still be read."""
+
+
 class MetricsStore:
     """The writer's side. Rows are kept in memory until :meth:`flush`."""
 
-    def __init__(self, file: h5py.File) -> None:
-        """Take over a complete file that is open for writing, in SWMR mode."""
-        self._file = file
+    def __init__(self, file: h5py.File, path: Path) -> None:
+        """Take over a complete file that is open for writing, in SWMR mode, and its path."""
+        self._file, self._path = file, path
         self._groups: dict[str, dict[str, h5py.Dataset]] = {}
         file.visititems(self._register)
         self._rows = {group: _length(columns) for group, columns in self._groups.items()}
@@ -60,8 +73,9 @@ class MetricsStore:
             not_averaged: layers that means over the layers leave out.
             rows: with which groups begin.
         """
+        path = Path(path)
         rows = rows or {}
-        with new_file(Path(path)) as file:
+        with new_file(path) as file:
             file.attrs["schema_version"] = SCHEMA_VERSION
             # Of fixed length: SWMR excludes variable-length strings.
             file.attrs["config"] = np.bytes_(configuration.encode())
@@ -76,7 +90,7 @@ class MetricsStore:
                 for name, columns in layer_groups(shape).items():
                     path_in_file = f"layers/{layer}/{name}"
                     _create_group(file, path_in_file, columns, rows.get(path_in_file))
-        return cls(file)
+        return cls(file, path)
 
     @classmethod
     def resume(cls, path: Path | str, *, counts: Mapping[str, int]) -> Self:
@@ -96,7 +110,7 @@ class MetricsStore:
         path = Path(path)
         with open_for_reading(path) as old, new_file(path) as new:
             copy(old, new, counts, path)
-        return cls(new)
+        return cls(new, path)
 
     def append(self, group: str, **values: Any) -> None:
         """Add a row.
@@ -110,33 +124,75 @@ class MetricsStore:
         self._buffer.setdefault(group, []).append(values)
 
     def flush(self) -> None:
-        """Write all rows, so that readers see them."""
-        for group, rows in self._buffer.items():
-            start = self._rows[group]
-            end = start + len(rows)
-            for name, dataset in self._groups[group].items():
-                _append(dataset, _as_array([row[name] for row in rows], dataset), start)
-            self._rows[group] = end
+        """Write all rows, so that readers see them.
+
+        Raises:
+            LostFileError: the path leads to no file any more, or to another one.
+            StorageError: the disk is full, or failed. Rows that are not written are kept.
+        """
+        if not is_same_file(self._file, self._path):
+            raise LostFileError(f"run.dir: {self._path} was removed, moved or replaced meanwhile")
+        with writing(self._path):
+            for group, rows in self._buffer.items():
+                start = self._rows[group]
+                end = start + len(rows)
+                for name, dataset in self._groups[group].items():
+                    _append(dataset, _as_array([row[name] for row in rows], dataset), start)
+                self._rows[group] = end
         self._buffer.clear()
 
     def counts(self) -> dict[str, int]:
         """Return the rows of each group, after they have reached the disk.
 
         So a checkpoint that holds these numbers finds its rows after a failure of the machine too.
+
+        Raises:
+            StorageError: as :meth:`flush`.
         """
         self.flush()
-        sync(self._file)
+        with writing(self._path):
+            sync(self._file)
         return dict(self._rows)
 
+    def move_to(self, path: Path) -> Self:
+        """Close this file, whose path is lost, and go on with a copy and what is unwritten.
+
+        Raises:
+            StorageError: the copy cannot be written.
+        """
+        with writing(path), new_file(path) as new:
+            copy(self._file, new, self._rows, self._path)
+        moved = type(self)(new, path)
+        moved._buffer = self._buffer
+        self._file.close()
+        moved.flush()
+        return moved
+
     def rows(self, group: str) -> dict[str, np.ndarray]:
-        """Return all rows of a group that are in the file, by column; text as bytes."""
-        return {name: dataset[:] for name, dataset in self._groups[group].items()}
+        """Return all rows of a group that are in the file, by column; text as bytes.
+
+        Raises:
+            StorageError: the disk failed.
+        """
+        with writing(self._path):
+            return {name: dataset[:] for name, dataset in self._groups[group].items()}
 
     def close(self) -> None:
-        """Write all rows and close the file; may be called again."""
-        if self._file:
+        """Write all rows and close the file; may be called again.
+
+        Raises:
+            StorageError: as :meth:`flush`; the file is closed all the same.
+        """
+        if not self._file:
+            return
+        try:
             self.flush()
-            self._file.close()
+            with writing(self._path):
+                self._file.flush()
+        except StorageError:
+            abandon(self._file)
+            raise
+        self._file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -251,12 +307,7 @@ class Follower:
         self._file.close()
 
     def _is_current(self) -> bool:
-        # The open file keeps its inode from being used anew: equal numbers are the same file.
-        opened = os.fstat(self._file.id.get_vfd_handle())
-        try:
-            return os.path.samestat(opened, self._path.stat())
-        except FileNotFoundError:
-            return False
+        return is_same_file(self._file, self._path)
 
 
 def _exists(node: h5py.Group, name: str) -> bool:

@@ -8,16 +8,17 @@ dataset), so that damage is an error of whoever reads it, never other values.
 import ctypes
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
 import h5py
 import numpy as np
 
-from app.errors import UserError
+from app.errors import StorageError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,21 @@ def reading(path: Path) -> Iterator[None]:
         raise UnreadableFileError(path, one_line(error)) from None
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the file and the cause of what cannot be written in the block.
+
+    Raises:
+        StorageError: the disk is full, or h5py failed otherwise.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise StorageError(
+            f"run.dir: cannot write {path}: {_cause(error)}; once that is mended, go on by --resume"
+        ) from None
+
+
 def patiently(read: Callable[[], Result]) -> Result:
     """Read something that may be damaged, or that may just be written to: not only once.
 
@@ -117,7 +133,7 @@ def new_file(path: Path) -> Iterator[h5py.File]:
         sync(file)
         os.replace(partial, path)
     except BaseException:
-        file.close()
+        abandon(file)
         partial.unlink(missing_ok=True)
         raise
 
@@ -142,15 +158,49 @@ def create_dataset(
     )
 
 
+def is_same_file(file: h5py.File, path: Path) -> bool:
+    """Whether a path leads to an open file."""
+    # The open file keeps its inode from being used anew: equal numbers are the same file.
+    opened = os.fstat(file.id.get_vfd_handle())
+    try:
+        return os.path.samestat(opened, path.stat())
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
 def sync(file: h5py.File) -> None:
     """Bring everything to the disk."""
     file.flush()
     os.fsync(file.id.get_vfd_handle())
 
 
+def abandon(file: h5py.File) -> None:
+    """Close a file that cannot be written any more, and leave what is on the disk as it is.
+
+    HDF5 would try again at every turn, and at last at the end of the process, where it crashes.
+    What it has left to write goes into memory that nobody sees.
+    """
+    if hasattr(os, "memfd_create"):  # on Linux
+        handle = file.id.get_vfd_handle()
+        memory = os.memfd_create("abandoned")
+        try:
+            os.ftruncate(memory, os.fstat(handle).st_size)
+            os.dup2(memory, handle, inheritable=False)
+        finally:
+            os.close(memory)
+    with suppress(OSError, RuntimeError):  # what it was at when it failed it may not take up again
+        file.close()
+
+
 def one_line(error: Exception) -> str:
     """Return a message of HDF5, which has many lines, as one."""
     return " ".join(str(error).split())
+
+
+def _cause(error: Exception) -> str:
+    """Return what the system said, which stands within a long message of HDF5's."""
+    number = re.search(r"errno = (\d+)", str(error))
+    return os.strerror(int(number[1])) if number else one_line(error)
 
 
 def _set_access(access: h5py.h5p.PropFAID) -> None:

@@ -28,7 +28,7 @@ from app.search.evolution import Known, check_islands, evolve, island_of
 from app.search.progress import Progress
 from app.search.store import STORE, Evaluation, Store, read_evaluations, sessions
 from app.tasks.sharding import steps_per_epoch
-from app.training.folder import new_folder, write_text
+from app.training.folder import naming, new_folder, write_text
 from app.training.inspection import check_run
 from app.training.run import train
 from app.training.trainer import Stopped
@@ -116,15 +116,13 @@ def _prepare_folder(definition: Definition, workers: Workers, *, resume: bool) -
         if run.dir is None:
             return new_folder(run.name)
         folder = Path(run.dir)
-        if not resume and (folder / STORED).exists():
-            raise UserError(
-                f"run.dir: {folder} holds a search already; go on with it by --resume {folder}, "
-                f"or choose another folder"
-            )
-        try:
+        with naming("run.dir", folder):
+            if not resume and (folder / STORED).exists():
+                raise UserError(
+                    f"run.dir: {folder} holds a search already; go on with it by --resume "
+                    f"{folder}, or choose another folder"
+                )
             (folder / STORE).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"run.dir: cannot write to {folder}: {error.strerror}") from None
         return folder
 
     folder = workers.world.bcast(agree(workers.world, prepare))

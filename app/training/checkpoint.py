@@ -10,6 +10,7 @@ A checkpoint is written under another name and renamed when everything has reach
 folder of this name is always complete.
 """
 
+import io
 import logging
 import os
 import re
@@ -28,6 +29,21 @@ from app.training.archive import DamagedFileError, load_verified
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+
+CHECKPOINT_KEYS = (
+    "configuration",
+    "position",
+    "last_loss",
+    "seconds",
+    "method",
+    "model",
+    "optimizer",
+    "precision",
+    "average",
+    "early_stopping",
+    "rows",
+)
+"""What a checkpoint of a run holds for all processes, beside their number."""
 
 _NAME = re.compile(r"step-(\d+)(?:-(\d+))?")
 
@@ -57,7 +73,7 @@ class Checkpoints:
         self._folder = folder
         self._processes = processes
         self._keep = keep
-        self._check_owner = check_owner
+        self.check_owner = check_owner
         self._keys = {"process_count", *keys}
         self._parts: dict[str, Path] = {}
         """Files of the parts that this object wrote or linked, in the newest checkpoint."""
@@ -85,7 +101,7 @@ class Checkpoints:
         first = index == 0
 
         def begin() -> None:
-            self._check_owner()
+            self.check_owner()
             for leftover in self._folder.glob("partial-*"):
                 _remove(leftover)
             partial.mkdir(parents=True)
@@ -101,7 +117,7 @@ class Checkpoints:
             _sync_folder(partial)
             # A second one of the same step (an epoch's end) comes after it.
             folder = self._free_name(f"step-{step:08d}")
-            self._check_owner()
+            self.check_owner()
             partial.rename(folder)
             _sync_folder(self._folder)
             complete = self.complete()
@@ -112,7 +128,12 @@ class Checkpoints:
             return folder
 
         self._together(lambda: begin() if first else None)
-        self._together(write)
+        try:
+            self._together(write)
+        except AgreedStorageError:
+            if first:  # what may have filled the disk
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
         folder = self._processes.from_first(self._together(lambda: finish() if first else None))
         assert folder
         self._parts = {name: folder / _part_file(index, name) for name in parts}
@@ -129,7 +150,11 @@ class Checkpoints:
         except StorageError as error:
             problem = str(error)
         except OSError as error:
-            problem = f"{error.filename or self._folder}: {error.strerror or error}"
+            problem = (
+                f"run.dir: cannot write {error.filename or self._folder}: "
+                f"{error.strerror or error}; once that is mended, go on by --resume from the "
+                f"newest complete checkpoint"
+            )
         for found in self._processes.gather(problem):
             if found:
                 raise AgreedStorageError(found)
@@ -259,10 +284,38 @@ def _link_or_write(earlier: Path | None, path: Path, content: dict[str, Any]) ->
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    with path.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
+    """Write a file, to the disk; where that is full, the file makes room again."""
+    file = _File(path)
+    try:
+        with file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError):
+        path.unlink(missing_ok=True)
+        if file.error:
+            raise OSError(file.error.errno, file.error.strerror, str(path)) from None
+        raise
+
+
+class _File(io.FileIO):
+    """A file that remembers why it could not be written, of which torch.save says nothing."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "wb")
+        self.error: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        """Write all of a buffer."""
+        view = memoryview(content).cast("B")
+        try:
+            written = 0
+            while written < len(view):
+                written += super().write(view[written:])
+        except OSError as error:
+            self.error = error
+            raise
+        return written
 
 
 def _remove(path: Path) -> None:

@@ -3,16 +3,17 @@
 import logging
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from app.errors import StorageError
 from app.lowrank.conversion import LayerReport, parameter_counts
 from app.metrics.measurement import LayerStability
 from app.metrics.rebuilding import rebuild
@@ -20,6 +21,8 @@ from app.metrics.stability import mean_mixing_similarity, mean_stability
 from app.metrics.store import MetricsStore
 from app.metrics.swmr import UnreadableFileError
 from app.oialr import Event
+
+Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +38,8 @@ class Recorder:
     def __init__(self, store: MetricsStore | None) -> None:
         """Write into a store; None: this process records nothing."""
         self._store = store
+        self.problem: StorageError | None = None
+        """Why nothing more can be written; raised by nobody here, since only one process knows."""
 
     @classmethod
     def create(
@@ -185,12 +190,21 @@ class Recorder:
 
     def flush(self) -> None:
         """Bring everything to the file, for those who read it meanwhile."""
-        if self._store:
-            self._store.flush()
+        self._try(MetricsStore.flush)
 
     def counts(self) -> dict[str, int]:
         """Return the rows of each group."""
-        return self._store.counts() if self._store else {}
+        return self._try(MetricsStore.counts) or {}
+
+    def move_to(self, path: Path) -> None:
+        """Go on in another file, with all rows, where the first is lost.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        if self._store:
+            self._store = self._store.move_to(path)
+        self.problem = None
 
     def kept(self) -> dict[str, dict[str, Tensor]]:
         """Return all rows of the groups that a checkpoint holds too: a run cannot make them again.
@@ -198,17 +212,31 @@ class Recorder:
         Returns:
             For each group its columns: numbers as they are, text as uint8 (rows, bytes).
         """
-        if not self._store:
-            return {}
-        return {
-            group: {name: _as_tensor(values) for name, values in self._store.rows(group).items()}
-            for group in KEPT
-        }
+
+        def read(store: MetricsStore) -> dict[str, dict[str, Tensor]]:
+            return {
+                group: {name: _as_tensor(values) for name, values in store.rows(group).items()}
+                for group in KEPT
+            }
+
+        return self._try(read) or {}
 
     def close(self) -> None:
         """Close the file."""
         if self._store:
-            self._store.close()
+            try:
+                self._store.close()
+            except StorageError as error:
+                self.problem = self.problem or error
+
+    def _try(self, write: Callable[[MetricsStore], Result]) -> Result | None:
+        """Write, unless there was a problem; note it if there is one."""
+        if self._store and not self.problem:
+            try:
+                return write(self._store)
+            except StorageError as error:
+                self.problem = error
+        return None
 
     def _append(self, group: str, **values: Any) -> None:
         if self._store:

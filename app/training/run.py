@@ -16,11 +16,12 @@ from app.distributed.runtime import Runtime
 from app.distributed.startup_check import check_nodes
 from app.distributed.stop_signal import StopRequest
 from app.distributed.watchdog import Watchdog
-from app.errors import UserError
+from app.errors import AgreedStorageError, UserError
 from app.lowrank.conversion import survey
 from app.metrics.stability import build_tracker
+from app.metrics.swmr import writing
 from app.settings import Configuration
-from app.training.checkpoint import Checkpoints
+from app.training.checkpoint import CHECKPOINT_KEYS, Checkpoints
 from app.training.folder import finished, hold_folder, prepare_folder, write_text
 from app.training.optimizer import Schedule, build_optimizer
 from app.training.parts import (
@@ -31,7 +32,7 @@ from app.training.parts import (
 )
 from app.training.progress import EpochObserver, Progress
 from app.training.recorder import Recorder
-from app.training.trainer import CHECKPOINT_KEYS, Trainer
+from app.training.trainer import Trainer
 
 _FIXED = ("optimizer", "momentum", "weight_decay")
 """Keys of the section training that are part of the optimizer's stored state."""
@@ -106,6 +107,8 @@ def train(
             progress.close()
             with watchdog.guard("the end of metrics.h5"):
                 trainer.recorder.close()
+        if problem := runtime.processes.from_first(trainer.recorder.problem):
+            raise AgreedStorageError(str(problem))
         summary = _summarize(trainer, figures)
         if runtime.is_first:
             check_owner()
@@ -156,6 +159,7 @@ def _assemble(
     trainer = Trainer(
         configuration=configuration,
         runtime=runtime,
+        folder=folder,
         task=task,
         model=model,
         optimizer=optimizer,
@@ -188,7 +192,8 @@ def _assemble(
 
     with watchdog.guard("metrics.h5"):
         if runtime.is_first:
-            trainer.recorder = open_recorder()
+            with writing(metrics):
+                trainer.recorder = open_recorder()
         processes.barrier()
     trainer.recorder.session(process_count=runtime.process_count, first_step=trainer.position.step)
     return trainer
