@@ -14,11 +14,11 @@ import h5py
 import numpy as np
 
 from app.errors import StorageError, UserError
+from app.metrics.columns import append, as_array, create_group
 from app.metrics.copying import Rows, copy
-from app.metrics.schema import SCHEMA_VERSION, Column, layer_groups, run_groups
+from app.metrics.schema import SCHEMA_VERSION, layer_groups, run_groups
 from app.metrics.swmr import (
     abandon,
-    create_dataset,
     is_same_file,
     new_file,
     open_swmr,
@@ -27,9 +27,6 @@ from app.metrics.swmr import (
     sync,
     writing,
 )
-
-_CHUNK_BYTES = 2048
-"""Small, since most groups get few rows and there may be a thousand of them."""
 
 
 class LostFileError(StorageError):
@@ -80,7 +77,7 @@ class MetricsStore:
             # Of fixed length: SWMR excludes variable-length strings.
             file.attrs["config"] = np.bytes_(configuration.encode())
             for name, columns in run_groups(figures).items():
-                _create_group(file, name, columns, rows.get(name))
+                create_group(file, name, columns, rows.get(name))
             file.create_group("layers")
             for index, (layer, shape) in enumerate(layers.items()):
                 attributes = file.create_group(f"layers/{layer}").attrs
@@ -89,7 +86,7 @@ class MetricsStore:
                 attributes["averaged"] = layer not in not_averaged
                 for name, columns in layer_groups(shape).items():
                     path_in_file = f"layers/{layer}/{name}"
-                    _create_group(file, path_in_file, columns, rows.get(path_in_file))
+                    create_group(file, path_in_file, columns, rows.get(path_in_file))
         return cls(file, path)
 
     @classmethod
@@ -137,7 +134,7 @@ class MetricsStore:
                 start = self._rows[group]
                 end = start + len(rows)
                 for name, dataset in self._groups[group].items():
-                    _append(dataset, _as_array([row[name] for row in rows], dataset), start)
+                    append(dataset, as_array([row[name] for row in rows], dataset), start)
                 self._rows[group] = end
         self._buffer.clear()
 
@@ -344,59 +341,5 @@ def _read(group: h5py.Group, start: int) -> dict[str, np.ndarray]:
     }
 
 
-def _create_group(file: h5py.File, name: str, columns: Sequence[Column], rows: Rows | None) -> None:
-    group = file.create_group(name)
-    for column in columns:
-        dtype = np.dtype(column.dtype)
-        values = rows[column.name] if rows else ()
-        dataset = create_dataset(
-            group,
-            column.name,
-            rows=len(values),
-            width=(column.width,) if column.width else (),
-            dtype=dtype,
-            chunk_rows=max(1, _CHUNK_BYTES // (dtype.itemsize * max(1, column.width))),
-        )
-        if len(values):
-            dataset[:] = values
-        dataset.attrs["unit"] = np.bytes_(column.unit)
-        dataset.attrs["description"] = np.bytes_(column.description)
-
-
 def _length(columns: Mapping[str, h5py.Dataset]) -> int:
     return min(len(dataset) for dataset in columns.values())
-
-
-def _as_array(values: list[Any], dataset: h5py.Dataset) -> np.ndarray:
-    """Bring the values of a column into its dtype and width."""
-    if dataset.dtype.kind == "S":
-        return np.array([_cut(value, dataset.dtype.itemsize) for value in values], dataset.dtype)
-    if dataset.ndim == 1:
-        # Not 1.7 as the integer 1.
-        return np.array(values).astype(dataset.dtype, casting="same_kind")
-    rows = np.full((len(values), dataset.shape[1]), np.nan, dataset.dtype)
-    for row, value in zip(rows, values, strict=True):
-        row[: len(value)] = value
-    return rows
-
-
-def _append(dataset: h5py.Dataset, values: np.ndarray, start: int) -> None:
-    """Write rows from index ``start`` on, the end of the dataset.
-
-    By h5py's low-level interface, in a third of the time: a measurement of 20 layers writes into
-    200 datasets.
-    """
-    node = dataset.id
-    node.set_extent((start + len(values), *values.shape[1:]))
-    space = node.get_space()
-    space.select_hyperslab((start, *(0 for _ in values.shape[1:])), values.shape)
-    node.write(h5py.h5s.create_simple(values.shape), space, values)
-    node.flush()
-
-
-def _cut(text: str, size: int) -> bytes:
-    """Encode text in at most ``size`` bytes of UTF-8, with dots where something is missing."""
-    encoded = text.encode(errors="replace")
-    if len(encoded) <= size:
-        return encoded
-    return encoded[: size - 3].decode(errors="ignore").encode() + b"..."
