@@ -1,13 +1,14 @@
 """What all front doors share: overrides in ``--help``, exit codes, errors from one process only."""
 
 import argparse
+import errno
 import sys
 import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
 from app.distributed.launch import read_launch
-from app.errors import UserError
+from app.errors import StorageError, UserError
 
 EXIT_USER = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL: to be resumed
@@ -36,6 +37,15 @@ def run_command(main: Callable[[], int]) -> None:
     except UserError as error:
         if read_launch().process_index == 0:
             print(f"error: {error}", file=sys.stderr)
+        code = EXIT_USER
+    except StorageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 1
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        if read_launch().process_index == 0:
+            print(f"error: {str(error.filename)[:60]}...: {error.strerror}", file=sys.stderr)
         code = EXIT_USER
     except KeyboardInterrupt:
         code = 130

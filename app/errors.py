@@ -15,3 +15,18 @@ class DifferingReplicasError(Exception):
 
 class AgreedUserError(UserError):
     """A user's mistake that all processes raise together, so that process 0 alone reports it."""
+
+
+class StorageError(Exception):
+    """A file system failed or ran full, or somebody else changed what is ours: one line.
+
+    Exit code 1, no traceback.
+    """
+
+
+class TakenOverError(StorageError):
+    """Another program owns the folder of this one."""
+
+
+class AgreedStorageError(StorageError):
+    """One that all processes raise together, so that process 0 alone reports it."""

@@ -9,7 +9,14 @@ from pathlib import Path
 from app import config
 from app.command import EXIT_STOPPED, EXIT_USER, Parser, report_fault, run_command
 from app.distributed.launch import read_launch
-from app.errors import AgreedUserError, DifferingReplicasError, DivergedError, UserError
+from app.errors import (
+    AgreedStorageError,
+    AgreedUserError,
+    DifferingReplicasError,
+    DivergedError,
+    StorageError,
+    UserError,
+)
 from app.settings import Configuration
 
 EXAMPLES = """\
@@ -104,9 +111,14 @@ def _run(configuration: Configuration, *, resume: bool) -> int:
                 if runtime.is_first:
                     print(f"{stop}: go on with --resume", file=sys.stderr)
                 return EXIT_STOPPED
-            except (DivergedError, DifferingReplicasError) as error:  # on all processes alike
-                if runtime.is_first:
+            except (DivergedError, DifferingReplicasError, AgreedStorageError) as error:
+                if runtime.is_first:  # on all processes alike
                     print(f"error: {error}", file=sys.stderr)
+                return 1
+            except StorageError as error:  # on this process alone
+                print(f"error: {error}", file=sys.stderr, flush=True)
+                if runtime.process_count > 1:
+                    runtime.abort(1)
                 return 1
             except BaseException as error:
                 if runtime.process_count == 1:

@@ -1,6 +1,7 @@
-"""Checkpoints: parts that are written once, atomic, complete."""
+"""Checkpoints: parts that are written once, atomic, complete, verified."""
 
 import os
+import zipfile
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from app.distributed.processes import Processes
 from app.errors import UserError
 from app.training import checkpoint
 from app.training.checkpoint import Checkpoints
+from app.training.early_stopping import BEST_KEYS, EarlyStopping
 
 
 def part(number):
@@ -119,3 +121,77 @@ def test_what_a_killed_session_wrote_later_does_not_outlive_the_new(tmp_path):
     save(again, 40)
     assert loaded(tmp_path) == (40, 40, {})
     assert len(again.complete()) == 1
+
+
+def flip(path):
+    """Flip one bit in the middle of the file's weights."""
+    with zipfile.ZipFile(path) as archive:
+        (entry,) = (e for e in archive.infolist() if e.filename.endswith("/data/0"))
+    content = bytearray(path.read_bytes())
+    content[content.index(PATTERN, entry.header_offset)] ^= 4
+    path.write_bytes(content)
+
+
+PATTERN = torch.full((3,), 1.5).numpy().tobytes()
+
+
+@pytest.mark.parametrize("name", ["state.pt", "process-00000.pt", "process-00000-a.pt"])
+def test_a_flipped_bit_in_any_file_is_named_and_the_one_before_is_taken(tmp_path, caplog, name):
+    checkpoints = Checkpoints(tmp_path, Processes(), keep=2)
+    for step in (10, 20):
+        weights = {"weights": torch.full((3,), 1.5)}
+        checkpoints.save(step, {"process_count": 1, **weights}, weights, {"a": weights})
+        checkpoints._parts = {}  # as after a resume: no hard links, which would share the damage
+    newest = checkpoints.complete()[-1]
+    flip(newest / name)
+    shared, (own,) = Checkpoints(tmp_path, Processes(), keep=2).load()
+    assert shared["weights"].tolist() == [1.5] * 3 == own["weights"].tolist()
+    (line,) = caplog.messages
+    assert line.startswith(f"{newest} cannot be read: {name} is damaged (BadZipFile: Bad CRC-32")
+    assert {path.name for path in tmp_path.iterdir()} == {"step-00000010", "damaged-step-00000020"}
+
+
+def test_a_checkpoint_without_one_of_its_keys_is_passed_over(tmp_path, caplog):
+    save(Checkpoints(tmp_path, Processes(), keep=2), 10)
+    checkpoints = Checkpoints(tmp_path, Processes(), keep=2)
+    checkpoints.save(20, {"process_count": 1}, {"mine": 20})
+    shared, _ = Checkpoints(tmp_path, Processes(), keep=2, keys=["step"]).load()
+    assert shared["step"] == 10
+    assert "state.pt lacks step" in caplog.text
+
+
+def test_other_names_are_no_checkpoints_and_numbers_count_by_value(tmp_path):
+    for name in ("step-00000009-10", "step-00000009-9", "step-100000000", "step-9-copy", "step-x"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-00000011").write_text("a plain file")
+    names = [path.name for path in Checkpoints(tmp_path, Processes(), keep=2).complete()]
+    assert names == ["step-00000009-9", "step-00000009-10", "step-100000000"]
+
+
+def test_damaged_best_weights_let_early_stopping_begin_anew(tmp_path, caplog):
+    def early_stopping():
+        best = Checkpoints(tmp_path, Processes(), keep=1, keys=BEST_KEYS)
+        return EarlyStopping(best, patience=2)
+
+    model = torch.nn.Linear(3, 1, bias=False)
+    torch.nn.init.constant_(model.weight, 1.5)
+    first = early_stopping()
+    assert first.improves(0.25)
+    first.keep(10, model, None, process_count=1)
+    state = first.state_dict()
+
+    undamaged = early_stopping()
+    undamaged.load_state_dict(state)
+    assert not undamaged.improves(0.5)
+    assert not caplog.messages
+
+    flip(tmp_path / "step-00000010" / "state.pt")
+    damaged = early_stopping()
+    damaged.load_state_dict(state)
+    assert "state.pt is damaged" in caplog.text
+    assert "early stopping begins anew: the best weights are damaged" in caplog.text
+    torch.nn.init.zeros_(model.weight)
+    damaged.restore_best(model, None)
+    assert "the best weights are lost: those of the last epoch are tested" in caplog.text
+    assert model.weight.tolist() == [[0.0] * 3]
+    assert damaged.improves(0.5)

@@ -350,7 +350,7 @@ def test_early_stopping_goes_on_after_a_kill(
     resumed.load_state_dict(state)
     assert resumed.improves(1.5)
     assert caplog.messages == [
-        "early stopping begins anew: its best weights are not there any more"
+        "early stopping begins anew: the best weights are damaged or not there any more"
     ]
 
 

@@ -461,9 +461,9 @@ def test_a_follower_waits_for_the_rows_it_has(tmp_path):
             store.append("train", **train_row(step))
         store.flush()
         assert list(follower.rows("train", 3)["step"]) == [4]
-        path.unlink()
-        with pytest.raises(UserError, match="no such file"):
-            follower.rows("train", 4)
+    path.unlink()
+    with pytest.raises(UserError, match="no such file"):
+        follower.rows("train", 4)
     follower.close()
 
 

@@ -92,3 +92,27 @@ def test_a_hang_in_mpi_ends_all_processes(tmp_path):
     for index, step in ((0, 16), (2, 16), (1, 15)):
         assert f"process {index} of 3" in result.stderr
         assert f"no progress in 40 s (distributed.timeout) at step {step}" in result.stderr
+
+
+def test_a_process_that_is_alone_is_watched_where_it_says_so(monkeypatch):
+    watchdog = Watchdog(timeout=2.0, abort=lambda _: None, name="", alone=True)
+    ends = []
+    monkeypatch.setattr(watchdog, "_end", lambda: ends.append(watchdog._what[0]))
+
+    def beats(number):
+        remaining = iter(range(number))
+
+        class Ended:
+            def wait(self, beat):
+                return next(remaining, None) is None
+
+        monkeypatch.setattr(watchdog, "_ended", Ended())
+        watchdog._watch()
+
+    beats(60)
+    assert not ends
+    with watchdog.guard("the stored state"):
+        beats(60)
+    assert ends == ["the stored state"]
+    beats(60)
+    assert len(ends) == 1

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from app.training.archive import DamagedFileError, verify_foreign
+
 
 class CheckpointError(Exception):
     """A file that cannot be read as a checkpoint; says why in one line."""
@@ -102,6 +104,8 @@ def load(path: Path) -> dict[str, Any]:
         content = _load_safetensors(path) if path.suffix == ".safetensors" else _load_torch(path)
     except CheckpointError:
         raise
+    except DamagedFileError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from None
     except Exception as error:  # a damaged file may raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise CheckpointError(f"{path}: cannot be read, it is damaged or no checkpoint ({reason})")\
@@ -123,6 +127,7 @@ def _load_torch(path: Path) -> Any:
     mapped = zipfile.is_zipfile(path)
     if mapped:
         _check_archive(path)
+        verify_foreign(path)
     admitted = list(_ADMITTED)
     for _ in range(100):
         with torch.serialization.safe_globals(admitted):

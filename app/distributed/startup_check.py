@@ -60,12 +60,14 @@ def check_nodes(configuration: Configuration, runtime: Runtime, folder: Path) ->
     processes = runtime.processes
     mark = folder / f".process-{runtime.process_index}"
     folder_problem = _write_mark(mark) if runtime.local_index == 0 else ""
+    is_marked = runtime.local_index == 0 and not folder_problem
     processes.barrier()
     clock = time.time()
     if not folder_problem and not (folder / ".process-0").exists():
         folder_problem = "is not the folder that process 0 sees"
     reports = processes.gather(_report(configuration, runtime, folder_problem, clock))
-    mark.unlink(missing_ok=True)
+    if is_marked:  # elsewhere nothing can be removed either
+        mark.unlink(missing_ok=True)
     if problem := find_problem(reports):
         raise AgreedUserError(problem)
     return table(reports) + "\n" + unseen_gpus(reports)

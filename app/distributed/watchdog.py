@@ -4,7 +4,8 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Self
 
@@ -23,22 +24,34 @@ class Watchdog:
     stuck elsewhere keeps all others waiting. Every process has its own watchdog, so the log holds
     one line of each that stands still: most of them in a collective, the culprit elsewhere.
 
+    A process that is alone keeps nobody waiting and takes as long as it takes for a step: it is
+    watched only where it says so, by :meth:`guard`, such as at what it reads at its start.
+
     Waiting is counted in beats of the watching thread, so a program that Slurm suspends and resumes
     does not count as one that stands still.
     """
 
-    def __init__(self, *, timeout: float | None, abort: Callable[[int], None], name: str) -> None:
+    def __init__(
+        self,
+        *,
+        timeout: float | None,
+        abort: Callable[[int], None],
+        name: str,
+        alone: bool = False,
+    ) -> None:
         """Prepare; the watch begins and ends with the context, on the thread that enters it.
 
         Args:
             timeout: seconds without :meth:`progress` after which the program ends; None: never.
             abort: ends all processes, given the exit code.
             name: of this process, for the log.
+            alone: watch only within :meth:`guard`.
         """
         self._timeout = timeout
         self._abort = abort
         self._name = name
         self._what = ["start"]
+        self._watched = not alone
         self._ended = threading.Event()
         self._main = threading.get_ident()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -46,6 +59,17 @@ class Watchdog:
     def progress(self, what: str) -> None:
         """Say what begins now. Cheap enough for every step."""
         self._what = [what]  # a new object, also for the same words
+
+    @contextmanager
+    def guard(self, what: str) -> Iterator[None]:
+        """Watch what is done in the block also where this process is alone."""
+        before, self._watched = (self._watched, self._what[0]), True
+        self.progress(what)
+        try:
+            yield
+        finally:
+            self._watched, words = before
+            self.progress(words)
 
     def __enter__(self) -> Self:
         if self._timeout is not None:
@@ -64,7 +88,7 @@ class Watchdog:
         beat = min(LONGEST_BEAT, self._timeout / 10)
         seen, beats = self._what, 0
         while not self._ended.wait(beat):
-            beats = beats + 1 if self._what is seen else 0
+            beats = beats + 1 if self._watched and self._what is seen else 0
             seen = self._what
             if beats * beat >= self._timeout:
                 self._end()

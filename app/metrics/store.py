@@ -5,7 +5,6 @@ that is there already never sees objects made after that mode was switched on, s
 exists from the start. Readers use ``swmr=True``, also for the file of a process that was killed.
 """
 
-import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,20 +13,32 @@ from typing import Any, Self
 import h5py
 import numpy as np
 
-from app.errors import UserError
-from app.metrics.schema import SCHEMA_VERSION, Column, layer_groups, run_groups
-from app.metrics.swmr import new_file, one_line, open_swmr, sync
+from app.errors import StorageError, UserError
+from app.metrics.columns import append, as_array, create_group
+from app.metrics.copying import Rows, copy
+from app.metrics.schema import SCHEMA_VERSION, layer_groups, run_groups
+from app.metrics.swmr import (
+    abandon,
+    is_same_file,
+    new_file,
+    open_swmr,
+    patiently,
+    reading,
+    sync,
+    writing,
+)
 
-_CHUNK_BYTES = 2048
-"""Small, since most groups get few rows and there may be a thousand of them."""
+
+class LostFileError(StorageError):
+    """The file that is being written is not where it was any more; it can still be read."""
 
 
 class MetricsStore:
     """The writer's side. Rows are kept in memory until :meth:`flush`."""
 
-    def __init__(self, file: h5py.File) -> None:
-        """Take over a complete file that is open for writing, in SWMR mode."""
-        self._file = file
+    def __init__(self, file: h5py.File, path: Path) -> None:
+        """Take over a complete file that is open for writing, in SWMR mode, and its path."""
+        self._file, self._path = file, path
         self._groups: dict[str, dict[str, h5py.Dataset]] = {}
         file.visititems(self._register)
         self._rows = {group: _length(columns) for group, columns in self._groups.items()}
@@ -47,6 +58,7 @@ class MetricsStore:
         layers: Mapping[str, tuple[int, ...]],
         figures: Sequence[str] = ("accuracy",),
         not_averaged: Collection[str] = (),
+        rows: Mapping[str, Rows] | None = None,
     ) -> Self:
         """Start a new file.
 
@@ -56,13 +68,16 @@ class MetricsStore:
             layers: dense parameter name and shape of each layer, in the order of the network.
             figures: figures of merit of an evaluation, beside the loss.
             not_averaged: layers that means over the layers leave out.
+            rows: with which groups begin.
         """
-        with new_file(Path(path)) as file:
+        path = Path(path)
+        rows = rows or {}
+        with new_file(path) as file:
             file.attrs["schema_version"] = SCHEMA_VERSION
             # Of fixed length: SWMR excludes variable-length strings.
             file.attrs["config"] = np.bytes_(configuration.encode())
             for name, columns in run_groups(figures).items():
-                _create_group(file, name, columns)
+                create_group(file, name, columns, rows.get(name))
             file.create_group("layers")
             for index, (layer, shape) in enumerate(layers.items()):
                 attributes = file.create_group(f"layers/{layer}").attrs
@@ -70,8 +85,9 @@ class MetricsStore:
                 attributes["index"] = index  # HDF5 lists groups by name
                 attributes["averaged"] = layer not in not_averaged
                 for name, columns in layer_groups(shape).items():
-                    _create_group(file, f"layers/{layer}/{name}", columns)
-        return cls(file)
+                    path_in_file = f"layers/{layer}/{name}"
+                    create_group(file, path_in_file, columns, rows.get(path_in_file))
+        return cls(file, path)
 
     @classmethod
     def resume(cls, path: Path | str, *, counts: Mapping[str, int]) -> Self:
@@ -85,14 +101,13 @@ class MetricsStore:
             counts: rows to keep of each group; a group that is not named keeps none.
 
         Raises:
-            UserError: the file cannot be read, or has fewer rows.
+            UnreadableFileError: the file is damaged.
+            UserError: it is another one, or has fewer rows.
         """
         path = Path(path)
-        with open_for_reading(path) as old:
-            _check_counts(old, counts, path)
-            with new_file(path) as new:
-                _copy(old, new, counts)
-        return cls(new)
+        with open_for_reading(path) as old, new_file(path) as new:
+            copy(old, new, counts, path)
+        return cls(new, path)
 
     def append(self, group: str, **values: Any) -> None:
         """Add a row.
@@ -106,29 +121,75 @@ class MetricsStore:
         self._buffer.setdefault(group, []).append(values)
 
     def flush(self) -> None:
-        """Write all rows, so that readers see them."""
-        for group, rows in self._buffer.items():
-            start = self._rows[group]
-            end = start + len(rows)
-            for name, dataset in self._groups[group].items():
-                _append(dataset, _as_array([row[name] for row in rows], dataset), start)
-            self._rows[group] = end
+        """Write all rows, so that readers see them.
+
+        Raises:
+            LostFileError: the path leads to no file any more, or to another one.
+            StorageError: the disk is full, or failed. Rows that are not written are kept.
+        """
+        if not is_same_file(self._file, self._path):
+            raise LostFileError(f"run.dir: {self._path} was removed, moved or replaced meanwhile")
+        with writing(self._path):
+            for group, rows in self._buffer.items():
+                start = self._rows[group]
+                end = start + len(rows)
+                for name, dataset in self._groups[group].items():
+                    append(dataset, as_array([row[name] for row in rows], dataset), start)
+                self._rows[group] = end
         self._buffer.clear()
 
     def counts(self) -> dict[str, int]:
         """Return the rows of each group, after they have reached the disk.
 
         So a checkpoint that holds these numbers finds its rows after a failure of the machine too.
+
+        Raises:
+            StorageError: as :meth:`flush`.
         """
         self.flush()
-        sync(self._file)
+        with writing(self._path):
+            sync(self._file)
         return dict(self._rows)
 
+    def move_to(self, path: Path) -> Self:
+        """Close this file, whose path is lost, and go on with a copy and what is unwritten.
+
+        Raises:
+            StorageError: the copy cannot be written.
+        """
+        with writing(path), new_file(path) as new:
+            copy(self._file, new, self._rows, self._path)
+        moved = type(self)(new, path)
+        moved._buffer = self._buffer
+        self._file.close()
+        moved.flush()
+        return moved
+
+    def rows(self, group: str) -> dict[str, np.ndarray]:
+        """Return all rows of a group that are in the file, by column; text as bytes.
+
+        Raises:
+            StorageError: the disk failed.
+        """
+        with writing(self._path):
+            return {name: dataset[:] for name, dataset in self._groups[group].items()}
+
     def close(self) -> None:
-        """Write all rows and close the file; may be called again."""
-        if self._file:
+        """Write all rows and close the file; may be called again.
+
+        Raises:
+            StorageError: as :meth:`flush`; the file is closed all the same.
+        """
+        if not self._file:
+            return
+        try:
             self.flush()
-            self._file.close()
+            with writing(self._path):
+                self._file.flush()
+        except StorageError:
+            abandon(self._file)
+            raise
+        self._file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -141,13 +202,15 @@ def open_for_reading(path: Path | str) -> h5py.File:
     """Open the file of a run that goes on, has ended or was killed.
 
     Raises:
+        UnreadableFileError: it is damaged.
         UserError: there is no such file, or it is no metrics.h5.
     """
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file; a run's metrics are in its folder, in metrics.h5")
     file = open_swmr(path)
-    version = file.attrs.get("schema_version")
+    with reading(path):
+        version = file.attrs.get("schema_version")
     if not np.array_equal(version, SCHEMA_VERSION):
         file.close()
         raise UserError(
@@ -163,10 +226,10 @@ def read_rows(path: Path | str, group: str) -> dict[str, np.ndarray]:
     While a run is writing, the columns may differ in length for a moment: the shortest counts.
 
     Raises:
-        UserError: no such file, or no such group in it.
+        UserError: no such file, or no such group in it, or it is damaged.
     """
-    with open_for_reading(path) as file:
-        if group not in file:
+    with open_for_reading(path) as file, reading(Path(path)):
+        if not _exists(file, group):
             raise UserError(f"{path}: no group {group}")
         return _read(file[group], 0)
 
@@ -201,53 +264,62 @@ class Follower:
 
     def configuration(self) -> str:
         """Return the resolved configuration as YAML."""
-        return bytes(self._file.attrs["config"]).decode()
+        with reading(self._path):
+            return bytes(self._file.attrs["config"]).decode()
 
     def layers(self) -> list[StoredLayer]:
         """Return all layers, in the order of the network."""
-        nodes = self._file["layers"]
-        found = [
-            StoredLayer(
-                name=name,
-                shape=tuple(int(size) for size in nodes[name].attrs["shape"]),
-                averaged=bool(nodes[name].attrs.get("averaged", True)),
-            )
-            for name in _layer_names(nodes)
-        ]
-        return sorted(found, key=lambda layer: int(nodes[layer.name].attrs.get("index", 0)))
+        with reading(self._path):
+            nodes = self._file["layers"]
+            found = [
+                StoredLayer(
+                    name=name,
+                    shape=tuple(int(size) for size in nodes[name].attrs["shape"]),
+                    averaged=bool(nodes[name].attrs.get("averaged", True)),
+                )
+                for name in _layer_names(nodes)
+            ]
+            return sorted(found, key=lambda layer: int(nodes[layer.name].attrs.get("index", 0)))
 
     def __contains__(self, group: str) -> bool:
         """Whether there is such a group: not every program writes all of them."""
-        return group in self._file
+        with reading(self._path):
+            return _exists(self._file, group)
 
     def rows(self, group: str, start: int = 0) -> dict[str, np.ndarray]:
         """Return the rows of a group from index ``start`` on, as :func:`read_rows` does.
 
         Raises:
-            UserError: the file is gone, or something else has taken its place.
+            UserError: the file is gone or damaged, or something else has taken its place.
         """
         if not self._is_current():
             new = open_for_reading(self._path)
             self._file.close()
             self._file = new
-        return _read(self._file[group], start)
+        with reading(self._path):
+            return _read(self._file[group], start)
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
 
     def _is_current(self) -> bool:
-        # The open file keeps its inode from being used anew: equal numbers are the same file.
-        opened = os.fstat(self._file.id.get_vfd_handle())
-        try:
-            return os.path.samestat(opened, self._path.stat())
-        except FileNotFoundError:
+        return is_same_file(self._file, self._path)
+
+
+def _exists(node: h5py.Group, name: str) -> bool:
+    """Whether there is a group; h5py's ``in`` says no of one that is damaged, too."""
+    for part in name.split("/"):
+        if not node.id.links.exists(part.encode()):
             return False
+        node = node[part]
+    return True
 
 
 def _layer_names(node: h5py.Group, prefix: str = "") -> Iterator[str]:
     """List the layers below a group; a name with a slash lies in groups within groups."""
-    for key, child in node.items():
+    for key in node:  # items() would pass over what is damaged
+        child = node[key]
         if "shape" in child.attrs:
             yield f"{prefix}{key}"
         else:
@@ -255,102 +327,19 @@ def _layer_names(node: h5py.Group, prefix: str = "") -> Iterator[str]:
 
 
 def _read(group: h5py.Group, start: int) -> dict[str, np.ndarray]:
-    columns = {name: node for name, node in group.items() if isinstance(node, h5py.Dataset)}
-    for dataset in columns.values():
-        dataset.refresh()
-    end = _length(columns)
-    rows = {name: dataset[min(start, end) : end] for name, dataset in columns.items()}
+    def read() -> dict[str, np.ndarray]:
+        nodes = {name: group[name] for name in group}  # items() would pass over what is damaged
+        columns = {name: node for name, node in nodes.items() if isinstance(node, h5py.Dataset)}
+        for dataset in columns.values():
+            dataset.refresh()
+        end = _length(columns)
+        return {name: dataset[min(start, end) : end] for name, dataset in columns.items()}
+
     return {
         name: np.char.decode(values, "utf-8") if values.dtype.kind == "S" else values
-        for name, values in rows.items()
+        for name, values in patiently(read).items()
     }
-
-
-def _create_group(file: h5py.File, name: str, columns: Sequence[Column]) -> None:
-    group = file.create_group(name)
-    for column in columns:
-        width = (column.width,) if column.width else ()
-        row_bytes = np.dtype(column.dtype).itemsize * max(1, column.width)
-        dataset = group.create_dataset(
-            column.name,
-            shape=(0, *width),
-            maxshape=(None, *width),
-            chunks=(max(1, _CHUNK_BYTES // row_bytes), *width),
-            dtype=column.dtype,
-        )
-        dataset.attrs["unit"] = np.bytes_(column.unit)
-        dataset.attrs["description"] = np.bytes_(column.description)
-
-
-def _check_counts(old: h5py.File, counts: Mapping[str, int], path: Path) -> None:
-    for group, count in counts.items():
-        try:
-            available = _length(old[group]) if group in old else 0
-        except (OSError, KeyError, RuntimeError) as error:
-            raise UserError(f"{path}: {group} cannot be read ({one_line(error)})") from None
-        if count > available:
-            raise UserError(
-                f"{path}: {group} has {available} rows, but the checkpoint knows of {count}; "
-                f"resume from the run's own folder"
-            )
-
-
-def _copy(old: h5py.File, new: h5py.File, counts: Mapping[str, int]) -> None:
-    """Copy the schema and the first rows of each group."""
-
-    def visit(name: str, node: h5py.Group | h5py.Dataset) -> None:
-        if isinstance(node, h5py.Dataset):
-            count = counts.get(name.rpartition("/")[0], 0)
-            copy = new.create_dataset(
-                name,
-                shape=(count, *node.shape[1:]),
-                maxshape=node.maxshape,
-                chunks=node.chunks,
-                dtype=node.dtype,
-            )
-            copy[:] = node[:count]
-        else:
-            copy = new.create_group(name)
-        copy.attrs.update(node.attrs)
-
-    new.attrs.update(old.attrs)
-    old.visititems(visit)
 
 
 def _length(columns: Mapping[str, h5py.Dataset]) -> int:
     return min(len(dataset) for dataset in columns.values())
-
-
-def _as_array(values: list[Any], dataset: h5py.Dataset) -> np.ndarray:
-    """Bring the values of a column into its dtype and width."""
-    if dataset.dtype.kind == "S":
-        return np.array([_cut(value, dataset.dtype.itemsize) for value in values], dataset.dtype)
-    if dataset.ndim == 1:
-        # Not 1.7 as the integer 1.
-        return np.array(values).astype(dataset.dtype, casting="same_kind")
-    rows = np.full((len(values), dataset.shape[1]), np.nan, dataset.dtype)
-    for row, value in zip(rows, values, strict=True):
-        row[: len(value)] = value
-    return rows
-
-
-def _append(dataset: h5py.Dataset, values: np.ndarray, start: int) -> None:
-    """Write rows from index ``start`` on, the end of the dataset.
-
-    By h5py's low-level interface, in a third of the time: a measurement of 20 layers writes into
-    200 datasets.
-    """
-    node = dataset.id
-    node.set_extent((start + len(values), *values.shape[1:]))
-    space = node.get_space()
-    space.select_hyperslab((start, *(0 for _ in values.shape[1:])), values.shape)
-    node.write(h5py.h5s.create_simple(values.shape), space, values)
-    node.flush()
-
-
-def _cut(text: str, size: int) -> bytes:
-    """Encode text in at most ``size`` bytes of UTF-8, with dots where something is missing."""
-    encoded = text.encode(errors="replace")
-    if len(encoded) <= size:
-        return encoded
-    return encoded[: size - 3].decode(errors="ignore").encode() + b"..."

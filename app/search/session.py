@@ -5,6 +5,7 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 from app.compatibility import import_heat
 from app.config import to_yaml
 from app.distributed.launch import Launch
+from app.distributed.lease import Lease
 from app.distributed.runtime import make_store
 from app.distributed.stop_signal import StopRequest
 from app.distributed.workers import Workers, agree, wait
@@ -26,7 +28,7 @@ from app.search.evolution import Known, check_islands, evolve, island_of
 from app.search.progress import Progress
 from app.search.store import STORE, Evaluation, Store, read_evaluations, sessions
 from app.tasks.sharding import steps_per_epoch
-from app.training.folder import new_folder, write_text
+from app.training.folder import naming, new_folder, write_text
 from app.training.inspection import check_run
 from app.training.run import train
 from app.training.trainer import Stopped
@@ -68,6 +70,21 @@ def search(
     section = definition.base.search
     islands = agree(workers.world, lambda: check_islands(section, workers.count))
     folder = _prepare_folder(definition, workers, resume=resume)
+    lease = agree(workers.world, lambda: None if workers.world.Get_rank() else Lease.take(folder))
+    with lease or nullcontext():
+        return _search(definition, workers, stop_signal, folder, islands=islands, start=start)
+
+
+def _search(
+    definition: Definition,
+    workers: Workers,
+    stop_signal: StopRequest,
+    folder: Path,
+    *,
+    islands: int,
+    start: float,
+) -> dict[str, Any]:
+    """Search in a folder that is this program's."""
     if definition.base.distributed.factorization == "heat" and find_spec("heat"):
         import_heat()  # a collective call of all processes, which no worker can make later
     # The first worker before the others, so that data are downloaded once.
@@ -99,15 +116,13 @@ def _prepare_folder(definition: Definition, workers: Workers, *, resume: bool) -
         if run.dir is None:
             return new_folder(run.name)
         folder = Path(run.dir)
-        if not resume and (folder / STORED).exists():
-            raise UserError(
-                f"run.dir: {folder} holds a search already; go on with it by --resume {folder}, "
-                f"or choose another folder"
-            )
-        try:
+        with naming("run.dir", folder):
+            if not resume and (folder / STORED).exists():
+                raise UserError(
+                    f"run.dir: {folder} holds a search already; go on with it by --resume "
+                    f"{folder}, or choose another folder"
+                )
             (folder / STORE).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"run.dir: cannot write to {folder}: {error.strerror}") from None
         return folder
 
     folder = workers.world.bcast(agree(workers.world, prepare))

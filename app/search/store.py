@@ -15,7 +15,7 @@ from typing import Any, Self
 import h5py
 import numpy as np
 
-from app.metrics.swmr import new_file, open_swmr
+from app.metrics.swmr import create_dataset, new_file, open_swmr, patiently, reading
 from app.search.objective import FAILED
 
 SCHEMA_VERSION = 1
@@ -104,9 +104,8 @@ class Store:
         with new_file(path) as file:
             file.attrs["schema_version"] = SCHEMA_VERSION
             for name, columns in (("evaluations", {**_COLUMNS, **parameters}), ("curves", _CURVE)):
-                file.create_dataset(
-                    name, shape=(0,), maxshape=(None,), chunks=(16,), dtype=list(columns.items())
-                )
+                dtype = np.dtype(list(columns.items()))
+                create_dataset(file, name, rows=0, width=(), dtype=dtype, chunk_rows=16)
         return cls(file)
 
     def append(self, evaluation: Evaluation) -> None:
@@ -141,14 +140,26 @@ def read_evaluations(folder: Path) -> list[Evaluation]:
     """
     found: dict[int, Evaluation] = {}
     for path in sorted(folder.glob("session-*-worker-*.h5")):
-        with open_swmr(path) as file:
-            # Rows before their curves: what is written in between is not missed.
-            rows, curves = file["evaluations"][:], file["curves"][:]
-            for row in rows:
-                if row["status"]:  # else the file grew, and the row never reached it
-                    evaluation = _as_evaluation(row, curves[curves["number"] == row["number"]])
-                    found.setdefault(evaluation.number, evaluation)
+        rows, curves = _read(path)
+        for row in rows:
+            if row["status"]:  # else the file grew, and the row never reached it
+                evaluation = _as_evaluation(row, curves[curves["number"] == row["number"]])
+                found.setdefault(evaluation.number, evaluation)
     return [found[number] for number in sorted(found)]
+
+
+def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    with open_swmr(path) as file, reading(path):
+
+        def read() -> tuple[np.ndarray, np.ndarray]:
+            datasets = file["evaluations"], file["curves"]
+            datasets[0].refresh()
+            # Rows before their curves: what is written in between is not missed.
+            rows = datasets[0][:]
+            datasets[1].refresh()
+            return rows, datasets[1][:]
+
+        return patiently(read)
 
 
 def _extend(dataset: h5py.Dataset, rows: np.ndarray) -> None:

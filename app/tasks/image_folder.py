@@ -28,6 +28,7 @@ from app.tasks.image_files import (
     collate,
 )
 from app.tasks.image_listing import File, LeftOut, list_folder
+from app.tasks.shared_memory import naming_shared_memory
 from app.tasks.splitting import limit_training_part, split_off, split_off_validation
 
 logger = logging.getLogger(__name__)
@@ -137,11 +138,12 @@ class ImageFolderClassification(Classification):
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # for the seeds of workers, instead of the global one
         )
-        for loaded in loader:
-            if isinstance(loaded, UserError):
-                raise loaded
-            inputs, targets = (part.to(self.device, non_blocking=True) for part in loaded)
-            yield (self._normalize(inputs) if inputs.dtype == torch.uint8 else inputs), targets
+        with naming_shared_memory():
+            for loaded in loader:
+                if isinstance(loaded, UserError):
+                    raise loaded
+                inputs, targets = (part.to(self.device, non_blocking=True) for part in loaded)
+                yield (self._normalize(inputs) if inputs.dtype == torch.uint8 else inputs), targets
 
 
 def _list_parts(data: DataSection) -> tuple[dict[str, list[File]], int]:

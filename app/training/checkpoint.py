@@ -1,4 +1,4 @@
-"""Checkpoints: complete, atomic, and readable with weights_only=True.
+"""Checkpoints: complete, atomic, verified, and readable with weights_only=True.
 
 A checkpoint is a folder ``step-00001200`` with ``state.pt`` (what all processes share) and one
 ``process-00000.pt`` per process (its random states and the like), and beside that its parts,
@@ -10,35 +10,71 @@ A checkpoint is written under another name and renamed when everything has reach
 folder of this name is always complete.
 """
 
+import io
 import logging
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from app.distributed.processes import Processes
-from app.errors import AgreedUserError
+from app.errors import AgreedStorageError, AgreedUserError, StorageError
+from app.training.archive import DamagedFileError, load_verified
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+CHECKPOINT_KEYS = (
+    "configuration",
+    "position",
+    "last_loss",
+    "seconds",
+    "method",
+    "model",
+    "optimizer",
+    "precision",
+    "average",
+    "early_stopping",
+    "rows",
+)
+"""What a checkpoint of a run holds for all processes, beside their number."""
+
+_NAME = re.compile(r"step-(\d+)(?:-(\d+))?")
 
 
 class Checkpoints:
     """The checkpoints of a run, in a folder that all processes see."""
 
-    def __init__(self, folder: Path, processes: Processes, *, keep: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        processes: Processes,
+        *,
+        keep: int,
+        keys: Collection[str] = (),
+        check_owner: Callable[[], None] = lambda: None,
+    ) -> None:
         """Take hold of the folder, which need not exist yet.
 
         Args:
             folder: where checkpoints live.
             processes: who writes and reads together.
             keep: number of newest checkpoints that are kept; 0: none is written.
+            keys: what all processes share has at least these; without one it counts as damaged.
+            check_owner: called by the first process before others see a checkpoint; raises
+                StorageError where the folder is not this program's any more.
         """
         self._folder = folder
         self._processes = processes
         self._keep = keep
+        self.check_owner = check_owner
+        self._keys = {"process_count", *keys}
         self._parts: dict[str, Path] = {}
         """Files of the parts that this object wrote or linked, in the newest checkpoint."""
 
@@ -60,24 +96,28 @@ class Checkpoints:
         if not self._keep:
             return
         parts = parts or {}
-        partial = folder = self._folder / f"partial-{step:08d}"
+        partial = self._folder / f"partial-{step:08d}"
         index = self._processes.index
         first = index == 0
-        if first:
+
+        def begin() -> None:
+            self.check_owner()
             for leftover in self._folder.glob("partial-*"):
-                shutil.rmtree(leftover)
+                _remove(leftover)
             partial.mkdir(parents=True)
-        self._processes.barrier()
-        _write(partial / _own_file(index), {**own, "parts": list(parts)})
-        for name, content in parts.items():
-            _link_or_write(self._parts.get(name), partial / _part_file(index, name), content)
-        if first:
-            _write(partial / "state.pt", shared)
-        self._processes.barrier()
-        if first:
+
+        def write() -> None:
+            _write(partial / _own_file(index), {**own, "parts": list(parts)})
+            for name, content in parts.items():
+                _link_or_write(self._parts.get(name), partial / _part_file(index, name), content)
+            if first:
+                _write(partial / "state.pt", shared)
+
+        def finish() -> Path:
             _sync_folder(partial)
             # A second one of the same step (an epoch's end) comes after it.
             folder = self._free_name(f"step-{step:08d}")
+            self.check_owner()
             partial.rename(folder)
             _sync_folder(self._folder)
             complete = self.complete()
@@ -85,17 +125,49 @@ class Checkpoints:
             end = complete.index(folder) + 1
             for old in complete[: max(0, end - self._keep)] + complete[end:]:
                 shutil.rmtree(old)
-        folder = self._processes.from_first(folder)
+            return folder
+
+        self._together(lambda: begin() if first else None)
+        try:
+            self._together(write)
+        except AgreedStorageError:
+            if first:  # what may have filled the disk
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        folder = self._processes.from_first(self._together(lambda: finish() if first else None))
+        assert folder
         self._parts = {name: folder / _part_file(index, name) for name in parts}
 
-    def complete(self) -> list[Path]:
-        """Return the complete checkpoints, oldest first."""
-        return sorted(self._folder.glob("step-*"))
+    def _together(self, act: Callable[[], Result]) -> Result:
+        """Do something with the disk on every process; where it fails on one, it fails on all.
 
-    def newest_step(self) -> int | None:
-        """Return the step of the newest complete checkpoint, None if there is none. Collective."""
-        complete = self._processes.from_first(self.complete())
-        return int(complete[-1].name.split("-")[1]) if complete else None
+        Raises:
+            AgreedStorageError: it failed; what was complete is complete still.
+        """
+        result, problem = None, None
+        try:
+            result = act()
+        except StorageError as error:
+            problem = str(error)
+        except OSError as error:
+            problem = (
+                f"run.dir: cannot write {error.filename or self._folder}: "
+                f"{error.strerror or error}; once that is mended, go on by --resume from the "
+                f"newest complete checkpoint"
+            )
+        for found in self._processes.gather(problem):
+            if found:
+                raise AgreedStorageError(found)
+        return result  # type: ignore[return-value]
+
+    def complete(self) -> list[Path]:
+        """Return the complete checkpoints, oldest first; what has another name is none."""
+        found = []
+        for path in self._folder.glob("step-*"):
+            match = _NAME.fullmatch(path.name)
+            if match and path.is_dir():
+                found.append((int(match[1]), int(match[2] or 0), path))
+        return [path for *_, path in sorted(found)]
 
     def load(self) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
         """Read the newest checkpoint that all processes can read. A collective call.
@@ -110,33 +182,55 @@ class Checkpoints:
         Raises:
             AgreedUserError: there are checkpoints, and none can be read.
         """
-        candidates = self._processes.from_first(self.complete())
-        if not candidates:
-            return None
-        first = self._processes.index == 0
+        newest = self._newest()
+        if newest.loaded is None:
+            if not newest.damaged:
+                return None
+            raise AgreedUserError(
+                f"{self._folder}: none of {len(newest.damaged)} checkpoints can be read to resume "
+                f"from ({newest.damaged[-1].name}: {newest.problem}); restore one, or start anew "
+                f"in another folder"
+            )
+        self._set_aside(newest.damaged)
+        return newest.loaded
+
+    def newest_step(self) -> int | None:
+        """Return the step of the newest checkpoint that can be read. A collective call.
+
+        Others are renamed then, to damaged-*, also where none is left.
+        """
+        newest = self._newest()
+        self._set_aside(newest.damaged)
+        return newest.step
+
+    def _newest(self) -> "_Newest":
+        """Find the newest checkpoint that all processes can read. A collective call."""
         damaged: list[Path] = []
-        for folder in reversed(candidates):
-            loaded, problem = None, None
+        problem = ""
+        for folder in reversed(self._processes.from_first(self.complete())):
+            loaded, own_problem = None, None
             try:
                 loaded = self._read(folder)
-            except Exception as error:  # a damaged file may raise anything: it cannot be read
-                problem = f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0]
-            problems = [p for p in self._processes.gather(problem) if p]
-            if loaded and not problems:
-                # Out of the way, so that they do not count among those that are kept.
-                for other in damaged if first else []:
-                    other.rename(self._free_name(f"damaged-{other.name}"))
-                return loaded
+            except (DamagedFileError, OSError) as error:
+                own_problem = str(error)
+            problems = [p for p in self._processes.gather(own_problem) if p]
+            if not problems:
+                return _Newest(step=int(folder.name.split("-")[1]), loaded=loaded, damaged=damaged)
             damaged.append(folder)
-            if first and len(damaged) < len(candidates):
-                logger.warning("%s cannot be read (%s): trying the one before", folder, problems[0])
-        raise AgreedUserError(
-            f"{self._folder}: none of {len(candidates)} checkpoints can be read to resume from "
-            f"({folder.name}: {problems[0]}); restore one, or start anew in another folder"
-        )
+            problem = problems[0]
+            if self._processes.index == 0:
+                logger.warning("%s cannot be read: %s", folder, problem)
+        return _Newest(damaged=damaged, problem=problem)
+
+    def _set_aside(self, damaged: Sequence[Path]) -> None:
+        """Take damaged checkpoints out of the way, so that they are not among those kept."""
+        for folder in damaged if self._processes.index == 0 else []:
+            folder.rename(self._free_name(f"damaged-{folder.name}"))
 
     def _read(self, folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        shared = _load(folder / "state.pt")
+        shared = load_verified(folder / "state.pt")
+        if missing := self._keys - shared.keys():
+            raise DamagedFileError(f"state.pt lacks {', '.join(sorted(missing))}")
         count = shared["process_count"]
         wanted = [self._processes.index] if count == self._processes.count else range(count)
         return shared, [_load_own(folder, index) for index in wanted]
@@ -149,6 +243,18 @@ class Checkpoints:
         return path
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Newest:
+    """What was found when the newest readable checkpoint was looked for."""
+
+    step: int | None = None
+    loaded: tuple[dict[str, Any], list[dict[str, Any]]] | None = None
+    damaged: Sequence[Path] = ()
+    """Newer ones, which cannot be read."""
+    problem: str = ""
+    """Of the last of them."""
+
+
 def _own_file(process_index: int) -> str:
     return f"process-{process_index:05d}.pt"
 
@@ -159,8 +265,10 @@ def _part_file(process_index: int, name: str) -> str:
 
 def _load_own(folder: Path, process_index: int) -> dict[str, Any]:
     """Read what a process saved; its parts by name under "parts"."""
-    own = _load(folder / _own_file(process_index))
-    parts = {name: _load(folder / _part_file(process_index, name)) for name in own["parts"]}
+    own = load_verified(folder / _own_file(process_index))
+    if "parts" not in own:
+        raise DamagedFileError(f"{_own_file(process_index)} lacks parts")
+    parts = {name: load_verified(folder / _part_file(process_index, name)) for name in own["parts"]}
     return {**own, "parts": parts}
 
 
@@ -175,17 +283,46 @@ def _link_or_write(earlier: Path | None, path: Path, content: dict[str, Any]) ->
     _write(path, content)
 
 
-def _load(path: Path) -> dict[str, Any]:
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    assert isinstance(content, dict)
-    return content
-
-
 def _write(path: Path, content: dict[str, Any]) -> None:
-    with path.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
+    """Write a file, to the disk; where that is full, the file makes room again."""
+    file = _File(path)
+    try:
+        with file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError):
+        path.unlink(missing_ok=True)
+        if file.error:
+            raise OSError(file.error.errno, file.error.strerror, str(path)) from None
+        raise
+
+
+class _File(io.FileIO):
+    """A file that remembers why it could not be written, of which torch.save says nothing."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "wb")
+        self.error: OSError | None = None
+
+    def write(self, content: Any) -> int:
+        """Write all of a buffer."""
+        view = memoryview(content).cast("B")
+        try:
+            written = 0
+            while written < len(view):
+                written += super().write(view[written:])
+        except OSError as error:
+            self.error = error
+            raise
+        return written
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _sync_folder(folder: Path) -> None:

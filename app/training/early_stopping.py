@@ -12,6 +12,9 @@ from app.training.checkpoint import Checkpoints
 
 logger = logging.getLogger(__name__)
 
+BEST_KEYS = ("ranks", "model")
+"""What the best weights are kept with."""
+
 
 class EarlyStopping:
     """Keeps the weights of the epoch with the least validation loss, and says when to stop."""
@@ -63,6 +66,8 @@ class EarlyStopping:
         if loaded := self._checkpoints.load():
             best, _ = loaded
             restore(model, method.layers if method else [], best["ranks"], best["model"])
+        else:  # they were damaged when the run was resumed, and no later epoch was better
+            logger.warning("the best weights are lost: those of the last epoch are tested")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, but for the best weights."""
@@ -80,7 +85,9 @@ class EarlyStopping:
         """
         step = state.get("best_step", self._kept_step)
         if step is not None and (self._kept_step is None or self._kept_step < step):
-            logger.warning("early stopping begins anew: its best weights are not there any more")
+            logger.warning(
+                "early stopping begins anew: the best weights are damaged or not there any more"
+            )
             return
         self._best, self._best_step = state["best"], step
         self._epochs_since = state["epochs_since"]

@@ -1,5 +1,6 @@
 """The parts of a run, each built from the configuration."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from app.tasks import Task, build_task, download
 from app.tasks.staging import stage, staged_root
 from app.training.average import WeightAverage
 from app.training.checkpoint import Checkpoints
-from app.training.early_stopping import EarlyStopping
+from app.training.early_stopping import BEST_KEYS, EarlyStopping
 from app.training.replicas import synchronize_batch_norm
 
 
@@ -80,13 +81,22 @@ def build_average(
 
 
 def build_early_stopping(
-    configuration: Configuration, folder: Path, processes: Processes
+    configuration: Configuration,
+    folder: Path,
+    processes: Processes,
+    check_owner: Callable[[], None],
 ) -> EarlyStopping | None:
     """Build what ends a training early; None without training.early_stopping."""
     patience = configuration.training.early_stopping
     if patience is None:
         return None
-    best = Checkpoints(folder / "checkpoints" / "best", processes, keep=1)
+    best = Checkpoints(
+        folder / "checkpoints" / "best",
+        processes,
+        keep=1,
+        keys=BEST_KEYS,
+        check_owner=check_owner,
+    )
     return EarlyStopping(best, patience=patience)
 
 

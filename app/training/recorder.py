@@ -1,20 +1,33 @@
 """What a run records, in the columns of metrics.h5. On processes other than the first: nothing."""
 
+import logging
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
 
+from app.errors import StorageError
 from app.lowrank.conversion import LayerReport, parameter_counts
 from app.metrics.measurement import LayerStability
+from app.metrics.rebuilding import rebuild
 from app.metrics.stability import mean_mixing_similarity, mean_stability
 from app.metrics.store import MetricsStore
+from app.metrics.swmr import UnreadableFileError
 from app.oialr import Event
+
+Result = TypeVar("Result")
+
+logger = logging.getLogger(__name__)
+
+KEPT = ("sessions", "eval", "lowrank", "stability")
+"""Groups with a row per start, evaluation, event and measurement; small, and the results."""
 
 PACKAGES = ("torch", "numpy", "mpi4py", "timm", "h5py")
 
@@ -25,6 +38,8 @@ class Recorder:
     def __init__(self, store: MetricsStore | None) -> None:
         """Write into a store; None: this process records nothing."""
         self._store = store
+        self.problem: StorageError | None = None
+        """Why nothing more can be written; raised by nobody here, since only one process knows."""
 
     @classmethod
     def create(
@@ -43,19 +58,44 @@ class Recorder:
             layers: the dense network's multidimensional weights.
             figures: figures of merit that an evaluation gives beside the loss.
         """
-        store = MetricsStore.create(
-            path,
-            configuration=configuration,
-            layers={layer.name: layer.shape for layer in layers},
-            figures=figures,
-            not_averaged={layer.name for layer in layers if not layer.is_linear_map},
-        )
-        return cls(store)
+        return cls(MetricsStore.create(path, **_schema(configuration, layers, figures)))
 
     @classmethod
-    def resume(cls, path: Path, counts: Mapping[str, int]) -> "Recorder":
-        """Go on with a file after the given numbers of rows."""
-        return cls(MetricsStore.resume(path, counts=counts))
+    def resume(
+        cls,
+        path: Path,
+        counts: Mapping[str, int],
+        kept: Mapping[str, Mapping[str, Tensor]],
+        *,
+        configuration: str,
+        layers: Sequence[LayerReport],
+        figures: Sequence[str],
+    ) -> "Recorder":
+        """Go on with a file after the given numbers of rows.
+
+        A damaged file is set aside, and a new one goes on with what is left of it and what was
+        kept; a warning says so.
+
+        Args:
+            path: of metrics.h5.
+            counts: rows of each group.
+            kept: as :meth:`kept` returned it at that time.
+            configuration, layers, figures: as for :meth:`create`.
+
+        Raises:
+            UserError: there is no such file, it is another one, or has fewer rows.
+        """
+        try:
+            return cls(MetricsStore.resume(path, counts=counts))
+        except UnreadableFileError as damage:
+            store, line = rebuild(
+                path,
+                counts=counts,
+                kept={group: _as_arrays(rows) for group, rows in kept.items()},
+                **_schema(configuration, layers, figures),
+            )
+            logger.warning("%s is damaged (%s): %s", path, damage.reason, line)
+            return cls(store)
 
     def session(self, *, process_count: int, first_step: int) -> None:
         """Record a start of the program."""
@@ -151,21 +191,82 @@ class Recorder:
 
     def flush(self) -> None:
         """Bring everything to the file, for those who read it meanwhile."""
-        if self._store:
-            self._store.flush()
+        self._try(MetricsStore.flush)
 
     def counts(self) -> dict[str, int]:
         """Return the rows of each group."""
-        return self._store.counts() if self._store else {}
+        return self._try(MetricsStore.counts) or {}
+
+    def move_to(self, path: Path) -> None:
+        """Go on in another file, with all rows, where the first is lost.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        if self._store:
+            self._store = self._store.move_to(path)
+        self.problem = None
+
+    def kept(self) -> dict[str, dict[str, Tensor]]:
+        """Return all rows of the groups that a checkpoint holds too: a run cannot make them again.
+
+        Returns:
+            For each group its columns: numbers as they are, text as uint8 (rows, bytes).
+        """
+
+        def read(store: MetricsStore) -> dict[str, dict[str, Tensor]]:
+            return {
+                group: {name: _as_tensor(values) for name, values in store.rows(group).items()}
+                for group in KEPT
+            }
+
+        return self._try(read) or {}
 
     def close(self) -> None:
         """Close the file."""
         if self._store:
-            self._store.close()
+            try:
+                self._store.close()
+            except StorageError as error:
+                self.problem = self.problem or error
+
+    def _try(self, write: Callable[[MetricsStore], Result]) -> Result | None:
+        """Write, unless there was a problem; note it if there is one."""
+        if self._store and not self.problem:
+            try:
+                return write(self._store)
+            except StorageError as error:
+                self.problem = error
+        return None
 
     def _append(self, group: str, **values: Any) -> None:
         if self._store:
             self._store.append(group, **values)
+
+
+def _schema(
+    configuration: str, layers: Sequence[LayerReport], figures: Sequence[str]
+) -> dict[str, Any]:
+    return {
+        "configuration": configuration,
+        "layers": {layer.name: layer.shape for layer in layers},
+        "figures": figures,
+        "not_averaged": {layer.name for layer in layers if not layer.is_linear_map},
+    }
+
+
+def _as_tensor(values: np.ndarray) -> Tensor:
+    if values.dtype.kind == "S":
+        values = values.view(np.uint8).reshape(len(values), values.dtype.itemsize)
+    return torch.from_numpy(values)
+
+
+def _as_arrays(columns: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    arrays = {name: values.numpy() for name, values in columns.items()}
+    return {
+        name: values.view(f"S{values.shape[1]}")[:, 0] if values.dtype == np.uint8 else values
+        for name, values in arrays.items()
+    }
 
 
 def _versions() -> str:

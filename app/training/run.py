@@ -4,6 +4,7 @@ A search calls :func:`train` too, with the processes that it gives to one evalua
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from app.distributed.runtime import Runtime
 from app.distributed.startup_check import check_nodes
 from app.distributed.stop_signal import StopRequest
 from app.distributed.watchdog import Watchdog
-from app.errors import UserError
+from app.errors import AgreedStorageError, UserError
 from app.lowrank.conversion import survey
 from app.metrics.stability import build_tracker
+from app.metrics.swmr import writing
 from app.settings import Configuration
-from app.training.checkpoint import Checkpoints
-from app.training.folder import finished, prepare_folder, write_text
+from app.training.checkpoint import CHECKPOINT_KEYS, Checkpoints
+from app.training.folder import finished, hold_folder, prepare_folder, write_text
 from app.training.optimizer import Schedule, build_optimizer
 from app.training.parts import (
     build_average,
@@ -70,13 +72,26 @@ def train(
     if resume and (summary := finished(folder, configuration)):
         return summary
     watchdog = Watchdog(
-        timeout=configuration.distributed.timeout if runtime.process_count > 1 else None,
+        timeout=configuration.distributed.timeout,
+        alone=runtime.process_count == 1,
         abort=runtime.abort,
         name=f"process {runtime.process_index} of {runtime.process_count}",
     )
-    with watchdog, _own_random_state(configuration.run.seed, runtime):
+    with (
+        hold_folder(folder, runtime) as check_owner,
+        watchdog,
+        _own_random_state(configuration.run.seed, runtime),
+    ):
         nodes = check_nodes(configuration, runtime, folder)
-        trainer = _assemble(configuration, runtime, stop_signal, watchdog, folder, resume=resume)
+        trainer = _assemble(
+            configuration,
+            runtime,
+            stop_signal,
+            watchdog,
+            folder,
+            resume=resume,
+            check_owner=check_owner,
+        )
         progress = Progress(
             steps=configuration.training.epochs * trainer.task.steps_per_epoch,
             first_step=trainer.position.step,
@@ -90,10 +105,14 @@ def train(
             figures = trainer.test() if test else {}
         finally:
             progress.close()
-            trainer.recorder.close()
-    summary = _summarize(trainer, figures)
-    if runtime.is_first:
-        write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+            with watchdog.guard("the end of metrics.h5"):
+                trainer.recorder.close()
+        if problem := runtime.processes.from_first(trainer.recorder.problem):
+            raise AgreedStorageError(str(problem))
+        summary = _summarize(trainer, figures)
+        if runtime.is_first:
+            check_owner()
+            write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 
@@ -105,6 +124,7 @@ def _assemble(
     folder: Path,
     *,
     resume: bool,
+    check_owner: Callable[[], None],
 ) -> Trainer:
     """Build the parts in the one order that is right and bring them to the checkpoint's state."""
     processes = runtime.processes
@@ -126,14 +146,20 @@ def _assemble(
     )
     tracker = processes.agree(lambda: build_tracker(configuration.stability, layers, processes))
     checkpoints = Checkpoints(
-        folder / "checkpoints", processes, keep=configuration.run.keep_checkpoints
+        folder / "checkpoints",
+        processes,
+        keep=configuration.run.keep_checkpoints,
+        keys=CHECKPOINT_KEYS,
+        check_owner=check_owner,
     )
     metrics = folder / "metrics.h5"
-    state = checkpoints.load() if resume else None
+    with watchdog.guard("the stored state"):
+        state = checkpoints.load() if resume else None
 
     trainer = Trainer(
         configuration=configuration,
         runtime=runtime,
+        folder=folder,
         task=task,
         model=model,
         optimizer=optimizer,
@@ -143,7 +169,7 @@ def _assemble(
         recorder=Recorder(None),
         checkpoints=checkpoints,
         average=build_average(configuration, model, optimizer),
-        early_stopping=build_early_stopping(configuration, folder, processes),
+        early_stopping=build_early_stopping(configuration, folder, processes, check_owner),
         stop_signal=stop_signal,
         watchdog=watchdog,
     )
@@ -152,16 +178,23 @@ def _assemble(
 
     def open_recorder() -> Recorder:
         """Write to the run's folder, now that everything fits together."""
+        check_owner()
         write_text(folder / "config.yaml", to_yaml(configuration))
+        schema: dict[str, Any] = {
+            "configuration": to_yaml(configuration),
+            "layers": layers,
+            "figures": task.figures,
+        }
         if state:
-            return Recorder.resume(metrics, state[0]["rows"])
-        return Recorder.create(
-            metrics, configuration=to_yaml(configuration), layers=layers, figures=task.figures
-        )
+            shared, _ = state
+            return Recorder.resume(metrics, shared["rows"], shared.get("kept_rows", {}), **schema)
+        return Recorder.create(metrics, **schema)
 
-    if runtime.is_first:
-        trainer.recorder = open_recorder()
-    processes.barrier()
+    with watchdog.guard("metrics.h5"):
+        if runtime.is_first:
+            with writing(metrics):
+                trainer.recorder = open_recorder()
+        processes.barrier()
     trainer.recorder.session(process_count=runtime.process_count, first_step=trainer.position.step)
     return trainer
 

@@ -4,6 +4,7 @@ import math
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from app.settings import Configuration
 from app.tasks import Batch, Task
 from app.training.average import WeightAverage
 from app.training.batches import PROBLEM, AgreedBatches
-from app.training.checkpoint import Checkpoints
+from app.training.checkpoint import CHECKPOINT_KEYS, Checkpoints
 from app.training.early_stopping import EarlyStopping
 from app.training.evaluation import evaluate
 from app.training.optimizer import Schedule
@@ -30,6 +31,7 @@ from app.training.precision import Precision
 from app.training.progress import Progress
 from app.training.recorder import Recorder
 from app.training.replicas import Replicas
+from app.training.rescue import end_without_storage
 from app.training.tracking import Tracking
 
 
@@ -68,6 +70,7 @@ class Trainer:
         *,
         configuration: Configuration,
         runtime: Runtime,
+        folder: Path,
         task: Task,
         model: nn.Module,
         optimizer: Optimizer,
@@ -84,6 +87,7 @@ class Trainer:
         """Put the parts together; ``method`` is None for full-rank training."""
         self.configuration = configuration
         self.runtime = runtime
+        self.folder = folder
         self.task = task
         self.model = model
         self.optimizer = optimizer
@@ -230,8 +234,11 @@ class Trainer:
         steps, self._unrecorded = self._unrecorded, []
         if not steps:
             return
-        losses = torch.stack([step.loss for step in steps]).double()
-        for step, loss in zip(steps, self.runtime.processes.sum(losses).tolist(), strict=True):
+        # Behind them whether the first process can still write: what all must know.
+        problem = torch.full_like(steps[0].loss, self.recorder.problem is not None)
+        sums = torch.stack([*(step.loss for step in steps), problem]).double()
+        *losses, problems = self.runtime.processes.sum(sums).tolist()
+        for step, loss in zip(steps, losses, strict=True):
             if not math.isfinite(loss):
                 raise DivergedError(f"the loss is {loss} at step {step.step}")
             self._last_loss = loss
@@ -244,6 +251,8 @@ class Trainer:
                 step_seconds=step.seconds,
             )
         self.recorder.flush()
+        if problems:
+            end_without_storage(self)
         self.progress.steps(len(steps), loss=self._last_loss, learning_rate=steps[-1].learning_rate)
 
     def _finish_epoch(self) -> None:
@@ -318,9 +327,16 @@ class Trainer:
             raise Stopped(f"stopped by {reason} after step {self.position.step}")
 
     def save_checkpoint(self) -> None:
-        """Write everything that the rest of the run depends on. A collective call."""
+        """Write everything that the rest of the run depends on. A collective call.
+
+        Raises:
+            AgreedStorageError: it cannot be written.
+        """
         self._batches.check()
         self.tracking.fetch()
+        rows, kept = self.recorder.counts(), self.recorder.kept()
+        if self.runtime.processes.from_first(self.recorder.problem):
+            end_without_storage(self)
         self.watchdog.progress(f"checkpoint after step {self.position.step}")
         now = time.perf_counter()
         self.seconds += now - self._clock
@@ -337,8 +353,10 @@ class Trainer:
             "precision": self.precision.state_dict(),
             "average": self.average.state_dict() if self.average else None,
             "early_stopping": self.early_stopping.state_dict() if self.early_stopping else None,
-            "rows": self.recorder.counts(),
+            "rows": rows,
         }
+        assert shared.keys() == {"process_count", *CHECKPOINT_KEYS}
+        shared["kept_rows"] = kept  # earlier checkpoints have none
         own: dict[str, Any] = {"random_state": torch.get_rng_state()}
         if self.runtime.device.type == "cuda":
             own["random_state_cuda"] = torch.cuda.get_rng_state(self.runtime.device)

@@ -34,6 +34,10 @@ def disturb(what, process, step):
                 time.sleep(1000)
             if what == "freeze":
                 os.kill(os.getpid(), signal.SIGSTOP)
+            if what == "move":
+                self.folder.rename(self.folder.with_name("moved"))
+            if what == "unlink":
+                (self.folder / "metrics.h5").unlink()
             if what == "mpi":
                 self.runtime.communicator.Barrier()
 

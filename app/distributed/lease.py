@@ -1,0 +1,240 @@
+"""One program in a folder at a time: a lease that its owner renews, on whatever file system.
+
+The lease is a file ``.lease-000001`` that is created exclusively; the next owner's has the next
+number, so that two programs which both find an owner gone cannot both follow it. Locks of the file
+system are not relied on: many network file systems have none, or keep them on one node.
+"""
+
+import json
+import os
+import socket
+import threading
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Self
+
+from app.errors import StorageError, TakenOverError, UserError
+
+RENEWAL = 10.0
+"""Seconds between two renewals."""
+EXPIRY = 120.0
+"""Seconds without renewal, by the file server's clock, after which an owner counts as gone."""
+_NAME = ".lease-{:06d}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holder:
+    """A process, so described that it can be told from any other."""
+
+    host: str
+    boot_id: str
+    """Of the kernel since its start; empty where there is none."""
+    namespace: str
+    """Of the process numbers: those of containers are their own."""
+    process: int
+    start: str
+    """Of the process, in the kernel's ticks since its own start."""
+    slurm_job: str
+    slurm_restarts: int
+    """How often Slurm has requeued the job."""
+    token: str
+    """Drawn by chance, for each lease another one."""
+
+    @classmethod
+    def current(cls, environment: Mapping[str, str] = os.environ) -> "Holder":
+        """Describe this process."""
+        return cls(
+            host=socket.gethostname(),
+            boot_id=_read_line("/proc/sys/kernel/random/boot_id"),
+            namespace=_namespace(),
+            process=os.getpid(),
+            start=_start_of(os.getpid()) or "",
+            slurm_job=environment.get("SLURM_JOB_ID", ""),
+            slurm_restarts=int(environment.get("SLURM_RESTART_COUNT", "0")),
+            token=uuid.uuid4().hex,
+        )
+
+    def is_gone(self, me: "Holder") -> bool | None:
+        """Whether this process has ended, as far as ``me`` can know; None: it cannot."""
+        if self.boot_id and (self.boot_id, self.namespace) == (me.boot_id, me.namespace):
+            return _start_of(self.process) != self.start
+        if self.slurm_job and self.slurm_job == me.slurm_job:
+            # Slurm starts a job again only when all of its processes are gone.
+            return me.slurm_restarts > self.slurm_restarts or None
+        return None
+
+    def __str__(self) -> str:
+        job = f" (Slurm job {self.slurm_job})" if self.slurm_job else ""
+        return f"process {self.process} on {self.host}{job}"
+
+
+class Lease:
+    """The right to write into a folder, of which there is one at a time."""
+
+    def __init__(self, folder: Path, path: Path, holder: Holder) -> None:
+        """Renew a lease that was just taken, see :meth:`take`, until it is released."""
+        self._folder, self._path, self._holder = folder, path, holder
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def take(cls, folder: Path, *, me: Holder | None = None) -> "Lease":
+        """Become the folder's owner.
+
+        Raises:
+            UserError: it has one, or cannot be written to. Nothing there was changed.
+        """
+        me = me or Holder.current()
+        try:
+            gone = {path: _refuse_while_used(folder, path, me) for path in _leases(folder)}
+            own = folder / _NAME.format(1 + max((_number(path) for path in gone), default=0))
+            _create(own, me)
+            # Who looked at the same time has created one, too, and sees this one: both may give
+            # way, but never does neither.
+            for path in _leases(folder):
+                if path != own and (path not in gone or _read(path) != gone[path]):
+                    own.unlink(missing_ok=True)
+                    raise FileExistsError(path)
+            for path in gone:
+                path.unlink(missing_ok=True)
+        except FileExistsError:
+            raise UserError(
+                f"run.dir: another program is just starting in {folder}; choose another folder"
+            ) from None
+        except OSError as error:
+            raise UserError(f"run.dir: cannot write to {folder}: {error.strerror}") from None
+        return cls(folder, own, me)
+
+    def check(self) -> None:
+        """Make sure that the folder is this program's still.
+
+        To be called before what others would see: a process that was suspended for long, or cut off
+        from the file server, may have been followed by another one.
+
+        Raises:
+            TakenOverError: it is another's.
+            StorageError: it is not there any more, or cannot be written to.
+        """
+        later = [path for path in _leases(self._folder) if _number(path) > _number(self._path)]
+        if later:
+            owner = _read(later[-1]) or "another program"
+            raise TakenOverError(
+                f"run.dir: {self._folder} was taken over by {owner}, since this one stood still or "
+                f"did not reach it for more than {EXPIRY:g} s; nothing more is written"
+            )
+        if _read(self._path) == self._holder:
+            return
+        if not self._folder.is_dir():
+            raise StorageError(f"run.dir: {self._folder} was removed or moved while the run lived")
+        if self._path.exists():
+            raise StorageError(f"run.dir: {self._folder} is another folder than before")
+        try:
+            _create(self._path, self._holder)  # somebody cleaned up
+        except OSError as error:
+            raise StorageError(
+                f"run.dir: cannot write to {self._folder}: {error.strerror}"
+            ) from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Give the folder free."""
+        self._ended.set()
+        self._thread.join()
+        if _read(self._path) == self._holder:
+            self._path.unlink(missing_ok=True)
+
+    def _renew(self) -> None:
+        while not self._ended.wait(RENEWAL):
+            try:
+                os.utime(self._path)
+            except OSError:  # told by the next check, or the file server answers again
+                continue
+
+
+def _refuse_while_used(folder: Path, path: Path, me: Holder) -> Holder | None:
+    """Raise a UserError unless the owner is gone; return who that was, as far as it is known."""
+    owner = _read(path)
+    gone = owner.is_gone(me) if owner else None
+    if gone:
+        return owner
+    hint = ""
+    if gone is None:
+        try:
+            remaining = EXPIRY - (_server_time(folder) - path.stat().st_mtime)
+        except FileNotFoundError:  # released meanwhile
+            return owner
+        if remaining <= 0:
+            return owner
+        hint = f" (if that is gone, the folder is free in {remaining:.0f} s)"
+    raise UserError(
+        f"run.dir: {folder} is in use by {owner or 'another program'}{hint}; "
+        f"let it end, or choose another folder"
+    )
+
+
+def _leases(folder: Path) -> list[Path]:
+    """Return the leases in a folder, the latest last; none where there is no folder."""
+    return sorted(path for path in folder.glob(".lease-*") if path.name[7:].isdecimal())
+
+
+def _number(path: Path) -> int:
+    return int(path.name[7:])
+
+
+def _create(path: Path, holder: Holder) -> None:
+    """Write a lease that must not exist yet."""
+    with path.open("x") as file:
+        json.dump(asdict(holder), file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read(path: Path) -> Holder | None:
+    """Return who wrote a lease; None if that is not there (yet)."""
+    try:
+        content = json.loads(path.read_text())
+        return Holder(**{field.name: content[field.name] for field in fields(Holder)})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _server_time(folder: Path) -> float:
+    """Return the time by the clock that the folder's files are dated by."""
+    probe = folder / f".time-{uuid.uuid4().hex}"
+    probe.touch()
+    try:
+        return probe.stat().st_mtime
+    finally:
+        probe.unlink()
+
+
+def _start_of(process: int) -> str | None:
+    """Return the start of a process, in the kernel's words; None if there is none that runs."""
+    try:
+        # proc(5): the second field may hold blanks and brackets; the third is the state.
+        state, *numbers = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except (OSError, ValueError):
+        return None
+    return None if state in ("Z", "X") else numbers[18]
+
+
+def _namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _read_line(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""

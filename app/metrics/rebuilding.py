@@ -1,0 +1,79 @@
+"""A damaged metrics.h5: set aside, and followed by a new one with the rows that are left."""
+
+import os
+import shutil
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from app.metrics.copying import Rows, readable_rows
+from app.metrics.schema import layer_groups, run_groups
+from app.metrics.store import MetricsStore
+
+
+def rebuild(
+    path: Path,
+    *,
+    counts: Mapping[str, int],
+    kept: Mapping[str, Rows],
+    configuration: str,
+    layers: Mapping[str, tuple[int, ...]],
+    figures: Sequence[str],
+    not_averaged: Collection[str],
+) -> tuple[MetricsStore, str]:
+    """Start a new file in a damaged one's place, which stays beside it under another name.
+
+    Every row of the new file was read past its checksum, or was kept elsewhere.
+
+    Args:
+        path: of the damaged file.
+        counts: rows that each group had.
+        kept: all rows of some groups, from elsewhere.
+        configuration, layers, figures, not_averaged: as for :meth:`MetricsStore.create`.
+
+    Returns:
+        The new file, and a line that says what became of the old one and which rows are lost.
+    """
+    groups = run_groups(figures)
+    for layer, shape in layers.items():
+        groups |= {f"layers/{layer}/{name}": cols for name, cols in layer_groups(shape).items()}
+
+    def columns(group: str) -> dict[str, np.dtype]:
+        return {column.name: np.dtype(column.dtype) for column in groups[group]}
+
+    wanted = {group: count for group, count in counts.items() if count and group not in kept}
+    rows = {**readable_rows(path, wanted, columns), **kept}
+    aside = _keep_aside(path)
+    store = MetricsStore.create(
+        path,
+        configuration=configuration,
+        layers=layers,
+        figures=figures,
+        not_averaged=not_averaged,
+        rows=rows,
+    )
+    found = store.counts()
+    lost = {g: n - found.get(g, 0) for g, n in counts.items() if n > found.get(g, 0)}
+    return store, f"it stays as {aside.name}, and a new one goes on {_describe(lost, counts)}"
+
+
+def _keep_aside(path: Path) -> Path:
+    """Give a file a second name, under which it stays when the first is taken over."""
+    aside, number = path.with_name(f"{path.stem}-damaged{path.suffix}"), 1
+    while aside.exists():
+        aside = path.with_name(f"{path.stem}-damaged-{number}{path.suffix}")
+        number += 1
+    try:
+        os.link(path, aside)
+    except OSError:  # a file system without links
+        shutil.copy2(path, aside)
+    return aside
+
+
+def _describe(lost: Mapping[str, int], counts: Mapping[str, int]) -> str:
+    if not lost:
+        return "with all of its rows"
+    named = [f"{count} of the {counts[group]} rows of {group}" for group, count in lost.items()]
+    more = f" and rows of {len(named) - 3} other groups" if len(named) > 3 else ""
+    return f"without {', '.join(named[:3])}{more}, which are lost"
