@@ -100,6 +100,14 @@ def test_a_search_from_its_start_to_the_winner(tmp_path, tiny):
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
+def test_a_search_makes_its_own_folder(tmp_path, tiny):
+    """Without run.dir, as it is typed first."""
+    search(2, "--config", tiny, "search.evaluations=1", cwd=tmp_path)
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("tiny-")
+    assert [one.status for one in stored(folder)] == ["finished"]
+
+
 def test_faults_are_results_and_the_search_goes_on(tmp_path, tiny):
     folder = tmp_path / "run"
     plan = {"0": "raise", "1": "memory", "2": "diverge", "4": "slow", "5": "hopeless"}

@@ -97,13 +97,14 @@ def _prepare_folder(definition: Definition, workers: Workers, *, resume: bool) -
         if workers.world.Get_rank():
             return None
         if run.dir is None:
-            return new_folder(run.name)
-        folder = Path(run.dir)
-        if not resume and (folder / STORED).exists():
-            raise UserError(
-                f"run.dir: {folder} holds a search already; go on with it by --resume {folder}, "
-                f"or choose another folder"
-            )
+            folder = new_folder(run.name)
+        else:
+            folder = Path(run.dir)
+            if not resume and (folder / STORED).exists():
+                raise UserError(
+                    f"run.dir: {folder} holds a search already; go on with it by --resume "
+                    f"{folder}, or choose another folder"
+                )
         try:
             (folder / STORE).mkdir(parents=True, exist_ok=True)
         except OSError as error:
