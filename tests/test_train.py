@@ -12,6 +12,7 @@ import torch
 import yaml
 from launching import ROOT, TIMEOUT, command, environment, launch, train
 
+from app.distributed.stop_signal import StopSignal
 from app.metrics.store import read_rows
 
 # Nine factorized layers; conversion after step 15, cuts after 21 and 27, epochs of 8 steps.
@@ -305,7 +306,7 @@ def test_a_signal_that_reaches_one_process_stops_all_at_one_step(tmp_path, undis
     assert_same_run(tmp_path, undisturbed(3))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", StopSignal.SIGNALS)
 def test_a_signal_to_a_single_process(tmp_path, number):
     process = subprocess.Popen(
         command(0, "-m", "app.train", "training.epochs=500", f"run.dir={tmp_path}"),
@@ -319,10 +320,13 @@ def test_a_signal_to_a_single_process(tmp_path, number):
             if line.startswith("epoch 1/"):
                 process.send_signal(number)
                 break
-        process.communicate(timeout=TIMEOUT)
+        _, errors = process.communicate(timeout=TIMEOUT)
     finally:
         process.kill()
     assert process.returncode == 75
+    assert f"stopped by signal {number:d} after step" in errors
+    assert "Traceback" not in errors
+    assert ("Ctrl-C: stops after a checkpoint" in errors) == (number == signal.SIGINT)
     assert last_checkpoint(tmp_path)["position"]["step"] >= 20
 
 

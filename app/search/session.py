@@ -14,7 +14,7 @@ import numpy as np
 from app.compatibility import import_heat
 from app.config import to_yaml
 from app.distributed.launch import Launch
-from app.distributed.runtime import make_store
+from app.distributed.rendezvous import make_store
 from app.distributed.stop_signal import StopRequest
 from app.distributed.workers import Workers, agree, wait
 from app.errors import UserError

@@ -13,6 +13,8 @@ from app.train import main
 
 
 def disturb(what, process, step):
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        return  # once is enough
     from app.training.trainer import Trainer
 
     train_step = Trainer._train_step
