@@ -96,9 +96,15 @@ def test_a_resumed_run_is_the_uninterrupted_run(tmp_path, undisturbed, processes
     arguments = [*TINY, f"run.dir={tmp_path}"]
     for step in stops:
         result = train(processes, *arguments, f"run.stop_after={step}", code=75)
-        assert f"after step {step}" in result.stderr
+        stopped, drawn = result.stderr.splitlines()[-2:]
+        assert (
+            stopped
+            == f"stopped by run.stop_after after step {step}: go on with --resume {tmp_path}"
+        )
+        assert drawn == f"draw it: python -m app.report {tmp_path}"
         arguments = ["--resume", tmp_path]
-    train(processes, *arguments, "run.stop_after=null")
+    result = train(processes, *arguments, "run.stop_after=null")
+    assert result.stdout.splitlines()[-1] == f"draw it: python -m app.report {tmp_path}"
     assert_same_run(tmp_path, reference)
 
 
@@ -246,6 +252,7 @@ def test_a_weight_that_diverged_is_named_with_the_step(tmp_path, background):
     assert len(lines) == 1
     assert "blocks.1.mlp.fc2.weight holds NaN or infinity" in lines[0]
     assert lines[0].endswith("(step 8)")
+    assert f"draw it: python -m app.report {tmp_path}" in result.stderr
 
 
 def test_resume_on_another_number_of_processes(tmp_path):
@@ -264,6 +271,9 @@ def test_resume_of_a_finished_run_changes_nothing(undisturbed):
     before = (folder / "metrics.h5").read_bytes()
     result = train(0, "--resume", folder)
     assert "test_accuracy" in result.stdout
+    *_, told, drawn = result.stdout.splitlines()
+    assert told == f"{folder} was finished before: nothing was trained now"
+    assert drawn == f"draw it: python -m app.report {folder}"
     assert (folder / "metrics.h5").read_bytes() == before
 
 
@@ -336,6 +346,7 @@ def test_a_fault_on_one_process_ends_all(tmp_path, what, code):
     if what == "fault":
         assert "process 1 of 3 failed" in result.stderr
         assert "the machine is on fire" in result.stderr
+        assert f"draw it: python -m app.report {tmp_path}" in result.stderr
     # Nothing is lost: the last checkpoint and the metrics are readable.
     assert last_checkpoint(tmp_path)["position"]["step"] == 16
     assert len(read_rows(tmp_path / "metrics.h5", "train")["step"]) >= 16
@@ -360,6 +371,16 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, arguments, message):
     assert result.stderr.startswith(message)
     assert result.stderr.count("\n") == 1
     assert not result.stdout
+    assert not (tmp_path / "run").exists()  # made when everything fits together
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_the_data_are_read(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in ("file", "file/below"):
+        place = tmp_path / folder
+        result = train(0, "data.name=mnist", "data.root=gone", f"run.dir={place}", code=2)
+        line = f"error: run.dir: cannot write to {place}: {tmp_path / 'file'} is no folder\n"
+        assert result.stderr == line
 
 
 @pytest.mark.parametrize("arguments", [["training.epoch=3"], ["oialr.delay=5000"]])

@@ -14,9 +14,7 @@ from app.distributed.launch import Launch
 _POLL_SECONDS = 0.02
 
 
-def make_store(
-    launch: Launch, communicator: Any, *, timeout: timedelta | None = None
-) -> dist.Store:
+def make_store(launch: Launch, communicator: Any, *, timeout: timedelta) -> dist.Store:
     """Open a store that all processes reach and that holds nothing yet. A collective call.
 
     Under MPI process 0 takes a free port and tells the others, so that two programs on a node never
@@ -26,19 +24,20 @@ def make_store(
     Args:
         launch: this process's index and count.
         communicator: mpi4py communicator of the same processes; None under torchrun.
-        timeout: after which a look for a key is an error; None: torch's own.
+        timeout: after which a look for a key that is not there is an error.
     """
     if launch.launcher == "torchrun":
-        options = {} if timeout is None else {"timeout": timeout}
-        store, _, _ = next(rendezvous("env://", **options))
+        store, _, _ = next(rendezvous("env://", timeout=timeout))
         return new_attempt(store, launch.process_index, launch.process_count)
     size, host = launch.process_count, socket.gethostname()
     if launch.process_index == 0:
-        store = dist.TCPStore(host, 0, size, is_master=True, wait_for_workers=False)
+        store = dist.TCPStore(
+            host, 0, size, is_master=True, wait_for_workers=False, timeout=timeout
+        )
         communicator.bcast((host, store.port), root=0)
         return store
     host, port = communicator.bcast(None, root=0)
-    return dist.TCPStore(host, port, size, is_master=False)
+    return dist.TCPStore(host, port, size, is_master=False, timeout=timeout)
 
 
 def new_attempt(store: dist.Store, index: int, count: int) -> dist.Store:

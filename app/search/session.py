@@ -4,7 +4,8 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from app.search.evolution import Known, check_islands, evolve, island_of
 from app.search.progress import Progress
 from app.search.store import STORE, Evaluation, Store, read_evaluations, sessions
 from app.tasks.sharding import steps_per_epoch
-from app.training.folder import new_folder, write_text
+from app.training.folder import check_free, make_folder, write_text
 from app.training.inspection import check_run
 from app.training.run import train
 from app.training.trainer import Stopped
@@ -47,6 +48,7 @@ def search(
     *,
     resume: bool,
     start: float,
+    on_folder: Callable[[Path], None],
 ) -> dict[str, Any]:
     """Search as defined, in the folder run.dir, and train the best. Collective over all workers.
 
@@ -56,6 +58,7 @@ def search(
         stop_signal: asks for a stop.
         resume: go on with what the folder holds.
         start: value of time.perf_counter() at the start of the program.
+        on_folder: told of the search's folder as soon as there is one, on every process.
 
     Returns:
         The summary, as in summary.json.
@@ -67,14 +70,14 @@ def search(
     """
     section = definition.base.search
     islands = agree(workers.world, lambda: check_islands(section, workers.count))
-    folder = _prepare_folder(definition, workers, resume=resume)
+    _check_free(definition, workers, resume=resume)
     if definition.base.distributed.factorization == "heat" and find_spec("heat"):
         import_heat()  # a collective call of all processes, which no worker can make later
     # The first worker before the others, so that data are downloaded once.
     agree(workers.world, lambda: None if workers.index else _check(definition, workers))
     agree(workers.world, lambda: _check(definition, workers) if workers.index else None)
-    if workers.world.Get_rank() == 0:
-        write_text(folder / STORED, definition.to_yaml())
+    folder = _prepare_folder(definition, workers)
+    on_folder(folder)
     session = _Session(definition, workers, stop_signal, folder=folder, islands=islands)
     try:
         session.run(start)
@@ -89,26 +92,29 @@ def best_of(evaluations: Sequence[Evaluation]) -> Evaluation | None:
     return min(succeeded, key=lambda one: (one.loss, one.number), default=None)
 
 
-def _prepare_folder(definition: Definition, workers: Workers, *, resume: bool) -> Path:
-    """Create the search's folder; the same path on all processes."""
-    run = definition.base.run
+def _check_free(definition: Definition, workers: Workers, *, resume: bool) -> None:
+    """Reject a folder that holds a search already, on all processes alike."""
+    directory = definition.base.run.dir
+    if resume or directory is None:
+        return
+    folder = Path(directory)
+
+    def check() -> None:
+        if not workers.world.Get_rank():
+            check_free(folder, marker=STORED, what="search")
+
+    agree(workers.world, check)
+
+
+def _prepare_folder(definition: Definition, workers: Workers) -> Path:
+    """Make the search's folder, with what is searched; the same path on all processes."""
 
     def prepare() -> Path | None:
         if workers.world.Get_rank():
             return None
-        if run.dir is None:
-            folder = new_folder(run.name)
-        else:
-            folder = Path(run.dir)
-            if not resume and (folder / STORED).exists():
-                raise UserError(
-                    f"run.dir: {folder} holds a search already; go on with it by --resume "
-                    f"{folder}, or choose another folder"
-                )
-        try:
-            (folder / STORE).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"run.dir: cannot write to {folder}: {error.strerror}") from None
+        folder = make_folder(definition.base.run)
+        (folder / STORE).mkdir(exist_ok=True)
+        write_text(folder / STORED, definition.to_yaml())
         return folder
 
     folder = workers.world.bcast(agree(workers.world, prepare))
@@ -169,7 +175,9 @@ class _Session:
             launcher="mpi", process_index=world.Get_rank(), process_count=world.Get_size()
         )
         self._budget = Budget(
-            make_store(launch, world),
+            make_store(
+                launch, world, timeout=timedelta(seconds=definition.base.distributed.timeout)
+            ),
             finished={one.number for one in self._earlier},
             limit=limit,
             deadline=deadline,
@@ -350,7 +358,7 @@ def _train_best(
             if not same and runtime.is_first:
                 shutil.rmtree(folder / "best", ignore_errors=True)
             try:
-                summary = train(configuration, runtime, stop_signal, resume=same)
+                summary = train(configuration, runtime, stop_signal, resume=same).summary
             except Stopped:
                 stopped = True
     wait(workers.world)

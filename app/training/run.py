@@ -3,7 +3,8 @@
 A search calls :func:`train` too, with the processes that it gives to one evaluation.
 """
 
-import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,14 @@ from app.lowrank.conversion import survey
 from app.metrics.stability import build_tracker
 from app.settings import Configuration
 from app.training.checkpoint import Checkpoints
-from app.training.folder import finished, prepare_folder, write_text
+from app.training.folder import (
+    find_folder,
+    finish,
+    finished,
+    mark_unfinished,
+    prepare_folder,
+    write_text,
+)
 from app.training.optimizer import Schedule, build_optimizer
 from app.training.parts import (
     build_average,
@@ -30,10 +38,20 @@ from app.training.parts import (
 )
 from app.training.progress import EpochObserver, Progress
 from app.training.recorder import Recorder
-from app.training.trainer import Trainer
+from app.training.trainer import Stopped, Trainer
 
 _FIXED = ("optimizer", "momentum", "weight_decay")
 """Keys of the section training that are part of the optimizer's stored state."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a run has come to."""
+
+    summary: dict[str, Any]
+    """As in summary.json."""
+    finished_before: bool
+    """Whether there was nothing left to do."""
 
 
 def train(
@@ -43,40 +61,44 @@ def train(
     *,
     resume: bool,
     test: bool = True,
+    on_folder: Callable[[Path], None] | None = None,
     on_epoch: EpochObserver | None = None,
-) -> dict[str, Any]:
+) -> Outcome:
     """Train as configured, in the folder run.dir. A collective call.
 
-    The generators of torch are left as they were.
+    The generators of torch are left as they were. A new run's folder is made when everything fits
+    together.
 
     Args:
         configuration: checked; run.dir may be None in a new run.
         runtime: this process among those that train together.
         stop_signal: asks for a stop.
-        resume: go on from the newest checkpoint in run.dir; from the start if there is none.
+        resume: go on from the newest checkpoint in run.dir; from the start if there is none. So
+            does a run that torchrun starts anew.
         test: evaluate the test part at the end; a search leaves it to the winner.
+        on_folder: told of the run's folder as soon as there is one, on every process.
         on_epoch: told of every epoch, on every process, in place of progress lines. It ends the
             training by an exception, which it must raise on all processes alike.
-
-    Returns:
-        The summary, as in summary.json.
 
     Raises:
         UserError: data, model or folder are not what the configuration says.
         Stopped: after a checkpoint, before the end.
         DivergedError: a loss or a weight is not finite.
     """
-    folder = prepare_folder(configuration, runtime, resume=resume)
-    if resume and (summary := finished(folder, configuration)):
-        return summary
+    earlier = find_folder(configuration, runtime, resume=resume)
+    tell = on_folder or (lambda folder: None)
+    if earlier and (summary := finished(earlier, configuration)):
+        tell(earlier)
+        return Outcome(summary=summary, finished_before=True)
     watchdog = Watchdog(
         timeout=configuration.distributed.timeout if runtime.process_count > 1 else None,
         abort=runtime.abort,
         name=f"process {runtime.process_index} of {runtime.process_count}",
     )
     with watchdog, _own_random_state(configuration.run.seed, runtime):
-        nodes = check_nodes(configuration, runtime, folder)
-        trainer = _assemble(configuration, runtime, stop_signal, watchdog, folder, resume=resume)
+        nodes = check_nodes(configuration, runtime)
+        trainer, folder = _assemble(configuration, runtime, stop_signal, watchdog, earlier)
+        tell(folder)
         progress = Progress(
             steps=configuration.training.epochs * trainer.task.steps_per_epoch,
             first_step=trainer.position.step,
@@ -88,13 +110,16 @@ def train(
             progress.say(nodes + _describe(trainer, folder))
             trainer.train(progress)
             figures = trainer.test() if test else {}
+        except Stopped as stop:
+            mark_unfinished(folder, runtime, stopped=str(stop))
+            raise
         finally:
             progress.close()
             trainer.recorder.close()
     summary = _summarize(trainer, figures)
     if runtime.is_first:
-        write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    return summary
+        finish(folder, summary)
+    return Outcome(summary=summary, finished_before=False)
 
 
 def _assemble(
@@ -102,11 +127,20 @@ def _assemble(
     runtime: Runtime,
     stop_signal: StopRequest,
     watchdog: Watchdog,
-    folder: Path,
-    *,
-    resume: bool,
-) -> Trainer:
-    """Build the parts in the one order that is right and bring them to the checkpoint's state."""
+    earlier: Path | None,
+) -> tuple[Trainer, Path]:
+    """Build the parts in the one order that is right and bring them to the checkpoint's state.
+
+    Args:
+        configuration: checked.
+        runtime: this process among those that train together.
+        stop_signal: asks for a stop.
+        watchdog: told of the progress.
+        earlier: folder of a run that goes on; None: a new one is made.
+
+    Returns:
+        The trainer, and the run's folder.
+    """
     processes = runtime.processes
     watchdog.progress("data and network")
     task, model = build_task_and_model(configuration, runtime)
@@ -125,11 +159,14 @@ def _assemble(
         conversion=method.delay if method else None,
     )
     tracker = processes.agree(lambda: build_tracker(configuration.stability, layers, processes))
+    average = build_average(configuration, model, optimizer)
+    watchdog.progress("the run's folder")
+    folder = prepare_folder(configuration, runtime, earlier=earlier)
     checkpoints = Checkpoints(
         folder / "checkpoints", processes, keep=configuration.run.keep_checkpoints
     )
     metrics = folder / "metrics.h5"
-    state = checkpoints.load() if resume else None
+    state = checkpoints.load() if earlier else None
 
     trainer = Trainer(
         configuration=configuration,
@@ -142,7 +179,7 @@ def _assemble(
         tracker=tracker,
         recorder=Recorder(None),
         checkpoints=checkpoints,
-        average=build_average(configuration, model, optimizer),
+        average=average,
         early_stopping=build_early_stopping(configuration, folder, processes),
         stop_signal=stop_signal,
         watchdog=watchdog,
@@ -159,11 +196,12 @@ def _assemble(
             metrics, configuration=to_yaml(configuration), layers=layers, figures=task.figures
         )
 
+    mark_unfinished(folder, runtime)
     if runtime.is_first:
         trainer.recorder = open_recorder()
     processes.barrier()
     trainer.recorder.session(process_count=runtime.process_count, first_step=trainer.position.step)
-    return trainer
+    return trainer, folder
 
 
 def _load(trainer: Trainer, shared: dict[str, Any], own: list[dict[str, Any]]) -> None:
