@@ -537,7 +537,7 @@ def test_a_run_can_be_followed_before_its_folder_is_there(tmp_path):
     console = Console(file=out, width=200, force_terminal=True)
     follow(tmp_path / "run", interval=1, console=console, wait=wait)
     assert f"waiting for {tmp_path / 'run' / 'metrics.h5'}" in out.getvalue()
-    assert "finished; loss" in out.getvalue()
+    assert f"{tmp_path / 'run'}: finished" in out.getvalue()
 
 
 def test_following_ends_with_the_run(tmp_path):
