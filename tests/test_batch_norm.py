@@ -89,5 +89,5 @@ def test_a_training_says_it_before_it_starts(tmp_path):
     assert result.stderr.startswith(
         "error: data.drop_last: the last batch of an epoch has 1 sample "
     )
-    assert "layer4.0.bn1 (BatchNormAct2d)" in result.stderr
+    assert "layer2.0.bn1 (BatchNorm2d)" in result.stderr
     assert not place.exists()
