@@ -316,6 +316,18 @@ def test_a_signal_that_reaches_one_process_stops_all_at_one_step(tmp_path, undis
     assert_same_run(tmp_path, undisturbed(3))
 
 
+def test_a_signal_ends_an_evaluation_too(tmp_path, undisturbed):
+    """Which may take long; it is repeated, and the bases are not measured twice."""
+    arguments = [*TINY, f"run.dir={tmp_path}"]
+    result = launch(2, DISTURBED, "evaluation", 1, 16, *arguments, code=75)
+    assert "stopped by signal 15 after step 16" in result.stderr
+    assert last_checkpoint(tmp_path)["position"] == {"step": 16, "epoch": 1, "batch": 8}
+    result = launch(2, DISTURBED, "evaluation", 0, 32, "--resume", tmp_path, code=75)
+    assert "epoch 2/4" in result.stderr
+    train(2, "--resume", tmp_path)
+    assert_same_run(tmp_path, undisturbed(2))
+
+
 @pytest.mark.parametrize("number", StopSignal.SIGNALS)
 def test_a_signal_to_a_single_process(tmp_path, number):
     process = subprocess.Popen(
