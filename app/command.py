@@ -2,16 +2,19 @@
 
 import argparse
 import errno
+import shlex
 import sys
 import traceback
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
 
 from app.distributed.launch import read_launch
 from app.errors import StorageError, UserError
 
 EXIT_USER = 2
-EXIT_STOPPED = 75  # EX_TEMPFAIL: to be resumed
+EXIT_STOPPED = 75
+"""EX_TEMPFAIL: stopped after a checkpoint, to be resumed. See :func:`stop_code`."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,3 +61,30 @@ def report_fault(error: BaseException) -> None:
     print(f"process {launch.process_index} of {launch.process_count} failed:", file=sys.stderr)
     traceback.print_exception(error)
     sys.stderr.flush()
+
+
+def stop_code() -> int:
+    """Return the exit code of a run that was stopped after a checkpoint.
+
+    torchrun starts its processes anew on any code but 0.
+    """
+    return 0 if read_launch().launcher == "torchrun" else EXIT_STOPPED
+
+
+def how_to_go_on(folder: Path) -> str:
+    """Return what to do with a stopped run or search, and what its exit code does not tell."""
+    hint = f"go on with --resume {shlex.quote(str(folder))}"
+    if stop_code() == EXIT_STOPPED:
+        return hint
+    return f"{hint} (unfinished, though torchrun gets exit code 0: it starts anew on any other)"
+
+
+def how_to_draw(folder: Path) -> str:
+    """Return the line that names a folder and the command that draws what is in it."""
+    return f"draw it: python -m app.report {shlex.quote(str(folder))}"
+
+
+def print_summary(summary: Mapping[str, Any]) -> None:
+    """Print final figures on stdout, a line each."""
+    for key, value in summary.items():
+        print(f"{key}: {value:.4f}" if isinstance(value, float) else f"{key}: {value}")

@@ -19,7 +19,8 @@ examples:
   python -m app.report runs/search
 
 RUN is the folder of a run, of an analysis (python -m app.analyze) or, alone, of a search
-(python -m app.search), finished or not. Runs whose configurations differ in seed, folder and name
+(python -m app.search), finished or not. Of several, those that are none of these are named and
+skipped, so that runs/* may be given. Runs whose configurations differ in seed, folder and name
 alone are averaged in the table.
 
 exit codes: 0 done, 1 a fault, 2 a mistake in what was asked for.
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--follow",
         action="store_true",
-        help="show a running job in the terminal instead, until it ends or Ctrl-C",
+        help="show a running job, or one about to begin, in the terminal until it ends or Ctrl-C",
     )
     parser.add_argument(
         "--interval",
@@ -80,11 +81,9 @@ def _write(options: argparse.Namespace) -> int:
     for part in formats:
         if part not in FORMATS:
             raise UserError(f"--formats: {part!r} is not one of {', '.join(FORMATS)}")
-    if (options.runs[0] / "search.yaml").exists():
+    if len(options.runs) == 1 and _is_search(options.runs[0]):
         from app.search.report import write_search_report
 
-        if len(options.runs) > 1:
-            raise UserError(f"{options.runs[0]}: a search is reported alone")
         written = write_search_report(options.runs[0], output=options.output, formats=formats)
     else:
         from app.reporting.report import write_report
@@ -102,11 +101,20 @@ def _write(options: argparse.Namespace) -> int:
     return 0
 
 
+def _is_search(folder: Path) -> bool:
+    return (folder / "search.yaml").exists()
+
+
 def _follow(options: argparse.Namespace) -> int:
     if len(options.runs) != 1:
         raise UserError(f"--follow: shows one run, {len(options.runs)} were given")
     if not options.interval > 0:
         raise UserError(f"--interval: {options.interval} is not a positive number of seconds")
+    if _is_search(options.runs[0]):
+        from app.search.follow import follow_search
+
+        follow_search(options.runs[0], interval=options.interval)
+        return 0
     from app.reporting.follow import follow
 
     follow(options.runs[0], interval=options.interval)

@@ -7,7 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from app import config
-from app.command import EXIT_STOPPED, EXIT_USER, Parser, report_fault, run_command
+from app.command import (
+    EXIT_USER,
+    Parser,
+    how_to_draw,
+    how_to_go_on,
+    print_summary,
+    report_fault,
+    run_command,
+    stop_code,
+)
 from app.distributed.launch import read_launch
 from app.errors import (
     AgreedStorageError,
@@ -27,8 +36,9 @@ examples:
   python -m app.train oialr.enabled=false run.dir=runs/full-rank
   mpirun -n 8 python -m app.train --resume runs/full-rank
 
-exit codes: 0 done, 1 a fault, 2 a mistake in what was asked for, 75 stopped by SIGTERM, SIGUSR1 or
-run.stop_after with a checkpoint: go on with --resume.
+exit codes: 0 done, 1 a fault, 2 a mistake in what was asked for, 75 stopped by SIGTERM, SIGUSR1,
+Ctrl-C or run.stop_after with a checkpoint: go on with --resume. A second Ctrl-C ends at once.
+torchrun starts anew on any code but 0, so a stop has 0 there; unfinished.json in the folder tells.
 """
 
 
@@ -87,10 +97,11 @@ def _run(configuration: Configuration, *, resume: bool) -> int:
     """Start the processes, train, and end all of them alike."""
     from app.distributed.stop_signal import StopSignal
 
+    folders: list[Path] = []
     with StopSignal() as stop_signal:
         from app.distributed.runtime import start_runtime
+        from app.training.position import Stopped
         from app.training.run import train
-        from app.training.trainer import Stopped
 
         distributed = configuration.distributed
         with start_runtime(device=distributed.device, timeout=distributed.timeout) as runtime:
@@ -99,7 +110,9 @@ def _run(configuration: Configuration, *, resume: bool) -> int:
                 format="%(levelname)s: %(message)s",
             )
             try:
-                summary = train(configuration, runtime, stop_signal, resume=resume)
+                outcome = train(
+                    configuration, runtime, stop_signal, resume=resume, on_folder=folders.append
+                )
             except AgreedUserError:
                 raise
             except UserError as error:  # on this process alone: nobody else would report it
@@ -109,11 +122,11 @@ def _run(configuration: Configuration, *, resume: bool) -> int:
                 raise
             except Stopped as stop:
                 if runtime.is_first:
-                    print(f"{stop}: go on with --resume", file=sys.stderr)
-                return EXIT_STOPPED
+                    _tell(f"{stop}: {how_to_go_on(folders[0])}", folders)
+                return stop_code()
             except (DivergedError, DifferingReplicasError, AgreedStorageError) as error:
                 if runtime.is_first:  # on all processes alike
-                    print(f"error: {error}", file=sys.stderr)
+                    _tell(f"error: {error}", folders)
                 return 1
             except StorageError as error:  # on this process alone
                 print(f"error: {error}", file=sys.stderr, flush=True)
@@ -121,15 +134,25 @@ def _run(configuration: Configuration, *, resume: bool) -> int:
                     runtime.abort(1)
                 return 1
             except BaseException as error:
+                if folders:
+                    error.add_note(how_to_draw(folders[0]))
                 if runtime.process_count == 1:
                     raise
                 report_fault(error)
                 runtime.abort(1)
                 raise
     if read_launch().process_index == 0:
-        for key, value in summary.items():
-            print(f"{key}: {value:.4f}" if isinstance(value, float) else f"{key}: {value}")
+        print_summary(outcome.summary)
+        if outcome.finished_before:
+            print(f"{folders[0]} was finished before: nothing was trained now")
+        print(how_to_draw(folders[0]))
     return 0
+
+
+def _tell(line: str, folders: Sequence[Path]) -> None:
+    """Say how a run ended, and where it is if it has come so far."""
+    lines = [line, *map(how_to_draw, folders)]
+    print("\n".join(lines), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ def test_small_run_converts_and_cuts(path: Path, data_root: Path, tmp_path: Path
         options += ["data.input_length=12", "data.horizon=20", "data.train_samples=36"]
     configuration = config.load(path, options)
     with start_runtime(device="cpu", timeout=60) as runtime:
-        summary = train(configuration, runtime, StopSignal(), resume=False)
+        summary = train(configuration, runtime, StopSignal(), resume=False).summary
     assert summary["steps"] == 6
     assert summary["trainable_percent"] < 100
     assert np.isfinite(summary["test_loss"])

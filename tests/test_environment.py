@@ -203,3 +203,43 @@ def test_setup_names_what_the_machine_lacks(
     assert re.search(message, complaint)
     assert end.startswith("make: ***")
     assert not (project / ".venv").exists()
+
+
+def logs_of_the_batch_scripts() -> list[str]:
+    """Names of the files that the jobs of slurm/ write their output into."""
+    names = []
+    for script in sorted((ROOT / "slurm").glob("*.sh")):
+        options = dict(re.findall(r"^#SBATCH --([a-z-]+)=(\S+)", script.read_text(), re.MULTILINE))
+        if pattern := options.get("output"):
+            for key, value in (("%x", options["job-name"]), ("%j", "7"), ("%A", "8"), ("%a", "0")):
+                pattern = pattern.replace(key, value)
+            names.append(pattern)
+    return names
+
+
+def test_git_sees_the_sources_and_nothing_that_they_write(tmp_path: Path) -> None:
+    need("git")
+    shutil.copy(ROOT / ".gitignore", tmp_path)
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+
+    def ignored(paths: list[str]) -> list[str]:
+        result = subprocess.run(
+            ["git", "check-ignore", "--no-index", "--stdin"],
+            cwd=tmp_path,
+            input="\n".join(paths),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return result.stdout.split()
+
+    written = ["build/lib/app/train.py", "oialr.egg-info/PKG-INFO", "dist/oialr.tar.gz"]
+    written += ["runs/a/metrics.h5", "data/x", "comparison/report.html", "report/report.html"]
+    written += ["analysis/metrics.h5", "costs.json", "calibration.json", ".venv/bin/python"]
+    logs = logs_of_the_batch_scripts()
+    assert len(logs) == 7
+    assert ignored(written + logs) == written + logs
+    folders = ("app", "benchmarks", "configs", "docs", "slurm", "tests")
+    sources = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
+    names = [str(path.relative_to(ROOT)) for path in sources if "__pycache__" not in path.parts]
+    assert ignored(names) == []

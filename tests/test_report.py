@@ -502,6 +502,44 @@ def test_bad_input_is_one_line_with_culprit_and_cure(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+def test_what_is_no_run_is_skipped_by_name(tmp_path, capsys):
+    """As with runs/*, where all kinds of folders lie."""
+    write_run(tmp_path / "run")
+    empty_run(tmp_path / "empty")
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "search").mkdir()
+    (tmp_path / "search" / "search.yaml").touch()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "metrics.h5").write_text("nothing")
+    paths = [str(path) for path in sorted(tmp_path.iterdir())]
+    target = tmp_path / "report"
+    assert report.main([*paths, "--output", str(target), "--formats", "png"]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
+    assert [line.removeprefix(f"note: skipped: {tmp_path}/").split(": ")[0] for line in told] == [
+        "bare/metrics.h5",
+        "damaged/metrics.h5",
+        "empty/metrics.h5",
+        "search",
+    ]
+    assert "Run run" in (target / "report.html").read_text()
+    with pytest.raises(UserError, match=r"bare/metrics\.h5: no such file.* \(and 3 more\)"):
+        report.main([path for path in paths if not path.endswith("run")])
+
+
+def test_a_run_can_be_followed_before_its_folder_is_there(tmp_path):
+    def wait(_):
+        writer = Writer(tmp_path / "run")
+        writer.epoch(0)
+        writer.epoch(1)
+        writer.finish()
+
+    out = io.StringIO()
+    console = Console(file=out, width=200, force_terminal=True)
+    follow(tmp_path / "run", interval=1, console=console, wait=wait)
+    assert f"waiting for {tmp_path / 'run' / 'metrics.h5'}" in out.getvalue()
+    assert f"{tmp_path / 'run'}: finished" in out.getvalue()
+
+
 def test_following_ends_with_the_run(tmp_path):
     writer = Writer(tmp_path / "run")
     for epoch in range(6):

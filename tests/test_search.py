@@ -83,6 +83,7 @@ def test_a_search_from_its_start_to_the_winner(tmp_path, tiny):
     assert summary["evaluations"] == 5
     assert 0 < summary["test_accuracy"] < 1
     assert result.stdout.startswith("evaluations: 5\n")
+    assert result.stdout.splitlines()[-1] == f"draw it: python -m app.report {folder}"
     assert result.stderr.count(" per hour ") == 5
     assert "5/5" in result.stderr
 
@@ -98,6 +99,14 @@ def test_a_search_from_its_start_to_the_winner(tmp_path, tiny):
         for place in (again, folder / "best")
     ]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_a_search_makes_its_own_folder(tmp_path, tiny):
+    """Without run.dir, as it is typed first."""
+    search(2, "--config", tiny, "search.evaluations=1", cwd=tmp_path)
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("tiny-")
+    assert [one.status for one in stored(folder)] == ["finished"]
 
 
 def test_faults_are_results_and_the_search_goes_on(tmp_path, tiny):
@@ -161,7 +170,8 @@ def test_a_signal_to_one_process_stops_all_workers(tmp_path, tiny):
     folder = tmp_path / "run"
     arguments = ["--config", tiny, f"run.dir={folder}", "search.evaluations=30"]
     result = disturbed(4, {"2": "signal"}, *arguments, code=75)
-    assert result.stderr.count("stopped by a signal: go on with --resume") == 1
+    assert result.stderr.count(f"stopped by a signal: go on with --resume {folder}\n") == 1
+    assert result.stderr.splitlines()[-1] == f"draw it: python -m app.report {folder}"
     before = [one.number for one in stored(folder)]
     assert 2 not in before
     assert len(before) < 15  # the other worker has not gone on to the end
@@ -208,6 +218,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, tiny, arguments, messag
     result = search(0, *arguments, *place, code=2)
     assert result.stderr.startswith(message)
     assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()  # made when everything fits together
 
 
 def test_a_mistake_is_reported_by_one_process(tmp_path, tiny):

@@ -5,7 +5,7 @@ import pytest
 from launching import launch
 from test_search_store import create, evaluation
 
-from app import config
+from app import config, report
 from app.search.definition import train_again
 from app.search.importance import importance
 from app.search.objective import FAILED
@@ -41,6 +41,19 @@ def ones(count):
             status="failed" if number == 1 else "finished",
             trainable_percent=random.uniform(5, 50),
         )
+
+
+def test_a_search_can_be_followed(folder, capsys):
+    store = create(folder / "store")
+    for one in ones(12):
+        store.append(one)
+    (folder / "summary.json").write_text("{}")
+    assert report.main([str(folder), "--follow"]) == 0
+    said = capsys.readouterr().out
+    assert "a search, finished; evaluations: 11 finished, 1 failed" in " ".join(said.split())
+    numbers = [one.number for one in sorted(ones(12), key=lambda one: one.loss)[:10]]
+    rows = [line.split()[0] for line in said.splitlines() if line.strip()[:2] == "00"]
+    assert rows == [f"{number:05d}" for number in numbers]
 
 
 def test_a_search_is_reported(folder):

@@ -8,7 +8,14 @@ from launching import launch
 
 from app.distributed.processes import Processes
 from app.distributed.runtime import Runtime
-from app.distributed.startup_check import Report, check_nodes, find_problem, table, unseen_gpus
+from app.distributed.startup_check import (
+    Report,
+    check_folder,
+    check_nodes,
+    find_problem,
+    table,
+    unseen_gpus,
+)
 from app.errors import AgreedUserError
 from app.settings import Configuration
 
@@ -20,7 +27,6 @@ CPU = Report(
     code="c0de",
     configuration="c0f1",
     data_problem="",
-    folder_problem="",
     clock=1000.0,
 )
 
@@ -34,7 +40,6 @@ PROBLEMS = [
     (replace(OTHER, code="01d"), "its program, Python or torch is not that of node n1"),
     (replace(OTHER, configuration="01d"), "its configuration is not that of node n1"),
     (replace(OTHER, data_problem="cannot read /data"), "cannot read /data, but node n1 can"),
-    (replace(OTHER, folder_problem="cannot write to runs"), "cannot write to runs"),
     (replace(OTHER, clock=1011.0), "its clock differs by +11.0 s"),
     (replace(OTHER, clock=989.0), "its clock differs by -11.0 s"),
 ]
@@ -108,27 +113,29 @@ def pair():
 
 
 def test_a_check_leaves_nothing_behind(pair, tmp_path):
-    lines = check_nodes(Configuration(), pair, tmp_path).splitlines()
+    lines = check_nodes(Configuration(), pair).splitlines()
     assert len(lines) == 2
     assert "0, 1 " in lines[1]
+    check_folder(tmp_path, pair)
     assert not list(tmp_path.iterdir())
 
 
 def test_one_process_has_nothing_to_agree_on(pair, tmp_path):
-    assert check_nodes(Configuration(), replace(pair, process_count=1), tmp_path / "gone") == ""
+    assert check_nodes(Configuration(), replace(pair, process_count=1)) == ""
+    check_folder(tmp_path / "gone", replace(pair, process_count=1))
 
 
-def test_one_process_is_told_of_gpus(pair, tmp_path, monkeypatch):
+def test_one_process_is_told_of_gpus(pair, monkeypatch):
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "3")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    said = check_nodes(Configuration(), replace(pair, process_count=1), tmp_path / "gone")
+    said = check_nodes(Configuration(), replace(pair, process_count=1))
     assert "Slurm granted GPUs (3 on " in said
 
 
 def test_a_folder_that_cannot_be_written(pair, tmp_path):
     gone = tmp_path / "gone"
     with pytest.raises(AgreedUserError, match=f"run.dir: .*cannot write to {gone}: No such file"):
-        check_nodes(Configuration(), pair, gone)
+        check_folder(gone, pair)
 
 
 def test_a_folder_that_is_not_shared_is_one_mistake(tmp_path):

@@ -16,19 +16,20 @@ from app.distributed import startup_check
 from app.distributed.processes import Processes
 from app.errors import StorageError, UserError
 from app.metrics.store import read_rows
+from app.settings import RunSection
 from app.tasks.shared_memory import naming_shared_memory
 from app.training.checkpoint import Checkpoints
-from app.training.folder import naming, new_folder, write_text
+from app.training.folder import make_folder, naming, write_text
 
 COMPILER = shutil.which("cc")
 
 
-@pytest.mark.parametrize("name", ["../../x", "a/b", "/x", "", "a\0b", "x" * 300])
+@pytest.mark.parametrize("name", ["../../x", "a/b", "/x", "a\0b", "x" * 300])
 def test_a_name_that_is_none_of_a_folder_is_refused(tmp_path, monkeypatch, name):
     (tmp_path / "within").mkdir()
     monkeypatch.chdir(tmp_path / "within")
     with pytest.raises(UserError, match=r"^run\.name: ") as refused:
-        new_folder(name)
+        make_folder(RunSection(name=name))
     assert "\n" not in str(refused.value)
     assert [path for path in tmp_path.rglob("*") if path.name not in ("within", "runs")] == []
 
@@ -105,10 +106,8 @@ def test_the_check_of_nodes_removes_only_what_it_wrote(tmp_path, monkeypatch):
 
     (tmp_path / ".process-0").touch()
     monkeypatch.setattr(startup_check, "_write_mark", lambda mark: f"cannot write to {tmp_path}")
-    monkeypatch.setattr(startup_check, "_report", lambda *arguments: arguments[2])
-    monkeypatch.setattr(startup_check, "find_problem", lambda reports: reports[0])
     with pytest.raises(UserError, match=f"cannot write to {tmp_path}"):
-        startup_check.check_nodes(None, Two, tmp_path)
+        startup_check.check_folder(tmp_path, Two)
     assert (tmp_path / ".process-0").exists()
 
 

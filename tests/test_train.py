@@ -12,6 +12,7 @@ import torch
 import yaml
 from launching import ROOT, TIMEOUT, command, environment, launch, train
 
+from app.distributed.stop_signal import StopSignal
 from app.metrics.store import read_rows
 
 # Nine factorized layers; conversion after step 15, cuts after 21 and 27, epochs of 8 steps.
@@ -95,9 +96,15 @@ def test_a_resumed_run_is_the_uninterrupted_run(tmp_path, undisturbed, processes
     arguments = [*TINY, f"run.dir={tmp_path}"]
     for step in stops:
         result = train(processes, *arguments, f"run.stop_after={step}", code=75)
-        assert f"after step {step}" in result.stderr
+        stopped, drawn = result.stderr.splitlines()[-2:]
+        assert (
+            stopped
+            == f"stopped by run.stop_after after step {step}: go on with --resume {tmp_path}"
+        )
+        assert drawn == f"draw it: python -m app.report {tmp_path}"
         arguments = ["--resume", tmp_path]
-    train(processes, *arguments, "run.stop_after=null")
+    result = train(processes, *arguments, "run.stop_after=null")
+    assert result.stdout.splitlines()[-1] == f"draw it: python -m app.report {tmp_path}"
     assert_same_run(tmp_path, reference)
 
 
@@ -245,6 +252,7 @@ def test_a_weight_that_diverged_is_named_with_the_step(tmp_path, background):
     assert len(lines) == 1
     assert "blocks.1.mlp.fc2.weight holds NaN or infinity" in lines[0]
     assert lines[0].endswith("(step 8)")
+    assert f"draw it: python -m app.report {tmp_path}" in result.stderr
 
 
 def test_resume_on_another_number_of_processes(tmp_path):
@@ -263,6 +271,9 @@ def test_resume_of_a_finished_run_changes_nothing(undisturbed):
     before = (folder / "metrics.h5").read_bytes()
     result = train(0, "--resume", folder)
     assert "test_accuracy" in result.stdout
+    *_, told, drawn = result.stdout.splitlines()
+    assert told == f"{folder} was finished before: nothing was trained now"
+    assert drawn == f"draw it: python -m app.report {folder}"
     assert (folder / "metrics.h5").read_bytes() == before
 
 
@@ -305,7 +316,19 @@ def test_a_signal_that_reaches_one_process_stops_all_at_one_step(tmp_path, undis
     assert_same_run(tmp_path, undisturbed(3))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_an_evaluation_too(tmp_path, undisturbed):
+    """Which may take long; it is repeated, and the bases are not measured twice."""
+    arguments = [*TINY, f"run.dir={tmp_path}"]
+    result = launch(2, DISTURBED, "evaluation", 1, 16, *arguments, code=75)
+    assert "stopped by signal 15 after step 16" in result.stderr
+    assert last_checkpoint(tmp_path)["position"] == {"step": 16, "epoch": 1, "batch": 8}
+    result = launch(2, DISTURBED, "evaluation", 0, 32, "--resume", tmp_path, code=75)
+    assert "epoch 2/4" in result.stderr
+    train(2, "--resume", tmp_path)
+    assert_same_run(tmp_path, undisturbed(2))
+
+
+@pytest.mark.parametrize("number", StopSignal.SIGNALS)
 def test_a_signal_to_a_single_process(tmp_path, number):
     process = subprocess.Popen(
         command(0, "-m", "app.train", "training.epochs=500", f"run.dir={tmp_path}"),
@@ -319,10 +342,13 @@ def test_a_signal_to_a_single_process(tmp_path, number):
             if line.startswith("epoch 1/"):
                 process.send_signal(number)
                 break
-        process.communicate(timeout=TIMEOUT)
+        _, errors = process.communicate(timeout=TIMEOUT)
     finally:
         process.kill()
     assert process.returncode == 75
+    assert f"stopped by signal {number:d} after step" in errors
+    assert "Traceback" not in errors
+    assert ("Ctrl-C: stops after a checkpoint" in errors) == (number == signal.SIGINT)
     assert last_checkpoint(tmp_path)["position"]["step"] >= 20
 
 
@@ -332,6 +358,7 @@ def test_a_fault_on_one_process_ends_all(tmp_path, what, code):
     if what == "fault":
         assert "process 1 of 3 failed" in result.stderr
         assert "the machine is on fire" in result.stderr
+        assert f"draw it: python -m app.report {tmp_path}" in result.stderr
     # Nothing is lost: the last checkpoint and the metrics are readable.
     assert last_checkpoint(tmp_path)["position"]["step"] == 16
     assert len(read_rows(tmp_path / "metrics.h5", "train")["step"]) >= 16
@@ -356,6 +383,16 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, arguments, message):
     assert result.stderr.startswith(message)
     assert result.stderr.count("\n") == 1
     assert not result.stdout
+    assert not (tmp_path / "run").exists()  # made when everything fits together
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_the_data_are_read(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in ("file", "file/below"):
+        place = tmp_path / folder
+        result = train(0, "data.name=mnist", "data.root=gone", f"run.dir={place}", code=2)
+        line = f"error: run.dir: cannot write to {place}: {tmp_path / 'file'} is no folder\n"
+        assert result.stderr == line
 
 
 @pytest.mark.parametrize("arguments", [["training.epoch=3"], ["oialr.delay=5000"]])

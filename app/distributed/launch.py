@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 # What each launcher tells its processes: index and count.
@@ -25,6 +26,9 @@ class Launch:
     launcher: Literal["alone", "mpi", "srun", "torchrun"]
     process_index: int
     process_count: int
+    agent: str = ""
+    """The agent of torchrun that started this process and starts it anew where one fails: the same
+    in all its attempts, and of no other start. Empty: nobody does, or it cannot be told."""
 
 
 def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
@@ -41,6 +45,7 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
             launcher="torchrun",
             process_index=int(environment["RANK"]),
             process_count=int(environment["WORLD_SIZE"]),
+            agent=_agent(environment),
         )
     for index, count in _MPI_VARIABLES:
         if index in environment and count in environment:
@@ -56,6 +61,17 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
             process_count=int(environment["SLURM_STEP_NUM_TASKS"]),
         )
     return Launch(launcher="alone", process_index=0, process_count=1)
+
+
+def _agent(environment: Mapping[str, str]) -> str:
+    """Name torchrun's agent by the folder, new for each, that it keeps its workers' errors in.
+
+    The path of a worker's file in it is FOLDER/attempt_ATTEMPT/LOCAL_RANK/error.json.
+    """
+    attempt = Path(environment.get("TORCHELASTIC_ERROR_FILE", "")).parent.parent
+    if not attempt.name.startswith("attempt_"):
+        return ""
+    return f"{node_name(environment)}:{attempt.parent}"
 
 
 def node_name(environment: Mapping[str, str] = os.environ) -> str:

@@ -2,7 +2,6 @@
 
 import gc
 import os
-import socket
 import sys
 import time
 import traceback
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from app.compatibility import unlink_shared_memory_of_mpich
 from app.distributed.launch import Launch, read_launch
 from app.distributed.processes import Processes
+from app.distributed.rendezvous import make_store
 from app.distributed.watchdog import Watchdog
 from app.errors import AgreedUserError, UserError
 
@@ -216,7 +216,7 @@ def _start_default_group(
     with _fault_ends_all(communicator):
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            store=make_store(launch, communicator),
+            store=make_store(launch, communicator, timeout=timeout),
             rank=launch.process_index,
             world_size=launch.process_count,
             timeout=timeout,
@@ -236,25 +236,3 @@ def _fault_ends_all(communicator: Any) -> Iterator[None]:
             traceback.print_exc()
             communicator.Abort(1)
         raise
-
-
-def make_store(launch: Launch, communicator: Any) -> dist.Store:
-    """Open the key-value store through which torch.distributed's processes find each other.
-
-    Under MPI process 0 takes a free port and tells the others, so that two programs on a node never
-    race for one port.
-    """
-    if launch.launcher == "torchrun":
-        return dist.TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            launch.process_count,
-            is_master=False,
-        )
-    size, host = launch.process_count, socket.gethostname()
-    if launch.process_index == 0:
-        store = dist.TCPStore(host, 0, size, is_master=True, wait_for_workers=False)
-        communicator.bcast((host, store.port), root=0)
-        return store
-    host, port = communicator.bcast(None, root=0)
-    return dist.TCPStore(host, port, size, is_master=False)

@@ -35,18 +35,16 @@ class Report:
     configuration: str
     """Digest of the resolved configuration."""
     data_problem: str
-    folder_problem: str
     clock: float
     """Seconds since 1970, read by all processes at the same time."""
 
 
-def check_nodes(configuration: Configuration, runtime: Runtime, folder: Path) -> str:
+def check_nodes(configuration: Configuration, runtime: Runtime) -> str:
     """Check every process's node. A collective call.
 
     Args:
         configuration: the resolved configuration.
         runtime: this process among all.
-        folder: of the run, which exists; every node must write there, and all see the same one.
 
     Returns:
         The table, one line per node, and what else to know; of one process, which has nothing to
@@ -56,26 +54,47 @@ def check_nodes(configuration: Configuration, runtime: Runtime, folder: Path) ->
         AgreedUserError: a check failed; it names the node and the cure.
     """
     if runtime.process_count == 1:
-        return unseen_gpus([_report(configuration, runtime, "", time.time())])
-    processes = runtime.processes
-    mark = folder / f".process-{runtime.process_index}"
-    folder_problem = _write_mark(mark) if runtime.local_index == 0 else ""
-    is_marked = runtime.local_index == 0 and not folder_problem
-    processes.barrier()
+        return unseen_gpus([_report(configuration, runtime, time.time())])
+    runtime.processes.barrier()
     clock = time.time()
-    if not folder_problem and not (folder / ".process-0").exists():
-        folder_problem = "is not the folder that process 0 sees"
-    reports = processes.gather(_report(configuration, runtime, folder_problem, clock))
-    if is_marked:  # elsewhere nothing can be removed either
-        mark.unlink(missing_ok=True)
+    reports = runtime.processes.gather(_report(configuration, runtime, clock))
     if problem := find_problem(reports):
         raise AgreedUserError(problem)
     return table(reports) + "\n" + unseen_gpus(reports)
 
 
-def _report(
-    configuration: Configuration, runtime: Runtime, folder_problem: str, clock: float
-) -> Report:
+def check_folder(folder: Path, runtime: Runtime) -> None:
+    """Check that every node can write to a folder, and that all see the same one. Collective.
+
+    Args:
+        folder: of the run, which exists.
+        runtime: this process among all.
+
+    Raises:
+        AgreedUserError: it names the node and the cure.
+    """
+    if runtime.process_count == 1:
+        return
+    processes = runtime.processes
+    mark = folder / f".process-{runtime.process_index}"
+    problem = _write_mark(mark) if runtime.local_index == 0 else ""
+    is_marked = runtime.local_index == 0 and not problem
+    processes.barrier()
+    if not problem and not (folder / ".process-0").exists():
+        problem = "is not the folder that process 0 sees"
+    problems = processes.gather((node_name(), problem))
+    if is_marked:  # elsewhere nothing can be removed either
+        mark.unlink(missing_ok=True)
+    processes.barrier()
+    for index, (node, what) in enumerate(problems):
+        if what:
+            raise AgreedUserError(
+                f"run.dir: node {node} (process {index}): {what}: choose a folder on a file system "
+                f"that all nodes share"
+            )
+
+
+def _report(configuration: Configuration, runtime: Runtime, clock: float) -> Report:
     return Report(
         node=node_name(),
         gpu=_gpu(runtime.device),
@@ -84,7 +103,6 @@ def _report(
         code=_code_digest(),
         configuration=_digest(to_yaml(configuration).encode()),
         data_problem=_data_problem(configuration.data),
-        folder_problem=folder_problem,
         clock=clock,
     )
 
@@ -114,11 +132,6 @@ def find_problem(reports: Sequence[Report]) -> str:
             return (
                 f"data.root: {where}: {report.data_problem}, but node {first.node} can: mount it "
                 f"there"
-            )
-        if report.folder_problem:
-            return (
-                f"run.dir: {where}: {report.folder_problem}: choose a folder on a file system "
-                f"that all nodes share"
             )
         if report.gpu and owners.setdefault(report.gpu, index) != index:
             return (

@@ -25,6 +25,10 @@ class StopAgreement:
         self._signal = stop_signal
         self._pending: deque[tuple[torch.Tensor, dist.Work]] = deque()
 
+    def asked(self) -> int:
+        """The signal that reached this process; 0: none. Nothing is exchanged."""
+        return self._signal.number
+
     def after_step(self) -> int:
         """Exchange the flags; return the number of the signal to stop for, or 0 to go on."""
         if not self._processes.host_group:

@@ -120,6 +120,10 @@ class StabilityTracker:
         """Wait for what :meth:`start` began, on this process alone, and forget it."""
         self._background.close()
 
+    def has_measured(self, time: int) -> bool:
+        """Whether the bases of a time are remembered, those of this process or of all."""
+        return time in self._references
+
     def _measure_mine(self, taken: Mapping[str, Sequence[Tensor]], time: int) -> "_Measured":
         """Measure this process's weights, from what :func:`_take` returned."""
         earlier = self._references.get(time - self._window, {})

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,8 @@ from rich.text import Text
 from app.reporting.comparison import merits
 from app.reporting.runs import Run, read_run
 
+Shown = RenderableType
+"""What can be shown in the terminal."""
 _EPOCHS = 12  # rows of the first table
 _LAYERS = 6  # rows of the second
 
@@ -25,27 +27,63 @@ def follow(
     console: Console | None = None,
     wait: Callable[[float], None] = time.sleep,
 ) -> None:
-    """Show a run until it has finished or Ctrl-C is pressed.
+    """Show a run until it has finished or Ctrl-C is pressed; wait for one that has not begun.
 
     Args:
-        path: its folder.
+        path: its folder, which need not be there yet.
         interval: seconds between two looks.
-        console: where to write; None: stdout. What is no terminal gets the last state alone.
-        wait: called with the interval after each look.
+        console: see :func:`watch`.
+        wait: see :func:`watch`.
 
     Raises:
         UserError: the run cannot be read.
     """
+    metrics = path if path.is_file() else path / "metrics.h5"
+
+    def look() -> tuple[Shown, bool]:
+        if not metrics.exists():
+            return Text(f"waiting for {metrics}, which a run writes when it begins"), False
+        run = read_run(path)
+        return show(run), run.is_finished
+
+    watch(look, interval=interval, console=console, wait=wait)
+
+
+def watch(
+    look: Callable[[], tuple[Shown, bool]],
+    *,
+    interval: float,
+    console: Console | None = None,
+    wait: Callable[[float], None] = time.sleep,
+) -> None:
+    """Show what changes until it has come to its end or Ctrl-C is pressed.
+
+    Args:
+        look: returns what to show, and whether that is the end.
+        interval: seconds between two looks.
+        console: where to write; None: stdout. What is no terminal gets the last state alone.
+        wait: called with the interval after each look.
+    """
     with Live(console=console or Console(), auto_refresh=False) as live:
         try:
             while True:
-                run = read_run(path)
-                live.update(show(run), refresh=True)
-                if run.is_finished:
+                shown, is_last = look()
+                live.update(shown, refresh=True)
+                if is_last:
                     return
                 wait(interval)
         except KeyboardInterrupt:
             return
+
+
+def tabulate(headline: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Group:
+    """Return a table below a headline, as it is shown."""
+    table = Table(box=None, pad_edge=False)
+    for heading in columns:
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    return Group(Text(headline, style="bold"), table)
 
 
 def show(run: Run) -> RenderableType:

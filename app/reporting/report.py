@@ -38,22 +38,22 @@ def write_report(
     """Draw everything that was recorded of some runs, and write figures and page.
 
     Args:
-        paths: folders of runs.
+        paths: folders of runs; of several, those that are none are skipped with a notice.
         output: folder of the report; None: RUN/report for one run, ./report for several.
         formats: of the figures' files, of drawing.FORMATS.
         layers: patterns of the layers whose spectra are drawn; none: some of them.
         reference: key of REFERENCE_CURVES, or None.
 
     Raises:
-        UserError: a run cannot be read, a pattern matches no layer, or the folder cannot be
+        UserError: no run can be read, a pattern matches no layer, or the folder cannot be
             written to.
     """
-    runs = _read_runs(paths)
+    runs, notices = _read_runs(paths)
     check_patterns(runs, layers)
     curve = REFERENCE_CURVES[reference] if reference else None
     groups = group_runs(runs)
     folder = output or (runs[0].folder / "report" if len(runs) == 1 else Path("report"))
-    notices = [
+    notices += [
         f"{run.folder}: no basis stability was recorded yet that could be compared; its maps are "
         f"left out"
         for run in runs
@@ -103,22 +103,36 @@ def write_report(
     return Written(page=target, figures=figures, notices=notices)
 
 
-def _read_runs(paths: Sequence[Path]) -> list[Run]:
+def _read_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
+    """Read the runs among several folders; the others are told of, a line each.
+
+    Raises:
+        UserError: none of them is a run that has begun, or one is given twice.
+    """
     runs: dict[Path, Run] = {}
+    skipped = []
     for path in paths:
-        run = read_run(path)
+        try:
+            run = read_run(path)
+            if run.is_empty:
+                raise UserError(
+                    f"{run.folder / 'metrics.h5'}: nothing is recorded yet; try again when the run "
+                    f"has begun"
+                )
+        except UserError as error:
+            skipped.append(str(error))
+            continue
         if run.folder.resolve() in runs:
             raise UserError(f"{path}: given twice")
-        if run.is_empty:
-            raise UserError(
-                f"{run.folder / 'metrics.h5'}: nothing is recorded yet; try again when the run has "
-                f"begun"
-            )
         runs[run.folder.resolve()] = run
+    if not runs:
+        more = f" (and {len(skipped) - 1} more)" if len(skipped) > 1 else ""
+        raise UserError(skipped[0] + more)
     found = list(runs.values())
     # Before its first evaluation a run cannot tell epochs; beside it nobody is drawn by them.
     labels = {run.axis.label for run in found if "analysis" not in run.configuration}
-    return [replace(run, by_steps=len(labels) > 1) for run in found]
+    skipped = [f"skipped: {problem}" for problem in skipped]
+    return [replace(run, by_steps=len(labels) > 1) for run in found], skipped
 
 
 def _draw_run(

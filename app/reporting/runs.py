@@ -161,6 +161,8 @@ def read_run(path: Path | str) -> Run:
     path = Path(path)
     metrics = path if path.is_file() else path / "metrics.h5"
     folder = metrics.parent
+    if not metrics.exists() and (folder / "search.yaml").exists():
+        raise UserError(f"{folder}: a search is reported alone: python -m app.report {folder}")
     reader = Follower(metrics)
     try:
         layers = reader.layers()

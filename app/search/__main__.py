@@ -6,10 +6,18 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from app import config
-from app.command import EXIT_STOPPED, EXIT_USER, Parser, report_fault, run_command
+from app.command import (
+    EXIT_STOPPED,
+    EXIT_USER,
+    Parser,
+    how_to_draw,
+    how_to_go_on,
+    print_summary,
+    report_fault,
+    run_command,
+)
 from app.distributed.launch import read_launch
 from app.errors import AgreedUserError, UserError
 from app.search.definition import STORED, Definition, load
@@ -35,8 +43,9 @@ A search configuration extends another one and names a space:
     evaluations: 40
     processes_per_worker: 2
 
-exit codes: 0 done, 1 a fault or no result, 2 a mistake in what was asked for, 75 stopped by SIGTERM
-or SIGUSR1: go on with --resume, with as many processes as you like.
+exit codes: 0 done, 1 a fault or no result, 2 a mistake in what was asked for, 75 stopped by
+SIGTERM, SIGUSR1 or Ctrl-C: go on with --resume, with as many processes as you like. A second Ctrl-C
+ends at once.
 """
 
 
@@ -79,6 +88,7 @@ def _run(definition: Definition, *, resume: bool, start: float) -> int:
     """Start the workers, search, and end all processes alike."""
     from app.distributed.stop_signal import StopSignal
 
+    folders: list[Path] = []
     with StopSignal() as stop_signal:
         from app.distributed.workers import start_workers
         from app.search.session import Interrupted, NoResult, search
@@ -89,28 +99,33 @@ def _run(definition: Definition, *, resume: bool, start: float) -> int:
         )
         logging.basicConfig(level=logging.ERROR, format="%(levelname)s: %(message)s")
         try:
-            summary = search(definition, workers, stop_signal, resume=resume, start=start)
+            summary = search(
+                definition,
+                workers,
+                stop_signal,
+                resume=resume,
+                start=start,
+                on_folder=folders.append,
+            )
         except AgreedUserError:
             raise
         except (Interrupted, NoResult) as end:  # on all processes alike
             if workers.world.Get_rank() == 0:
-                hint = ": go on with --resume" if isinstance(end, Interrupted) else ""
-                print(f"{end}{hint}", file=sys.stderr)
+                hint = f": {how_to_go_on(folders[0])}" if isinstance(end, Interrupted) else ""
+                print(f"{end}{hint}\n{how_to_draw(folders[0])}", file=sys.stderr)
             return EXIT_STOPPED if isinstance(end, Interrupted) else 1
         except BaseException as error:
+            if folders:
+                error.add_note(how_to_draw(folders[0]))
             if workers.world.Get_size() == 1:
                 raise
             report_fault(error)
             workers.abort(EXIT_USER if isinstance(error, UserError) else 1)
             raise
     if read_launch().process_index == 0:
-        _print(summary)
+        print_summary(summary)
+        print(how_to_draw(folders[0]))
     return 0
-
-
-def _print(summary: dict[str, Any]) -> None:
-    for key, value in summary.items():
-        print(f"{key}: {value:.4f}" if isinstance(value, float) else f"{key}: {value}")
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from app.search import objective
 from app.search.definition import Definition, evaluation_folder
 from app.search.store import Evaluation
 from app.settings import Configuration
+from app.training.position import Stopped
 from app.training.run import train
-from app.training.trainer import Stopped
 
 
 class Hopeless(Exception):  # noqa: N818 - it is no error
@@ -148,7 +148,9 @@ def evaluate(
         with workers.join(timeout=timeout) as runtime:
             if runtime.is_first:
                 _prepare(run_folder, configuration)
-            summary = train(configuration, runtime, watch, resume=False, test=False, on_epoch=watch)
+            summary = train(
+                configuration, runtime, watch, resume=False, test=False, on_epoch=watch
+            ).summary
     except Exception as error:
         failure = _Failure(status=_status(error), when=time.time(), traceback=_describe(error))
     gc.collect()  # of the network and of what the traceback held

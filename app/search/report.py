@@ -13,6 +13,7 @@ from app.reporting.report import Written
 from app.search import figures
 from app.search.definition import STORED, load, train_again
 from app.search.importance import LEAST_EVALUATIONS, importance
+from app.search.space import Space
 from app.search.store import STORE, Evaluation, read_evaluations
 
 _SHOWN = 15
@@ -57,8 +58,8 @@ def write_search_report(folder: Path, *, output: Path | None, formats: Sequence[
             render_search(
                 title=f"Search {folder.resolve().name}",
                 statuses=Counter(one.status for one in evaluations).most_common(),
-                columns=["number", "loss", "error", "trainable, %", "seed", *space.keys],
-                rows=[_row(one) for one in sorted(evaluations, key=lambda one: one.loss)[:_SHOWN]],
+                columns=columns(space),
+                rows=[row(one) for one in sorted(evaluations, key=lambda one: one.loss)[:_SHOWN]],
                 command=train_again(folder, evaluations[0].processes),
                 drawings=shown,
                 notices=notices,
@@ -68,7 +69,13 @@ def write_search_report(folder: Path, *, output: Path | None, formats: Sequence[
     return Written(page=page, figures=files, notices=notices)
 
 
-def _row(one: Evaluation) -> list[str]:
+def columns(space: Space) -> list[str]:
+    """Return the headings of a table of evaluations."""
+    return ["number", "loss", "error", "trainable, %", "seed", *space.keys]
+
+
+def row(one: Evaluation) -> list[str]:
+    """Return an evaluation as a row of that table."""
     return [
         f"{one.number:05d}",
         f"{one.loss:.4g}",

@@ -4,8 +4,9 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from app.compatibility import import_heat
 from app.config import to_yaml
 from app.distributed.launch import Launch
 from app.distributed.lease import Lease
-from app.distributed.runtime import make_store
+from app.distributed.rendezvous import make_store
 from app.distributed.stop_signal import StopRequest
 from app.distributed.workers import Workers, agree, wait
 from app.errors import UserError
@@ -28,10 +29,10 @@ from app.search.evolution import Known, check_islands, evolve, island_of
 from app.search.progress import Progress
 from app.search.store import STORE, Evaluation, Store, read_evaluations, sessions
 from app.tasks.sharding import steps_per_epoch
-from app.training.folder import naming, new_folder, write_text
+from app.training.folder import check_free, make_folder, naming, write_text
 from app.training.inspection import check_run
+from app.training.position import Stopped
 from app.training.run import train
-from app.training.trainer import Stopped
 
 
 class Interrupted(Exception):  # noqa: N818 - it is no error
@@ -49,6 +50,7 @@ def search(
     *,
     resume: bool,
     start: float,
+    on_folder: Callable[[Path], None],
 ) -> dict[str, Any]:
     """Search as defined, in the folder run.dir, and train the best. Collective over all workers.
 
@@ -58,6 +60,7 @@ def search(
         stop_signal: asks for a stop.
         resume: go on with what the folder holds.
         start: value of time.perf_counter() at the start of the program.
+        on_folder: told of the search's folder as soon as there is one, on every process.
 
     Returns:
         The summary, as in summary.json.
@@ -69,35 +72,43 @@ def search(
     """
     section = definition.base.search
     islands = agree(workers.world, lambda: check_islands(section, workers.count))
-    folder = _prepare_folder(definition, workers, resume=resume)
-    lease = agree(workers.world, lambda: None if workers.world.Get_rank() else Lease.take(folder))
-    with lease or nullcontext():
-        return _search(definition, workers, stop_signal, folder, islands=islands, start=start)
+    _check_free(definition, workers, resume=resume)
+    with ExitStack() as held:
+
+        def own(folder: Path) -> Path:
+            """Let process 0 own the folder until the search ends."""
+            lease = agree(
+                workers.world, lambda: None if workers.world.Get_rank() else Lease.take(folder)
+            )
+            if lease:
+                held.enter_context(lease)
+            return folder
+
+        if resume:
+            assert definition.base.run.dir is not None
+            own(Path(definition.base.run.dir))
+        _check_all(definition, workers)
+        folder = _prepare_folder(definition, workers)
+        on_folder(folder)
+        if not resume:
+            own(folder)
+        if workers.world.Get_rank() == 0:
+            write_text(folder / STORED, definition.to_yaml())
+        session = _Session(definition, workers, stop_signal, folder=folder, islands=islands)
+        try:
+            session.run(start)
+        finally:
+            session.close()
+        return _conclude(definition, workers, stop_signal, folder, session.times)
 
 
-def _search(
-    definition: Definition,
-    workers: Workers,
-    stop_signal: StopRequest,
-    folder: Path,
-    *,
-    islands: int,
-    start: float,
-) -> dict[str, Any]:
-    """Search in a folder that is this program's."""
+def _check_all(definition: Definition, workers: Workers) -> None:
+    """Find out on every process whether what all candidates share can be built."""
     if definition.base.distributed.factorization == "heat" and find_spec("heat"):
         import_heat()  # a collective call of all processes, which no worker can make later
     # The first worker before the others, so that data are downloaded once.
     agree(workers.world, lambda: None if workers.index else _check(definition, workers))
     agree(workers.world, lambda: _check(definition, workers) if workers.index else None)
-    if workers.world.Get_rank() == 0:
-        write_text(folder / STORED, definition.to_yaml())
-    session = _Session(definition, workers, stop_signal, folder=folder, islands=islands)
-    try:
-        session.run(start)
-    finally:
-        session.close()
-    return _conclude(definition, workers, stop_signal, folder, session.times)
 
 
 def best_of(evaluations: Sequence[Evaluation]) -> Evaluation | None:
@@ -106,23 +117,29 @@ def best_of(evaluations: Sequence[Evaluation]) -> Evaluation | None:
     return min(succeeded, key=lambda one: (one.loss, one.number), default=None)
 
 
-def _prepare_folder(definition: Definition, workers: Workers, *, resume: bool) -> Path:
-    """Create the search's folder; the same path on all processes."""
-    run = definition.base.run
+def _check_free(definition: Definition, workers: Workers, *, resume: bool) -> None:
+    """Reject a folder that holds a search already, on all processes alike."""
+    directory = definition.base.run.dir
+    if resume or directory is None:
+        return
+    folder = Path(directory)
+
+    def check() -> None:
+        if not workers.world.Get_rank():
+            check_free(folder, marker=STORED, what="search")
+
+    agree(workers.world, check)
+
+
+def _prepare_folder(definition: Definition, workers: Workers) -> Path:
+    """Make the search's folder; the same path on all processes."""
 
     def prepare() -> Path | None:
         if workers.world.Get_rank():
             return None
-        if run.dir is None:
-            return new_folder(run.name)
-        folder = Path(run.dir)
+        folder = make_folder(definition.base.run)
         with naming("run.dir", folder):
-            if not resume and (folder / STORED).exists():
-                raise UserError(
-                    f"run.dir: {folder} holds a search already; go on with it by --resume "
-                    f"{folder}, or choose another folder"
-                )
-            (folder / STORE).mkdir(parents=True, exist_ok=True)
+            (folder / STORE).mkdir(exist_ok=True)
         return folder
 
     folder = workers.world.bcast(agree(workers.world, prepare))
@@ -183,7 +200,9 @@ class _Session:
             launcher="mpi", process_index=world.Get_rank(), process_count=world.Get_size()
         )
         self._budget = Budget(
-            make_store(launch, world),
+            make_store(
+                launch, world, timeout=timedelta(seconds=definition.base.distributed.timeout)
+            ),
             finished={one.number for one in self._earlier},
             limit=limit,
             deadline=deadline,
@@ -364,7 +383,7 @@ def _train_best(
             if not same and runtime.is_first:
                 shutil.rmtree(folder / "best", ignore_errors=True)
             try:
-                summary = train(configuration, runtime, stop_signal, resume=same)
+                summary = train(configuration, runtime, stop_signal, resume=same).summary
             except Stopped:
                 stopped = True
     wait(workers.world)

@@ -1,5 +1,7 @@
 """Evaluation of a network on one part of the data, spread over the processes."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -9,9 +11,17 @@ from app.tasks import Task
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, task: Task, split: str, processes: Processes, device: torch.device
-) -> dict[str, float]:
+    model: nn.Module,
+    task: Task,
+    split: str,
+    processes: Processes,
+    device: torch.device,
+    *,
+    stop_asked: Callable[[], int] = lambda: 0,
+) -> dict[str, float] | None:
     """Return the mean loss and figures of merit; every sample counts once. A collective call.
+
+    None, on all processes, if any was asked to stop meanwhile.
 
     Args:
         model: the network, unwrapped; in training mode before and after.
@@ -19,6 +29,7 @@ def evaluate(
         split: "validation" or "test".
         processes: who shares the work.
         device: where the sums are made.
+        stop_asked: returns other than 0 if this process is to stop; called before each batch.
 
     Raises:
         AgreedUserError: a process cannot read its data; on all of them.
@@ -27,10 +38,13 @@ def evaluate(
     keys = ("loss", *task.figures, "count")
 
     def own_totals() -> torch.Tensor:
-        totals = torch.zeros(len(keys), dtype=torch.float64, device=device)
+        totals = torch.zeros(len(keys) + 1, dtype=torch.float64, device=device)
         for batch in task.evaluation_batches(split):
+            if stop_asked():
+                totals[-1] = 1
+                break
             sums = task.evaluate(model, batch)
-            totals += torch.stack(
+            totals[:-1] += torch.stack(
                 [torch.as_tensor(sums[key], dtype=torch.float64, device=device) for key in keys]
             )
         return totals
@@ -38,5 +52,7 @@ def evaluate(
     model.eval()
     totals = processes.agree(own_totals)
     model.train()
-    *sums_of_all, count = processes.sum(totals).tolist()
+    *sums_of_all, count, stopped = processes.sum(totals).tolist()
+    if stopped:
+        return None
     return {key: total / count for key, total in zip(keys[:-1], sums_of_all, strict=True)}

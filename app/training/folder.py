@@ -1,54 +1,128 @@
-"""The folder of a run: made once, found again, written atomically."""
+"""The folder of a run: made when everything fits together, found again, written atomically.
+
+As long as a run is not finished, ``unfinished.json`` in its folder says so, with the command that
+goes on with it.
+"""
 
 import itertools
 import json
 import os
+import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+from app.distributed.launch import read_launch
 from app.distributed.lease import Lease
 from app.distributed.runtime import Runtime
+from app.distributed.startup_check import check_folder
 from app.errors import StorageError, UserError
-from app.settings import Configuration
+from app.settings import Configuration, RunSection
+
+UNFINISHED = "unfinished.json"
 
 
-def prepare_folder(configuration: Configuration, runtime: Runtime, *, resume: bool) -> Path:
-    """Create the run's folder; the same path on all processes."""
+def find_folder(configuration: Configuration, runtime: Runtime, *, resume: bool) -> Path | None:
+    """Return the folder of the run that this start goes on with. A collective call.
 
-    def prepare() -> Path:
-        if configuration.run.dir is None:
-            return new_folder(configuration.run.name)
-        folder = Path(configuration.run.dir)
-        with naming("run.dir", folder):
-            if not resume and (folder / "metrics.h5").exists():
-                raise UserError(
-                    f"run.dir: {folder} holds a run already; go on with it by --resume {folder}, "
-                    f"or choose another folder"
-                )
-            folder.mkdir(parents=True, exist_ok=True)
-        return folder
+    That is the one that is resumed, or, where torchrun starts its processes anew, the one of the
+    attempt before. Nothing is made.
+
+    Returns:
+        The same path on all processes; None: a new run, whose folder is free.
+
+    Raises:
+        AgreedUserError: run.dir holds another run, or cannot be written to.
+    """
+    agents = _agents(runtime)
+
+    def find() -> Path | None:
+        run = configuration.run
+        if resume:
+            assert run.dir is not None
+            return Path(run.dir)
+        if earlier := _of_earlier_attempt(run, agents):
+            return earlier
+        if run.dir is not None:
+            check_free(Path(run.dir), marker="metrics.h5", what="run")
+        return None
 
     processes = runtime.processes
-    prepared = processes.agree(lambda: prepare() if runtime.is_first else None)
-    folder = processes.from_first(prepared)
+    return processes.from_first(processes.agree(lambda: find() if runtime.is_first else None))
+
+
+def prepare_folder(configuration: Configuration, runtime: Runtime, *, earlier: Path | None) -> Path:
+    """Make the folder of a new run, and check that all nodes share it. A collective call.
+
+    Args:
+        configuration: run.dir and run.name are read.
+        runtime: this process among all.
+        earlier: folder of a run that goes on, which is checked only.
+
+    Returns:
+        The same path on all processes.
+
+    Raises:
+        AgreedUserError: some process cannot write there; nothing is left of a new folder.
+    """
+    processes = runtime.processes
+    made = processes.agree(
+        lambda: make_folder(configuration.run) if runtime.is_first and not earlier else None
+    )
+    folder = earlier or processes.from_first(made)
     assert folder
+    try:
+        check_folder(folder, runtime)
+    except UserError:
+        if made:
+            remove_if_empty(made)
+        raise
     return folder
 
 
-def new_folder(name: str) -> Path:
-    """Create runs/NAME-TIME; several runs may be started in the same second.
+def check_free(folder: Path, *, marker: str, what: str) -> None:
+    """Reject a folder for something new.
+
+    Args:
+        folder: which need not exist yet.
+        marker: file in it that shows that it is taken.
+        what: "run" or "search".
+
+    Raises:
+        UserError: it is taken, or nothing can be written there.
+    """
+    with naming("run.dir", folder):
+        if os.path.lexists(folder / marker):
+            raise UserError(
+                f"run.dir: {folder} holds a {what} already; go on with it by --resume {folder}, "
+                f"or choose another folder"
+            )
+        place = folder
+        while not _is_there(place):
+            place = place.parent
+        if not place.is_dir():
+            raise UserError(f"run.dir: cannot write to {folder}: {place} is no folder")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise UserError(f"run.dir: cannot write to {folder}: no permission in {place}")
+
+
+def make_folder(run: RunSection) -> Path:
+    """Make run.dir, or runs/NAME-TIME; several runs may be started in the same second.
 
     Raises:
         UserError: it cannot be made, or the name leads elsewhere.
     """
-    if "/" in name or "\0" in name or not name:
+    if run.dir is not None:
+        with naming("run.dir", Path(run.dir)):
+            Path(run.dir).mkdir(parents=True, exist_ok=True)
+        return Path(run.dir)
+    if "/" in run.name or "\0" in run.name:
         raise UserError(
-            f"run.name: {name!r} is no name of a folder: leave out slashes, or set run.dir"
+            f"run.name: {run.name!r} is no name of a folder: leave out slashes, or set run.dir"
         )
-    name = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     for number in itertools.count():
         folder = Path("runs") / (f"{name}-{number}" if number else name)
         try:
@@ -103,6 +177,38 @@ def _held(lease: Lease | None) -> Iterator[Callable[[], None]]:
         yield lease.check
 
 
+def remove_if_empty(folder: Path) -> None:
+    """Remove a folder in which nothing lies."""
+    try:
+        folder.rmdir()
+    except OSError:  # something lies there that is not ours
+        return
+
+
+def mark_unfinished(folder: Path, runtime: Runtime, *, stopped: str | None = None) -> None:
+    """Say in the run's folder that the run is not finished. A collective call.
+
+    Args:
+        folder: of the run.
+        runtime: this process among all.
+        stopped: what stopped it, after a checkpoint; None: it goes on, or was killed.
+    """
+    agents = _agents(runtime)
+    if runtime.is_first:
+        content = {
+            "stopped": stopped,
+            "go_on": f"python -m app.train --resume {shlex.quote(str(folder))}",
+            "agents": agents,
+        }
+        write_text(folder / UNFINISHED, json.dumps(content, indent=2) + "\n")
+
+
+def finish(folder: Path, summary: dict[str, Any]) -> None:
+    """Write the summary of a run that is finished."""
+    write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    (folder / UNFINISHED).unlink(missing_ok=True)
+
+
 def finished(folder: Path, configuration: Configuration) -> dict[str, Any] | None:
     """Return the summary of a run that has nothing left to do."""
     path = folder / "summary.json"
@@ -124,3 +230,37 @@ def write_text(path: Path, text: str) -> None:
         os.replace(temporary, path)
     except OSError as error:
         raise StorageError(f"run.dir: cannot write {path}: {error.strerror}") from None
+
+
+def _agents(runtime: Runtime) -> list[str]:
+    """Return who starts the processes anew where one fails, each once. A collective call."""
+    return sorted(set(runtime.processes.gather(read_launch().agent)) - {""})
+
+
+def _of_earlier_attempt(run: RunSection, agents: Sequence[str]) -> Path | None:
+    """Return the folder of the run that some of these agents have started before."""
+    if run.dir is not None:
+        folders = [Path(run.dir)]
+    else:
+        folders = sorted(Path("runs").glob("*/"), reverse=True) if agents else []
+    for folder in folders:
+        if not set(agents).isdisjoint(_started_by(folder)):
+            return folder
+    return None
+
+
+def _started_by(folder: Path) -> list[str]:
+    try:
+        agents = json.loads((folder / UNFINISHED).read_text())["agents"]
+    except (OSError, ValueError, KeyError, TypeError):  # none, or not ours
+        return []
+    return agents if isinstance(agents, list) else []
+
+
+def _is_there(path: Path) -> bool:
+    """Whether something lies there; unlike Path.exists, raises for a name that cannot be."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True

@@ -15,6 +15,7 @@ from app.settings import Configuration
 from app.tasks import Task, build_task, download
 from app.tasks.staging import stage, staged_root
 from app.training.average import WeightAverage
+from app.training.batch_norm import check_batch_norm
 from app.training.checkpoint import Checkpoints
 from app.training.early_stopping import BEST_KEYS, EarlyStopping
 from app.training.replicas import synchronize_batch_norm
@@ -45,7 +46,9 @@ def build_task_and_model(
     if configuration.training.synchronize_batch_norm:
         dense = model
         model = processes.agree(lambda: synchronize_batch_norm(dense, processes, runtime.device))
-    return task, model.to(runtime.device)
+    model = model.to(runtime.device)
+    processes.agree(lambda: check_batch_norm(model, task, configuration, runtime.process_count))
+    return task, model
 
 
 def build_method(

@@ -3,8 +3,9 @@
 A search calls :func:`train` too, with the processes that it gives to one evaluation.
 """
 
-import json
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,15 @@ from app.metrics.stability import build_tracker
 from app.metrics.swmr import writing
 from app.settings import Configuration
 from app.training.checkpoint import CHECKPOINT_KEYS, Checkpoints
-from app.training.folder import finished, hold_folder, prepare_folder, write_text
+from app.training.folder import (
+    find_folder,
+    finish,
+    finished,
+    hold_folder,
+    mark_unfinished,
+    prepare_folder,
+    write_text,
+)
 from app.training.optimizer import Schedule, build_optimizer
 from app.training.parts import (
     build_average,
@@ -30,12 +39,23 @@ from app.training.parts import (
     build_method,
     build_task_and_model,
 )
+from app.training.position import Stopped
 from app.training.progress import EpochObserver, Progress
 from app.training.recorder import Recorder
 from app.training.trainer import Trainer
 
 _FIXED = ("optimizer", "momentum", "weight_decay")
 """Keys of the section training that are part of the optimizer's stored state."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a run has come to."""
+
+    summary: dict[str, Any]
+    """As in summary.json."""
+    finished_before: bool
+    """Whether there was nothing left to do."""
 
 
 def train(
@@ -45,53 +65,50 @@ def train(
     *,
     resume: bool,
     test: bool = True,
+    on_folder: Callable[[Path], None] | None = None,
     on_epoch: EpochObserver | None = None,
-) -> dict[str, Any]:
+) -> Outcome:
     """Train as configured, in the folder run.dir. A collective call.
 
-    The generators of torch are left as they were.
+    The generators of torch are left as they were. A new run's folder is made when everything fits
+    together.
 
     Args:
         configuration: checked; run.dir may be None in a new run.
         runtime: this process among those that train together.
         stop_signal: asks for a stop.
-        resume: go on from the newest checkpoint in run.dir; from the start if there is none.
+        resume: go on from the newest checkpoint in run.dir; from the start if there is none. So
+            does a run that torchrun starts anew.
         test: evaluate the test part at the end; a search leaves it to the winner.
+        on_folder: told of the run's folder as soon as there is one, on every process.
         on_epoch: told of every epoch, on every process, in place of progress lines. It ends the
             training by an exception, which it must raise on all processes alike.
-
-    Returns:
-        The summary, as in summary.json.
 
     Raises:
         UserError: data, model or folder are not what the configuration says.
         Stopped: after a checkpoint, before the end.
         DivergedError: a loss or a weight is not finite.
     """
-    folder = prepare_folder(configuration, runtime, resume=resume)
-    if resume and (summary := finished(folder, configuration)):
-        return summary
+    earlier = find_folder(configuration, runtime, resume=resume)
+    tell = on_folder or (lambda folder: None)
+    if earlier and (summary := finished(earlier, configuration)):
+        tell(earlier)
+        return Outcome(summary=summary, finished_before=True)
     watchdog = Watchdog(
         timeout=configuration.distributed.timeout,
         alone=runtime.process_count == 1,
         abort=runtime.abort,
         name=f"process {runtime.process_index} of {runtime.process_count}",
     )
-    with (
-        hold_folder(folder, runtime) as check_owner,
-        watchdog,
-        _own_random_state(configuration.run.seed, runtime),
-    ):
-        nodes = check_nodes(configuration, runtime, folder)
-        trainer = _assemble(
-            configuration,
-            runtime,
-            stop_signal,
-            watchdog,
-            folder,
-            resume=resume,
-            check_owner=check_owner,
+    with ExitStack() as held, watchdog, _own_random_state(configuration.run.seed, runtime):
+        ownership = _Ownership(held, runtime)
+        if earlier:
+            ownership.take(earlier)
+        nodes = check_nodes(configuration, runtime)
+        trainer, folder = _assemble(
+            configuration, runtime, stop_signal, watchdog, earlier, ownership=ownership
         )
+        tell(folder)
         progress = Progress(
             steps=configuration.training.epochs * trainer.task.steps_per_epoch,
             first_step=trainer.position.step,
@@ -103,6 +120,9 @@ def train(
             progress.say(nodes + _describe(trainer, folder))
             trainer.train(progress)
             figures = trainer.test() if test else {}
+        except Stopped as stop:
+            mark_unfinished(folder, runtime, stopped=str(stop))
+            raise
         finally:
             progress.close()
             with watchdog.guard("the end of metrics.h5"):
@@ -111,9 +131,35 @@ def train(
             raise AgreedStorageError(str(problem))
         summary = _summarize(trainer, figures)
         if runtime.is_first:
-            check_owner()
-            write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    return summary
+            ownership.check()
+            finish(folder, summary)
+    return Outcome(summary=summary, finished_before=False)
+
+
+class _Ownership:
+    """Of the run's folder, from when it is known to the end of the run."""
+
+    def __init__(self, held: ExitStack, runtime: Runtime) -> None:
+        self._held, self._runtime = held, runtime
+        self._check: Callable[[], None] | None = None
+
+    def take(self, folder: Path) -> None:
+        """Own the folder if it is not owned already. A collective call.
+
+        Raises:
+            AgreedUserError: another program owns it.
+        """
+        if self._check is None:
+            self._check = self._held.enter_context(hold_folder(folder, self._runtime))
+
+    def check(self) -> None:
+        """Make sure, before something is written, that no other program has taken over.
+
+        Raises:
+            StorageError: one has.
+        """
+        assert self._check
+        self._check()
 
 
 def _assemble(
@@ -121,12 +167,23 @@ def _assemble(
     runtime: Runtime,
     stop_signal: StopRequest,
     watchdog: Watchdog,
-    folder: Path,
+    earlier: Path | None,
     *,
-    resume: bool,
-    check_owner: Callable[[], None],
-) -> Trainer:
-    """Build the parts in the one order that is right and bring them to the checkpoint's state."""
+    ownership: _Ownership,
+) -> tuple[Trainer, Path]:
+    """Build the parts in the one order that is right and bring them to the checkpoint's state.
+
+    Args:
+        configuration: checked.
+        runtime: this process among those that train together.
+        stop_signal: asks for a stop.
+        watchdog: told of the progress.
+        earlier: folder of a run that goes on; None: a new one is made.
+        ownership: of the folder, which is taken as soon as there is one.
+
+    Returns:
+        The trainer, and the run's folder.
+    """
     processes = runtime.processes
     watchdog.progress("data and network")
     task, model = build_task_and_model(configuration, runtime)
@@ -145,16 +202,20 @@ def _assemble(
         conversion=method.delay if method else None,
     )
     tracker = processes.agree(lambda: build_tracker(configuration.stability, layers, processes))
+    average = build_average(configuration, model, optimizer)
+    watchdog.progress("the run's folder")
+    folder = prepare_folder(configuration, runtime, earlier=earlier)
+    ownership.take(folder)
     checkpoints = Checkpoints(
         folder / "checkpoints",
         processes,
         keep=configuration.run.keep_checkpoints,
         keys=CHECKPOINT_KEYS,
-        check_owner=check_owner,
+        check_owner=ownership.check,
     )
     metrics = folder / "metrics.h5"
     with watchdog.guard("the stored state"):
-        state = checkpoints.load() if resume else None
+        state = checkpoints.load() if earlier else None
 
     trainer = Trainer(
         configuration=configuration,
@@ -168,8 +229,8 @@ def _assemble(
         tracker=tracker,
         recorder=Recorder(None),
         checkpoints=checkpoints,
-        average=build_average(configuration, model, optimizer),
-        early_stopping=build_early_stopping(configuration, folder, processes, check_owner),
+        average=average,
+        early_stopping=build_early_stopping(configuration, folder, processes, ownership.check),
         stop_signal=stop_signal,
         watchdog=watchdog,
     )
@@ -178,7 +239,7 @@ def _assemble(
 
     def open_recorder() -> Recorder:
         """Write to the run's folder, now that everything fits together."""
-        check_owner()
+        ownership.check()
         write_text(folder / "config.yaml", to_yaml(configuration))
         schema: dict[str, Any] = {
             "configuration": to_yaml(configuration),
@@ -190,13 +251,14 @@ def _assemble(
             return Recorder.resume(metrics, shared["rows"], shared.get("kept_rows", {}), **schema)
         return Recorder.create(metrics, **schema)
 
+    mark_unfinished(folder, runtime)
     with watchdog.guard("metrics.h5"):
         if runtime.is_first:
             with writing(metrics):
                 trainer.recorder = open_recorder()
         processes.barrier()
     trainer.recorder.session(process_count=runtime.process_count, first_step=trainer.position.step)
-    return trainer
+    return trainer, folder
 
 
 def _load(trainer: Trainer, shared: dict[str, Any], own: list[dict[str, Any]]) -> None:

@@ -44,6 +44,8 @@ class Tracking:
     def measure(self, model: nn.Module, *, step: int, epoch: int | None = None) -> None:
         """Measure the bases if it is time to, or begin to. A collective call.
 
+        A run that was stopped in the evaluation at an epoch's end has measured there already.
+
         Args:
             model: the network.
             step: optimizer steps taken.
@@ -57,6 +59,8 @@ class Tracking:
         if not self._tracker or now is None or now % settings.interval:
             return
         self.fetch()
+        if self._tracker.has_measured(now):
+            return
         self._watchdog.progress(f"measurement of stability after step {step}")
         start = time.perf_counter()
         if settings.background_steps:

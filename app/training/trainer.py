@@ -5,7 +5,7 @@ import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -27,24 +27,13 @@ from app.training.checkpoint import CHECKPOINT_KEYS, Checkpoints
 from app.training.early_stopping import EarlyStopping
 from app.training.evaluation import evaluate
 from app.training.optimizer import Schedule
+from app.training.position import Position, Stopped
 from app.training.precision import Precision
 from app.training.progress import Progress
 from app.training.recorder import Recorder
 from app.training.replicas import Replicas
 from app.training.rescue import end_without_storage
 from app.training.tracking import Tracking
-
-
-@dataclass
-class Position:
-    """How far a run has come."""
-
-    step: int = 0
-    """Optimizer steps taken."""
-    epoch: int = 0
-    """Epochs finished, their evaluation included."""
-    batch: int = 0
-    """Global batches of the present epoch that were trained on."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +45,6 @@ class _Step:
     learning_rate: float
     seconds: float
     samples: int
-
-
-class Stopped(Exception):  # noqa: N818 - it is no error
-    """The run was stopped before its end, after a checkpoint."""
 
 
 class Trainer:
@@ -266,13 +251,17 @@ class Trainer:
             self.tracking.measure(self.model, step=self.position.step, epoch=self.position.epoch)
         with self._evaluated_weights():
             figures = self._evaluate("validation")
-            if self.early_stopping and self.early_stopping.improves(figures["loss"]):
+            if figures and self.early_stopping and self.early_stopping.improves(figures["loss"]):
                 self.early_stopping.keep(
                     self.position.step,
                     self.model,
                     self.method,
                     process_count=self.runtime.process_count,
                 )
+        if not figures:  # the epoch's batches are done, and its end is repeated
+            self.position.epoch -= 1
+            self.position.batch = self.task.steps_per_epoch
+            self._stop(max(self.runtime.processes.gather(self._agreement.asked())))
         interval = self.configuration.run.checkpoint_epochs
         due = (interval and self.position.epoch % interval == 0) or self._finished()
         if due:
@@ -292,26 +281,32 @@ class Trainer:
         """Evaluate on the test part and record it; nothing is trained after it. A collective call.
 
         With early stopping the network gets the weights of its best epoch.
+
+        Raises:
+            Stopped: by a signal; the checkpoint of the last epoch is there.
         """
         if self.early_stopping:
             self.early_stopping.restore_best(self.model, self.method)
-            return self._evaluate("test")
-        with self._evaluated_weights():
-            return self._evaluate("test")
+        with nullcontext() if self.early_stopping else self._evaluated_weights():
+            figures = self._evaluate("test")
+        if not figures:
+            raise Stopped(f"stopped by a signal in the test after step {self.position.step}")
+        return figures
 
     def _evaluated_weights(self) -> AbstractContextManager[None]:
         """Return the context in which the network has the weights that count."""
         return self.average.applied() if self.average else nullcontext()
 
-    def _evaluate(self, split: str) -> dict[str, float]:
+    def _evaluate(self, split: str) -> dict[str, float] | None:
+        """Evaluate and record it; None on all processes if a signal came meanwhile."""
         self.watchdog.progress(f"evaluation ({split}) after step {self.position.step}")
         with self.precision.autocast():
-            figures = evaluate(
-                self.model, self.task, split, self.runtime.processes, self.runtime.device
-            )
-        self.recorder.evaluation(
-            step=self.position.step, epoch=self.position.epoch, split=split, **figures
-        )
+            where = (self.runtime.processes, self.runtime.device)
+            asked = self._agreement.asked
+            figures = evaluate(self.model, self.task, split, *where, stop_asked=asked)
+        position = {"step": self.position.step, "epoch": self.position.epoch}
+        if figures:
+            self.recorder.evaluation(**position, split=split, **figures)
         return figures
 
     def _stop_if_asked(self) -> None:
@@ -320,11 +315,14 @@ class Trainer:
             self._agreement.finish()
             self._batches.check()
         if number or self.position.step == self.configuration.run.stop_after:
-            self._agreement.finish()
-            self._record_steps()
-            self.save_checkpoint()
-            reason = f"signal {number}" if number else "run.stop_after"
-            raise Stopped(f"stopped by {reason} after step {self.position.step}")
+            self._stop(number)
+
+    def _stop(self, number: int) -> NoReturn:
+        self._agreement.finish()
+        self._record_steps()
+        self.save_checkpoint()
+        reason = f"signal {number}" if number else "run.stop_after"
+        raise Stopped(f"stopped by {reason} after step {self.position.step}")
 
     def save_checkpoint(self) -> None:
         """Write everything that the rest of the run depends on. A collective call.

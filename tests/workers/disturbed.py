@@ -13,6 +13,8 @@ from app.train import main
 
 
 def disturb(what, process, step):
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        return  # once is enough
     from app.training.trainer import Trainer
 
     train_step = Trainer._train_step
@@ -42,9 +44,25 @@ def disturb(what, process, step):
                 self.runtime.communicator.Barrier()
 
     Trainer._train_step = disturbed
+    if what == "evaluation":
+        disturb_evaluation(process, step)
     if what == "signal":  # and once more on every process, when the program is on its way out
         for number in (signal.SIGUSR1, signal.SIGTERM):
             atexit.register(os.kill, os.getpid(), number)
+
+
+def disturb_evaluation(process, step):
+    """Send the process a signal in the evaluation after a step, before its first batch."""
+    from app.training.trainer import Trainer
+
+    evaluate = Trainer._evaluate
+
+    def disturbed(self, split):
+        if self.runtime.process_index == process and self.position.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(self, split)
+
+    Trainer._evaluate = disturbed
 
 
 if __name__ == "__main__":

@@ -7,12 +7,13 @@ import json
 import math
 import sys
 import tempfile
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 
 from app.distributed.launch import Launch
-from app.distributed.runtime import make_store
+from app.distributed.rendezvous import make_store
 from app.distributed.workers import start_workers, wait
 from app.search.budget import Budget
 from app.search.evolution import Known, evolve
@@ -28,9 +29,8 @@ def loss(position):
 def run(workers, *, section, evaluations, known):
     world = workers.world
     launch = Launch(launcher="mpi", process_index=world.Get_rank(), process_count=world.Get_size())
-    budget = Budget(
-        make_store(launch, world), finished=range(known), limit=evaluations, deadline=math.inf
-    )
+    store = make_store(launch, world, timeout=timedelta(seconds=100))
+    budget = Budget(store, finished=range(known), limit=evaluations, deadline=math.inf)
     taken = []
     number = budget.claim()
 

@@ -1,0 +1,45 @@
+"""How processes find each other under torchrun, also when it starts them anew."""
+
+import threading
+
+import torch.distributed as dist
+
+from app.distributed.rendezvous import new_attempt
+
+
+def attempt(store, count):
+    """Let ``count`` threads be the processes of an attempt; return what each of them got."""
+    found = {}
+
+    def be(index):
+        found[index] = new_attempt(store, index, count)
+
+    threads = [threading.Thread(target=be, args=(index,)) for index in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert len(found) == count
+    return [found[index] for index in range(count)]
+
+
+def test_all_processes_of_an_attempt_share_what_no_other_has_written():
+    store = dist.HashStore()
+    first = attempt(store, 3)
+    first[1].set("address", "of the dead")
+    assert first[2].get("address") == b"of the dead"
+    for count in (3, 2, 4):  # another number of processes too
+        again = attempt(store, count)
+        assert not any(one.check(["address"]) for one in again)
+        again[-1].set("address", "of the living")
+        assert {one.get("address") for one in again} == {b"of the living"}
+
+
+def test_a_question_of_the_dead_does_not_mislead():
+    """Processes that died while they asked leave question and answer behind."""
+    store = dist.HashStore()
+    store.set("oialr/asks/1", "dead")
+    store.set("oialr/answers/1", "dead oialr/attempts/old")
+    store.set("oialr/attempts/old/has-it/1", "")
+    store.set("oialr/attempts/old/address", "of the dead")
+    assert not any(one.check(["address"]) for one in attempt(store, 2))
