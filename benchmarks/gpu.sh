@@ -11,7 +11,7 @@
 # pytest). --dry-run runs every part on the CPU with tiny sizes, and hides from Python what a bare host
 # lacks. --data names a folder of packed data (python -m benchmarks.gpu.pack).
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 1
 
 output=gpu-results data="" dry=() parts=()
 while [ $# -gt 0 ]; do
