@@ -29,7 +29,7 @@ lint: $(STAMP) ## Check style, format and types
 
 clean: ## Remove .venv and all caches; runs/ and data/ stay
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find app tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find app oialr tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): $(REQUIREMENTS)
 	@command -v $(PYTHON) >/dev/null || \

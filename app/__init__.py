@@ -1,13 +1,13 @@
-"""OIALR: orthogonality-informed adaptive low-rank training of neural networks.
+"""The application: trains, measures, searches and reports with the library ``oialr``.
 
-``from app import OIALR`` gives the method as an object for anyone's training loop. It is handed out
-lazily, so that ``python -m app.train --help`` does not pay for importing torch.
+``from app import OIALR`` gives the method too. It is handed out lazily, so that
+``python -m app.train --help`` does not pay for importing torch.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from app.oialr import OIALR as OIALR
+    from oialr import OIALR as OIALR
 
 __all__ = ["OIALR"]
 __version__ = "0.1.0"
@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     if name == "OIALR":
-        from app.oialr import OIALR
+        from oialr import OIALR
 
         return OIALR
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,20 +1,16 @@
-"""The errors that end a program with an exit code of their own."""
+"""The errors that end a program with an exit code of their own; the library's among them."""
 
+from oialr.errors import AgreedUserError, DifferingReplicasError, DivergedError, UserError
 
-class UserError(Exception):
-    """What the user did wrong, in one line: the culprit and the cure. Exit code 2, no traceback."""
-
-
-class DivergedError(Exception):
-    """A weight holds NaN or infinity: the training has diverged. Exit code 1."""
-
-
-class DifferingReplicasError(Exception):
-    """The processes no longer hold the same network. Exit code 1, on all processes alike."""
-
-
-class AgreedUserError(UserError):
-    """A user's mistake that all processes raise together, so that process 0 alone reports it."""
+__all__ = [
+    "AgreedStorageError",
+    "AgreedUserError",
+    "DifferingReplicasError",
+    "DivergedError",
+    "StorageError",
+    "TakenOverError",
+    "UserError",
+]
 
 
 class StorageError(Exception):

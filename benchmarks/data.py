@@ -24,8 +24,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere as a script
 
 from app import config
-from app.compatibility import import_torchvision, let_timm_posterize
+from app.compatibility import let_timm_posterize
 from app.tasks import build_task
+from oialr.compatibility import import_torchvision
 
 Batches = Callable[[], Iterable[Any]]
 CPU = torch.device("cpu")

@@ -23,14 +23,14 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere as a script
 
 from app import OIALR
-from app.compatibility import import_torchvision
-from app.distributed.assignment import Plan, make_plan
 from app.distributed.calibration import measure_costs, read_costs
-from app.distributed.costs import Costs, split_limit
-from app.distributed.processes import Processes
 from app.distributed.runtime import start_runtime
-from app.lowrank.conversion import survey
-from app.lowrank.event import Event
+from oialr.compatibility import import_torchvision
+from oialr.conversion import survey
+from oialr.event import Event
+from oialr.placement.assignment import Plan, make_plan
+from oialr.placement.costs import Costs, split_limit
+from oialr.placement.processes import Processes
 
 NETWORKS = ("resnetrs101", "vit_base_patch16_224", "vgg16")
 MODES = ("alone", "replicated", "round-robin", "owner", "auto")

@@ -36,11 +36,11 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere as a script
 
 from app.distributed.launch import read_launch
-from app.distributed.processes import Processes
 from app.distributed.runtime import Runtime, start_runtime
-from app.lowrank.conversion import parameter_counts
-from app.oialr import OIALR
 from benchmarks.step_time import at_rank_fraction, vision_transformer
+from oialr.conversion import parameter_counts
+from oialr.method import OIALR
+from oialr.placement.processes import Processes
 
 TRAINABLE = 0.16
 """Share of parameters that OIALR trains here, as the paper's networks do in the end."""

@@ -3,7 +3,7 @@
 For the weights of whole networks, Gaussian or with a power-law spectrum of condition 1e4. Times are
 the best of several rounds, in milliseconds; errors are ||B - B64||_F / sqrt(r), B64 by the singular
 value decomposition in float64, restricted to the r determined directions. The methods of
-app.linalg.polar give singular values and numerical rank too. The last row of a network is one
+oialr.linalg.polar give singular values and numerical rank too. The last row of a network is one
 measurement of all its weights: "chosen" is what the tracker would take, and similarity what the
 comparison with the reference and the mixing add.
 """
@@ -22,9 +22,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere as a script
 
-from app.linalg.polar import Method, choose_method, polar
-from app.linalg.stability import DenseBasis, basis_stability, mixing_factor, mixing_similarity
-from app.linalg.svd import numerical_rank
+from oialr.linalg.polar import Method, choose_method, polar
+from oialr.linalg.stability import DenseBasis, basis_stability, mixing_factor, mixing_similarity
+from oialr.linalg.svd import numerical_rank
 
 METHODS = ("torch.linalg.svd", *get_args(Method))
 

@@ -23,12 +23,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere as a script
 
-from app.compatibility import import_torchvision
-from app.lowrank.conv import FactoredConv
-from app.lowrank.conversion import factorize_layer, get_layer, survey
-from app.lowrank.cost import Execution, rank_pays
-from app.lowrank.memory import TensorMemory, tensors_of
-from app.lowrank.schedule import rounded_up
+from oialr.compatibility import import_torchvision
+from oialr.conversion import factorize_layer, get_layer, survey
+from oialr.layers.conv import FactoredConv
+from oialr.layers.cost import Execution, rank_pays
+from oialr.memory import TensorMemory, tensors_of
+from oialr.schedule import rounded_up
 
 FLOOR = 0.01
 MULTIPLE = 16  # of ranks, OIALR's default

@@ -24,11 +24,11 @@ from app.analysis.checkpoint import read_checkpoint
 from app.analysis.choice import Found, compare, drop_copies, order
 from app.analysis.files import Source, find_checkpoints, natural_order, number_in
 from app.analysis.loading import CheckpointError
-from app.distributed.processes import Processes
 from app.errors import UserError
-from app.lowrank.conversion import survey
-from app.metrics.stability import StabilityTracker
 from app.metrics.store import Follower, read_rows
+from oialr.conversion import survey
+from oialr.placement.processes import Processes
+from oialr.stability.tracker import StabilityTracker
 
 
 class Network(nn.Module):

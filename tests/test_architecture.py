@@ -1,12 +1,72 @@
 """The import rules of the house: who may import whom, and what is imported where."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-APP = ROOT / "app"
+APP, LIBRARY = ROOT / "app", ROOT / "oialr"
+
+# What each part of the library imports of the others: the whole graph, and not a bit more.
+GRAPH = {
+    "arguments": {"layers", "optimizer_state"},
+    "compatibility": set(),
+    "conversion": {"layers", "obstacles", "outputs", "replaced", "schedule"},
+    "errors": set(),
+    "event": set(),
+    "events": {
+        "conversion",
+        "errors",
+        "event",
+        "linalg",
+        "memory",
+        "placement",
+        "transitions",
+    },
+    "explain": {"conversion", "layers"},
+    "gradients": set(),
+    "layers": set(),
+    "linalg": set(),
+    "memory": set(),
+    "method": {
+        "arguments",
+        "conversion",
+        "event",
+        "events",
+        "gradients",
+        "layers",
+        "optimizer_state",
+        "placement",
+        "schedule",
+        "sharding",
+        "share",
+        "transitions",
+    },
+    "obstacles": {"layers"},
+    "optimizer_state": set(),
+    "outputs": set(),
+    "placement": {"compatibility", "errors", "linalg"},
+    "replaced": {"layers"},
+    "schedule": set(),
+    "sharding": set(),
+    "share": {"conversion"},
+    "stability": {"conversion", "errors", "layers", "linalg", "placement"},
+    "transitions": {
+        "conversion",
+        "gradients",
+        "layers",
+        "linalg",
+        "memory",
+        "obstacles",
+        "optimizer_state",
+    },
+}
+COMMUNICATE = {"placement", "stability"}
+"""Parts of the library that may know of other processes; and sharding asks for types of torch's."""
+
 FRONT_DOORS = {"train", "report", "analyze", "export", "calibrate"}
 COMMON = {
     "errors",
@@ -18,20 +78,15 @@ COMMON = {
     "yaml_text",
     "compatibility",
 }
-
 # What the modules of a package may import of app, beside their own package and COMMON.
 ALLOWED = {
-    "linalg": set(),
-    "lowrank": {"linalg"},
-    "distributed": {"linalg"},
+    "distributed": set(),
     "models": set(),
     "tasks": set(),
-    "events": {"lowrank", "distributed", "linalg"},
-    "oialr": {"events", "lowrank", "distributed", "linalg"},
-    "metrics": {"oialr", "lowrank", "distributed", "linalg"},
+    "metrics": set(),
     "reporting": {"metrics"},
-    "analysis": {"training", "metrics", "lowrank", "distributed", "linalg"},
-    "training": {"oialr", "metrics", "tasks", "models", "lowrank", "distributed", "linalg"},
+    "analysis": {"training", "metrics", "distributed"},
+    "training": {"metrics", "tasks", "models", "distributed"},
     "command": {"distributed"},
     "errors": set(),
     "config": set(),
@@ -44,16 +99,20 @@ ALLOWED = {
 }
 ONLY_IN = {
     "h5py": {
-        "metrics/store.py",
-        "metrics/columns.py",
-        "metrics/copying.py",
-        "metrics/swmr.py",
-        "search/store.py",
+        "app/metrics/store.py",
+        "app/metrics/columns.py",
+        "app/metrics/copying.py",
+        "app/metrics/swmr.py",
+        "app/search/store.py",
     },
-    "jinja2": {"reporting/page.py"},
-    "heat": {"distributed/heat_svd.py", "compatibility.py"},
-    "yaml": {"yaml_text.py"},
-    "mpi4py": {"distributed/runtime.py", "distributed/workers.py"},
+    "jinja2": {"app/reporting/page.py"},
+    "heat": {"oialr/compatibility.py"},
+    "yaml": {"app/yaml_text.py"},
+    "mpi4py": {
+        "app/distributed/runtime.py",
+        "app/distributed/workers.py",
+        "oialr/placement/heat_svd.py",
+    },
 }
 
 
@@ -69,15 +128,54 @@ def imports(path):
     return names
 
 
-FILES = sorted(APP.rglob("*.py"))
+def name_of(path):
+    return str(path.relative_to(ROOT))
 
 
 def part_of(path):
-    """Return the package or top module of app that a file belongs to."""
-    return path.relative_to(APP).parts[0].removesuffix(".py")
+    """Return the part of its package that a file belongs to: a folder, or a module at the top."""
+    return path.relative_to(ROOT).parts[1].removesuffix(".py")
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(APP)))
+APPLICATION = sorted(APP.rglob("*.py"))
+LIBRARY_FILES = sorted(LIBRARY.rglob("*.py"))
+FILES = [*APPLICATION, *LIBRARY_FILES]
+
+
+def test_the_graph_of_the_library_is_the_one_that_is_drawn():
+    graph = {part_of(path): set() for path in LIBRARY_FILES}
+    for path in LIBRARY_FILES:
+        for name in imports(path):
+            package, _, rest = name.partition(".")
+            other = rest.partition(".")[0]
+            if package == "oialr" and other in graph:
+                graph[part_of(path)].add(other)
+    graph = {part: others - {part} for part, others in graph.items()}
+    del graph["__init__"]
+    assert graph == GRAPH
+
+
+def test_the_library_needs_torch_and_the_standard_library_alone():
+    allowed = {"oialr", "torch", *sys.stdlib_module_names}
+    asked_for = {"heat", "mpi4py", "scipy", "torchvision"}  # where somebody wants them
+    for path in LIBRARY_FILES:
+        assert {name.split(".")[0] for name in imports(path)} <= allowed | asked_for, path
+    program = (
+        "import sys; import oialr; assert 'torch' not in sys.modules; oialr.OIALR; "
+        "oialr.StabilityTracker; assert not {'heat', 'mpi4py', 'scipy', 'torchvision', 'app'} & "
+        "set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("path", LIBRARY_FILES, ids=name_of)
+def test_mathematics_and_layers_do_not_communicate(path):
+    if part_of(path) not in COMMUNICATE | {"method", "events", "sharding", "compatibility"}:
+        for name in imports(path):
+            assert not name.startswith(("torch.distributed", "mpi4py")), name
+
+
+@pytest.mark.parametrize("path", APPLICATION, ids=name_of)
 def test_imports_point_one_way(path):
     part = part_of(path)
     if part in FRONT_DOORS | {"search", "__init__"}:
@@ -89,24 +187,32 @@ def test_imports_point_one_way(path):
             assert not other or other in ALLOWED[part] | COMMON | {part}, name
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(APP)))
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_packages_are_imported_in_their_one_place(path):
-    relative = str(path.relative_to(APP))
     for name in imports(path):
         package = name.split(".")[0]
         if package in ONLY_IN:
-            assert relative in ONLY_IN[package], name
+            assert name_of(path) in ONLY_IN[package], name
         if package == "propulate":
-            assert relative.startswith("search/"), name
+            assert name_of(path).startswith("app/search/"), name
         if package in {"matplotlib", "rich"}:
-            assert relative.startswith("reporting/"), name
-        if part_of(path) in {"linalg", "lowrank", "models"}:
+            assert name_of(path).startswith("app/reporting/"), name
+        if part_of(path) == "models":
             assert not name.startswith(("torch.distributed", "mpi4py")), name
 
 
 def test_every_part_has_its_rule():
-    parts = {part_of(path) for path in FILES}
+    parts = {part_of(path) for path in APPLICATION}
     assert parts <= set(ALLOWED) | FRONT_DOORS | {"search", "__init__"}
+
+
+def test_every_public_name_is_there():
+    import oialr
+
+    for name in oialr.__all__:
+        assert getattr(oialr, name).__doc__, name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = oialr.nothing
 
 
 def test_modules_are_of_a_size_to_be_read():

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.distributed import calibration
-from app.distributed.assignment import make_plan
-from app.distributed.buckets import MatrixInfo, make_buckets
 from app.distributed.calibration import read_costs, write_costs
-from app.distributed.costs import Costs, split_limit
 from app.errors import UserError
+from oialr.placement.assignment import make_plan
+from oialr.placement.buckets import MatrixInfo, make_buckets
+from oialr.placement.costs import Costs, split_limit
 
 NETWORKS = {
     "resnetrs101": {

@@ -10,13 +10,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from app import OIALR
-from app.distributed.processes import Processes
-from app.linalg.svd import economy_svd
-from app.lowrank.attention import FactoredAttention
-from app.lowrank.conversion import factorize_layer, get_layer, survey, to_dense
-from app.lowrank.cost import Execution, Way, cheapest_way, multiply_adds
-from app.lowrank.layer import FactoredLayer
-from app.metrics.stability import StabilityTracker
+from oialr.conversion import factorize_layer, get_layer, survey, to_dense
+from oialr.layers.attention import FactoredAttention
+from oialr.layers.base import FactoredLayer
+from oialr.layers.cost import Execution, Way, cheapest_way, multiply_adds
+from oialr.linalg.svd import economy_svd
+from oialr.placement.processes import Processes
+from oialr.stability.tracker import StabilityTracker
 
 KEEP = {"keep_first_layer": False, "keep_last_layer": False, "minimum_rank_fraction": 0.01}
 E, HEADS, N, L, S = 16, 4, 3, 5, 6

@@ -6,11 +6,11 @@ import zipfile
 import pytest
 import torch
 
-from app.distributed.processes import Processes
 from app.errors import UserError
 from app.training import checkpoint
 from app.training.checkpoint import Checkpoints
 from app.training.early_stopping import BEST_KEYS, EarlyStopping
+from oialr.placement.processes import Processes
 
 
 def part(number):

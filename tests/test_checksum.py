@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from app.linalg.checksum import checksum
+from oialr.linalg.checksum import checksum
 
 CPU = torch.device("cpu")
 

@@ -10,10 +10,10 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
 from app import OIALR
-from app.distributed.processes import Processes
 from app.training.compilation import Compiled
 from app.training.precision import Precision
 from app.training.replicas import Replicas
+from oialr.placement.processes import Processes
 
 CPU = torch.device("cpu")
 

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from app.lowrank.conversion import FACTORED, survey
-from app.lowrank.cost import (
+from oialr.conversion import FACTORED, survey
+from oialr.explain import explain, rows_per_sample
+from oialr.layers.cost import (
     MARGIN,
     SMALL_PRODUCT,
     cheapest_way,
@@ -16,8 +17,7 @@ from app.lowrank.cost import (
     multiply_adds,
     rank_pays,
 )
-from app.lowrank.explain import explain, rows_per_sample
-from app.lowrank.schedule import rounded_up
+from oialr.schedule import rounded_up
 
 
 def count(layer, x):

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from app import OIALR
-from app.lowrank.conversion import get_layer
-from app.lowrank.cost import rank_pays
-from app.lowrank.layer import FactoredLayer
-from app.lowrank.memory import TensorMemory, tensors_of
+from oialr.conversion import get_layer
+from oialr.layers.base import FactoredLayer
+from oialr.layers.cost import rank_pays
+from oialr.memory import TensorMemory, tensors_of
 
 K = 48
 

@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from launching import ROOT, launch
 
-from app.distributed.assignment import assign
 from app.distributed.launch import read_launch
 from app.distributed.runtime import own_gpu
+from oialr.placement.assignment import assign
 
 WORKERS = ROOT / "tests" / "workers"
 

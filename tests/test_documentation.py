@@ -23,8 +23,8 @@ from launching import TIMEOUT, environment
 from torch import nn
 
 from app import OIALR, config
-from app.distributed.costs import Costs
 from app.search.definition import load
+from oialr.placement.costs import Costs
 
 NOT_EXECUTED = {
     "make train": "installs packages from the network; its command is the block below it",

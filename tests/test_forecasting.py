@@ -12,11 +12,11 @@ from series import write_ett
 from torch import Tensor, nn
 
 from app import config
-from app.distributed.processes import Processes
 from app.errors import UserError
 from app.settings import Configuration
 from app.tasks import Task, build_task, download, ett
 from app.training.evaluation import evaluate
+from oialr.placement.processes import Processes
 
 CPU = torch.device("cpu")
 HOURS = 20 * 30 * 24

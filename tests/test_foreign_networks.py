@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from app import OIALR
-from app.distributed.processes import Processes
-from app.lowrank.conversion import get_layer, survey, to_dense
-from app.lowrank.layer import FactoredLayer
+from oialr.conversion import get_layer, survey, to_dense
+from oialr.layers.base import FactoredLayer
+from oialr.placement.processes import Processes
 
 OPTIONS = {"delay": 2, "update_interval": 2, "layer_fraction": 1, "cutoff": 0.4, "rank_multiple": 1}
 

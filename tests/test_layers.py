@@ -10,16 +10,16 @@ from torch import nn
 
 from app import OIALR
 from app.distributed import factorization
-from app.distributed.assignment import make_plan
-from app.distributed.buckets import MatrixInfo
-from app.distributed.costs import Costs
-from app.distributed.factorization import Factorizer
-from app.distributed.processes import Processes
-from app.linalg.svd import economy_svd
-from app.lowrank.conversion import factorize_layer, get_layer, survey, to_dense
-from app.lowrank.layer import FactoredLayer
-from app.lowrank.schedule import kept_rank
-from app.metrics.stability import StabilityTracker
+from oialr.conversion import factorize_layer, get_layer, survey, to_dense
+from oialr.layers.base import FactoredLayer
+from oialr.linalg.svd import economy_svd
+from oialr.placement.assignment import make_plan
+from oialr.placement.buckets import MatrixInfo
+from oialr.placement.costs import Costs
+from oialr.placement.factorization import Factorizer
+from oialr.placement.processes import Processes
+from oialr.schedule import kept_rank
+from oialr.stability.tracker import StabilityTracker
 
 KEEP = {"keep_first_layer": False, "keep_last_layer": False, "minimum_rank_fraction": 0.01}
 

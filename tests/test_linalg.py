@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.linalg.stability import (
+from oialr.linalg.stability import (
     DenseBasis,
     FactoredBasis,
     basis_stability,
@@ -17,7 +17,7 @@ from app.linalg.stability import (
     mixing_factor_from_factors,
     mixing_similarity,
 )
-from app.linalg.svd import (
+from oialr.linalg.svd import (
     diagonal_svd,
     economy_svd,
     effective_rank,
@@ -27,7 +27,7 @@ from app.linalg.svd import (
     orthonormality_error,
     stable_rank,
 )
-from app.metrics.measurement import measure_dense
+from oialr.stability.measurement import measure_dense
 
 SHAPES = [(1, 1), (7, 7), (40, 12), (12, 40), (64, 1)]
 

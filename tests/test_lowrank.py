@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from app.linalg.svd import economy_svd
-from app.lowrank.conversion import (
+from oialr.conversion import (
     factorize_layer,
     get_layer,
     matrix_shape,
@@ -20,8 +19,9 @@ from app.lowrank.conversion import (
     survey,
     to_dense,
 )
-from app.lowrank.layer import FactoredLayer
-from app.lowrank.schedule import energy_rank, event_at, kept_rank, layers_in_turn, minimum_rank
+from oialr.layers.base import FactoredLayer
+from oialr.linalg.svd import economy_svd
+from oialr.schedule import energy_rank, event_at, kept_rank, layers_in_turn, minimum_rank
 
 KEEP = {"keep_first_layer": False, "keep_last_layer": False, "minimum_rank_fraction": 0.01}
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from app import OIALR
-from app.lowrank.conv import FactoredConv
-from app.lowrank.linear import FactoredLinear
-from app.lowrank.memory import TensorMemory
+from oialr.layers.conv import FactoredConv
+from oialr.layers.linear import FactoredLinear
+from oialr.memory import TensorMemory
 
 FLOAT = 4
 

@@ -9,9 +9,9 @@ from torch import nn
 
 from app import OIALR
 from app.errors import DivergedError
-from app.lowrank.conversion import get_layer
-from app.lowrank.layer import FactoredLayer
-from app.lowrank.transitions import Transitions
+from oialr.conversion import get_layer
+from oialr.layers.base import FactoredLayer
+from oialr.transitions import Transitions
 
 OPTIMIZERS = {
     "adam": lambda p: torch.optim.Adam(p, lr=1e-2),

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from app.compatibility import import_torchvision
-from app.lowrank.conversion import survey
+from oialr.compatibility import import_torchvision
+from oialr.conversion import survey
 
 import_torchvision()
 timm = pytest.importorskip("timm")

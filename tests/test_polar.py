@@ -6,8 +6,8 @@ from typing import get_args
 import pytest
 import torch
 
-from app.linalg.polar import Method, choose_method, polar
-from app.linalg.svd import numerical_rank
+from oialr.linalg.polar import Method, choose_method, polar
+from oialr.linalg.svd import numerical_rank
 
 METHODS = get_args(Method)
 SHAPES = [(48, 48), (200, 40), (40, 200), (1, 30), (30, 1), (1, 1)]

@@ -17,10 +17,7 @@ from test_train import TINY, assert_same_run, last_checkpoint
 from torch import Tensor, nn
 
 from app import OIALR, config, models
-from app.distributed.processes import Processes
 from app.errors import UserError
-from app.lowrank.conversion import restore, survey
-from app.lowrank.optimizer_state import WEIGHT_AVERAGE
 from app.metrics.store import read_rows
 from app.settings import TrainingSection
 from app.tasks import build_task
@@ -30,6 +27,9 @@ from app.training.early_stopping import EarlyStopping
 from app.training.evaluation import evaluate
 from app.training.optimizer import Schedule
 from app.training.replicas import synchronize_batch_norm
+from oialr.conversion import restore, survey
+from oialr.optimizer_state import WEIGHT_AVERAGE
+from oialr.placement.processes import Processes
 
 
 @pytest.fixture(autouse=True)

@@ -11,18 +11,18 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from app.distributed.processes import Processes
 from app.errors import DivergedError, UserError
-from app.linalg.svd import economy_svd
-from app.lowrank.conversion import get_layer, matrix_shape
 from app.metrics import measurement, stability
-from app.metrics.stability import (
+from oialr.conversion import get_layer, matrix_shape
+from oialr.linalg.svd import economy_svd
+from oialr.method import OIALR
+from oialr.placement.processes import Processes
+from oialr.stability.tracker import (
     StabilityTracker,
     mean_mixing_similarity,
     mean_stability,
     select_weights,
 )
-from app.oialr import OIALR
 
 
 class Network(nn.Module):

@@ -6,7 +6,6 @@ import pytest
 import torch
 from launching import launch
 
-from app.distributed.processes import Processes
 from app.distributed.runtime import Runtime
 from app.distributed.startup_check import (
     Report,
@@ -18,6 +17,7 @@ from app.distributed.startup_check import (
 )
 from app.errors import AgreedUserError
 from app.settings import Configuration
+from oialr.placement.processes import Processes
 
 CPU = Report(
     node="n1",

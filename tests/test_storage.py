@@ -13,13 +13,13 @@ from test_train import DISTURBED, TINY, assert_same_run, last_checkpoint
 from torch.utils.data import DataLoader, Dataset
 
 from app.distributed import startup_check
-from app.distributed.processes import Processes
 from app.errors import StorageError, UserError
 from app.metrics.store import read_rows
 from app.settings import RunSection
 from app.tasks.shared_memory import naming_shared_memory
 from app.training.checkpoint import Checkpoints
 from app.training.folder import make_folder, naming, write_text
+from oialr.placement.processes import Processes
 
 COMPILER = shutil.which("cc")
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from app.analysis.loading import CheckpointError, load
-from app.lowrank.attention import INPUT_PROJECTIONS, FactoredAttention, FactoredProjection
-from app.lowrank.layer import FactoredLayer
+from oialr.layers.attention import INPUT_PROJECTIONS, FactoredAttention, FactoredProjection
+from oialr.layers.base import FactoredLayer
 
 STATE_KEYS = ("state_dict", "model", "model_state_dict")
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")

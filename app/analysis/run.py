@@ -16,12 +16,12 @@ from app.analysis.choice import Found, PassedOver, compare, drop_copies, order
 from app.analysis.files import Source, find_checkpoints
 from app.analysis.loading import CheckpointError
 from app.analysis.selection import select_weights, shapes_of, signature
-from app.distributed.processes import Processes
 from app.distributed.runtime import Runtime
 from app.errors import AgreedUserError, UserError
-from app.lowrank.conversion import LayerReport
-from app.metrics.stability import StabilityTracker
 from app.training.recorder import Recorder
+from oialr.conversion import LayerReport
+from oialr.placement.processes import Processes
+from oialr.stability.tracker import StabilityTracker
 
 
 @dataclass

@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 
 from app.analysis.checkpoint import StoredFactors, Weight
 from app.errors import UserError
-from app.lowrank.conversion import LayerReport
+from oialr.conversion import LayerReport
 
 NOT_AVERAGED = (
     "*token",

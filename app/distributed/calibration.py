@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from app.distributed.costs import Costs, split_limit
-from app.distributed.processes import Processes
 from app.errors import UserError
-from app.linalg.svd import economy_svd
+from oialr.linalg.svd import economy_svd
+from oialr.placement.costs import Costs, split_limit
+from oialr.placement.processes import Processes
 
 SHAPES = (
     *((32, 32), (64, 512), (192, 192), (256, 256), (256, 1024), (256, 2304), (512, 512)),

@@ -16,10 +16,10 @@ import torch.distributed as dist
 
 from app.compatibility import unlink_shared_memory_of_mpich
 from app.distributed.launch import Launch, read_launch
-from app.distributed.processes import Processes
 from app.distributed.rendezvous import make_store
 from app.distributed.watchdog import Watchdog
 from app.errors import AgreedUserError, UserError
+from oialr.placement.processes import Processes
 
 LATER = 15.0
 """Seconds by which a collective's timeout is longer than distributed.timeout."""

@@ -5,8 +5,8 @@ from collections import deque
 import torch
 import torch.distributed as dist
 
-from app.distributed.processes import Processes
 from app.distributed.stop_signal import StopRequest
+from oialr.placement.processes import Processes
 
 
 class StopAgreement:

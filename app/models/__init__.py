@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from app.compatibility import import_torchvision
 from app.errors import UserError
+from oialr.compatibility import import_torchvision
 
 if TYPE_CHECKING:
     from app.settings import ModelSection

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from app.compatibility import import_heat
 from app.config import to_yaml
 from app.distributed.launch import Launch
 from app.distributed.lease import Lease
@@ -33,6 +32,7 @@ from app.training.folder import check_free, make_folder, naming, write_text
 from app.training.inspection import check_run
 from app.training.position import Stopped
 from app.training.run import train
+from oialr.compatibility import import_heat
 
 
 class Interrupted(Exception):  # noqa: N818 - it is no error

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from app.compatibility import import_scikit_learn, import_torchvision
+from app.compatibility import import_scikit_learn
 from app.errors import UserError
 from app.tasks.ett import is_series, series_path
 from app.tasks.formats import read_cifar, read_idx
 from app.tasks.splitting import limit_training_part, split_off, split_off_validation
+from oialr.compatibility import import_torchvision
 
 if TYPE_CHECKING:
     from app.settings import Configuration, DataSection

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from app.compatibility import import_torchvision, let_timm_posterize
+from app.compatibility import let_timm_posterize
 from app.errors import UserError
 from app.settings import DataSection
 from app.tasks import sharding
@@ -20,6 +20,7 @@ from app.tasks.image_listing import File
 from app.tasks.pixel_depth import PixelError, check_mode, to_rgb
 from app.tasks.randomness import seeded
 from app.tasks.sharding import Stream
+from oialr.compatibility import import_torchvision
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of ImageNet's red, green and blue in [0, 1], as torchvision and timm use them."""

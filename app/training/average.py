@@ -4,7 +4,7 @@ The average A of a weight W is linear in the weights of all steps. When W is rep
 W = U core V^T with frozen bases, all later weights lie in these bases, and of A there remains its
 projection U^T A V, the closest that U and V can hold; what lies outside would decay like all that
 is past. From a core to the next, core' = U'^T core V', the average follows by U'^T A V': exactly
-where nothing is cut. This is the transport of a first moment (:mod:`app.lowrank.optimizer_state`).
+where nothing is cut. This is the transport of a first moment (:mod:`oialr.optimizer_state`).
 So the average of a parameter is kept where its moments are, in the optimizer's state, and is
 rotated, cut, stored and loaded with them.
 """
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from app.lowrank.optimizer_state import WEIGHT_AVERAGE as KEY
+from oialr.optimizer_state import WEIGHT_AVERAGE as KEY
 
 
 class WeightAverage:

@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from app.distributed.processes import Processes
 from app.distributed.stop_signal import StopRequest
 from app.errors import UserError
 from app.tasks import Batch, Task
+from oialr.placement.processes import Processes
 
 PROBLEM = 1_000
 """What is asked to stop for, in place of a signal's number, where data cannot be read."""

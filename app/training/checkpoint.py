@@ -22,9 +22,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from app.distributed.processes import Processes
 from app.errors import AgreedStorageError, AgreedUserError, StorageError
 from app.training.archive import DamagedFileError, load_verified
+from oialr.placement.processes import Processes
 
 logger = logging.getLogger(__name__)
 

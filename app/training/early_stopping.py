@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from app.lowrank.conversion import restore
-from app.oialr import OIALR
 from app.training.checkpoint import Checkpoints
+from oialr.conversion import restore
+from oialr.method import OIALR
 
 logger = logging.getLogger(__name__)
 

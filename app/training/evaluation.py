@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from app.distributed.processes import Processes, broadcast_module_buffers
 from app.tasks import Task
+from oialr.placement.processes import Processes, broadcast_module_buffers
 
 
 @torch.no_grad()

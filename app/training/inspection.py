@@ -4,11 +4,11 @@ from pathlib import Path
 
 from app.distributed.runtime import Runtime
 from app.errors import UserError
-from app.lowrank.explain import explain, rows_per_sample
 from app.settings import Configuration
 from app.training.checkpoint import Checkpoints
 from app.training.optimizer import build_optimizer
 from app.training.parts import build_method, build_task_and_model
+from oialr.explain import explain, rows_per_sample
 
 
 def explain_run(configuration: Configuration, runtime: Runtime, *, resume: bool) -> str:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from app.compatibility import import_torchvision
+from oialr.compatibility import import_torchvision
 
 if TYPE_CHECKING:
     from app.settings import TrainingSection

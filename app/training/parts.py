@@ -1,17 +1,15 @@
 """The parts of a run, each built from the configuration."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from app import models
 from app.distributed.calibration import read_costs
-from app.distributed.processes import Processes
 from app.distributed.runtime import Runtime
 from app.errors import UserError
-from app.oialr import OIALR
-from app.settings import Configuration
+from app.settings import Configuration, StabilitySection
 from app.tasks import Task, build_task, download
 from app.tasks.staging import stage, staged_root
 from app.training.average import WeightAverage
@@ -19,6 +17,10 @@ from app.training.batch_norm import check_batch_norm
 from app.training.checkpoint import Checkpoints
 from app.training.early_stopping import BEST_KEYS, EarlyStopping
 from app.training.replicas import synchronize_batch_norm
+from oialr.conversion import LayerReport
+from oialr.method import OIALR
+from oialr.placement.processes import Processes
+from oialr.stability.tracker import StabilityTracker, select_weights
 
 
 def build_task_and_model(
@@ -114,3 +116,22 @@ def _build_model(configuration: Configuration, task: Task) -> torch.nn.Module:
             input_shape=task.input_shape,
             outputs=task.outputs,
         )
+
+
+def build_tracker(
+    settings: StabilitySection, layers: Sequence[LayerReport], processes: Processes
+) -> StabilityTracker | None:
+    """Build the tracker of a configuration; None if nothing is to be measured.
+
+    Raises:
+        UserError: as :func:`select_weights`.
+    """
+    if not settings.enabled:
+        return None
+    return StabilityTracker(
+        select_weights(layers, include=settings.include, exclude=settings.exclude),
+        processes,
+        window=settings.window,
+        unit=settings.unit,
+        reference_dtype=getattr(torch, settings.reference_dtype),
+    )

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from tqdm import tqdm
 
-from app.oialr import Event
+from oialr.method import Event
 
 
 class EpochObserver(Protocol):

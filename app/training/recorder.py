@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from app.errors import StorageError
-from app.lowrank.conversion import LayerReport, parameter_counts
-from app.metrics.measurement import LayerStability
 from app.metrics.rebuilding import rebuild
-from app.metrics.stability import mean_mixing_similarity, mean_stability
 from app.metrics.store import MetricsStore
 from app.metrics.swmr import UnreadableFileError
-from app.oialr import Event
+from oialr.conversion import LayerReport, parameter_counts
+from oialr.method import Event
+from oialr.stability.measurement import LayerStability
+from oialr.stability.tracker import mean_mixing_similarity, mean_stability
 
 Result = TypeVar("Result")
 

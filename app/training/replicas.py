@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from app.compatibility import import_torchvision
-from app.distributed.processes import Processes
 from app.errors import UserError
 from app.training.compilation import Compiled
+from oialr.compatibility import import_torchvision
+from oialr.placement.processes import Processes
 
 
 def synchronize_batch_norm(

@@ -18,8 +18,6 @@ from app.distributed.startup_check import check_nodes
 from app.distributed.stop_signal import StopRequest
 from app.distributed.watchdog import Watchdog
 from app.errors import AgreedStorageError, UserError
-from app.lowrank.conversion import survey
-from app.metrics.stability import build_tracker
 from app.metrics.swmr import writing
 from app.settings import Configuration
 from app.training.checkpoint import CHECKPOINT_KEYS, Checkpoints
@@ -38,11 +36,13 @@ from app.training.parts import (
     build_early_stopping,
     build_method,
     build_task_and_model,
+    build_tracker,
 )
 from app.training.position import Stopped
 from app.training.progress import EpochObserver, Progress
 from app.training.recorder import Recorder
 from app.training.trainer import Trainer
+from oialr.conversion import survey
 
 _FIXED = ("optimizer", "momentum", "weight_decay")
 """Keys of the section training that are part of the optimizer's stored state."""

@@ -8,10 +8,10 @@ from torch import nn
 
 from app.distributed.watchdog import Watchdog
 from app.errors import DivergedError
-from app.metrics.measurement import LayerStability
-from app.metrics.stability import StabilityTracker, mean_stability
 from app.settings import StabilitySection
 from app.training.recorder import Recorder
+from oialr.stability.measurement import LayerStability
+from oialr.stability.tracker import StabilityTracker, mean_stability
 
 
 class Tracking:

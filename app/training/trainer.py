@@ -17,8 +17,6 @@ from app.distributed.stop_signal import StopRequest
 from app.distributed.stopping import StopAgreement
 from app.distributed.watchdog import Watchdog
 from app.errors import DivergedError
-from app.metrics.stability import StabilityTracker
-from app.oialr import OIALR, Event
 from app.settings import Configuration
 from app.tasks import Batch, Task
 from app.training.average import WeightAverage
@@ -34,6 +32,8 @@ from app.training.recorder import Recorder
 from app.training.replicas import Replicas
 from app.training.rescue import end_without_storage
 from app.training.tracking import Tracking
+from oialr.method import OIALR, Event
+from oialr.stability.tracker import StabilityTracker
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ For every distinct shape of a network's layers one weight is factorized; seconds
 sums over all its layers. An update factorizes a full core of half the rank. Spectra: Gaussian, as
 at the start of a training, and a power law of condition 1e4. "orthonormality" is the spectral norm
 of Q^T Q - I, the larger of U's and V's; "error" is ||W - U diag(s) Vh||_F / ||W||_F; both in
-float64. The method's limit of orthonormality is app.linalg.svd.ORTHONORMAL, 1e-5 in float32.
+float64. The method's limit of orthonormality is oialr.linalg.svd.ORTHONORMAL, 1e-5 in float32.
 
 Then the method itself converts and updates both networks: seconds of ``OIALR.step``.
 """
@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from app.linalg.svd import Factors, economy_svd
 from app.models.cifar_resnet import CifarResNet
-from app.oialr import OIALR
 from benchmarks.gpu.measuring import Results, choose_device, command_line, seconds_of, synchronize
 from benchmarks.gpu.networks import low_rank_layers, of_timm
 from benchmarks.gpu.polynomials import cubic_coefficients, quintic_coefficients
 from benchmarks.stability import SPECTRA
+from oialr.linalg.svd import Factors, economy_svd
+from oialr.method import OIALR
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "ViT-B/16": partial(of_timm, "vit_base_patch16_224"),

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from app.linalg.svd import economy_svd
-from app.lowrank.conversion import LayerReport, get_layer, survey
-from app.lowrank.schedule import rounded_up
+from oialr.conversion import LayerReport, get_layer, survey
+from oialr.linalg.svd import economy_svd
+from oialr.schedule import rounded_up
 
 MULTIPLE = 16
 """Of ranks, OIALR's default."""
@@ -24,7 +24,7 @@ def perceptron(width: int) -> nn.Module:
 
 def of_timm(name: str, **arguments: Any) -> nn.Module:
     """Build a network of timm with random weights."""
-    from app.compatibility import import_torchvision
+    from oialr.compatibility import import_torchvision
 
     import_torchvision()
     import timm

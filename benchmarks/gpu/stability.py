@@ -2,9 +2,9 @@
 
 One measurement of a network's 49 weights and its head: polar factor, singular values and numerical
 rank of every weight. "svd" is torch.linalg.svd, restricted to the determined directions; the others
-are those of app.linalg.polar. Errors are ||B - B64||_F / sqrt(r), B64 by the SVD in float64 on the
-same device, restricted in the same way. Spectra: Gaussian, a power law of condition 1e4, and half
-of the full rank. "similarity" is what comparing with an earlier basis and the mixing add.
+are those of oialr.linalg.polar. Errors are ||B - B64||_F / sqrt(r), B64 by the SVD in float64 on
+the same device, restricted in the same way. Spectra: Gaussian, a power law of condition 1e4, and
+half of the full rank. "similarity" is what comparing with an earlier basis and the mixing add.
 """
 
 import math
@@ -16,16 +16,16 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from app.distributed.processes import Processes
-from app.linalg.polar import Method, choose_method, polar
-from app.linalg.stability import DenseBasis, basis_stability, mixing_factor, mixing_similarity
-from app.linalg.svd import numerical_rank
-from app.lowrank.conversion import survey
-from app.metrics.stability import StabilityTracker
 from benchmarks.gpu.measuring import Results, choose_device, command_line, seconds_of
 from benchmarks.gpu.networks import of_timm
 from benchmarks.gpu.polynomials import cubic_coefficients
 from benchmarks.stability import NETWORKS, gaussian, power_law
+from oialr.conversion import survey
+from oialr.linalg.polar import Method, choose_method, polar
+from oialr.linalg.stability import DenseBasis, basis_stability, mixing_factor, mixing_similarity
+from oialr.linalg.svd import numerical_rank
+from oialr.placement.processes import Processes
+from oialr.stability.tracker import StabilityTracker
 
 SMALL = {(48, 16): 2, (16, 16): 1, (16, 64): 2}
 

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from app.models.cifar_resnet import CifarResNet
-from app.oialr import OIALR
 from benchmarks.gpu.measuring import Results, choose_device, command_line, synchronize
 from benchmarks.gpu.networks import low_rank_layers, of_timm, rank_at, two_factors
 from benchmarks.gpu.pack import Images, random_images, unpack
+from oialr.method import OIALR
 
 METHODS = ("full-rank", "paper", "two factors")
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from app.lowrank.memory import TensorMemory
+from oialr.memory import TensorMemory
 
 DRY_RUN = os.environ.get("OIALR_GPU_DRY_RUN") == "1"
 

@@ -10,9 +10,9 @@ from networks import Size, Training, batches, build, input_shape, training
 from torch import Tensor, multiprocessing, nn
 from torch.nn import functional
 
-from app.distributed.processes import Processes
 from app.errors import AgreedUserError, UserError
 from app.training.replicas import Replicas
+from oialr.placement.processes import Processes
 
 TRAINED = ("linear", "attention")
 TIMEOUT = 120  # seconds

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from app.lowrank.conversion import get_layer
-from app.lowrank.event import Event
-from app.lowrank.layer import FactoredLayer
-from app.oialr import OIALR
+from oialr.conversion import get_layer
+from oialr.event import Event
+from oialr.layers.base import FactoredLayer
+from oialr.method import OIALR
 
 CLASSES = 10
 

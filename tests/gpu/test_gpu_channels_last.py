@@ -6,7 +6,7 @@ import pytest
 import torch
 from networks import batches, build, input_shape, relative_error, training
 
-from app.lowrank.conv import FactoredConv
+from oialr.layers.conv import FactoredConv
 
 LAYOUT = torch.channels_last
 

@@ -5,9 +5,9 @@ import torch
 from accelerator import random_state, set_random_state
 from networks import batches, build, input_shape, linear, relative_error, separate, training
 
-from app.distributed.processes import Processes
 from app.training.checkpoint import Checkpoints
 from app.training.precision import Precision
+from oialr.placement.processes import Processes
 
 OPTIMIZERS = {
     "foreach": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=True),

@@ -9,10 +9,10 @@ from accelerator import skipped_graphs
 from networks import batches, build, input_shape, training
 from torch._inductor.compile_fx import compile_fx
 
-from app.distributed.processes import Processes
 from app.training import replicas as replicas_module
 from app.training.compilation import Compiled
 from app.training.replicas import Replicas
+from oialr.placement.processes import Processes
 
 STEPS = 8
 # Inductor fuses what eager rounds in between; both are float32.

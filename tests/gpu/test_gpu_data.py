@@ -9,11 +9,11 @@ from accelerator import synchronization_is_an_error
 from networks import CLASSES, Mean, relative_error, separate, training
 from torch import nn
 
-from app.distributed.processes import Processes
 from app.tasks import datasets, pixels
 from app.tasks.classification import InMemoryClassification
 from app.tasks.datasets import Images, ImageSet
 from app.training.evaluation import evaluate
+from oialr.placement.processes import Processes
 
 SAMPLES, BATCH, EPOCHS = 44, 8, 2
 CPU = torch.device("cpu")

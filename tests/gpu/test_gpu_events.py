@@ -6,8 +6,8 @@ import pytest
 import torch
 from networks import NETWORKS, batches, build, input_shape, relative_error, training
 
-from app.linalg.svd import ORTHONORMAL
-from app.lowrank.conversion import get_layer, to_dense
+from oialr.conversion import get_layer, to_dense
+from oialr.linalg.svd import ORTHONORMAL
 
 # In relation to the norm of a weight, after eight steps of SGD. The dtype's rounding, times the
 # roots of the lengths that are summed over, comes to some 1e-6 and 1e-15 per step.

@@ -6,7 +6,7 @@ from networks import training
 from torch.nn import functional
 
 from app import models
-from app.lowrank.memory import tensors_of
+from oialr.memory import tensors_of
 
 GRANULE = 512
 """Bytes that the allocator rounds every tensor up to."""

@@ -7,10 +7,10 @@ import pytest
 import torch
 from networks import batches, build, input_shape, training
 
-from app.distributed.processes import Processes
-from app.linalg.polar import Method, choose_method, polar
-from app.linalg.svd import economy_svd, numerical_rank, orthonormality_error
-from app.metrics.stability import StabilityTracker
+from oialr.linalg.polar import Method, choose_method, polar
+from oialr.linalg.svd import economy_svd, numerical_rank, orthonormality_error
+from oialr.placement.processes import Processes
+from oialr.stability.tracker import StabilityTracker
 
 METHODS = get_args(Method)
 EPS = torch.finfo(torch.float32).eps

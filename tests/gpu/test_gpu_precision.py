@@ -5,9 +5,9 @@ import torch
 from networks import batches, build, input_shape, training
 from torch.nn import functional
 
-from app.linalg.svd import ORTHONORMAL, orthonormality_error
-from app.lowrank.conversion import get_layer
 from app.training.precision import DTYPES, Precision
+from oialr.conversion import get_layer
+from oialr.linalg.svd import ORTHONORMAL, orthonormality_error
 
 STEPS = 12
 CLIP = 1.0

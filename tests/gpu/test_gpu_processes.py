@@ -6,7 +6,7 @@ import torch
 from accelerator import backend
 from networks import relative_error
 
-from app.distributed.processes import Processes
+from oialr.placement.processes import Processes
 
 CASES = [("nccl", 1), ("gloo", 2)]
 

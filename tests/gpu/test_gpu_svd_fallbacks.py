@@ -8,8 +8,8 @@ import torch
 from accelerator import DRY_RUN, svd_attempts
 from networks import CLASSES, batches, training
 
-import app.linalg.svd
-from app.linalg.svd import economy_svd, orthonormality_error
+import oialr.linalg.svd
+from oialr.linalg.svd import economy_svd, orthonormality_error
 
 COUNT = 2 if DRY_RUN else 4
 
@@ -79,7 +79,7 @@ def test_vectors_that_are_not_orthonormal_count_as_a_failure(device, monkeypatch
 def test_a_layer_of_which_no_svd_converges_stays_full_rank_with_a_warning(
     size, device, monkeypatch, caplog
 ):
-    w, real, by_gram = size.width, torch.linalg.svd, app.linalg.svd.gram_svd
+    w, real, by_gram = size.width, torch.linalg.svd, oialr.linalg.svd.gram_svd
 
     def svd(matrix, **options):
         if len(matrix) == 2 * w:
@@ -94,7 +94,7 @@ def test_a_layer_of_which_no_svd_converges_stays_full_rank_with_a_warning(
     layers = [torch.nn.Linear(w, w), torch.nn.Linear(w, 2 * w), torch.nn.Linear(2 * w, CLASSES)]
     trained = training(torch.nn.Sequential(*layers).to(device))
     monkeypatch.setattr(torch.linalg, "svd", svd)
-    monkeypatch.setattr(app.linalg.svd, "gram_svd", gram)
+    monkeypatch.setattr(oialr.linalg.svd, "gram_svd", gram)
     with caplog.at_level(logging.WARNING):
         trained.run(batches((w,), size, 2))
     assert [layer.name for layer in trained.events[2].layers] == ["0.weight"]

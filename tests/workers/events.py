@@ -8,10 +8,10 @@ from torch import nn
 from app.distributed import factorization
 from app.distributed.runtime import start_runtime
 from app.errors import DifferingReplicasError, DivergedError
-from app.linalg.checksum import checksum
-from app.linalg.svd import economy_svd
-from app.lowrank.transitions import Transitions
-from app.oialr import OIALR
+from oialr.linalg.checksum import checksum
+from oialr.linalg.svd import economy_svd
+from oialr.method import OIALR
+from oialr.transitions import Transitions
 
 CPU = torch.device("cpu")
 

@@ -5,9 +5,9 @@ import sys
 
 import torch
 
-from app.distributed.heat_svd import SplitSVD
 from app.distributed.runtime import start_runtime
-from app.linalg.svd import economy_svd
+from oialr.linalg.svd import economy_svd
+from oialr.placement.heat_svd import SplitSVD
 
 
 def main():

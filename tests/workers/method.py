@@ -8,10 +8,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
-from app.distributed.processes import Processes
 from app.distributed.runtime import start_runtime
-from app.oialr import OIALR
 from app.training.replicas import Replicas
+from oialr.method import OIALR
+from oialr.placement.processes import Processes
 
 STEPS = 14
 

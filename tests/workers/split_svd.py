@@ -3,9 +3,9 @@
 import scipy.linalg
 import torch
 
-from app.distributed.heat_svd import SplitSVD
 from app.distributed.runtime import start_runtime
-from app.linalg.svd import economy_svd
+from oialr.linalg.svd import economy_svd
+from oialr.placement.heat_svd import SplitSVD
 
 SHAPES = [(40, 5), (5, 40), (41, 5), (43, 7), (12, 6), (6, 6), (3, 1), (1, 9), (1, 1), (130, 64)]
 

@@ -1,4 +1,0 @@
-"""Factorized layers, conversion there and back, the update schedule, transport of optimizer state.
-
-torch only: nothing here communicates.
-"""

@@ -1,0 +1,68 @@
+"""OIALR: orthogonality-informed adaptive low-rank training of neural networks (arXiv 2401.08505).
+
+The library: torch and the standard library. Everything that is meant for others is named here::
+
+    from oialr import OIALR
+
+    method = OIALR(model, optimizer, delay=1000, update_interval=500, cutoff=0.1)
+    for inputs, targets in batches:
+        optimizer.zero_grad()
+        loss(model(inputs), targets).backward()
+        optimizer.step()
+        event = method.step()
+
+- :class:`OIALR` decides when layers are factorized, updated and cut; :class:`Event` and
+  :class:`LayerEvent` tell what happened.
+- :func:`survey` lists a network's weights, and :class:`LayerReport` why one stays full-rank.
+- :func:`to_dense` puts dense layers in the place of factorized ones.
+- :class:`StabilityTracker` measures basis stability, :class:`LayerStability` is a row of it.
+- :class:`Processes` are those that share the work, :class:`Costs` what it costs.
+- :class:`DivergedError`, :class:`DifferingReplicasError` and :class:`UserError` are what ends it.
+
+The names are handed out lazily, so that a program which needs an error or an option alone does not
+pay for importing torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from oialr.conversion import LayerReport as LayerReport
+    from oialr.conversion import survey as survey
+    from oialr.conversion import to_dense as to_dense
+    from oialr.errors import DifferingReplicasError as DifferingReplicasError
+    from oialr.errors import DivergedError as DivergedError
+    from oialr.errors import UserError as UserError
+    from oialr.event import Event as Event
+    from oialr.event import LayerEvent as LayerEvent
+    from oialr.method import OIALR as OIALR
+    from oialr.placement.costs import Costs as Costs
+    from oialr.placement.processes import Processes as Processes
+    from oialr.stability.measurement import LayerStability as LayerStability
+    from oialr.stability.tracker import StabilityTracker as StabilityTracker
+
+_HOMES = {
+    "OIALR": "oialr.method",
+    "Costs": "oialr.placement.costs",
+    "DifferingReplicasError": "oialr.errors",
+    "DivergedError": "oialr.errors",
+    "Event": "oialr.event",
+    "LayerEvent": "oialr.event",
+    "LayerReport": "oialr.conversion",
+    "LayerStability": "oialr.stability.measurement",
+    "Processes": "oialr.placement.processes",
+    "StabilityTracker": "oialr.stability.tracker",
+    "UserError": "oialr.errors",
+    "survey": "oialr.conversion",
+    "to_dense": "oialr.conversion",
+}
+"""The module of each public name."""
+
+__all__ = list(_HOMES)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

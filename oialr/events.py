@@ -1,0 +1,232 @@
+"""What happens at a conversion or an update: check, factorize, share, apply, prove.
+
+:mod:`oialr.method` decides when, and for which layers. What an event does to one layer is in
+:mod:`oialr.transitions`, who factorizes what in :mod:`app.distributed`.
+"""
+
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from oialr.conversion import LayerReport
+from oialr.errors import DifferingReplicasError, DivergedError
+from oialr.event import Event, LayerEvent
+from oialr.linalg.checksum import checksum
+from oialr.linalg.precision import full_precision
+from oialr.linalg.svd import is_diagonal
+from oialr.memory import TensorMemory
+from oialr.placement.agreement import compare
+from oialr.placement.buckets import MatrixInfo
+from oialr.placement.factorization import Factorizer
+from oialr.placement.processes import Processes
+from oialr.transitions import Transitions
+
+logger = logging.getLogger(__name__)
+
+
+class Events:
+    """Carries out events. All calls are collective."""
+
+    def __init__(
+        self,
+        transitions: Transitions,
+        factorizer: Factorizer,
+        processes: Processes,
+        *,
+        measure_memory: bool,
+    ) -> None:
+        """Put the parts together."""
+        self._transitions = transitions
+        self._factorizer = factorizer
+        self._processes = processes
+        self._measure_memory = measure_memory
+        self._send_results = False
+        """Whether the owner's results are sent, since processes compute others from the same."""
+        self._told: set[str] = set()
+        """Names of layers of which was told that something keeps them full-rank."""
+
+    def run(
+        self, kind: Literal["convert", "update"], reports: Sequence[LayerReport], step: int
+    ) -> Event:
+        """Let every layer of some go to its next basis, and tell what happened.
+
+        At a conversion at most one layer is there both dense and as factors on each process.
+
+        Args:
+            kind: a conversion or an update.
+            reports: the layers.
+            step: optimizer steps taken so far.
+
+        Raises:
+            DivergedError: a weight holds NaN or infinity.
+            DifferingReplicasError: the processes hold different bits of a layer.
+        """
+        start, bytes_before = time.perf_counter(), self._processes.broadcast_bytes
+        reports, infos = self._check(reports, step)
+        # What can fail is tried while no layer is replaced yet.
+        self._transitions.check_optimizer(reports)
+        was_dense = [self._transitions.is_dense(report) for report in reports]
+        # Around the factorizations alone: nothing large is made before and after, and it slows
+        # down the many small operators of the checksums.
+        memory = TensorMemory(self._transitions.all_tensors()) if self._measure_memory else None
+        with memory or nullcontext(), full_precision():
+            layers = self._factorize(reports, infos)
+        seconds = self._prove(reports, layers, step)
+        became_low_rank = any(
+            dense and not self._transitions.is_dense(report)
+            for dense, report in zip(was_dense, reports, strict=True)
+        )
+        cut = any(layer.rank < layer.previous_rank for layer in layers)
+        return Event(
+            kind="cut" if kind == "update" and cut else kind,
+            step=step,
+            layers=layers,
+            shapes_changed=cut or became_low_rank,
+            peak_bytes=memory.peak_bytes if memory else None,
+            seconds=time.perf_counter() - start,
+            factorization_seconds=seconds,
+            predicted_seconds=self._factorizer.predicted_seconds,
+            broadcast_bytes=self._processes.broadcast_bytes - bytes_before,
+        )
+
+    def _check(
+        self, reports: Sequence[LayerReport], step: int
+    ) -> tuple[list[LayerReport], list[MatrixInfo]]:
+        """Find a diverged run, or replicas that differ, before anything is sent.
+
+        Returns:
+            The layers that can take part, and what is to be known of their matrices.
+        """
+        matrices = [self._transitions.matrix(report) for report in reports]
+        obstacles = self._transitions.obstacles(reports)
+        not_finite, not_diagonal = [], []
+        for report, matrix in zip(reports, matrices, strict=True):
+            not_finite.append(~torch.stack(matrix.aminmax()).isfinite().all())
+            dense = self._transitions.is_dense(report)
+            not_diagonal.append(matrix.new_ones(()).bool() if dense else ~is_diagonal(matrix))
+        different, flags = compare(
+            self._checksums(reports),
+            self._processes,
+            flags=[
+                torch.stack(not_finite),
+                torch.stack(not_diagonal),
+                torch.tensor([obstacle is not None for obstacle in obstacles]),
+            ],
+        )
+        # Before the replicas: a NaN may have any bits.
+        for report, is_wrong in zip(reports, flags[0], strict=True):
+            if is_wrong:
+                raise DivergedError(
+                    f"{report.name} holds NaN or infinity at step {step}: the training has diverged"
+                )
+        if different:
+            raise _differ(reports[different[0]], f"before the event at step {step}")
+        infos = [
+            MatrixInfo(
+                shape=tuple(matrix.shape),
+                dtype=matrix.dtype,
+                device=matrix.device,
+                is_diagonal=not is_full,
+            )
+            for matrix, is_full in zip(matrices, flags[1], strict=True)
+        ]
+        for report, is_kept, obstacle in zip(reports, flags[2], obstacles, strict=True):
+            if is_kept and report.name not in self._told:
+                self._told.add(report.name)
+                reason = obstacle or "another process finds an obstacle"
+                logger.warning("%s keeps its full-rank weight: %s", report.name, reason)
+        free = [i for i, is_kept in enumerate(flags[2]) if not is_kept]
+        return [reports[i] for i in free], [infos[i] for i in free]
+
+    def _factorize(
+        self, reports: Sequence[LayerReport], infos: Sequence[MatrixInfo]
+    ) -> list[LayerEvent]:
+        """Factorize one matrix per layer and apply the factors."""
+        transitions = self._transitions
+        converted = [report for report in reports if transitions.is_dense(report)]
+        happened: dict[int, LayerEvent] = {}
+        for i, factors, owner in self._factorizer.factorize(
+            infos,
+            lambda i: transitions.matrix(reports[i]),
+            columns_used=(lambda i, s: transitions.columns_used(reports[i], s))
+            if converted and transitions.cuts_at_conversion
+            else None,
+        ):
+            if factors is None:
+                what = "full-rank weight" if transitions.is_dense(reports[i]) else "factors"
+                logger.warning(
+                    "%s keeps its present %s for now: its factorization does not converge",
+                    reports[i].name,
+                    what,
+                )
+                continue
+            happened[i] = LayerEvent(
+                name=reports[i].name,
+                owner=owner,
+                previous_rank=factors.s.shape[-1],
+                rank=transitions.apply(reports[i], factors),
+                singular_values=factors.s.reshape(-1, factors.s.shape[-1]).amax(0).cpu(),
+            )
+        return [happened[i] for i in sorted(happened)]
+
+    def _prove(
+        self, reports: Sequence[LayerReport], layers: Sequence[LayerEvent], step: int
+    ) -> list[float]:
+        """Prove that all processes hold the same bits; let them have the same, if need be.
+
+        Where the bits were the same before the event and the factors came from one process, only
+        the processes' own products can differ: their hardware does. From then on the owner's
+        results are sent.
+
+        Returns:
+            Seconds that each process spent on factorizations.
+        """
+        processes = self._processes
+        if processes.count == 1 or not reports:
+            return [self._factorizer.seconds] * processes.count
+        owners = {layer.name: layer.owner for layer in layers}
+        if self._send_results:
+            self._send(reports, owners)
+        different, _ = compare(self._checksums(reports), processes)
+        if different and not self._send_results:
+            logger.warning(
+                "processes compute different bits from the same factors (%s): from now on results "
+                "are sent instead",
+                reports[different[0]].name,
+            )
+            self._send_results = True
+            self._send(reports, owners)
+            different, _ = compare(self._checksums(reports), processes)
+        if different:
+            raise _differ(reports[different[0]], f"after the event at step {step}")
+        return processes.gather(self._factorizer.seconds)
+
+    def _checksums(self, reports: Sequence[LayerReport]) -> Tensor:
+        """Return a number for all that is stored of each layer; zeros where nobody compares."""
+        device = self._transitions.weight(reports[0]).device
+        if self._processes.count == 1:
+            return torch.zeros(len(reports), dtype=torch.int64, device=device)
+        return torch.stack(
+            [checksum(self._transitions.tensors(report), device) for report in reports]
+        )
+
+    @torch.no_grad()
+    def _send(self, reports: Sequence[LayerReport], owners: dict[str, int]) -> None:
+        """Give all processes the owner's bits of all that is stored of each layer."""
+        for report in reports:
+            device = self._transitions.weight(report).device
+            for tensor in self._transitions.tensors(report):
+                buffer = tensor.to(device).contiguous()
+                self._processes.broadcast(buffer, owners.get(report.name, 0))
+                tensor.copy_(buffer)
+
+
+def _differ(report: LayerReport, when: str) -> DifferingReplicasError:
+    return DifferingReplicasError(
+        f"{report.name} differs between the processes {when}: they no longer train the same network"
+    )

@@ -1,0 +1,1 @@
+"""Factorized layers, one file each. They communicate with nobody."""

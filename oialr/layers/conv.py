@@ -1,0 +1,112 @@
+"""The factorized convolution in one, two and three dimensions, with groups."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from oialr.layers.twin import FactoredTwin
+
+CONVOLVE = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
+
+
+class FactoredConv(FactoredTwin):
+    """A convolution with W = U core Vh, (out_channels, in_channels * prod(kernel)) as a matrix.
+
+    Vh is applied as a convolution with r output channels and the kernel of the dense layer, with
+    its stride, padding and dilation; core and U follow as convolutions with a kernel of one, in
+    most cases folded into one. (The smaller side of a convolution is that of U but for very few
+    input channels, or a kernel of one and more output channels. There the cost model counts the
+    core folded into Vh, b r (m - n) multiply-adds less; measured, that takes longer.)
+
+    With g groups each has a factorization of its own, of (out_channels / g, in_channels / g *
+    prod(kernel)), and both convolutions have g groups.
+
+    A convolution keeps its input for backward in any case. With ``recompute`` it keeps nothing
+    beside it: the product with Vh, of r channels, is formed a second time in backward.
+    """
+
+    recompute: bool = False
+
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: str | tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding_mode: str
+    _reversed_padding_repeated_twice: list[int]
+    _own = FactoredTwin._own | {"recompute"}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (b, in_channels, ...) to (b, out_channels, ...), or the same without b."""
+        convolve: Any = CONVOLVE[len(self.kernel_size)]
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            x = functional.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = (0,) * len(self.kernel_size)
+
+        def spatial(kernel: Tensor, bias: Tensor | None = None) -> Tensor:
+            """Convolve x by a kernel (..., n), with stride, padding and dilation."""
+            result: Tensor = convolve(
+                x,
+                # In another layout than the input's it would cost up to a tenth more.
+                kernel.reshape(-1, *self.weight_shape[1:]).contiguous(memory_format=layout),
+                bias,
+                stride=self.stride,
+                padding=padding,
+                dilation=self.dilation,
+                groups=self.groups,
+            )
+            return result
+
+        def pointwise(inner: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+            """Mix channels by a matrix (m, r), or (g, m / g, r), at every position."""
+            kernel = matrix.reshape(-1, matrix.shape[-1], *(1 for _ in self.kernel_size))
+            result: Tensor = convolve(inner, kernel, bias, groups=self.groups)
+            return result
+
+        def low_rank() -> Tensor:
+            inner = spatial(self.Vh)
+            if way == "factored":
+                return pointwise(pointwise(inner, self.core), self.U, self.bias)
+            return pointwise(inner, self.U @ self.core, self.bias)
+
+        layout = _layout(x, len(self.kernel_size))
+        way = self.way(self._positions(x))
+        if way == "dense":
+            return spatial(self.form_weight(), self.bias)
+        if self.recompute and torch.is_grad_enabled():
+            # Stops as soon as what backward needs is there again: the last product is not repeated.
+            recomputed: Tensor = checkpoint(low_rank, use_reentrant=False, preserve_rng_state=False)
+            return recomputed
+        return low_rank()
+
+    def _positions(self, x: Tensor) -> int:
+        """Positions of the output, over the batch; those of the input over the stride, about."""
+        d = len(self.kernel_size)
+        return x.numel() // max(1, self.in_channels * math.prod(self.stride[-d:]))
+
+    def extra_repr(self) -> str:
+        """Describe the layer in one line."""
+        groups = f", groups={self.groups}" if self.groups > 1 else ""
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, padding={self.padding}{groups}, rank={self.rank}"
+        )
+
+
+def _layout(x: Tensor, dimensions: int) -> torch.memory_format:
+    """Return how a batch lies in memory: channels first, as is usual, or last."""
+    channels_last = {2: torch.channels_last, 3: torch.channels_last_3d}.get(dimensions)
+    if (
+        channels_last is None
+        or x.dim() != dimensions + 2  # one volume without a batch may lie like a batch of images
+        or x.is_contiguous()
+        or not x.is_contiguous(memory_format=channels_last)
+    ):
+        return torch.contiguous_format
+    return channels_last

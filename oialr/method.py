@@ -1,0 +1,365 @@
+"""The method: orthogonality-informed adaptive low-rank training (arXiv 2401.08505, algorithm 1).
+
+:class:`OIALR` decides when a layer is factorized, updated and cut. It stands between optimizer
+steps in anyone's training loop::
+
+    method = OIALR(model, optimizer, delay=1000, update_interval=500, cutoff=0.1)
+    for inputs, targets in batches:
+        optimizer.zero_grad()
+        loss(model(inputs), targets).backward()
+        optimizer.step()
+        event = method.step()
+
+Where ``event.shapes_changed`` the network has new Parameter objects: a list of its parameters that
+was made before is out of date. Under DistributedDataParallel the method is given the module inside,
+which must then be wrapped anew. All processes must call ``step`` alike.
+"""
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from oialr.arguments import check_arguments
+from oialr.conversion import (
+    LayerReport,
+    empty_factors,
+    parameter_counts,
+    survey,
+)
+from oialr.event import Event
+from oialr.events import Events
+from oialr.gradients import GradientWatch
+from oialr.layers.attention import AttentionProjection
+from oialr.layers.cost import Execution
+from oialr.optimizer_state import (
+    CoreGroups,
+    UnknownState,
+    check_loaded_state,
+    check_optimizer,
+)
+from oialr.placement.assignment import Factorization, Plan
+from oialr.placement.buckets import MatrixInfo
+from oialr.placement.costs import Costs
+from oialr.placement.factorization import Factorizer
+from oialr.placement.processes import Processes
+from oialr.schedule import event_at, kept_rank, layers_in_turn
+from oialr.sharding import check_not_sharded, check_not_sharding
+from oialr.share import little_factorized
+from oialr.transitions import Transitions
+
+logger = logging.getLogger(__name__)
+
+
+class OIALR:
+    """Turns the layers of a network low-rank while it is trained, and cuts their ranks."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        delay: int,
+        update_interval: int,
+        cutoff: float = 0.1,
+        layer_fraction: float = 0.1,
+        keep_first_layer: bool = False,
+        keep_last_layer: bool = True,
+        minimum_rank_fraction: float = 0.01,
+        largest_cut: float = 0.5,
+        retained_energy: float | None = None,
+        largest_energy_cut: float = 1.0,
+        rank_multiple: int = 16,
+        cut_at_conversion: bool = False,
+        defer_conversion: bool = False,
+        execution: Execution = "auto",
+        recompute_convolutions: bool = False,
+        include: Sequence[str] = ("*",),
+        exclude: Sequence[str] = (),
+        attention_projection: AttentionProjection = "packed",
+        core_learning_rate_factor: float = 1.0,
+        unknown_optimizer_state: UnknownState = "error",
+        factorization: Factorization = "auto",
+        processes: Processes | None = None,
+        costs: Costs | None = None,
+        measure_memory: bool = False,
+    ) -> None:
+        """Take hold of a full-rank network and its optimizer; nothing is changed yet.
+
+        Args:
+            model: the network, not wrapped in DistributedDataParallel; master weights in float32
+                or float64, since products of half-precision bases lose their orthogonality.
+            optimizer: Adam, AdamW, NAdam, RAdam, SGD or RMSprop.
+            delay: optimizer steps of full-rank training, d.
+            update_interval: optimizer steps between updates, nu.
+            cutoff: singular values below cutoff times the largest are cut, beta in (0, 1).
+            layer_fraction: share of the layers, the last first, that each update adds, alpha.
+            keep_first_layer: the network's first layer stays full-rank.
+            keep_last_layer: the layers that produce the network's outputs stay full-rank: its
+                heads by name, or its last layer (:func:`oialr.outputs.output_layers`).
+            minimum_rank_fraction: no rank falls below this share of min(m, n).
+            largest_cut: largest share of a layer's rank that one update may cut.
+            retained_energy: in place of the cutoff: keep the fewest singular values that hold this
+                share of a layer's spectral energy, the sum of their squares.
+            largest_energy_cut: largest share of the spectral energy that one update may cut.
+            rank_multiple: ranks are rounded up to a multiple of this in layers with min(m, n) of
+                at least twelve times as much; 1: not at all.
+            cut_at_conversion: cut at the conversion itself already (the paper does not).
+            defer_conversion: a layer is converted, and cut at once, only when its spectrum leaves a
+                rank with which a step takes less time than full-rank; judged at the conversion and
+                at every update (the paper converts all layers at once).
+            execution: how factorized weights are applied; "auto": the cheapest exact way for each
+                layer and rank (:mod:`oialr.layers.cost`).
+            recompute_convolutions: form the product with Vh again in backward, which saves its
+                memory and costs its time.
+            include, exclude: shell-style patterns of module names, such as "blocks.*.attn.*". A
+                layer is factorized only if it matches one of the first and none of the second.
+            attention_projection: "packed": in_proj_weight of nn.MultiheadAttention is one matrix;
+                "separate": one each for query, key and value, all cut to the same rank.
+            core_learning_rate_factor: learning rate of cores over that of full-rank weights. Other
+                than 1 it adds a parameter group for the cores of each group, so a learning-rate
+                schedule must be made after this object.
+            unknown_optimizer_state: "reset" accepts any optimizer and drops what it knows of a
+                weight at every event where the transport of that is not known.
+            factorization: "owner": each layer is factorized by one process and sent; "heat": layers
+                that can be are split over as many processes as they can be; "auto": where that
+                ends an event clearly earlier; "replicated": every process factorizes every layer.
+            processes: who shares the work; None: torch.distributed's default group, or this
+                process alone.
+            costs: what factorizations cost on this machine (app.calibrate measures it).
+            measure_memory: find out ``peak_bytes`` of every event, which slows events down.
+
+        Raises:
+            ValueError: an argument out of range, a wrapped or sharded model, an unknown or sharding
+                optimizer, a pattern that matches nothing, no layer that could be factorized.
+            UserError: the processes cannot factorize in the way that was asked for.
+        """
+        check_arguments(
+            delay=delay,
+            update_interval=update_interval,
+            cutoff=cutoff,
+            layer_fraction=layer_fraction,
+            minimum_rank_fraction=minimum_rank_fraction,
+            largest_cut=largest_cut,
+            retained_energy=retained_energy,
+            largest_energy_cut=largest_energy_cut,
+            rank_multiple=rank_multiple,
+            execution=execution,
+            attention_projection=attention_projection,
+            core_learning_rate_factor=core_learning_rate_factor,
+            unknown_optimizer_state=unknown_optimizer_state,
+            factorization=factorization,
+        )
+        if isinstance(model, DistributedDataParallel):
+            raise ValueError("OIALR takes the module inside DistributedDataParallel: model.module")
+        check_not_sharded(model)
+        check_not_sharding(optimizer)
+        check_optimizer(optimizer, unknown_optimizer_state)
+
+        self.model = model
+        self.optimizer = optimizer
+        self.delay = delay
+        self.update_interval = update_interval
+        self.layer_fraction = layer_fraction
+        self.processes = processes or Processes.current()
+        self.factorizer = Factorizer(self.processes, mode=factorization, costs=costs)
+
+        self.survey: list[LayerReport] = survey(
+            model,
+            keep_first_layer=keep_first_layer,
+            keep_last_layer=keep_last_layer,
+            minimum_rank_fraction=minimum_rank_fraction,
+            include=include,
+            exclude=exclude,
+            attention_projection=attention_projection,
+        )
+        """Every multidimensional weight of the network, and why it stays dense if it does."""
+        self.layers = [report for report in self.survey if report.stays_dense is None]
+        """Layers that the method factorizes, in the order of the network's modules."""
+        if not self.layers:
+            reasons = {report.stays_dense or "" for report in self.survey}
+            raise ValueError(f"no layer can be factorized: {'; '.join(sorted(reasons))}")
+        little = little_factorized(model, self.survey)
+        if little and self.processes.index == 0:
+            logger.warning("%s", little)
+        weights = [model.get_parameter(report.name) for report in self.layers]
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if missing := [
+            r.name for r, w in zip(self.layers, weights, strict=True) if id(w) not in held
+        ]:
+            raise ValueError(f"{missing[0]} is not among the optimizer's parameters")
+        self._gradients = GradientWatch(
+            {r.name: w for r, w in zip(self.layers, weights, strict=True)}
+        )
+        self._transitions = Transitions(
+            model,
+            optimizer,
+            kept_rank=partial(
+                kept_rank,
+                cutoff=cutoff,
+                largest_cut=largest_cut,
+                minimum_rank_fraction=minimum_rank_fraction,
+                multiple=rank_multiple,
+                retained_energy=retained_energy,
+                largest_energy_cut=largest_energy_cut,
+            ),
+            cut_at_conversion=cut_at_conversion,
+            defer_conversion=defer_conversion,
+            execution=execution,
+            recompute_convolutions=recompute_convolutions,
+            unknown_optimizer_state=unknown_optimizer_state,
+            core_groups=(
+                None
+                if core_learning_rate_factor == 1
+                else CoreGroups(optimizer, weights, learning_rate_factor=core_learning_rate_factor)
+            ),
+            gradients=self._gradients,
+        )
+        self._events = Events(
+            self._transitions, self.factorizer, self.processes, measure_memory=measure_memory
+        )
+        self._dense_counts = parameter_counts(model)
+
+        self.step_count = 0
+        """Optimizer steps taken since this object was made."""
+        self._handled = 0
+        optimizer.register_step_post_hook(self._count_step)
+        optimizer.register_load_state_dict_post_hook(partial(check_loaded_state, model=model))
+
+    def step(self) -> Event | None:
+        """Convert, update, or do nothing, as the number of optimizer steps says.
+
+        To be called after the optimizer's step, as often as one likes: with gradient accumulation
+        or a skipped step nothing happens before the optimizer has stepped.
+
+        Returns:
+            What happened, or None.
+
+        Raises:
+            DivergedError: a weight to be factorized holds NaN or infinity; on all processes.
+            DifferingReplicasError: the processes hold different bits; on all processes.
+            ValueError: the optimizer could not follow: it does not hold a weight, or knows of it
+                what nobody can carry over; or the network has been sharded meanwhile. No layer has
+                been changed then.
+            RuntimeError: somebody trains a parameter that an earlier event has replaced.
+        """
+        self._gradients.check()
+        due = self._due()
+        event = None
+        if due:
+            check_not_sharded(self.model)  # nor meanwhile
+            self._gradients.end_interval()
+        if due and due[0] == 0:
+            event = self._events.run("convert", self.layers, self.step_count)
+        elif due:
+            turn = layers_in_turn(due[-1], len(self.layers), layer_fraction=self.layer_fraction)
+            event = self._events.run("update", self.layers[-turn:], self.step_count)
+        self._handled = self.step_count
+        return event
+
+    def _due(self) -> list[int]:
+        """Numbers of the events that are due: 0 for the conversion, i for the i-th update."""
+        return [
+            number
+            for step in range(self._handled + 1, self.step_count + 1)
+            if (number := event_at(step, delay=self.delay, update_interval=self.update_interval))
+            is not None
+        ]
+
+    @property
+    def event_due(self) -> bool:
+        """Whether the next :meth:`step` converts or updates layers."""
+        return bool(self._due())
+
+    def plan(self) -> Plan:
+        """Return the plan of a conversion of all layers at once. A collective call."""
+        weights = [self._transitions.weight(report) for report in self.layers]
+        return self.factorizer.plan(
+            [
+                MatrixInfo(shape=report.stack_shape, dtype=weight.dtype, device=weight.device)
+                for report, weight in zip(self.layers, weights, strict=True)
+            ]
+        )
+
+    @property
+    def conversion_due(self) -> bool:
+        """Whether the next :meth:`step` converts the network.
+
+        Who wraps the network may let go of the wrapper before, which holds the full-rank weights.
+        """
+        return self._handled < self.delay <= self.step_count
+
+    @property
+    def converted(self) -> bool:
+        """Whether a layer is low-rank already."""
+        return not all(self._transitions.is_dense(report) for report in self.layers)
+
+    def ranks(self) -> dict[str, int]:
+        """Return the present rank of each layer; full rank before its conversion."""
+        return {
+            report.name: self._transitions.weight(report).shape[-1]
+            if not self._transitions.is_dense(report)
+            else report.full_rank
+            for report in self.layers
+        }
+
+    def trainable_percent(self) -> float:
+        """Trained parameters, in percent of those of the full-rank network."""
+        return 100 * parameter_counts(self.model)[0] / self._dense_counts[0]
+
+    def compression_percent(self) -> float:
+        """Stored parameters, frozen factors included, in percent of the full-rank network's."""
+        return 100 * parameter_counts(self.model)[1] / self._dense_counts[1]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return step count, delay and ranks of factorized layers, for :meth:`load_state_dict`."""
+        ranks = self.ranks()
+        return {
+            "step_count": self.step_count,
+            "handled": self._handled,
+            "delay": self.delay,
+            "ranks": {
+                report.name: None if self._transitions.is_dense(report) else ranks[report.name]
+                for report in self.layers
+            },
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Give a full-rank network and its optimizer the shapes of a stored state.
+
+        To be called before the network's and the optimizer's own load_state_dict, which then find
+        the shapes that they expect; the optimizer's raises ValueError where it does not find them.
+        The values of the factors are undefined until then.
+
+        Raises:
+            ValueError: the state belongs to another network, or this network is low-rank already,
+                or cannot be, or the delay is another one and either of them is over.
+        """
+        if self.converted:
+            raise ValueError("load_state_dict needs the full-rank network")
+        names = [report.name for report in self.layers]
+        if list(state["ranks"]) != names:
+            other = sorted(set(state["ranks"]) ^ set(names))
+            raise ValueError(f"the stored state is of another network: {', '.join(other)}")
+        delay = state.get("delay", self.delay)  # states of earlier versions are without
+        if self.delay != delay and min(self.delay, delay) <= state["handled"]:
+            raise ValueError(
+                f"oialr.delay: cannot change from {delay} to {self.delay} after step "
+                f"{state['handled']}; layers turn low-rank once"
+            )
+        obstacles = self._transitions.obstacles(self.layers)
+        for report, obstacle in zip(self.layers, obstacles, strict=True):
+            if obstacle and state["ranks"][report.name] is not None:
+                raise ValueError(f"{report.name} cannot turn low-rank as it was stored: {obstacle}")
+        for report in self.layers:
+            if (rank := state["ranks"][report.name]) is not None:
+                self._transitions.put_factors(report, *empty_factors(self.model, report, rank))
+        self.step_count, self._handled = state["step_count"], state["handled"]
+
+    def _count_step(self, *_: Any) -> None:
+        self.step_count += 1
+        self._gradients.look()

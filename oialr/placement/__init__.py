@@ -1,0 +1,1 @@
+"""Who factorizes what: one owner per layer, or several processes by Heat; all receive."""
