@@ -1,11 +1,14 @@
 """What is checked on every node before a training, and how it is told."""
 
+import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from launching import launch
+from launching import ROOT, launch
 
+from app.distributed import startup_check
 from app.distributed.runtime import Runtime
 from app.distributed.startup_check import (
     Report,
@@ -151,3 +154,16 @@ def test_a_folder_that_is_not_shared_is_one_mistake(tmp_path):
     result = launch(2, "-c", program, code=2)
     assert result.stderr.count("error: run.dir: node ") == 1
     assert "(process 1): is not the folder that process 0 sees: choose a folder" in result.stderr
+
+
+def test_the_digest_of_the_program_covers_application_and_library(monkeypatch, tmp_path):
+    digests = {startup_check._code_digest()}
+    for package in ("app", "oialr"):
+        copied = tmp_path / package
+        shutil.copytree(ROOT / package, copied, ignore=shutil.ignore_patterns("__pycache__"))
+        (copied / "errors.py").write_text("changed = True\n")
+        module = SimpleNamespace(__file__=str(copied / "__init__.py"))
+        with monkeypatch.context() as patched:
+            patched.setattr(startup_check, package, module)
+            digests.add(startup_check._code_digest())
+    assert len(digests) == 3

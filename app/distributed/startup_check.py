@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+import app
+import oialr
 from app.config import to_yaml
 from app.distributed.launch import node_name
 from app.distributed.runtime import Runtime
@@ -210,10 +212,12 @@ def _gpu(device: torch.device) -> str | None:
 
 
 def _code_digest() -> str:
-    root = Path(__file__).resolve().parent.parent
     content = [f"{platform.python_version()} {torch.__version__}".encode()]
-    for path in sorted(root.rglob("*.py")):
-        content += [str(path.relative_to(root)).encode(), path.read_bytes()]
+    for package in (app, oialr):
+        assert package.__file__
+        root = Path(package.__file__).resolve().parent.parent
+        for path in sorted(Path(package.__file__).resolve().parent.rglob("*.py")):
+            content += [str(path.relative_to(root)).encode(), path.read_bytes()]
     return _digest(b"\0".join(content))
 
 
