@@ -6,7 +6,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-_PROGRAMS = r"\$EDITOR|conda|export|git|make|mpirun|python|sbatch|source|srun|tail|torchrun"
+_PROGRAMS = (
+    r"\$EDITOR|benchmarks/gpu\.sh|conda|export|git|make|mpirun|python|sbatch|source|srun|tail"
+    r"|torchrun"
+)
 _COMMAND = re.compile(rf"([A-Z_]+=\S+ )*(\.venv/bin/)?({_PROGRAMS})( |$)")
 
 

@@ -34,9 +34,14 @@ NOT_EXECUTED = {
     "conda run -n oialr pip install --no-deps -r requirements-nodeps.txt": "needs conda",
     "$EDITOR slurm/env.sh": "needs somebody who edits",
     "tail -f seeds-*.out": "ends by Ctrl-C only",
+    "torchrun --nproc-per-node 8 -m app.train "
+    "--config configs/imagenet_vit_b16.yaml data.root=DATA": "needs eight GPUs and ImageNet",
+    "python -m benchmarks.gpu.pack DATA packed": "needs CIFAR-10; see test_gpu_dry_run.py",
 }
 SLURM = ("sbatch ", "source slurm/env.sh && sbatch ", "srun ")
 """Beginnings of what needs a site's Slurm; test_slurm.py submits these scripts to a real one."""
+GPU = ("benchmarks/gpu.sh",)
+"""Beginnings of what needs a GPU; test_gpu_dry_run.py runs every part of it on the CPU."""
 
 FILLED_IN = {
     # Eight processes take half a minute to start on two cores.
@@ -61,6 +66,11 @@ APPENDED = [
     # The first that matches a command is appended to it.
     (r"app\.train .*--keys", ""),
     (r"app\.train .*--resume", ""),
+    (
+        r"app\.train .*cifar10_vit",
+        f"{TRAIN} training.batch_size=16 training.compile=false "
+        "'model.arguments={patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2}'",
+    ),
     (r"app\.train", TRAIN),
     (r"app\.search .*--resume", "search.evaluations=2"),
     (r"app\.search", f"search.evaluations=1 {SEARCH}"),
@@ -89,7 +99,7 @@ def executed():
     return [
         command
         for command in dict.fromkeys(commands)
-        if command not in NOT_EXECUTED and not command.startswith(SLURM)
+        if command not in NOT_EXECUTED and not command.startswith(SLURM + GPU)
     ]
 
 
@@ -121,7 +131,7 @@ def shell(command, place):
 def checkout(place):
     """Make a checkout of the program in which commands may leave what they like."""
     place.mkdir()
-    for name in ("app", "benchmarks", "configs", "slurm"):
+    for name in ("app", "benchmarks", "configs", "oialr", "slurm"):
         (place / name).symlink_to(ROOT / name)
     (place / ".venv").symlink_to(sys.prefix)
     (place / "costs.json").write_text(json.dumps(asdict(Costs())))

@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from benchmarks.gpu.pack import TILES, pack, random_images, unpack
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT = 600  # seconds; two idle cores take a minute
@@ -67,6 +70,16 @@ def test_every_part_of_the_benchmark_runs_on_the_cpu(part, rows, tmp_path):
     assert len(measured) == rows
     assert not any("not_run" in row for row in measured)
     assert f"## {part}" in (tmp_path / "gpu.md").read_text()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_was_packed_comes_out_again(channels, tmp_path):
+    images = random_images(channels, count=TILES * TILES)
+    arrays = {key: value.numpy() for key, value in vars(images).items()}
+    pack(arrays, tmp_path / "set.zip")
+    unpacked = unpack(tmp_path, "set")
+    for key, value in vars(images).items():
+        assert torch.equal(getattr(unpacked, key), value), key
 
 
 def test_an_unknown_part_is_refused(tmp_path):
