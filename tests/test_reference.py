@@ -7,7 +7,13 @@ determined up to their signs; each run shows that it stays away from there.
 """
 
 import ast
+import inspect
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 import torch
@@ -17,6 +23,13 @@ from oialr import OIALR, reference
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "oialr" / "reference.py"
+PAGE = ROOT / "docs" / "method.md"
+QUOTE = re.compile(
+    r"\[reference\.py, lines? (?P<said>[\d-]+)\]"
+    r"\(\.\./oialr/reference\.py#L(?P<first>\d+)(-L(?P<last>\d+))?\)"
+    r"\n\n```python\n(?P<code>.*?)```",
+    re.DOTALL,
+)
 STEPS = 60
 TOLERANCE = 1e-11  # of the weights' norm; rounding alone leaves less than 1e-13
 SMALLEST_GAP = 1e-5  # between neighbouring singular values, over the largest
@@ -99,7 +112,7 @@ def train_both(
     network_kind,
     optimizer_kind,
     *,
-    delay=8,
+    delay=9,
     update_interval=4,
     keep_gradients=False,
     fast_only=None,
@@ -122,7 +135,7 @@ def train_both(
     events = []
     for step in range(1, STEPS + 1):
         for model, optimizer in zip(models, optimizers, strict=True):
-            keep_gradient = keep_gradients and step % update_interval == 1  # across an event
+            keep_gradient = keep_gradients and (step - delay) % update_interval == 1
             train_one_step(model, optimizer, network_kind, step, keep_gradient=keep_gradient)
         event, ranks = fast.step(), plain.step()
         happened = {layer.name: layer.rank for layer in event.layers} if event else {}
@@ -138,7 +151,7 @@ def train_both(
 @pytest.mark.parametrize("network_kind", NETWORKS)
 def test_fast_method_and_reference_train_alike(network_kind, optimizer_kind):
     events = train_both(network_kind, optimizer_kind)
-    assert [event.step for event in events] == list(range(8, STEPS + 1, 4))
+    assert [event.step for event in events] == list(range(9, STEPS + 1, 4))
     cuts = [x for event in events for x in event.layers if x.rank < x.previous_rank]
     assert {layer.name for layer in cuts} == {layer.name for layer in events[0].layers}
     assert any(layer.rank > layer.previous_rank / 2 for layer in cuts)  # not the guard's choice
@@ -217,3 +230,33 @@ def test_reference_is_short_and_stands_alone():
 
 def is_import(node):
     return isinstance(node, ast.Import | ast.ImportFrom)
+
+
+def test_the_page_quotes_the_reference():
+    page, source = PAGE.read_text(), SOURCE.read_text().splitlines(keepends=True)
+    quotes = list(QUOTE.finditer(page))
+    assert len(quotes) == page.count("```python") >= 10
+    for quote in quotes:
+        first = last = int(quote["first"])
+        if quote["last"]:
+            last = int(quote["last"])
+        assert quote["said"] == (f"{first}-{last}" if last > first else f"{first}")
+        assert quote["code"] == dedent("".join(source[first - 1 : last])), quote["said"]
+
+
+def test_the_page_names_arguments_and_files_that_exist():
+    page = PAGE.read_text()
+    rows = [line.split("|")[2] for line in page.splitlines() if line.startswith("| ")]
+    named = {name for row in rows[2:] for name in re.findall(r"`(\w+)`", row)}
+    assert len(named) == 8
+    assert named <= inspect.signature(OIALR).parameters.keys()
+    for target in re.findall(r"\]\((?!http)([^)#]+)", page):
+        assert (PAGE.parent / target).is_file(), target
+
+
+def test_the_figure_can_be_drawn_anew(tmp_path):
+    script, drawn = ROOT / "docs" / "figures" / "method.py", tmp_path / "method.png"
+    command = [sys.executable, str(script), "--output", str(drawn)]
+    subprocess.run(command, check=True, cwd=tmp_path, env={**os.environ, "MPLBACKEND": "Agg"})
+    assert drawn.read_bytes().startswith(b"\x89PNG")
+    assert script.with_suffix(".png").stat().st_size < 100_000
