@@ -49,6 +49,7 @@ GRAPH = {
     "optimizer_state": set(),
     "outputs": set(),
     "placement": {"compatibility", "errors", "linalg"},
+    "reference": set(),
     "replaced": {"layers"},
     "schedule": set(),
     "sharding": set(),

@@ -229,14 +229,17 @@ def test_what_is_not_executed_is_there():
     assert all(any(c.startswith(start) for c in commands) for start in SLURM)
 
 
-def _blocks(language, elsewhere=None):
-    """Return the blocks in a language, but those of a page that are tested elsewhere."""
-    found = [b for b in blocks() if b.language == language and b.page != elsewhere]
+def _blocks(language, elsewhere=()):
+    """Return the blocks in a language, but those of pages that are tested elsewhere."""
+    found = [b for b in blocks() if b.language == language and b.page not in elsewhere]
     return [pytest.param(block, id=block.page) for block in found]
 
 
-# Those of docs/metrics.md are run by test_store.py, on files of all kinds.
-@pytest.mark.parametrize("block", _blocks("python", elsewhere="docs/metrics.md"))
+# Those of docs/metrics.md are run by test_store.py, on files of all kinds; docs/method.md quotes
+# lines of a file, which test_reference.py compares.
+@pytest.mark.parametrize(
+    "block", _blocks("python", elsewhere=("docs/metrics.md", "docs/method.md"))
+)
 def test_a_program_runs(block: Block):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
@@ -268,7 +271,7 @@ def test_a_file_is_a_configuration(block: Block, tmp_path):
 
 def test_every_block_is_of_a_kind_that_is_tested():
     for block in blocks():
-        assert block.language in {"", "python", "yaml"}, block
+        assert block.language in {"", "python", "yaml", "math"}, block
 
 
 def test_srun_names_the_mpi_that_the_environment_has():
