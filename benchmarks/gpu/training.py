@@ -63,32 +63,23 @@ MINI_VIT = partial(
     depth=6,
     num_heads=6,
 )
+RESNET = Recipe(
+    data="cifar10",
+    build=partial(CifarResNet, depth=20),
+    epochs=30,
+    batch_size=128,
+    optimizer="sgd",
+    learning_rate=0.1,
+    weight_decay=5e-4,
+    warmup_epochs=1,
+    core_learning_rate_factor=10.0,
+    cutoff=0.1,
+    flip=True,
+)
 RECIPES = {
-    "CIFAR-10, ResNet-20": Recipe(
-        data="cifar10",
-        build=partial(CifarResNet, depth=20),
-        epochs=30,
-        batch_size=128,
-        optimizer="sgd",
-        learning_rate=0.1,
-        weight_decay=5e-4,
-        warmup_epochs=1,
-        core_learning_rate_factor=10.0,
-        cutoff=0.1,
-        flip=True,
-    ),
-    "Fashion-MNIST, ResNet-20": Recipe(
-        data="fashion_mnist",
-        build=partial(CifarResNet, depth=20),
-        epochs=30,
-        batch_size=128,
-        optimizer="sgd",
-        learning_rate=0.1,
-        weight_decay=5e-4,
-        warmup_epochs=1,
-        core_learning_rate_factor=3.0,
-        cutoff=0.1,
-        flip=True,
+    "CIFAR-10, ResNet-20": RESNET,
+    "Fashion-MNIST, ResNet-20": replace(
+        RESNET, data="fashion_mnist", core_learning_rate_factor=3.0
     ),
     "CIFAR-10, mini-ViT": Recipe(
         data="cifar10",
