@@ -12,6 +12,7 @@ APP, LIBRARY = ROOT / "app", ROOT / "oialr"
 
 # What each part of the library imports of the others: the whole graph, and not a bit more.
 GRAPH = {
+    "allocation": {"schedule"},
     "arguments": {"layers", "optimizer_state"},
     "compatibility": set(),
     "conversion": {"layers", "obstacles", "outputs", "replaced", "schedule"},
