@@ -18,6 +18,9 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "largest_energy_cut": (lambda value: 0 < value <= 1, "in (0, 1]"),
     "rank_multiple": (lambda value: value >= 1, "at least 1"),
     "core_learning_rate_factor": (lambda value: value > 0, "positive"),
+    "release_warmup": (lambda value: value >= 0, "at least 0"),
+    "factor_learning_rate_factor": (lambda value: value > 0, "positive"),
+    "frobenius_decay": (lambda value: value is None or value >= 0, "at least 0, or None"),
 }
 CHOICES: dict[str, Any] = {
     "execution": Execution,
@@ -27,8 +30,12 @@ CHOICES: dict[str, Any] = {
 }
 
 
-def check_arguments(**values: Any) -> None:
+def check_arguments(*, release: int | None, **values: Any) -> None:
     """Reject the first argument that is out of its range or none of its choices.
+
+    Args:
+        release: judged by the delay.
+        values: all others.
 
     Raises:
         ValueError: naming the argument, its value and what would be right.
@@ -40,3 +47,7 @@ def check_arguments(**values: Any) -> None:
                 raise ValueError(f"{name} must be {right}, not {value!r}")
         elif value not in (choices := get_args(CHOICES[name])):
             raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+    if release is not None and release < values["delay"]:
+        raise ValueError(f"release must be at least delay, {values['delay']}, not {release!r}")
+    if release is None and values["frobenius_decay"] is not None:
+        raise ValueError("frobenius_decay is for the factors that a release makes: set release too")

@@ -1,6 +1,6 @@
 """Which layers of a network can be factorized, and the replacement of a layer by its twin."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TypeGuard, TypeVar
@@ -194,7 +194,7 @@ def restore(
     layers: Sequence[LayerReport],
     ranks: Mapping[str, int | None],
     weights: Mapping[str, Tensor],
-    released: Collection[str] = (),
+    released: Mapping[str, str] | None = None,
 ) -> None:
     """Give a network stored weights, whatever ranks it had then and has now.
 
@@ -203,12 +203,15 @@ def restore(
         layers: those that may be factorized.
         ranks: of each of them by name; None: it was dense.
         weights: the network's state_dict of then.
-        released: names of the factorized ones whose weight was A B.
+        released: of those that a release has changed, by name, "factors" or "dense".
     """
     to_dense(model)
+    forms = released or {}
     for report in layers:
         if (rank := ranks[report.name]) is not None:
-            factors = empty_factors(model, report, rank, released=report.name in released)
+            factors = empty_factors(
+                model, report, rank, released=forms.get(report.name) == "factors"
+            )
             factorize_layer(model, report.name, *factors)
     model.load_state_dict(weights)
 

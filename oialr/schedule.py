@@ -1,6 +1,7 @@
 """When something happens to which layer, and how far a rank is cut. Pure functions on numbers."""
 
 import math
+from typing import Literal
 
 from torch import Tensor
 
@@ -19,6 +20,30 @@ def event_at(step: int, *, delay: int, update_interval: int) -> int | None:
     if step < delay or (step - delay) % update_interval:
         return None
     return (step - delay) // update_interval
+
+
+def events_due(
+    steps: range, *, delay: int, update_interval: int, release: int | None
+) -> list[int | Literal["release"]]:
+    """List what is to happen after some optimizer steps, in order.
+
+    Args:
+        steps: counts of optimizer steps at which nobody has looked yet.
+        delay, update_interval: as of :func:`event_at`.
+        release: step after which the ranks are fixed, at least the delay; None: never. A conversion
+            at the same step is part of the release.
+
+    Returns:
+        Numbers as of :func:`event_at`, and "release".
+    """
+    due: list[int | Literal["release"]] = []
+    for step in steps:
+        if step == release:
+            due.append("release")
+        elif release is None or step < release:
+            number = event_at(step, delay=delay, update_interval=update_interval)
+            due += [] if number is None else [number]
+    return due
 
 
 def layers_in_turn(update: int, layer_count: int, *, layer_fraction: float) -> int:
