@@ -24,6 +24,8 @@ from oialr.placement.agreement import compare
 from oialr.placement.buckets import MatrixInfo
 from oialr.placement.factorization import Factorizer
 from oialr.placement.processes import Processes
+from oialr.placement.spectra import gather_energies
+from oialr.target import TargetSize
 from oialr.transitions import Transitions
 
 logger = logging.getLogger(__name__)
@@ -38,9 +40,11 @@ class Events:
         factorizer: Factorizer,
         processes: Processes,
         *,
+        target: TargetSize | None,
         measure_memory: bool,
     ) -> None:
-        """Put the parts together."""
+        """Put the parts together; without a target, ranks are judged layer by layer."""
+        self._target = target
         self._transitions = transitions
         self._factorizer = factorizer
         self._processes = processes
@@ -73,6 +77,8 @@ class Events:
         reports, infos = self._check(reports, step)
         # What can fail is tried while no layer is replaced yet.
         self._transitions.check_optimizer(reports)
+        if self._target and self._transitions.wants(kind):
+            self._aim(self._target)
         was_dense = [self._transitions.is_dense(report) for report in reports]
         # Around the factorizations alone: nothing large is made before and after, and it slows
         # down the many small operators of the checksums.
@@ -96,6 +102,19 @@ class Events:
             predicted_seconds=self._factorizer.predicted_seconds,
             broadcast_bytes=self._processes.broadcast_bytes - bytes_before,
         )
+
+    def _aim(self, target: TargetSize) -> None:
+        """Find the ranks of the target size, from the spectra of all layers, in turn or not."""
+        transitions, layers = self._transitions, target.layers
+        energies = gather_energies(
+            [tuple(transitions.matrix(layer).shape) for layer in layers],
+            lambda i: transitions.matrix(layers[i]),
+            self._processes,
+        )
+        mine = [obstacle is not None for obstacle in transitions.obstacles(layers)]
+        flags = zip(*self._processes.gather(mine), strict=True)
+        names = [layer.name for layer in layers]
+        transitions.aim(target, dict(zip(names, energies, strict=True)), [any(f) for f in flags])
 
     def _check(
         self, reports: Sequence[LayerReport], step: int

@@ -43,6 +43,7 @@ from oialr.schedule import events_due, kept_rank, layers_in_turn
 from oialr.sharding import check_not_sharded, check_not_sharding
 from oialr.share import little_factorized
 from oialr.stored_state import check_stored_state
+from oialr.target import TargetSize
 from oialr.transitions import Transitions
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ class OIALR:
         largest_cut: float = 0.5,
         retained_energy: float | None = None,
         largest_energy_cut: float = 1.0,
+        target_size: float | None = None,
         rank_multiple: int = 16,
         cut_at_conversion: bool = False,
         defer_conversion: bool = False,
@@ -103,6 +105,9 @@ class OIALR:
             retained_energy: in place of the cutoff: keep the fewest singular values that hold this
                 share of a layer's spectral energy, the sum of their squares.
             largest_energy_cut: largest share of the spectral energy that one update may cut.
+            target_size: in place of both: stored parameters that the network ends with, over those
+                of the full-rank one. The ranks are those that lose the least energy per parameter
+                (:mod:`oialr.allocation`), approached at the updates and met at a release.
             rank_multiple: ranks are rounded up to a multiple of this in layers with min(m, n) of
                 at least twelve times as much; 1: not at all.
             cut_at_conversion: cut at the conversion itself already (the paper does not).
@@ -144,26 +149,7 @@ class OIALR:
                 optimizer, a pattern that matches nothing, no layer that could be factorized.
             UserError: the processes cannot factorize in the way that was asked for.
         """
-        check_arguments(
-            delay=delay,
-            update_interval=update_interval,
-            cutoff=cutoff,
-            layer_fraction=layer_fraction,
-            minimum_rank_fraction=minimum_rank_fraction,
-            largest_cut=largest_cut,
-            retained_energy=retained_energy,
-            largest_energy_cut=largest_energy_cut,
-            rank_multiple=rank_multiple,
-            execution=execution,
-            attention_projection=attention_projection,
-            core_learning_rate_factor=core_learning_rate_factor,
-            release=release,
-            release_warmup=release_warmup,
-            factor_learning_rate_factor=factor_learning_rate_factor,
-            frobenius_decay=frobenius_decay,
-            unknown_optimizer_state=unknown_optimizer_state,
-            factorization=factorization,
-        )
+        check_arguments(locals())  # by name, and all of them are here
         if isinstance(model, DistributedDataParallel):
             raise ValueError("OIALR takes the module inside DistributedDataParallel: model.module")
         check_not_sharded(model)
@@ -234,10 +220,22 @@ class OIALR:
             groups=groups,
             gradients=self._gradients,
         )
-        self._events = Events(
-            self._transitions, self.factorizer, self.processes, measure_memory=measure_memory
-        )
         self._dense_counts = parameter_counts(model)
+        self.target_size = target_size
+        self._events = Events(
+            self._transitions,
+            self.factorizer,
+            self.processes,
+            target=TargetSize.of(
+                target_size,
+                self.layers,
+                stored=self._dense_counts[1],
+                minimum_rank_fraction=minimum_rank_fraction,
+                rank_multiple=rank_multiple,
+                is_released=release is not None,
+            ),
+            measure_memory=measure_memory,
+        )
 
         self.step_count = 0
         """Optimizer steps taken since this object was made."""
@@ -335,6 +333,13 @@ class OIALR:
     def compression_percent(self) -> float:
         """Stored parameters, frozen factors included, in percent of the full-rank network's."""
         return 100 * parameter_counts(self.model)[1] / self._dense_counts[1]
+
+    def missed_target(self) -> str | None:
+        """Say that the network stores more than the target size, if it does."""
+        size = self.compression_percent()
+        if self.target_size is None or size <= 100 * self.target_size * (1 + 1e-9):
+            return None
+        return f"{size:.1f} % of the parameters are stored, above target_size, {self.target_size}"
 
     def state_dict(self) -> dict[str, Any]:
         """Return step counts and the forms of the layers, for :meth:`load_state_dict`."""

@@ -77,10 +77,12 @@ def kept_rank(
     alignment: int = 1,
     retained_energy: float | None = None,
     largest_energy_cut: float = 1.0,
+    wanted: int | None = None,
 ) -> int:
     """Rank that is left after one update.
 
-    Kept are the singular values of at least cutoff * s[0], or those that hold the retained energy;
+    Kept are the singular values of at least cutoff * s[0], or those that hold the retained energy,
+    or as many as are wanted;
     never fewer than (1 - largest_cut) of the present rank, never so few that more energy is lost
     than allowed, and never fewer than :func:`minimum_rank`. Each matrix of a stack is judged by
     itself, and the one that keeps most decides for all.
@@ -95,11 +97,14 @@ def kept_rank(
         retained_energy: keep the fewest values that hold this share of the energy, and do not look
             at the cutoff; None: by the cutoff.
         largest_energy_cut: largest share of the energy that may be cut at once, in (0, 1].
+        wanted: keep so many values, and look at neither; None: by the others.
     """
     # The host waits once, and not at every question; and it adds up in an order that is fixed.
     s = s.cpu()
     rank = s.shape[-1]
-    if retained_energy is None:
+    if wanted is not None:
+        kept = wanted
+    elif retained_energy is None:
         kept = int((s >= cutoff * s[..., :1]).sum(-1).max())
     else:
         kept = energy_rank(s, largest_loss=1 - retained_energy)

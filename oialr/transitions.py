@@ -1,5 +1,6 @@
 """What an event does to one layer: from full-rank to factors, and from one basis to the next."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from oialr.allocation import Choice, stored_parameters
 from oialr.conversion import (
     LayerReport,
     densify_layer,
@@ -28,6 +30,7 @@ from oialr.optimizer_state import (
     rotate_parameter,
 )
 from oialr.parameter_groups import TwinGroups
+from oialr.target import TargetSize
 from oialr.transport import (
     CoreToA,
     CoreToB,
@@ -88,6 +91,8 @@ class Transitions:
         self._gradients = gradients
         self.released: dict[str, Literal["factors", "dense"]] = {}
         """What a release has made of each low-rank layer: two factors, or dense again."""
+        self.wanted: dict[str, int | None] = {}
+        """Ranks that a target size asks for, by name; None: dense. Empty without a target."""
 
     def is_dense(self, report: LayerReport) -> bool:
         """Whether a layer is full-rank, as yet or again."""
@@ -139,6 +144,44 @@ class Transitions:
     def all_tensors(self) -> Iterable[Tensor]:
         """Return all that network and optimizer store."""
         return tensors_of(self._model, self._optimizer)
+
+    def wants(self, kind: str) -> bool:
+        """Whether an event cuts ranks, so that a target for them matters."""
+        return kind != "convert" or self.cuts_at_conversion
+
+    def aim(
+        self,
+        target: TargetSize,
+        energies: Mapping[str, Sequence[float] | None],
+        obstacles: Sequence[bool],
+    ) -> None:
+        """Take the ranks of a target size for the events to come.
+
+        Args:
+            target: knows the layers.
+            energies: squared singular values of the layers' weights by name; None: unknown.
+            obstacles: of each layer whether something keeps it from turning low-rank.
+        """
+        fixed = {
+            layer.name: self._present(layer, has_core=not target.is_released)
+            for layer, is_kept in zip(target.layers, obstacles, strict=True)
+            if is_kept or energies[layer.name] is None
+        }
+        waiting = {layer.name for layer in target.layers if self.is_dense(layer)}
+        is_cuda = self.weight(target.layers[0]).is_cuda
+        self.wanted = target.ranks(
+            energies,
+            fixed=fixed,
+            may_stay_dense=waiting if self._defer_conversion else frozenset(),
+            alignment=TENSOR_CORE_ALIGNMENT if is_cuda else 1,
+        )
+
+    def _present(self, report: LayerReport, *, has_core: bool) -> Choice:
+        """Return the size that a layer has if it keeps its rank."""
+        if self.is_dense(report):
+            return Choice(None, math.prod(report.shape), 0.0)
+        rank = self.rank(report)
+        return Choice(rank, stored_parameters(report.stack_shape, rank, has_core=has_core), 0.0)
 
     def obstacles(self, reports: Sequence[LayerReport]) -> list[str | None]:
         """Say of each layer why it cannot be converted any more; None if it can, or is low-rank."""
@@ -305,9 +348,14 @@ class Transitions:
         is_dense = self.is_dense(report)
         if is_dense and not self.cuts_at_conversion and not release:
             return s.shape[-1]
-        alignment = TENSOR_CORE_ALIGNMENT if s.is_cuda else 1
-        r = self._kept_rank(s, full_rank=report.full_rank, alignment=alignment)
         m, n = report.matrix_shape
+        wanted = self.wanted.get(report.name)
+        if self.wanted and wanted is None and not release:
+            return None if is_dense and self._defer_conversion else s.shape[-1]
+        if self.wanted and release:  # now or never, whatever a cut at once may be
+            return wanted
+        alignment = TENSOR_CORE_ALIGNMENT if s.is_cuda else 1
+        r = self._kept_rank(s, full_rank=report.full_rank, alignment=alignment, wanted=wanted)
         if release:
             return r if r * (m + n) < m * n else None
         return None if is_dense and self._defer_conversion and not rank_pays(m, n, r) else r
