@@ -5,8 +5,8 @@ import sys
 import torch
 from method import digest, run
 
-from app.distributed.processes import Processes
 from app.distributed.runtime import start_runtime
+from oialr.placement.processes import Processes
 
 CASES = {
     "from cores": {"delay": 4, "release": 10},
