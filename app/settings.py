@@ -184,6 +184,14 @@ class OIALRSection(Section):
         description="Share of a layer's spectral energy, the sum of squared singular values, that "
         "is kept; it takes the place of the cutoff.",
     )
+    target_size: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Not the paper's: stored parameters that the run ends with, over those of the "
+        "full-rank network; it takes the place of the cutoff, and is met at the release, whatever "
+        "largest_cut.",
+    )
     largest_energy_cut: float = Field(
         1.0, gt=0, le=1, description="Largest share of that energy that one update may cut."
     )
@@ -214,6 +222,52 @@ class OIALRSection(Section):
         description="Learning rate of cores over that of full-rank weights: a step on a core moves "
         "the weight less.",
     )
+    release: int | float | None = Field(
+        None,
+        gt=0,
+        description="Not the paper's: step, or share of the run's steps (below 1), after which "
+        "ranks are fixed and both factors of W = A B are trained; oialr.delay at the earliest.",
+    )
+    release_warmup: int = Field(
+        20,
+        ge=0,
+        description="Steps of linear warm-up of what a release makes, so that the first changes no "
+        "weight more than the step before.",
+    )
+    factor_learning_rate_factor: float = Field(
+        1.0,
+        gt=0,
+        le=1000,
+        description="Learning rate of the factors over that of full-rank weights; "
+        "core_learning_rate_factor is not for them.",
+    )
+    frobenius_decay: float | None = Field(
+        None,
+        ge=0,
+        le=1000,
+        description="Not the paper's: decay of the factors by their product, lambda / 2 |A B|^2, "
+        "in place of training.weight_decay, which is for each of them.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        release = self.release
+        if isinstance(release, float) and release >= 1:
+            raise ValueError(
+                f"release: {release} is no share of the run, below 1; a step is a whole number"
+            )
+        if isinstance(release, int) and release < self.delay:
+            raise ValueError(f"release: {release} must be at least delay, {self.delay}")
+        if release is None and self.frobenius_decay is not None:
+            raise ValueError(
+                "frobenius_decay: is for the factors that a release makes; set release too"
+            )
+        return self
+
+    def release_step(self, steps: int) -> int | None:
+        """Return the step of the release in a run of so many; None without one."""
+        share = self.release
+        return round(share * steps) if isinstance(share, float) else share
 
 
 class DistributedSection(Section):
@@ -305,13 +359,27 @@ class Configuration(Section):
         return self
 
     def check_steps(self, steps: int) -> None:
-        """Reject a delay that a run of ``steps`` optimizer steps would never reach.
+        """Reject a delay or release that a run of ``steps`` optimizer steps would never reach.
 
         Raises:
-            UserError: the delay is not less than the number of steps.
+            UserError: the delay or the release is not less than the number of steps, or a share of
+                the run lies before the delay.
         """
         if self.oialr.enabled and self.oialr.delay >= steps:
             raise UserError(
                 f"oialr.delay: {self.oialr.delay} is not less than the {steps} steps of this run; "
                 f"lower it, or set oialr.enabled=false for full-rank training"
+            )
+        release = self.oialr.release_step(steps)
+        if not self.oialr.enabled or release is None:
+            return
+        if release >= steps:
+            raise UserError(
+                f"oialr.release: {self.oialr.release} is not less than the {steps} steps of this "
+                f"run; lower it, or leave it out"
+            )
+        if release < self.oialr.delay:
+            raise UserError(
+                f"oialr.release: {self.oialr.release} of {steps} steps is step {release}, before "
+                f"oialr.delay, {self.oialr.delay}; raise it, or lower the delay"
             )

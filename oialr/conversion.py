@@ -14,7 +14,7 @@ from oialr.layers.attention import (
     FactoredAttention,
     attention_of,
 )
-from oialr.layers.base import FactoredLayer
+from oialr.layers.base import FACTOR_NAMES, FactoredLayer
 from oialr.layers.twin import FactoredTwin
 from oialr.obstacles import FACTORED, Obstacles, known_type
 from oialr.outputs import LINEAR_MAPS, output_layers
@@ -140,16 +140,14 @@ def get_layer(model: nn.Module, name: str) -> nn.Module:
     return module
 
 
-def factorize_layer(
-    model: nn.Module, name: str, U: Tensor, core: Tensor, Vh: Tensor
-) -> FactoredLayer:
+def factorize_layer(model: nn.Module, name: str, *factors: Tensor) -> FactoredLayer:
     """Put the factorized twin in the place of a dense layer.
 
     Args:
         model: the network; changed in place.
         name: dense parameter name.
-        U: (m, r). core: (r, r). Vh: (r, n). With groups g > 1, a leading dimension g each and
-            m / g for m.
+        factors: U (m, r), core (r, r), Vh (r, n); or A (m, r), B (r, n). With groups g > 1, a
+            leading dimension g each and m / g for m.
     """
     path, _, key = name.rpartition(".")
     module = model.get_submodule(path)
@@ -159,10 +157,28 @@ def factorize_layer(
         attention = _replace(model, attention, FactoredAttention.from_dense(attention), where)
     if key in INPUT_PROJECTIONS:
         assert isinstance(attention, FactoredAttention)
-        return attention.factorize(key, U, core, Vh)
+        return attention.factorize(key, *factors)
     known = known_type(type(module))
     assert known is not None
-    return _replace(model, module, FACTORED[known].from_dense(module, U, core, Vh), path)
+    return _replace(model, module, FACTORED[known].from_dense(module, *factors), path)
+
+
+def densify_layer(model: nn.Module, name: str) -> nn.Parameter:
+    """Put the dense twin in the place of a factorized layer, and return its weight.
+
+    An attention stays the factorized twin that it is, with a dense projection.
+
+    Args:
+        model: the network; changed in place.
+        name: dense parameter name.
+    """
+    path, _, key = name.rpartition(".")
+    module = model.get_submodule(path)
+    if isinstance(module, FactoredAttention):
+        return module.densify(key)
+    assert isinstance(module, FactoredTwin)
+    dense = _replace(model, module, module.to_dense(), path)
+    return dense.get_parameter(key)
 
 
 def to_dense(model: nn.Module) -> nn.Module:
@@ -178,6 +194,7 @@ def restore(
     layers: Sequence[LayerReport],
     ranks: Mapping[str, int | None],
     weights: Mapping[str, Tensor],
+    released: Mapping[str, str] | None = None,
 ) -> None:
     """Give a network stored weights, whatever ranks it had then and has now.
 
@@ -186,22 +203,27 @@ def restore(
         layers: those that may be factorized.
         ranks: of each of them by name; None: it was dense.
         weights: the network's state_dict of then.
+        released: of those that a release has changed, by name, "factors" or "dense".
     """
     to_dense(model)
+    forms = released or {}
     for report in layers:
         if (rank := ranks[report.name]) is not None:
-            factorize_layer(model, report.name, *empty_factors(model, report, rank))
+            factors = empty_factors(
+                model, report, rank, released=forms.get(report.name) == "factors"
+            )
+            factorize_layer(model, report.name, *factors)
     model.load_state_dict(weights)
 
 
 def empty_factors(
-    model: nn.Module, report: LayerReport, rank: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U, core and Vh of a rank for a dense layer, with undefined values."""
+    model: nn.Module, report: LayerReport, rank: int, *, released: bool = False
+) -> tuple[Tensor, ...]:
+    """Return U, core, Vh, or A, B, of a rank for a dense layer, with undefined values."""
     like = model.get_parameter(report.name)
     *batch, m, n = report.stack_shape
-    U, core, Vh = ((m, rank), (rank, rank), (rank, n))
-    return like.new_empty(*batch, *U), like.new_empty(*batch, *core), like.new_empty(*batch, *Vh)
+    core = [] if released else [(rank, rank)]
+    return tuple(like.new_empty(*batch, *shape) for shape in [(m, rank), *core, (rank, n)])
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
@@ -268,5 +290,5 @@ def _replace(model: nn.Module, old: nn.Module, new: Twin, path: str) -> Twin:
     if isinstance(old, nn.MultiheadAttention):
         retire(old, path, INPUT_PROJECTIONS)
     else:
-        retire(old, path, ["weight", "U", "core", "Vh"])
+        retire(old, path, ["weight", *FACTOR_NAMES])
     return new

@@ -1,4 +1,4 @@
-"""What is told of a conversion or an update."""
+"""What is told of a conversion, an update or a release."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ class LayerEvent:
     """Index of the process that factorized it, the first of several; 0 where every process did."""
     previous_rank: int
     rank: int
+    """The full rank of a layer that is dense."""
     singular_values: Tensor
     """All of them before the cut (previous_rank,), descending, on the CPU.
 
@@ -28,8 +29,8 @@ class LayerEvent:
 class Event:
     """What happened after an optimizer step."""
 
-    kind: Literal["convert", "update", "cut"]
-    """A conversion, an update that left all ranks, or one that cut some."""
+    kind: Literal["convert", "update", "cut", "release"]
+    """A conversion, an update that left all ranks, one that cut some, or a release."""
     step: int
     """Optimizer steps taken so far."""
     layers: Sequence[LayerEvent]

@@ -1,4 +1,4 @@
-"""What happens at a conversion or an update: check, factorize, share, apply, prove.
+"""What happens at a conversion, an update or a release: check, factorize, share, apply, prove.
 
 :mod:`oialr.method` decides when, and for which layers. What an event does to one layer is in
 :mod:`oialr.transitions`, who factorizes what in :mod:`app.distributed`.
@@ -24,6 +24,8 @@ from oialr.placement.agreement import compare
 from oialr.placement.buckets import MatrixInfo
 from oialr.placement.factorization import Factorizer
 from oialr.placement.processes import Processes
+from oialr.placement.spectra import gather_energies
+from oialr.target import TargetSize
 from oialr.transitions import Transitions
 
 logger = logging.getLogger(__name__)
@@ -38,9 +40,11 @@ class Events:
         factorizer: Factorizer,
         processes: Processes,
         *,
+        target: TargetSize | None,
         measure_memory: bool,
     ) -> None:
-        """Put the parts together."""
+        """Put the parts together; without a target, ranks are judged layer by layer."""
+        self._target = target
         self._transitions = transitions
         self._factorizer = factorizer
         self._processes = processes
@@ -51,14 +55,17 @@ class Events:
         """Names of layers of which was told that something keeps them full-rank."""
 
     def run(
-        self, kind: Literal["convert", "update"], reports: Sequence[LayerReport], step: int
+        self,
+        kind: Literal["convert", "update", "release"],
+        reports: Sequence[LayerReport],
+        step: int,
     ) -> Event:
         """Let every layer of some go to its next basis, and tell what happened.
 
         At a conversion at most one layer is there both dense and as factors on each process.
 
         Args:
-            kind: a conversion or an update.
+            kind: a conversion, an update or a release.
             reports: the layers.
             step: optimizer steps taken so far.
 
@@ -70,15 +77,17 @@ class Events:
         reports, infos = self._check(reports, step)
         # What can fail is tried while no layer is replaced yet.
         self._transitions.check_optimizer(reports)
+        if self._target and self._transitions.wants(kind):
+            self._aim(self._target)
         was_dense = [self._transitions.is_dense(report) for report in reports]
         # Around the factorizations alone: nothing large is made before and after, and it slows
         # down the many small operators of the checksums.
         memory = TensorMemory(self._transitions.all_tensors()) if self._measure_memory else None
         with memory or nullcontext(), full_precision():
-            layers = self._factorize(reports, infos)
+            layers = self._factorize(reports, infos, release=kind == "release")
         seconds = self._prove(reports, layers, step)
-        became_low_rank = any(
-            dense and not self._transitions.is_dense(report)
+        changed_form = any(
+            dense != self._transitions.is_dense(report) or self._transitions.is_released(report)
             for dense, report in zip(was_dense, reports, strict=True)
         )
         cut = any(layer.rank < layer.previous_rank for layer in layers)
@@ -86,13 +95,26 @@ class Events:
             kind="cut" if kind == "update" and cut else kind,
             step=step,
             layers=layers,
-            shapes_changed=cut or became_low_rank,
+            shapes_changed=cut or changed_form,
             peak_bytes=memory.peak_bytes if memory else None,
             seconds=time.perf_counter() - start,
             factorization_seconds=seconds,
             predicted_seconds=self._factorizer.predicted_seconds,
             broadcast_bytes=self._processes.broadcast_bytes - bytes_before,
         )
+
+    def _aim(self, target: TargetSize) -> None:
+        """Find the ranks of the target size, from the spectra of all layers, in turn or not."""
+        transitions, layers = self._transitions, target.layers
+        energies = gather_energies(
+            [tuple(transitions.matrix(layer).shape) for layer in layers],
+            lambda i: transitions.matrix(layers[i]),
+            self._processes,
+        )
+        mine = [obstacle is not None for obstacle in transitions.obstacles(layers)]
+        flags = zip(*self._processes.gather(mine), strict=True)
+        names = [layer.name for layer in layers]
+        transitions.aim(target, dict(zip(names, energies, strict=True)), [any(f) for f in flags])
 
     def _check(
         self, reports: Sequence[LayerReport], step: int
@@ -144,7 +166,7 @@ class Events:
         return [reports[i] for i in free], [infos[i] for i in free]
 
     def _factorize(
-        self, reports: Sequence[LayerReport], infos: Sequence[MatrixInfo]
+        self, reports: Sequence[LayerReport], infos: Sequence[MatrixInfo], *, release: bool
     ) -> list[LayerEvent]:
         """Factorize one matrix per layer and apply the factors."""
         transitions = self._transitions
@@ -153,8 +175,8 @@ class Events:
         for i, factors, owner in self._factorizer.factorize(
             infos,
             lambda i: transitions.matrix(reports[i]),
-            columns_used=(lambda i, s: transitions.columns_used(reports[i], s))
-            if converted and transitions.cuts_at_conversion
+            columns_used=(lambda i, s: transitions.columns_used(reports[i], s, release=release))
+            if converted and (transitions.cuts_at_conversion or release)
             else None,
         ):
             if factors is None:
@@ -169,7 +191,7 @@ class Events:
                 name=reports[i].name,
                 owner=owner,
                 previous_rank=factors.s.shape[-1],
-                rank=transitions.apply(reports[i], factors),
+                rank=transitions.apply(reports[i], factors, release=release),
                 singular_values=factors.s.reshape(-1, factors.s.shape[-1]).amax(0).cpu(),
             )
         return [happened[i] for i in sorted(happened)]

@@ -1,6 +1,6 @@
 """What the execution by cost would do: a table of layers, ranks, ways and FLOPs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,13 @@ from torch import Tensor, nn
 
 from oialr.conversion import LayerReport, get_layer
 from oialr.layers.attention import attention_of
-from oialr.layers.cost import Execution, cheapest_way, full_rank_cost, multiply_adds
+from oialr.layers.cost import (
+    Execution,
+    cheapest_way,
+    full_rank_cost,
+    multiply_adds,
+    released_multiply_adds,
+)
 
 FRACTIONS = (0.1, 0.25, 0.5, 1.0)
 
@@ -60,6 +66,9 @@ def explain(
     samples: int,
     ranks: dict[str, int | None] | None,
     execution: Execution = "auto",
+    *,
+    released: Mapping[str, str] | None = None,
+    will_release: bool = False,
 ) -> str:
     """Return the table: layer, shape, rank, way, FLOPs of a training step against full-rank.
 
@@ -70,28 +79,44 @@ def explain(
         ranks: the present rank of each layer, None for one that is full-rank as yet; or None: at
             several fractions of the full rank.
         execution: "auto", or the way that is forced.
+        released: layers that a release has changed: "factors" where two of them are trained.
+        will_release: show what a step takes after a release too.
     """
-    lines = [("layer", "shape", "rows", "rank", "way", "FLOPs")]
+    lines = [["layer", "shape", "rows", "rank", "way", "FLOPs"]]
+    forms = released or {}
+    will_release = will_release and not forms
+    if will_release:
+        lines[0].append("released")
     for layer in layers:
         shape = "x".join(map(str, layer.shape))
         if layer.stays_dense is not None:
-            lines.append((layer.name, shape, "", "", f"dense: {layer.stays_dense}", ""))
+            lines.append([layer.name, shape, "", "", f"dense: {layer.stays_dense}", ""])
             continue
         m, n = layer.matrix_shape
         b = rows[layer.name] * samples
         several = {max(1, round(fraction * layer.full_rank)) for fraction in FRACTIONS}
         present = ranks[layer.name] if ranks else None
         if not b:
-            lines.append((layer.name, shape, "0", "", "not called in evaluation", ""))
+            lines.append([layer.name, shape, "0", "", "not called in evaluation", ""])
             continue
         if ranks and present is None:
-            lines.append((layer.name, shape, str(b), str(layer.full_rank), "full-rank", "1.00"))
+            lines.append([layer.name, shape, str(b), str(layer.full_rank), "full-rank", "1.00"])
             continue
         for r in [present] if present else sorted(several):
+            whole = full_rank_cost(rows=b, m=m, n=n)
+            after = released_multiply_adds(rows=b, m=m, n=n, r=r) / whole
+            if layer.name in forms:
+                lines.append([layer.name, shape, str(b), str(r), "two factors", f"{after:.2f}"])
+                continue
             way = cheapest_way(b, m, n, r) if execution == "auto" else execution
-            ratio = multiply_adds(way, rows=b, m=m, n=n, r=r) / full_rank_cost(rows=b, m=m, n=n)
-            lines.append((layer.name, shape, str(b), str(r), way, f"{ratio:.2f}"))
-    widths = [max(len(line[i]) for line in lines if i != 4 or line[3]) for i in range(6)]
+            ratio = multiply_adds(way, rows=b, m=m, n=n, r=r) / whole
+            lines.append([layer.name, shape, str(b), str(r), way, f"{ratio:.2f}"])
+            if will_release:
+                lines[-1].append(f"{after:.2f}" if after < 1 else "dense")
+    lines = [[*line, *[""] * (len(lines[0]) - len(line))] for line in lines]
+    widths = [
+        max(len(line[i]) for line in lines if i != 4 or line[3]) for i in range(len(lines[0]))
+    ]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines

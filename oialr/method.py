@@ -1,7 +1,7 @@
 """The method: orthogonality-informed adaptive low-rank training (arXiv 2401.08505, algorithm 1).
 
-:class:`OIALR` decides when a layer is factorized, updated and cut. It stands between optimizer
-steps in anyone's training loop::
+:class:`OIALR` decides when a layer is factorized, updated, cut and released. It stands between
+optimizer steps in anyone's training loop::
 
     method = OIALR(model, optimizer, delay=1000, update_interval=500, cutoff=0.1)
     for inputs, targets in batches:
@@ -18,38 +18,32 @@ which must then be wrapped anew. All processes must call ``step`` alike.
 import logging
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from oialr.arguments import check_arguments
-from oialr.conversion import (
-    LayerReport,
-    empty_factors,
-    parameter_counts,
-    survey,
-)
+from oialr.conversion import LayerReport, parameter_counts, survey
 from oialr.event import Event
 from oialr.events import Events
+from oialr.factor_steps import FactorSteps
 from oialr.gradients import GradientWatch
 from oialr.layers.attention import AttentionProjection
 from oialr.layers.cost import Execution
-from oialr.optimizer_state import (
-    CoreGroups,
-    UnknownState,
-    check_loaded_state,
-    check_optimizer,
-)
+from oialr.optimizer_state import UnknownState, check_loaded_state, check_optimizer
+from oialr.parameter_groups import TwinGroups
 from oialr.placement.assignment import Factorization, Plan
 from oialr.placement.buckets import MatrixInfo
 from oialr.placement.costs import Costs
 from oialr.placement.factorization import Factorizer
 from oialr.placement.processes import Processes
-from oialr.schedule import event_at, kept_rank, layers_in_turn
+from oialr.schedule import events_due, kept_rank, layers_in_turn
 from oialr.sharding import check_not_sharded, check_not_sharding
 from oialr.share import little_factorized
+from oialr.stored_state import check_stored_state
+from oialr.target import TargetSize
 from oialr.transitions import Transitions
 
 logger = logging.getLogger(__name__)
@@ -73,6 +67,7 @@ class OIALR:
         largest_cut: float = 0.5,
         retained_energy: float | None = None,
         largest_energy_cut: float = 1.0,
+        target_size: float | None = None,
         rank_multiple: int = 16,
         cut_at_conversion: bool = False,
         defer_conversion: bool = False,
@@ -82,6 +77,10 @@ class OIALR:
         exclude: Sequence[str] = (),
         attention_projection: AttentionProjection = "packed",
         core_learning_rate_factor: float = 1.0,
+        release: int | None = None,
+        release_warmup: int = 20,
+        factor_learning_rate_factor: float = 1.0,
+        frobenius_decay: float | None = None,
         unknown_optimizer_state: UnknownState = "error",
         factorization: Factorization = "auto",
         processes: Processes | None = None,
@@ -106,6 +105,9 @@ class OIALR:
             retained_energy: in place of the cutoff: keep the fewest singular values that hold this
                 share of a layer's spectral energy, the sum of their squares.
             largest_energy_cut: largest share of the spectral energy that one update may cut.
+            target_size: in place of both: stored parameters that the network ends with, over those
+                of the full-rank one. The ranks are those that lose the least energy per parameter
+                (:mod:`oialr.allocation`), approached at the updates and met at a release.
             rank_multiple: ranks are rounded up to a multiple of this in layers with min(m, n) of
                 at least twelve times as much; 1: not at all.
             cut_at_conversion: cut at the conversion itself already (the paper does not).
@@ -123,6 +125,15 @@ class OIALR:
             core_learning_rate_factor: learning rate of cores over that of full-rank weights. Other
                 than 1 it adds a parameter group for the cores of each group, so a learning-rate
                 schedule must be made after this object.
+            release: optimizer steps, at least the delay, after which both factors of W = A B are
+                trained at fixed ranks. It is a last update, of all layers; those in which the
+                factors store no less than the weight are dense from then on. None: never (paper).
+            release_warmup: steps after a release in which the learning rate of what it made rises
+                to its own, so that the first of them changes no weight more than the one before.
+            factor_learning_rate_factor: learning rate of the factors over that of full-rank
+                weights. A release adds parameter groups too.
+            frobenius_decay: decay of the factors by that of their product (arXiv 2105.01029), in
+                place of the weight decay of their parameter group.
             unknown_optimizer_state: "reset" accepts any optimizer and drops what it knows of a
                 weight at every event where the transport of that is not known.
             factorization: "owner": each layer is factorized by one process and sent; "heat": layers
@@ -138,22 +149,7 @@ class OIALR:
                 optimizer, a pattern that matches nothing, no layer that could be factorized.
             UserError: the processes cannot factorize in the way that was asked for.
         """
-        check_arguments(
-            delay=delay,
-            update_interval=update_interval,
-            cutoff=cutoff,
-            layer_fraction=layer_fraction,
-            minimum_rank_fraction=minimum_rank_fraction,
-            largest_cut=largest_cut,
-            retained_energy=retained_energy,
-            largest_energy_cut=largest_energy_cut,
-            rank_multiple=rank_multiple,
-            execution=execution,
-            attention_projection=attention_projection,
-            core_learning_rate_factor=core_learning_rate_factor,
-            unknown_optimizer_state=unknown_optimizer_state,
-            factorization=factorization,
-        )
+        check_arguments(locals())  # by name, and all of them are here
         if isinstance(model, DistributedDataParallel):
             raise ValueError("OIALR takes the module inside DistributedDataParallel: model.module")
         check_not_sharded(model)
@@ -165,6 +161,7 @@ class OIALR:
         self.delay = delay
         self.update_interval = update_interval
         self.layer_fraction = layer_fraction
+        self.release, self.frobenius_decay = release, frobenius_decay
         self.processes = processes or Processes.current()
         self.factorizer = Factorizer(self.processes, mode=factorization, costs=costs)
 
@@ -186,15 +183,23 @@ class OIALR:
         little = little_factorized(model, self.survey)
         if little and self.processes.index == 0:
             logger.warning("%s", little)
-        weights = [model.get_parameter(report.name) for report in self.layers]
+        weights = {report.name: model.get_parameter(report.name) for report in self.layers}
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if missing := [
-            r.name for r, w in zip(self.layers, weights, strict=True) if id(w) not in held
-        ]:
+        if missing := [name for name, weight in weights.items() if id(weight) not in held]:
             raise ValueError(f"{missing[0]} is not among the optimizer's parameters")
-        self._gradients = GradientWatch(
-            {r.name: w for r, w in zip(self.layers, weights, strict=True)}
-        )
+        self._gradients = GradientWatch(weights)
+        groups = TwinGroups(optimizer, weights)
+        if core_learning_rate_factor != 1:
+            groups.add(optimizer, "cores", learning_rate_factor=core_learning_rate_factor)
+        if release is not None:
+            FactorSteps(
+                optimizer,
+                groups,
+                steps_since_release=lambda: self.steps_since_release,
+                warmup=release_warmup,
+                learning_rate_factor=factor_learning_rate_factor,
+                frobenius_decay=frobenius_decay,
+            )
         self._transitions = Transitions(
             model,
             optimizer,
@@ -212,26 +217,35 @@ class OIALR:
             execution=execution,
             recompute_convolutions=recompute_convolutions,
             unknown_optimizer_state=unknown_optimizer_state,
-            core_groups=(
-                None
-                if core_learning_rate_factor == 1
-                else CoreGroups(optimizer, weights, learning_rate_factor=core_learning_rate_factor)
-            ),
+            groups=groups,
             gradients=self._gradients,
         )
-        self._events = Events(
-            self._transitions, self.factorizer, self.processes, measure_memory=measure_memory
-        )
         self._dense_counts = parameter_counts(model)
+        self.target_size = target_size
+        self._events = Events(
+            self._transitions,
+            self.factorizer,
+            self.processes,
+            target=TargetSize.of(
+                target_size,
+                self.layers,
+                stored=self._dense_counts[1],
+                minimum_rank_fraction=minimum_rank_fraction,
+                rank_multiple=rank_multiple,
+                is_released=release is not None,
+            ),
+            measure_memory=measure_memory,
+        )
 
         self.step_count = 0
         """Optimizer steps taken since this object was made."""
         self._handled = 0
+        self._released_at: int | None = None
         optimizer.register_step_post_hook(self._count_step)
         optimizer.register_load_state_dict_post_hook(partial(check_loaded_state, model=model))
 
     def step(self) -> Event | None:
-        """Convert, update, or do nothing, as the number of optimizer steps says.
+        """Convert, update, release, or do nothing, as the number of optimizer steps says.
 
         To be called after the optimizer's step, as often as one likes: with gradient accumulation
         or a skipped step nothing happens before the optimizer has stepped.
@@ -253,26 +267,31 @@ class OIALR:
         if due:
             check_not_sharded(self.model)  # nor meanwhile
             self._gradients.end_interval()
-        if due and due[0] == 0:
+        if "release" in due:
+            event = self._events.run("release", self.layers, self.step_count)
+            self._released_at = self.step_count
+        elif due and due[0] == 0:
             event = self._events.run("convert", self.layers, self.step_count)
         elif due:
-            turn = layers_in_turn(due[-1], len(self.layers), layer_fraction=self.layer_fraction)
+            turn = layers_in_turn(
+                int(due[-1]), len(self.layers), layer_fraction=self.layer_fraction
+            )
             event = self._events.run("update", self.layers[-turn:], self.step_count)
         self._handled = self.step_count
         return event
 
-    def _due(self) -> list[int]:
-        """Numbers of the events that are due: 0 for the conversion, i for the i-th update."""
-        return [
-            number
-            for step in range(self._handled + 1, self.step_count + 1)
-            if (number := event_at(step, delay=self.delay, update_interval=self.update_interval))
-            is not None
-        ]
+    def _due(self) -> list[int | Literal["release"]]:
+        """Events that are due: 0 for the conversion, i for the i-th update, and the release."""
+        return events_due(
+            range(self._handled + 1, self.step_count + 1),
+            delay=self.delay,
+            update_interval=self.update_interval,
+            release=self.release,
+        )
 
     @property
     def event_due(self) -> bool:
-        """Whether the next :meth:`step` converts or updates layers."""
+        """Whether the next :meth:`step` converts, updates or releases layers."""
         return bool(self._due())
 
     def plan(self) -> Plan:
@@ -298,14 +317,14 @@ class OIALR:
         """Whether a layer is low-rank already."""
         return not all(self._transitions.is_dense(report) for report in self.layers)
 
+    @property
+    def steps_since_release(self) -> int | None:
+        """Optimizer steps taken since the release; None before it."""
+        return None if self._released_at is None else self.step_count - self._released_at
+
     def ranks(self) -> dict[str, int]:
-        """Return the present rank of each layer; full rank before its conversion."""
-        return {
-            report.name: self._transitions.weight(report).shape[-1]
-            if not self._transitions.is_dense(report)
-            else report.full_rank
-            for report in self.layers
-        }
+        """Return the present rank of each layer; the full rank of a dense one."""
+        return {report.name: self._transitions.rank(report) for report in self.layers}
 
     def trainable_percent(self) -> float:
         """Trained parameters, in percent of those of the full-rank network."""
@@ -315,10 +334,21 @@ class OIALR:
         """Stored parameters, frozen factors included, in percent of the full-rank network's."""
         return 100 * parameter_counts(self.model)[1] / self._dense_counts[1]
 
+    def missed_target(self) -> str | None:
+        """Say that the network stores more than the target size, if it does."""
+        size = self.compression_percent()
+        if self.target_size is None or size <= 100 * self.target_size * (1 + 1e-9):
+            return None
+        return f"{size:.1f} % of the parameters are stored, above target_size, {self.target_size}"
+
     def state_dict(self) -> dict[str, Any]:
-        """Return step count, delay and ranks of factorized layers, for :meth:`load_state_dict`."""
+        """Return step counts and the forms of the layers, for :meth:`load_state_dict`."""
         ranks = self.ranks()
         return {
+            "release": self.release,
+            "released_at": self._released_at,
+            "released": self._transitions.released,
+            "frobenius_decay": self.frobenius_decay,
             "step_count": self.step_count,
             "handled": self._handled,
             "delay": self.delay,
@@ -341,24 +371,23 @@ class OIALR:
         """
         if self.converted:
             raise ValueError("load_state_dict needs the full-rank network")
-        names = [report.name for report in self.layers]
-        if list(state["ranks"]) != names:
-            other = sorted(set(state["ranks"]) ^ set(names))
-            raise ValueError(f"the stored state is of another network: {', '.join(other)}")
-        delay = state.get("delay", self.delay)  # states of earlier versions are without
-        if self.delay != delay and min(self.delay, delay) <= state["handled"]:
-            raise ValueError(
-                f"oialr.delay: cannot change from {delay} to {self.delay} after step "
-                f"{state['handled']}; layers turn low-rank once"
-            )
+        check_stored_state(
+            state,
+            names=[report.name for report in self.layers],
+            delay=self.delay,
+            release=self.release,
+            frobenius_decay=self.frobenius_decay,
+        )
         obstacles = self._transitions.obstacles(self.layers)
         for report, obstacle in zip(self.layers, obstacles, strict=True):
             if obstacle and state["ranks"][report.name] is not None:
                 raise ValueError(f"{report.name} cannot turn low-rank as it was stored: {obstacle}")
         for report in self.layers:
-            if (rank := state["ranks"][report.name]) is not None:
-                self._transitions.put_factors(report, *empty_factors(self.model, report, rank))
+            self._transitions.take_form(
+                report, state["ranks"][report.name], released=state.get("released", {})
+            )
         self.step_count, self._handled = state["step_count"], state["handled"]
+        self._released_at = state.get("released_at")
 
     def _count_step(self, *_: Any) -> None:
         self.step_count += 1

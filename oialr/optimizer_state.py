@@ -1,23 +1,25 @@
-"""Transport of the optimizer's state from a weight to its core, and from a core to the next.
+"""Transport of the optimizer's state from a weight to its core, from a core to the next, and so on.
 
 With core = L^T W R for matrices L, R with orthonormal columns, the gradient becomes L^T G R. What
 an optimizer accumulates linearly in the gradient (first moments, momentum, a pending gradient) is
 transported exactly by the same map. What it accumulates of the squared gradient has no exact
 transport; E[(L^T G R)^2] = (L*L)^T E[G*G] (R*R), elementwise squares, holds for uncorrelated
 entries of G and is the best of what was measured. Step counts belong to the moments and stay with
-them.
+them. The maps are in :mod:`oialr.transport`.
 
 A weight may be read as a stack of g matrices, one above the other: then L, R and the core have a
 leading dimension g, and every matrix is transported by itself.
 """
 
-from bisect import bisect
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, NAdam, Optimizer, RAdam, RMSprop
+
+from oialr.parameter_groups import TwinGroups
+from oialr.transport import Transport
 
 UnknownState = Literal["error", "reset"]
 
@@ -75,7 +77,7 @@ def check_before_event(
     *,
     dense: Mapping[str, nn.Parameter],
     cores: Mapping[str, nn.Parameter],
-    core_groups: "CoreGroups | None",
+    groups: TwinGroups,
     unknown: UnknownState,
 ) -> None:
     """Find what would stop an event half way, before it has changed anything.
@@ -84,7 +86,7 @@ def check_before_event(
         optimizer: as it is now.
         dense: full-rank weights that the event replaces, by name.
         cores: those that it replaces or rotates.
-        core_groups: where the weights' cores will be moved to.
+        groups: where what replaces the weights will be moved to.
         unknown: what is done with state of unknown meaning.
 
     Raises:
@@ -93,7 +95,7 @@ def check_before_event(
     """
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for name, weight in dense.items():
-        if id(weight) not in held or (core_groups and not core_groups.awaits(weight)):
+        if id(weight) not in held or not groups.awaits(name, weight):
             raise ValueError(f"{name} is not among the optimizer's parameters any more")
     for name, weight in {**dense, **cores}.items():
         for key, value in optimizer.state.get(weight, {}).items():
@@ -104,42 +106,45 @@ def check_before_event(
 def replace_parameter(
     optimizer: Optimizer,
     old: nn.Parameter,
-    new: nn.Parameter,
-    left: Tensor,
-    right: Tensor,
+    new: Mapping[nn.Parameter, Transport],
     *,
     unknown: UnknownState,
 ) -> None:
-    """Let a parameter of another shape take the place of another in the optimizer.
+    """Let parameters of other shapes take the place of another in the optimizer.
 
     The place within the parameter group stays the same. The state and a pending gradient follow.
 
     Args:
         optimizer: changed in place.
-        old: the parameter that goes; as a matrix (m, n).
-        new: the parameter that comes, (r, r) = left^T old right.
-        left: L (m, r), orthonormal columns.
-        right: R (n, r), orthonormal columns.
+        old: the parameter that goes.
+        new: the parameters that come, in their order, and how each comes out of the old one.
         unknown: what is done with state of unknown meaning.
 
     Raises:
         ValueError: state of unknown meaning and ``unknown`` is "error".
     """
     for group in optimizer.param_groups:
-        group["params"][:] = [new if p is old else p for p in group["params"]]
-    if old.grad is not None:
-        new.grad = _linear(old.grad, left, right)
-        old.grad = None  # a list of parameters from before would clip by its norm
+        for i, parameter in enumerate(group["params"]):
+            if parameter is old:
+                group["params"][i : i + 1] = list(new)
+                if "param_names" in group:
+                    name = group["param_names"][i]
+                    names = [name] if len(new) == 1 else [f"{name}.{j}" for j in range(len(new))]
+                    group["param_names"][i : i + 1] = names
+                break
     state = optimizer.state.pop(old, None)
-    if state and (moved := transported(state, old, left, right, unknown=unknown)):
-        optimizer.state[new] = moved
+    for parameter, transport in new.items():
+        if old.grad is not None:
+            parameter.grad = transport.linear(old.grad)
+        if state and (moved := transported(state, old, transport, unknown=unknown)):
+            optimizer.state[parameter] = moved
+    old.grad = None  # a list of parameters from before would clip by its norm
 
 
 def rotate_parameter(
     optimizer: Optimizer,
     parameter: nn.Parameter,
-    left: Tensor,
-    right: Tensor,
+    transport: Transport,
     *,
     unknown: UnknownState,
 ) -> None:
@@ -147,40 +152,35 @@ def rotate_parameter(
 
     Args:
         optimizer: changed in place.
-        parameter: the core (r, r), which becomes left^T core right.
-        left, right: orthogonal (r, r).
+        parameter: the core.
+        transport: its rotation.
         unknown: what is done with state of unknown meaning.
 
     Raises:
         ValueError: state of unknown meaning and ``unknown`` is "error".
     """
     if parameter.grad is not None:
-        parameter.grad = _linear(parameter.grad, left, right)
+        parameter.grad = transport.linear(parameter.grad)
     if state := optimizer.state.pop(parameter, None):
-        moved = transported(state, parameter, left, right, unknown=unknown)
+        moved = transported(state, parameter, transport, unknown=unknown)
         if moved:
             optimizer.state[parameter] = moved
 
 
 def transported(
-    state: dict[str, Any],
-    parameter: Tensor,
-    left: Tensor,
-    right: Tensor,
-    *,
-    unknown: UnknownState,
+    state: dict[str, Any], parameter: Tensor, transport: Transport, *, unknown: UnknownState
 ) -> dict[str, Any]:
-    """Return the state that belongs to left^T parameter right.
+    """Return the state that belongs to what takes a parameter's place.
 
     Args:
         state: the optimizer's entry for the parameter.
-        parameter: as a matrix (m, n).
-        left: (m, r). right: (n, r).
+        parameter: the one that goes.
+        transport: from it to the one that comes.
         unknown: "reset" drops all of the state where a part of it has an unknown meaning: moments
             and step counts go together.
 
     Returns:
-        The new entry; empty after a reset.
+        The new entry, which shares no tensor with the old one; empty after a reset.
 
     Raises:
         ValueError: a part of the state has an unknown meaning and ``unknown`` is "error".
@@ -191,79 +191,20 @@ def transported(
             if unknown == "reset":
                 return {}
             raise ValueError(f"optimizer state {key!r} is of no known kind")
-        if not isinstance(value, Tensor) or value.dim() == 0:
-            moved[key] = value  # a step count, or None where a moment is not in use
+        if not isinstance(value, Tensor):
+            moved[key] = value  # None where a moment is not in use
+        elif value.dim() == 0:
+            moved[key] = value.clone()  # a step count, which is counted up in place
+        elif key == WEIGHT_AVERAGE:
+            moved[key] = transport.average(value)
         else:
-            moved[key] = (_linear if key in LINEAR else _squared)(value, left, right)
+            moved[key] = (transport.linear if key in LINEAR else transport.squared)(value)
     if "grad_avg" in moved:
         # Centered RMSprop divides by the root of a variance, square_avg - grad_avg^2. Carrying that
         # over, and not square_avg, keeps it from becoming negative.
         variance = (state["square_avg"] - state["grad_avg"].square()).clamp_min(0)
-        moved["square_avg"] = _squared(variance, left, right) + moved["grad_avg"].square()
+        moved["square_avg"] = transport.squared(variance) + moved["grad_avg"].square()
     return moved
-
-
-class CoreGroups:
-    """A twin for every parameter group that holds weights to be factorized, for their cores.
-
-    The twin has its origin's options and a learning rate of its own. It is there, empty, from the
-    start, so that a learning-rate schedule made afterwards knows it and treats it like any other
-    group.
-    """
-
-    def __init__(
-        self, optimizer: Optimizer, weights: list[nn.Parameter], *, learning_rate_factor: float
-    ) -> None:
-        """Add the twins.
-
-        Args:
-            optimizer: changed in place.
-            weights: the full-rank weights, in the order that their cores shall have in the twins.
-            learning_rate_factor: learning rate of a twin over that of its origin.
-
-        Raises:
-            ValueError: a learning-rate schedule already holds the optimizer's groups.
-        """
-        if any("initial_lr" in group for group in optimizer.param_groups):
-            raise ValueError(
-                "core_learning_rate_factor adds parameter groups, which a learning-rate schedule "
-                "must see: make the schedule after OIALR"
-            )
-        # Groups are known by their position: load_state_dict makes new dictionaries of them.
-        self._place: dict[nn.Parameter, tuple[int, int]] = {}
-        self._moved: dict[int, list[int]] = {}
-        for origin in list(optimizer.param_groups):
-            members = {id(parameter) for parameter in origin["params"]}
-            mine = [i for i, weight in enumerate(weights) if id(weight) in members]
-            if mine:
-                twin = len(optimizer.param_groups)
-                rate = origin["lr"] * learning_rate_factor
-                names: dict[str, Any] = {"param_names": []} if "param_names" in origin else {}
-                optimizer.add_param_group({**origin, **names, "params": [], "lr": rate})
-                self._place |= {weights[i]: (twin, i) for i in mine}
-                self._moved[twin] = []
-
-    def awaits(self, weight: nn.Parameter) -> bool:
-        """Whether a weight is one of those whose cores are to be moved."""
-        return weight in self._place
-
-    def move(self, optimizer: Optimizer, weight: nn.Parameter, core: nn.Parameter) -> None:
-        """Move the core that has taken a weight's place in the optimizer to the twin of its group.
-
-        The order within the twin is that of the layers, in whatever order they come, so that it is
-        the same on all processes and in a checkpoint.
-        """
-        twin, index = self._place.pop(weight)
-        position = bisect(self._moved[twin], index)
-        self._moved[twin].insert(position, index)
-        target = optimizer.param_groups[twin]
-        for group in optimizer.param_groups:
-            for i, parameter in enumerate(group["params"]):
-                if parameter is core:
-                    target["params"].insert(position, group["params"].pop(i))
-                    if "param_names" in group:
-                        target["param_names"].insert(position, group["param_names"].pop(i))
-                    return
 
 
 def _is_known(key: str, value: Any, parameter: Tensor) -> bool:
@@ -271,13 +212,3 @@ def _is_known(key: str, value: Any, parameter: Tensor) -> bool:
     if not isinstance(value, Tensor) or value.dim() == 0:
         return True
     return key in LINEAR | SQUARED and value.shape == parameter.shape
-
-
-def _linear(value: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """L^T A R for A that is read as a matrix (m, n), or as a stack of them."""
-    return left.mT @ value.reshape(*left.shape[:-1], right.shape[-2]) @ right
-
-
-def _squared(value: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """(L*L)^T v (R*R) for v that is read as a matrix (m, n), or as a stack of them."""
-    return _linear(value, left.square(), right.square())

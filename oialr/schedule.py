@@ -1,6 +1,7 @@
 """When something happens to which layer, and how far a rank is cut. Pure functions on numbers."""
 
 import math
+from typing import Literal
 
 from torch import Tensor
 
@@ -19,6 +20,30 @@ def event_at(step: int, *, delay: int, update_interval: int) -> int | None:
     if step < delay or (step - delay) % update_interval:
         return None
     return (step - delay) // update_interval
+
+
+def events_due(
+    steps: range, *, delay: int, update_interval: int, release: int | None
+) -> list[int | Literal["release"]]:
+    """List what is to happen after some optimizer steps, in order.
+
+    Args:
+        steps: counts of optimizer steps at which nobody has looked yet.
+        delay, update_interval: as of :func:`event_at`.
+        release: step after which the ranks are fixed, at least the delay; None: never. A conversion
+            at the same step is part of the release.
+
+    Returns:
+        Numbers as of :func:`event_at`, and "release".
+    """
+    due: list[int | Literal["release"]] = []
+    for step in steps:
+        if step == release:
+            due.append("release")
+        elif release is None or step < release:
+            number = event_at(step, delay=delay, update_interval=update_interval)
+            due += [] if number is None else [number]
+    return due
 
 
 def layers_in_turn(update: int, layer_count: int, *, layer_fraction: float) -> int:
@@ -52,10 +77,12 @@ def kept_rank(
     alignment: int = 1,
     retained_energy: float | None = None,
     largest_energy_cut: float = 1.0,
+    wanted: int | None = None,
 ) -> int:
     """Rank that is left after one update.
 
-    Kept are the singular values of at least cutoff * s[0], or those that hold the retained energy;
+    Kept are the singular values of at least cutoff * s[0], or those that hold the retained energy,
+    or as many as are wanted;
     never fewer than (1 - largest_cut) of the present rank, never so few that more energy is lost
     than allowed, and never fewer than :func:`minimum_rank`. Each matrix of a stack is judged by
     itself, and the one that keeps most decides for all.
@@ -70,11 +97,14 @@ def kept_rank(
         retained_energy: keep the fewest values that hold this share of the energy, and do not look
             at the cutoff; None: by the cutoff.
         largest_energy_cut: largest share of the energy that may be cut at once, in (0, 1].
+        wanted: keep so many values, and look at neither; None: by the others.
     """
     # The host waits once, and not at every question; and it adds up in an order that is fixed.
     s = s.cpu()
     rank = s.shape[-1]
-    if retained_energy is None:
+    if wanted is not None:
+        kept = wanted
+    elif retained_energy is None:
         kept = int((s >= cutoff * s[..., :1]).sum(-1).max())
     else:
         kept = energy_rank(s, largest_loss=1 - retained_energy)

@@ -1,12 +1,21 @@
 """What an event does to one layer: from full-rank to factors, and from one basis to the next."""
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from oialr.conversion import LayerReport, factorize_layer, get_layer
+from oialr.allocation import Choice, stored_parameters
+from oialr.conversion import (
+    LayerReport,
+    densify_layer,
+    empty_factors,
+    factorize_layer,
+    get_layer,
+)
 from oialr.gradients import GradientWatch
 from oialr.layers.base import FactoredLayer
 from oialr.layers.conv import FactoredConv
@@ -15,11 +24,22 @@ from oialr.linalg.svd import Factors
 from oialr.memory import tensors_of
 from oialr.obstacles import Obstacles
 from oialr.optimizer_state import (
-    CoreGroups,
     UnknownState,
     check_before_event,
     replace_parameter,
     rotate_parameter,
+)
+from oialr.parameter_groups import TwinGroups
+from oialr.target import TargetSize
+from oialr.transport import (
+    CoreToA,
+    CoreToB,
+    CoreToDense,
+    CoreToFactors,
+    DenseToA,
+    DenseToB,
+    Projection,
+    Transport,
 )
 
 TENSOR_CORE_ALIGNMENT = 8
@@ -44,7 +64,7 @@ class Transitions:
         execution: Execution,
         recompute_convolutions: bool,
         unknown_optimizer_state: UnknownState,
-        core_groups: CoreGroups | None,
+        groups: TwinGroups,
         gradients: GradientWatch,
     ) -> None:
         """Take hold of a network and its optimizer; nothing is changed yet.
@@ -55,7 +75,7 @@ class Transitions:
             kept_rank: :func:`oialr.schedule.kept_rank` but for ``s`` and ``full_rank``.
             cut_at_conversion, defer_conversion, execution, recompute_convolutions,
                 unknown_optimizer_state: as of the method.
-            core_groups: moves cores to parameter groups of their own.
+            groups: moves what replaces the weights to parameter groups of its own.
             gradients: is told what replaces what.
         """
         self._model = model
@@ -67,15 +87,29 @@ class Transitions:
         self._execution = execution
         self._recompute_convolutions = recompute_convolutions
         self._unknown_optimizer_state = unknown_optimizer_state
-        self._core_groups = core_groups
+        self._groups = groups
         self._gradients = gradients
+        self.released: dict[str, Literal["factors", "dense"]] = {}
+        """What a release has made of each low-rank layer: two factors, or dense again."""
+        self.wanted: dict[str, int | None] = {}
+        """Ranks that a target size asks for, by name; None: dense. Empty without a target."""
 
     def is_dense(self, report: LayerReport) -> bool:
-        """Whether a layer is full-rank as yet."""
+        """Whether a layer is full-rank, as yet or again."""
         return not isinstance(get_layer(self._model, report.name), FactoredLayer)
 
+    def is_released(self, report: LayerReport) -> bool:
+        """Whether both factors of a layer are trained."""
+        layer = get_layer(self._model, report.name)
+        return isinstance(layer, FactoredLayer) and layer.released
+
+    def rank(self, report: LayerReport) -> int:
+        """Return the present rank of a layer; the full rank of a dense one."""
+        layer = get_layer(self._model, report.name)
+        return layer.rank if isinstance(layer, FactoredLayer) else report.full_rank
+
     def weight(self, report: LayerReport) -> nn.Parameter:
-        """Return what is trained of a layer's weight: the dense weight or the core.
+        """Return what is trained of a layer's weight: the dense weight, the core, or A of A B.
 
         Raises:
             ValueError: somebody has taken the layer away, or made its weight something else.
@@ -83,7 +117,7 @@ class Transitions:
         try:
             layer = get_layer(self._model, report.name)
             if isinstance(layer, FactoredLayer):
-                return layer.core
+                return layer.A if layer.released else layer.core
             return self._model.get_parameter(report.name)
         except AttributeError:
             raise ValueError(
@@ -99,15 +133,55 @@ class Transitions:
     def tensors(self, report: LayerReport) -> list[Tensor]:
         """Return what is stored of a layer's weight: factors or weight, and optimizer state."""
         layer = get_layer(self._model, report.name)
-        frozen = [layer.U, layer.Vh] if isinstance(layer, FactoredLayer) else []
-        weight = self.weight(report)
-        state = self._optimizer.state.get(weight, {})
-        stored = [value for value in state.values() if isinstance(value, Tensor)]
-        return [tensor.detach() for tensor in (weight, *frozen, *stored)]
+        parameters: Sequence[nn.Parameter] = [self.weight(report)]
+        if isinstance(layer, FactoredLayer):
+            parameters = layer.factors
+        states = [self._optimizer.state.get(parameter, {}) for parameter in parameters]
+        stored = [value for state in states for value in state.values()]
+        tensors = (*parameters, *(value for value in stored if isinstance(value, Tensor)))
+        return [tensor.detach() for tensor in tensors]
 
     def all_tensors(self) -> Iterable[Tensor]:
         """Return all that network and optimizer store."""
         return tensors_of(self._model, self._optimizer)
+
+    def wants(self, kind: str) -> bool:
+        """Whether an event cuts ranks, so that a target for them matters."""
+        return kind != "convert" or self.cuts_at_conversion
+
+    def aim(
+        self,
+        target: TargetSize,
+        energies: Mapping[str, Sequence[float] | None],
+        obstacles: Sequence[bool],
+    ) -> None:
+        """Take the ranks of a target size for the events to come.
+
+        Args:
+            target: knows the layers.
+            energies: squared singular values of the layers' weights by name; None: unknown.
+            obstacles: of each layer whether something keeps it from turning low-rank.
+        """
+        fixed = {
+            layer.name: self._present(layer, has_core=not target.is_released)
+            for layer, is_kept in zip(target.layers, obstacles, strict=True)
+            if is_kept or energies[layer.name] is None
+        }
+        waiting = {layer.name for layer in target.layers if self.is_dense(layer)}
+        is_cuda = self.weight(target.layers[0]).is_cuda
+        self.wanted = target.ranks(
+            energies,
+            fixed=fixed,
+            may_stay_dense=waiting if self._defer_conversion else frozenset(),
+            alignment=TENSOR_CORE_ALIGNMENT if is_cuda else 1,
+        )
+
+    def _present(self, report: LayerReport, *, has_core: bool) -> Choice:
+        """Return the size that a layer has if it keeps its rank."""
+        if self.is_dense(report):
+            return Choice(None, math.prod(report.shape), 0.0)
+        rank = self.rank(report)
+        return Choice(rank, stored_parameters(report.stack_shape, rank, has_core=has_core), 0.0)
 
     def obstacles(self, reports: Sequence[LayerReport]) -> list[str | None]:
         """Say of each layer why it cannot be converted any more; None if it can, or is low-rank."""
@@ -122,59 +196,138 @@ class Transitions:
             self._optimizer,
             dense={r.name: self.weight(r) for r in reports if self.is_dense(r)},
             cores={r.name: self.weight(r) for r in reports if not self.is_dense(r)},
-            core_groups=self._core_groups,
+            groups=self._groups,
             unknown=self._unknown_optimizer_state,
         )
 
-    def apply(self, report: LayerReport, factors: Factors) -> int:
+    def apply(self, report: LayerReport, factors: Factors, *, release: bool = False) -> int:
         """Let factors take the place of what was factorized, and return the rank that is left.
 
-        With deferral a dense layer may stay as it is: then it is the full rank that is left.
+        With deferral or at a release a dense layer may stay as it is, and at a release a factorized
+        one may become dense again: then it is the full rank that is left.
 
         Args:
             report: the layer.
             factors: of :meth:`matrix`; of U and Vh the first :meth:`columns_used` are enough.
+            release: train both factors from now on.
         """
+        r = self._rank_after(report, factors.s.to(self.weight(report).dtype), release=release)
         if self.is_dense(report):
-            return self._convert(report, factors)
-        return self._update(report, factors)
+            if r is not None:
+                self._convert(report, factors, r, release=release)
+        elif not release:
+            assert r is not None
+            self._update(report, factors, r)
+        elif r is None:
+            self._return_to_dense(report)
+        else:
+            self._release(report, factors, r)
+        return self.rank(report)
 
-    def put_factors(self, report: LayerReport, U: Tensor, core: Tensor, Vh: Tensor) -> None:
-        """Let a factorized layer take a dense one's place, in network and optimizer."""
+    def put_factors(self, report: LayerReport, *factors: Tensor) -> None:
+        """Let a factorized layer take a dense one's place, in network and optimizer.
+
+        Args:
+            report: the layer.
+            factors: U, core and Vh, or A and B.
+        """
         weight = self.weight(report)
-        layer = factorize_layer(self._model, report.name, U, core, Vh)
+        layer = factorize_layer(self._model, report.name, *factors)
         layer.execution = self._execution
         if isinstance(layer, FactoredConv):
             layer.recompute = self._recompute_convolutions
-        self._replace_parameter(report, weight, layer.core, U, Vh.mT)
-        if self._core_groups:
-            self._core_groups.move(self._optimizer, weight, layer.core)
+        if layer.released:
+            A, B = factors
+            self._replace_parameter(
+                report, weight, {layer.A: DenseToA(B, report.stack_shape), layer.B: DenseToB(A, B)}
+            )
+            self._move_factors(report, layer)
+        else:
+            U, _, Vh = factors
+            self._replace_parameter(report, weight, {layer.core: Projection(U, Vh.mT)})
+            self._groups.move(self._optimizer, "cores", report.name, layer.core)
 
-    def _convert(self, report: LayerReport, factors: Factors) -> int:
-        """W = U diag(s) Vh."""
+    def take_form(
+        self,
+        report: LayerReport,
+        rank: int | None,
+        *,
+        released: Mapping[str, Literal["factors", "dense"]],
+    ) -> None:
+        """Give a dense layer the form of a stored one; the values of factors are undefined.
+
+        Args:
+            report: the layer.
+            rank: that it had; None: it was dense.
+            released: what :attr:`released` was.
+        """
+        form = released.get(report.name)
+        if rank is not None:
+            is_released = form == "factors"
+            factors = empty_factors(self._model, report, rank, released=is_released)
+            self.put_factors(report, *factors)
+        elif form == "dense":
+            self.put_dense(report)
+
+    def put_dense(self, report: LayerReport) -> None:
+        """Let a dense weight be one that a release has brought back, for the optimizer."""
+        self.released[report.name] = "dense"
+        self._groups.move(self._optimizer, "dense", report.name, self.weight(report))
+
+    def _convert(self, report: LayerReport, factors: Factors, r: int, *, release: bool) -> None:
+        """W = U diag(s) Vh, or A B of balanced factors."""
         dtype = self.weight(report).dtype
         U, s, Vh = (factor.to(dtype) for factor in factors)
-        r = self._rank_after(report, s)
-        if self._defer_conversion and not rank_pays(*report.matrix_shape, r):
-            return report.full_rank
-        U, Vh = U[..., :r].contiguous(), Vh[..., :r, :].contiguous()
-        self.put_factors(report, U, torch.diag_embed(s[..., :r]), Vh)
-        return r
+        U, s, Vh = U[..., :r].contiguous(), s[..., :r], Vh[..., :r, :].contiguous()
+        if release:
+            root = s.sqrt()
+            self.put_factors(report, U * root[..., None, :], root[..., :, None] * Vh)
+        else:
+            self.put_factors(report, U, torch.diag_embed(s), Vh)
 
     @torch.no_grad()
-    def _update(self, report: LayerReport, factors: Factors) -> int:
+    def _release(self, report: LayerReport, factors: Factors, r: int) -> None:
+        """Core = L diag(s) R^T, A = U L diag(s)^(1/2), B = diag(s)^(1/2) R^T Vh."""
+        layer = get_layer(self._model, report.name)
+        assert isinstance(layer, FactoredLayer)
+        core = layer.core
+        left, s, right = (factor.to(core.dtype) for factor in factors)
+        transport = CoreToFactors(
+            layer.U.detach(), layer.Vh.detach(), left[..., :r], s[..., :r], right[..., :r, :].mT
+        )
+        layer.set_factors(transport.form_a().contiguous(), transport.form_b().contiguous())
+        for factor in layer.factors:
+            factor.requires_grad_(core.requires_grad)
+        self._replace_parameter(
+            report, core, {layer.A: CoreToA(transport), layer.B: CoreToB(transport)}
+        )
+        self._move_factors(report, layer)
+
+    @torch.no_grad()
+    def _return_to_dense(self, report: LayerReport) -> None:
+        """W = U core Vh."""
+        layer = get_layer(self._model, report.name)
+        assert isinstance(layer, FactoredLayer)
+        U, core, Vh = layer.U, layer.core, layer.Vh
+        transport = CoreToDense(U.detach(), Vh.detach(), report.shape)
+        weight = densify_layer(self._model, report.name)
+        weight.requires_grad_(core.requires_grad)
+        self._replace_parameter(report, core, {weight: transport})
+        self.put_dense(report)
+
+    @torch.no_grad()
+    def _update(self, report: LayerReport, factors: Factors, r: int) -> None:
         """Update: core = U' diag(s') Vh', U <- U U', Vh <- Vh' Vh, core <- diag(s'), cut."""
         layer = get_layer(self._model, report.name)
         assert isinstance(layer, FactoredLayer)
         left, s, right = (factor.to(layer.core.dtype) for factor in factors)
-        r = self._rank_after(report, s)
         left, right = left[..., :r], right[..., :r, :]
         U, core, Vh = layer.U @ left, torch.diag_embed(s[..., :r]), right @ layer.Vh
         if r < layer.rank:
             old = layer.core
             layer.set_factors(U, core, Vh)
             layer.core.requires_grad_(old.requires_grad)
-            self._replace_parameter(report, old, layer.core, left, right.mT)
+            self._replace_parameter(report, old, {layer.core: Projection(left, right.mT)})
         else:  # the same Parameter objects, so that DistributedDataParallel can stay
             layer.U.copy_(U)
             layer.core.copy_(core)
@@ -182,33 +335,37 @@ class Transitions:
             rotate_parameter(
                 self._optimizer,
                 layer.core,
-                left,
-                right.mT,
+                Projection(left, right.mT),
                 unknown=self._unknown_optimizer_state,
             )
-        return r
 
-    def columns_used(self, report: LayerReport, s: Tensor) -> int:
+    def columns_used(self, report: LayerReport, s: Tensor, *, release: bool = False) -> int:
         """Return how many singular vectors :meth:`apply` uses, given the singular values."""
-        r = self._rank_after(report, s.to(self.weight(report).dtype))
-        stays = self.is_dense(report) and self._defer_conversion
-        return 0 if stays and not rank_pays(*report.matrix_shape, r) else r
+        return self._rank_after(report, s.to(self.weight(report).dtype), release=release) or 0
 
-    def _rank_after(self, report: LayerReport, s: Tensor) -> int:
-        if self.is_dense(report) and not self.cuts_at_conversion:
+    def _rank_after(self, report: LayerReport, s: Tensor, *, release: bool) -> int | None:
+        """Return the rank that an event leaves a layer; None if the layer is dense after it."""
+        is_dense = self.is_dense(report)
+        if is_dense and not self.cuts_at_conversion and not release:
             return s.shape[-1]
+        m, n = report.matrix_shape
+        wanted = self.wanted.get(report.name)
+        if self.wanted and wanted is None and not release:
+            return None if is_dense and self._defer_conversion else s.shape[-1]
+        if self.wanted and release:  # now or never, whatever a cut at once may be
+            return wanted
         alignment = TENSOR_CORE_ALIGNMENT if s.is_cuda else 1
-        return self._kept_rank(s, full_rank=report.full_rank, alignment=alignment)
+        r = self._kept_rank(s, full_rank=report.full_rank, alignment=alignment, wanted=wanted)
+        if release:
+            return r if r * (m + n) < m * n else None
+        return None if is_dense and self._defer_conversion and not rank_pays(m, n, r) else r
+
+    def _move_factors(self, report: LayerReport, layer: FactoredLayer) -> None:
+        self.released[report.name] = "factors"
+        self._groups.move(self._optimizer, "factors", report.name, layer.A, layer.B)
 
     def _replace_parameter(
-        self,
-        report: LayerReport,
-        old: nn.Parameter,
-        new: nn.Parameter,
-        left: Tensor,
-        right: Tensor,
+        self, report: LayerReport, old: nn.Parameter, new: Mapping[nn.Parameter, Transport]
     ) -> None:
-        replace_parameter(
-            self._optimizer, old, new, left, right, unknown=self._unknown_optimizer_state
-        )
-        self._gradients.replace(report.name, old, new)
+        replace_parameter(self._optimizer, old, new, unknown=self._unknown_optimizer_state)
+        self._gradients.replace(report.name, old, next(iter(new)))

@@ -637,3 +637,31 @@ def test_help_imports_nothing_heavy():
     )
     assert "exit codes:" in result.stdout
     assert result.stdout.splitlines()[-1] == "set()"
+
+
+def test_weights_stored_as_two_factors_are_measured_as_their_product(tmp_path, capsys):
+    torch.manual_seed(0)
+    A, B = torch.randn(12, 2), torch.randn(2, 9)
+    for number in range(2):
+        A, B = A + 0.1 * torch.randn(12, 2), B + 0.1 * torch.randn(2, 9)
+        state = {
+            "dense.weight": A @ B,
+            "released.A": A,
+            "released.B": B,
+            "attention.in_proj.A": A,
+            "attention.in_proj.B": B,
+            # A recurrence of somebody else, that stores more than a product of the two.
+            "ssm.A": torch.randn(6, 6),
+            "ssm.B": torch.randn(6, 4),
+        }
+        torch.save(state, tmp_path / f"{number}.pt")
+    assert analyze.main([str(tmp_path), "--window", "1"]) == 0
+    assert "2 checkpoints, 5 weights" in capsys.readouterr().out
+    metrics = tmp_path / "analysis" / "metrics.h5"
+    rows = [
+        read_rows(metrics, f"layers/{name}/stability")
+        for name in ("dense.weight", "released.weight", "attention.in_proj_weight")
+    ]
+    for other in rows[1:]:
+        for column in ("stability", "mixing_similarity", "numerical_rank", "effective_rank"):
+            np.testing.assert_allclose(other[column], rows[0][column], rtol=1e-4)

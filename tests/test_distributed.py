@@ -55,6 +55,11 @@ def test_method_on_several_processes_equals_one(processes):
     assert "same on all processes" in launch(processes, WORKERS / "method.py").stdout
 
 
+@pytest.mark.parametrize("processes", [2, 3])
+def test_a_release_on_several_processes_equals_one(processes):
+    assert "same on all processes" in launch(processes, WORKERS / "release.py").stdout
+
+
 @pytest.mark.parametrize(
     ("environment", "launcher", "index", "count"),
     [

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from app import OIALR
-from app.distributed import factorization
 from oialr.conversion import factorize_layer, get_layer, survey, to_dense
 from oialr.layers.base import FactoredLayer
 from oialr.linalg.svd import economy_svd
+from oialr.placement import factorization
 from oialr.placement.assignment import make_plan
 from oialr.placement.buckets import MatrixInfo
 from oialr.placement.costs import Costs

@@ -207,9 +207,9 @@ def test_an_event_computes_in_full_precision_whatever_the_program_allows(monkeyp
     model, optimizer, method = make(delay=1, update_interval=1)
     seen, apply = [], Transitions.apply
 
-    def look(self, report, factors):
+    def look(self, report, factors, **options):
         seen.append(torch.backends.cuda.matmul.fp32_precision)
-        return apply(self, report, factors)
+        return apply(self, report, factors, **options)
 
     monkeypatch.setattr(Transitions, "apply", look)
     before = torch.get_float32_matmul_precision()

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from app.analysis.loading import CheckpointError, load
 from oialr.layers.attention import INPUT_PROJECTIONS, FactoredAttention, FactoredProjection
-from oialr.layers.base import FactoredLayer
+from oialr.layers.base import FROZEN, RELEASED, FactoredLayer
 
 STATE_KEYS = ("state_dict", "model", "model_state_dict")
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -37,27 +37,26 @@ _LOOKED_AT = 64
 """Entries at the beginning and at the end of a weight that a fingerprint is made of."""
 
 
-class StoredFactors(NamedTuple):
-    """A weight that is stored as U core Vh, as this program does; with groups a stack of them."""
+@dataclass(frozen=True)
+class StoredFactors:
+    """A weight that is stored as a product, as this program does; with groups a stack of them."""
 
-    U: Tensor
-    core: Tensor
-    Vh: Tensor
+    factors: tuple[Tensor, ...]
+    """U, core and Vh; or A and B after a release."""
 
     @property
     def shape(self) -> tuple[int, int]:
         """Shape (m, n) of the weight read as a matrix."""
-        return self.groups * self.U.shape[-2], self.Vh.shape[-1]
+        return self.groups * self.factors[0].shape[-2], self.factors[-1].shape[-1]
 
     @property
     def groups(self) -> int:
         """Number of matrices that the weight is read as."""
-        return self.U.shape[0] if self.U.dim() == 3 else 1
+        first = self.factors[0]
+        return first.shape[0] if first.dim() == 3 else 1
 
 
 Weight = Tensor | StoredFactors
-
-_FACTORS = StoredFactors._fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +121,7 @@ def fingerprint(weights: Mapping[str, Weight]) -> str:
     """
     digest = hashlib.sha256()
     for name, weight in weights.items():
-        parts = weight if isinstance(weight, StoredFactors) else (weight,)
+        parts = weight.factors if isinstance(weight, StoredFactors) else (weight,)
         for part in parts:
             flat = part.detach().to_dense().flatten()
             some = torch.cat([flat[:_LOOKED_AT], flat[-_LOOKED_AT:]]).contiguous()
@@ -142,14 +141,14 @@ def as_module(weights: Mapping[str, Weight], device: torch.device) -> nn.Module:
     for name, weight in weights.items():
         path, _, key = name.rpartition(".")
         if isinstance(weight, StoredFactors):
-            U, core, Vh = (_to(factor, device) for factor in weight)
+            factors = [_to(factor, device) for factor in weight.factors]
             shape = torch.Size(weight.shape)
             if key in INPUT_PROJECTIONS:
-                projection = FactoredProjection(U, core, Vh, weight_shape=shape)
+                projection = FactoredProjection(*factors, weight_shape=shape)
                 child = key.removesuffix("_weight")
                 _attention(root, path).add_module(child, projection)
             else:
-                _place(root, path, FactoredLayer(U, core, Vh, weight_shape=shape))
+                _place(root, path, FactoredLayer(*factors, weight_shape=shape))
         else:
             parameter = nn.Parameter(_to(weight, device), requires_grad=False)
             _holder(root, path).register_parameter(key, parameter)
@@ -199,25 +198,30 @@ def _name_weights(state: dict[str, Tensor]) -> dict[str, Weight]:
     weights: dict[str, Weight] = {}
     for name, tensor in state.items():
         path, _, key = name.rpartition(".")
-        factors = [state[k] for k in (f"{path}.{part}" for part in _FACTORS) if k in state]
-        if key in _FACTORS and _are_factors(factors):
-            if key == "core":
-                weights[_dense_name(path, state)] = StoredFactors(*factors)
+        parts = next((names for names in (FROZEN, RELEASED) if key in names), ())
+        factors = [state[k] for k in (f"{path}.{part}" for part in parts) if k in state]
+        if parts and len(factors) == len(parts) and _are_factors(factors):
+            if key == parts[0]:
+                weights[_dense_name(path, state)] = StoredFactors(tuple(factors))
         elif tensor.dim() >= 2 and tensor.is_floating_point() and tensor.numel():
             weights[name] = tensor
     return weights
 
 
 def _are_factors(factors: Sequence[Tensor]) -> bool:
-    """Whether U (m, r), core (r, r) and Vh (r, n) are there, or stacks of them."""
-    if len(factors) != len(_FACTORS) or len({factor.dim() for factor in factors}) != 1:
+    """Whether they are U (m, r), core (r, r), Vh (r, n), or A (m, r), B (r, n), or stacks of them.
+
+    Others call matrices A and B too: a product that stores no less than the weight is none of ours.
+    """
+    left, *core, right = factors
+    if left.dim() not in (2, 3) or not left.numel() or not right.numel():
         return False
-    U, core, Vh = factors
-    if core.dim() not in (2, 3) or not core.numel():
+    if len({tuple(factor.shape[:-2]) for factor in factors}) != 1:
         return False
-    r = core.shape[-1]
-    same_count = U.shape[:-2] == core.shape[:-2] == Vh.shape[:-2]
-    return same_count and U.shape[-1] == core.shape[-2] == Vh.shape[-2] == r
+    r, m, n = left.shape[-1], left.shape[-2], right.shape[-1]
+    if not core:
+        return right.dim() == left.dim() and right.shape[-2] == r and r * (m + n) < m * n
+    return all(tuple(part.shape[-2:]) == (r, r) for part in core) and right.shape[-2] == r
 
 
 def _impossible_name(names: Collection[str]) -> str | None:
@@ -266,7 +270,7 @@ def _as_int(value: Any) -> int | None:
 
 def is_finite(weight: Weight) -> bool:
     """Whether a weight holds neither NaN nor infinity."""
-    parts = weight if isinstance(weight, StoredFactors) else (weight,)
+    parts = weight.factors if isinstance(weight, StoredFactors) else (weight,)
     return all(bool(_to(part, part.device).isfinite().all()) for part in parts)
 
 

@@ -41,7 +41,7 @@ TRAIN = (
 )
 LOWRANK = (
     STEP,
-    Column("event", "S8", "", "convert, update (no rank changed) or cut"),
+    Column("event", "S8", "", "convert, update (no rank changed), cut or release"),
     Column("trainable_parameters", "i8", "1", "Numbers in all trained parameters"),
     Column("trainable_percent", "f8", "%", "Trained parameters over all of the full-rank network"),
     Column("compression_percent", "f8", "%", "Stored parameters over all of the full-rank network"),
@@ -76,7 +76,7 @@ STABILITY = (
     Column("numerical_rank", "i8", "1", "Singular values above max(m, n) eps s[0]"),
     Column("effective_rank", "f8", "1", "Exponential of the spectrum's entropy"),
     Column("stable_rank", "f8", "1", "Squared Frobenius norm over squared spectral norm"),
-    Column("orthonormality_error", "f8", "1", "Of U or Vh; NaN at full rank"),
+    Column("orthonormality_error", "f8", "1", "Of U or Vh; NaN of a layer without frozen factors"),
 )
 
 

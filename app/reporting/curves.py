@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Curve = tuple[np.ndarray, np.ndarray]
 """Places on the axis (T,), and values (T,)."""
 
-_EVENT_MARKERS = {"convert": "o", "cut": "s", "update": "^"}
+_EVENT_MARKERS = {"convert": "o", "cut": "s", "update": "^", "release": "D"}
 _PANEL_HEIGHT = 2.0  # inches
 _LONGEST_LABEL = 16  # characters
 
@@ -162,7 +162,7 @@ def seconds(groups: Sequence[RunGroup]) -> Drawing | None:
     figure, shown = drawn
     total = sum(float(run.events["seconds"].sum()) for group in groups for run in group.runs)
     count = sum(len(run.events["seconds"]) for group in groups for run in group.runs)
-    markers = "circle: conversion, square: cut, triangle: update without a cut"
+    markers = "circle: conversion, square: cut, triangle: update without a cut, diamond: release"
     return Drawing(
         name="seconds",
         title="Time",

@@ -134,7 +134,7 @@ def _map(
         caption=caption
         + " Below: the mean over the layers, and the range of the middle 80 % of them."
         + (f" {left_out} recorded weights are not averaged." if left_out else "")
-        + (" Dotted: the layers turn low-rank." if len(run.conversions()) else ""),
+        + (" Dotted: the layers turn low-rank, or are released." if len(run.conversions()) else ""),
         alt=f"{title} of {count} layers by {run.axis.label}, {x[0]:g} to {x[-1]:g}. The last mean "
         f"over the layers is {last:.4g}; its lowest is {lowest[1]:.4g}, at {run.axis.label} "
         f"{run.axis(np.array(lowest[0])):g}.",

@@ -117,8 +117,9 @@ class Run:
         )
 
     def conversions(self) -> np.ndarray:
-        """Return the places on the axis at which layers turned low-rank."""
-        return self.axis(self.events["step"][self.events["event"] == "convert"])
+        """Return the places on the axis at which layers turned low-rank or were released."""
+        here = np.isin(self.events["event"], ["convert", "release"])
+        return self.axis(self.events["step"][here])
 
     def columns(self) -> list[str]:
         """Return the names of what was measured of each layer, beside epoch and step."""

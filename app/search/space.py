@@ -228,7 +228,7 @@ def _read_parameter(key: str, value: Any) -> Parameter:
 
 
 def _is_integer(key: str, ends: Sequence[float]) -> bool:
-    """Whether the configuration wants integers; for keys without a type, whether both ends are."""
+    """Whether the configuration wants integers; where it takes both, whether both ends are."""
     section, _, name = key.partition(".")
     annotation = Configuration.model_fields[section].annotation
     assert annotation is not None
@@ -236,11 +236,11 @@ def _is_integer(key: str, ends: Sequence[float]) -> bool:
     if field is None:
         return all(isinstance(end, int) for end in ends)
     kinds = typing.get_args(field.annotation) or (field.annotation,)
-    if int in kinds:
+    if int in kinds and float not in kinds:
         if not all(float(end).is_integer() for end in ends):
             raise UserError(f"space: {key}: the range {list(ends)} must have integer ends")
         return True
-    return False
+    return int in kinds and all(isinstance(end, int) for end in ends)
 
 
 def _look_up(sections: Mapping[str, Any], key: str) -> Any:

@@ -50,9 +50,11 @@ class EarlyStopping:
         self, step: int, model: nn.Module, method: OIALR | None, *, process_count: int
     ) -> None:
         """Write the weights as the best ones. A collective call."""
+        state = method.state_dict() if method else {"ranks": {}, "released": {}}
         shared = {
             "process_count": process_count,
-            "ranks": method.state_dict()["ranks"] if method else {},
+            "ranks": state["ranks"],
+            "released": state["released"],
             "model": model.state_dict(),
         }
         self._checkpoints.save(step, shared, {})
@@ -65,7 +67,8 @@ class EarlyStopping:
         """
         if loaded := self._checkpoints.load():
             best, _ = loaded
-            restore(model, method.layers if method else [], best["ranks"], best["model"])
+            layers = method.layers if method else []
+            restore(model, layers, best["ranks"], best["model"], best.get("released"))
         else:  # they were damaged when the run was resumed, and no later epoch was better
             logger.warning("the best weights are lost: those of the last epoch are tested")
 

@@ -23,23 +23,37 @@ def explain_run(configuration: Configuration, runtime: Runtime, *, resume: bool)
         UserError: as :func:`app.training.run.train`.
     """
     task, model = build_task_and_model(configuration, runtime)
+    training = configuration.training
     method = build_method(
-        configuration, model, build_optimizer(model, configuration.training), runtime.processes
+        configuration,
+        model,
+        build_optimizer(model, training),
+        runtime.processes,
+        steps=training.epochs * task.steps_per_epoch,
     )
     if method is None:
         raise UserError("--explain: oialr.enabled is false: no layer is factorized")
-    ranks = None
+    ranks, released = None, {}
     if resume:
         folder = Path(configuration.run.dir or "")
         state = Checkpoints(folder / "checkpoints", runtime.processes, keep=1).load()
-        ranks = state[0]["method"]["ranks"] if state else None
+        if state:
+            ranks = state[0]["method"]["ranks"]
+            released = state[0]["method"].get("released", {})
         if ranks and not any(ranks.values()):
             ranks = None  # before the conversion
     batch = task.example_batch()
     rows = rows_per_sample(model, method.layers, lambda: model(batch.inputs), len(batch.inputs))
-    training = configuration.training
     samples = -(-training.batch_size // (runtime.process_count * training.accumulation))
-    return explain(method.survey, rows, samples, ranks, configuration.oialr.execution)
+    return explain(
+        method.survey,
+        rows,
+        samples,
+        ranks,
+        configuration.oialr.execution,
+        released=released,
+        will_release=method.release is not None,
+    )
 
 
 def check_run(configuration: Configuration, runtime: Runtime) -> int:
@@ -54,6 +68,12 @@ def check_run(configuration: Configuration, runtime: Runtime) -> int:
     task, model = build_task_and_model(configuration, runtime)
     optimizer = build_optimizer(model, configuration.training)
     runtime.processes.agree(
-        lambda: build_method(configuration, model, optimizer, runtime.processes)
+        lambda: build_method(
+            configuration,
+            model,
+            optimizer,
+            runtime.processes,
+            steps=configuration.training.epochs * task.steps_per_epoch,
+        )
     )
     return task.train_size

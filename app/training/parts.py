@@ -58,8 +58,10 @@ def build_method(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     processes: Processes,
+    *,
+    steps: int,
 ) -> OIALR | None:
-    """Build the method; None for the full-rank baseline."""
+    """Build the method for a run of so many steps; None for the full-rank baseline."""
     if not configuration.oialr.enabled:
         return None
     calibration = configuration.distributed.calibration
@@ -67,7 +69,8 @@ def build_method(
         return OIALR(
             model,
             optimizer,
-            **configuration.oialr.model_dump(exclude={"enabled"}),
+            **configuration.oialr.model_dump(exclude={"enabled", "release"}),
+            release=configuration.oialr.release_step(steps),
             factorization=configuration.distributed.factorization,
             processes=processes,
             costs=read_costs(calibration) if calibration else None,

@@ -119,6 +119,8 @@ def train(
         try:
             progress.say(nodes + _describe(trainer, folder))
             trainer.train(progress)
+            if trainer.method and (missed := trainer.method.missed_target()):
+                progress.say(f"the run ends above its size: {missed}")
             figures = trainer.test() if test else {}
         except Stopped as stop:
             mark_unfinished(folder, runtime, stopped=str(stop))
@@ -191,7 +193,9 @@ def _assemble(
     steps = configuration.training.epochs * task.steps_per_epoch
     processes.agree(lambda: configuration.check_steps(steps))
     optimizer = build_optimizer(model, configuration.training)
-    method = processes.agree(lambda: build_method(configuration, model, optimizer, processes))
+    method = processes.agree(
+        lambda: build_method(configuration, model, optimizer, processes, steps=steps)
+    )
     layers = method.survey if method else survey(model)
     # After the method, which may have added parameter groups.
     schedule = Schedule(
@@ -305,9 +309,11 @@ def _describe(trainer: Trainer, folder: Path) -> str:
     ]
     if trainer.method:
         dense = [layer for layer in trainer.method.survey if layer.stays_dense]
+        release = trainer.method.release
+        released = f", their factors are released after step {release}" if release else ""
         lines.append(
-            f"{len(trainer.method.layers)} layers turn low-rank after step {trainer.method.delay}; "
-            f"{len(dense)} weights stay full-rank:"
+            f"{len(trainer.method.layers)} layers turn low-rank after step {trainer.method.delay}"
+            f"{released}; {len(dense)} weights stay full-rank:"
         )
         lines += [f"  {layer.name} {layer.shape}: {layer.stays_dense}" for layer in dense]
         if runtime.process_count > 1:
@@ -325,6 +331,7 @@ def _summarize(trainer: Trainer, figures: dict[str, float]) -> dict[str, Any]:
         **{f"test_{name}": value for name, value in figures.items()},
         "trainable_percent": method.trainable_percent() if method else 100.0,
         "compression_percent": method.compression_percent() if method else 100.0,
+        **({"target_size": method.target_size} if method and method.target_size else {}),
         "epochs": trainer.position.epoch,
         "steps": trainer.position.step,
         "seconds": round(trainer.seconds, 3),

@@ -18,11 +18,11 @@ INPUT_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj
 
 
 class FactoredProjection(FactoredLayer):
-    """An input projection of attention, U core Vh; its bias stays with the attention.
+    """An input projection of attention, U core Vh or A B; its bias stays with the attention.
 
     The weight of the packed projection has one part each for query, key and value, one above the
-    other. As one matrix (3 E, E) they share core and Vh, and so the products of an input that they
-    share; as a stack, U (3, E, r) and so on, each has its own.
+    other. As one matrix (3 E, E) they share core and Vh, or B, and so the products of an input
+    that they share; as a stack, U (3, E, r) and so on, each has its own.
     """
 
     def forward(
@@ -39,9 +39,9 @@ class FactoredProjection(FactoredLayer):
         """
         outputs: dict[int, Tensor] = {}
         for places in self._places(inputs):
-            x, (U, core, Vh) = inputs[places[0]], self._factors(places, len(inputs))
-            way = self.way(x.numel() // max(1, x.shape[-1]), len(U))
-            inner, left = ordered(x, U, core, Vh, way)
+            x, factors = inputs[places[0]], self._factors(places, len(inputs))
+            way = self.way(x.numel() // max(1, x.shape[-1]), len(factors[0]))
+            inner, left = ordered(x, factors, way)
             for i, part in zip(places, left.chunk(len(places)), strict=True):
                 outputs[i] = functional.linear(inner, part, biases[i])
         return [outputs[i] for i in range(len(inputs))]
@@ -55,19 +55,20 @@ class FactoredProjection(FactoredLayer):
             places.setdefault(id(x), []).append(i)
         return list(places.values())
 
-    def _factors(self, places: Sequence[int], count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return U, core and Vh of some parts of the weight, of so many in all."""
+    def _factors(self, places: Sequence[int], count: int) -> tuple[Tensor, ...]:
+        """Return the factors of some parts of the weight, of so many in all."""
         if self.groups > 1:
             (i,) = places
-            return self.U[i], self.core[i], self.Vh[i]
+            return tuple(factor[i] for factor in self.factors)
         if len(places) == count:
-            return self.U, self.core, self.Vh
-        rows = self.U.chunk(count)
-        return torch.cat([rows[i] for i in places]), self.core, self.Vh
+            return self.factors
+        left, *others = self.factors
+        rows = left.chunk(count)
+        return torch.cat([rows[i] for i in places]), *others
 
 
 class FactoredAttention(nn.MultiheadAttention):
-    """nn.MultiheadAttention whose input projections may be held as U core Vh.
+    """nn.MultiheadAttention whose input projections may be held as factors.
 
     It has the parameters of its dense twin, the same objects, but for the factorized weights: the
     factors of in_proj_weight are the child in_proj, those of q_proj_weight the child q_proj, and so
@@ -90,21 +91,30 @@ class FactoredAttention(nn.MultiheadAttention):
         dense.__dict__.update(_shared(self))
         for key in INPUT_PROJECTIONS:
             if projection := self.projection(key):
-                with torch.no_grad():
-                    dense._parameters[key] = nn.Parameter(projection.form_weight())
+                dense._parameters[key] = nn.Parameter(projection.form_weight().detach())
                 del dense._modules[_child(key)]
         return dense
 
-    def factorize(self, key: str, U: Tensor, core: Tensor, Vh: Tensor) -> FactoredProjection:
+    def densify(self, key: str) -> nn.Parameter:
+        """Hold a factorized input projection as the dense weight again, and return that."""
+        projection = self.projection(key)
+        assert projection is not None
+        weight = nn.Parameter(projection.form_weight().detach())
+        del self._modules[_child(key)]
+        self._parameters[key] = weight
+        return weight
+
+    def factorize(self, key: str, *factors: Tensor) -> FactoredProjection:
         """Hold an input projection as factors from now on.
 
         Args:
             key: one of INPUT_PROJECTIONS.
-            U: (m, r). core: (r, r). Vh: (r, n). All three with a leading 3 for a stack.
+            factors: U (m, r), core (r, r), Vh (r, n); or A (m, r), B (r, n). All with a leading 3
+                for a stack.
         """
         weight = self._parameters[key]
         assert weight is not None
-        projection = FactoredProjection(U, core, Vh, weight_shape=weight.shape)
+        projection = FactoredProjection(*factors, weight_shape=weight.shape)
         self._parameters[key] = None  # not deleted: keeps its place in the order of parameters
         self._modules[_child(key)] = projection.train(self.training)
         return projection

@@ -1,4 +1,4 @@
-"""What every factorized layer has in common: a weight held as U core Vh."""
+"""What every factorized layer has in common: a weight held as U core Vh, or as A B."""
 
 import torch
 from torch import Tensor, nn
@@ -6,17 +6,28 @@ from torch import Tensor, nn
 from oialr.layers.cost import Execution, Way, cheapest_way
 from oialr.layers.formed import guarded_weight
 
+FROZEN = ("U", "core", "Vh")
+"""Names of the factors of which the core alone is trained."""
+RELEASED = ("A", "B")
+"""Names of the factors after a release, which are both trained."""
+FACTOR_NAMES = FROZEN + RELEASED
+
 
 class FactoredLayer(nn.Module):
-    """A layer whose weight, read as a matrix W (m, n), is held as U core Vh of rank r.
+    """A layer whose weight, read as a matrix W (m, n), is held as factors of rank r.
+
+    At first W = U core Vh.
 
     U (m, r) and Vh (r, n) are parameters without gradient: they are saved and moved with the
     module, yet DistributedDataParallel sends neither them (they would be sent at every forward if
     they were buffers) nor a gradient for them. The core (r, r) is trained, and so is the bias.
 
+    After a release W = A B: A (m, r) and B (r, n) take the place of the three, and both are
+    trained.
+
     A weight may also be read as a stack of g > 1 matrices, one for each group of a convolution.
     All of them have the same rank, and every factor has a leading dimension g: U (g, m / g, r),
-    core (g, r, r), Vh (g, r, n).
+    core (g, r, r), Vh (g, r, n), and so on.
 
     The concrete layers say how the weight is applied; for every shape of the input they choose the
     cheapest way (:mod:`oialr.layers.cost`) unless ``execution`` names one.
@@ -25,42 +36,44 @@ class FactoredLayer(nn.Module):
     execution: Execution = "auto"
     """How the weight is applied; "auto": the cheapest way for the present rank and input."""
 
+    released: bool
+    """Whether the weight is held as A B, and not as U core Vh."""
     U: nn.Parameter
     core: nn.Parameter
     Vh: nn.Parameter
+    A: nn.Parameter
+    B: nn.Parameter
     bias: nn.Parameter | None
     weight_shape: torch.Size
     """Shape of the dense weight, (m, ...)."""
 
     def __init__(
         self,
-        U: Tensor,
-        core: Tensor,
-        Vh: Tensor,
-        *,
+        *factors: Tensor,
         weight_shape: torch.Size,
         bias: nn.Parameter | None = None,
     ) -> None:
         nn.Module.__init__(self)  # a twin's next base is a dense layer, whose weight it has not
         self.weight_shape = weight_shape
-        self.set_factors(U, core, Vh)
+        self.set_factors(*factors)
         # The same object as before, so that the optimizer and everyone else keep their hold on it.
         self.register_parameter("bias", bias)
 
     @property
     def rank(self) -> int:
         """Rank r of the factorization."""
-        return self.core.shape[-1]
+        return self.factors[-1].shape[-2]
 
     @property
     def groups(self) -> int:
         """Number g of matrices that the weight is read as."""
-        return self.core.shape[0] if self.core.dim() == 3 else 1
+        last = self.factors[-1]
+        return last.shape[0] if last.dim() == 3 else 1
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
         """Shape of the weight read as a matrix: (m, n), or (m / g, n) of each group's."""
-        return self.U.shape[-2], self.Vh.shape[-1]
+        return self.factors[0].shape[-2], self.factors[-1].shape[-1]
 
     def way(self, rows: int, m: int | None = None) -> Way:
         """Return how the weight is applied to an input.
@@ -71,6 +84,8 @@ class FactoredLayer(nn.Module):
         """
         if self.execution != "auto":
             return self.execution
+        if self.released:
+            return "factored"
         height, n = self.matrix_shape
         return cheapest_way(rows, height if m is None else m, n, self.rank)
 
@@ -81,14 +96,28 @@ class FactoredLayer(nn.Module):
 
     def form_weight(self) -> Tensor:
         """Form the dense weight."""
-        return (self.U @ self.core @ self.Vh).reshape(self.weight_shape)
+        return self._product().reshape(self.weight_shape)
 
-    def set_factors(self, U: Tensor, core: Tensor, Vh: Tensor) -> None:
+    def _product(self) -> Tensor:
+        return self.A @ self.B if self.released else self.U @ self.core @ self.Vh
+
+    @property
+    def factors(self) -> tuple[nn.Parameter, ...]:
+        """U, core and Vh, or A and B, whose product is the weight."""
+        return (self.A, self.B) if self.released else (self.U, self.core, self.Vh)
+
+    def set_factors(self, *factors: Tensor) -> None:
         """Replace the factors by others of any rank: new Parameter objects.
 
         Args:
-            U: (m, r). core: (r, r). Vh: (r, n). With groups as described at the class.
+            factors: U (m, r), core (r, r), Vh (r, n); or A (m, r), B (r, n), which release the
+                layer. With groups as described at the class.
         """
-        self.U = nn.Parameter(U, requires_grad=False)
-        self.core = nn.Parameter(core)
-        self.Vh = nn.Parameter(Vh, requires_grad=False)
+        others = {k: p for k, p in self._parameters.items() if k not in FACTOR_NAMES}
+        self._parameters.clear()
+        self.released = len(factors) == len(RELEASED)
+        for name, factor in zip(RELEASED if self.released else FROZEN, factors, strict=True):
+            self.register_parameter(
+                name, nn.Parameter(factor, requires_grad=name not in {"U", "Vh"})
+            )
+        self._parameters.update(others)  # last, in whatever way the layer came to its factors

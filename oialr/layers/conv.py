@@ -25,8 +25,11 @@ class FactoredConv(FactoredTwin):
     With g groups each has a factorization of its own, of (out_channels / g, in_channels / g *
     prod(kernel)), and both convolutions have g groups.
 
+    After a release, W = A B, it is B as a convolution of r output channels, then A as one with a
+    kernel of one.
+
     A convolution keeps its input for backward in any case. With ``recompute`` it keeps nothing
-    beside it: the product with Vh, of r channels, is formed a second time in backward.
+    beside it: the product with Vh or B, of r channels, is formed a second time in backward.
     """
 
     recompute: bool = False
@@ -70,6 +73,8 @@ class FactoredConv(FactoredTwin):
             return result
 
         def low_rank() -> Tensor:
+            if self.released:
+                return pointwise(spatial(self.B), self.A, self.bias)
             inner = spatial(self.Vh)
             if way == "factored":
                 return pointwise(pointwise(inner, self.core), self.U, self.bias)

@@ -11,7 +11,8 @@ or pixels), with U (m, r) and Vh (r, n) frozen:
   2 b r (m + n) + b r k + 2 k r^2, with k = min(m, n).
 - dense: W is rebuilt, and its gradient is projected onto the core: 3 b m n + 2 m n r + 2 m r^2.
 
-A full-rank layer takes 3 b m n.
+A full-rank layer takes 3 b m n. After a release both factors of W = A B are trained, as two layers,
+which takes 3 b r (m + n).
 """
 
 from typing import Literal
@@ -55,6 +56,11 @@ def multiply_adds(way: Way, *, rows: int, m: int, n: int, r: int) -> float:
             return rows * (2 * r * (m + n) + r * k) + 2 * k * r * r
         case "dense":
             return 3 * rows * m * n + 2 * m * n * r + 2 * m * r * r
+
+
+def released_multiply_adds(*, rows: int, m: int, n: int, r: int) -> float:
+    """Multiply-adds of one training step through two trained factors, A (m, r) and B (r, n)."""
+    return 3 * rows * r * (m + n)
 
 
 def training_cost(way: Way, *, rows: int, m: int, n: int, r: int) -> float:

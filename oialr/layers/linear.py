@@ -1,5 +1,7 @@
 """The factorized linear layer."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 from torch.nn import functional
 
@@ -9,6 +11,8 @@ from oialr.layers.twin import FactoredTwin
 
 class FactoredLinear(FactoredTwin):
     """y = x W^T + b with W = U core Vh (out, in), applied as ((x Vh^T) core^T) U^T + b.
+
+    After a release, W = A B, it is the two linear maps (x B^T) A^T + b.
 
     For b rows the forward costs b (n r + r^2 + r m) multiply-adds instead of b m n, and backward
     keeps the products of width r instead of x, since only the core takes a gradient.
@@ -20,7 +24,7 @@ class FactoredLinear(FactoredTwin):
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in) to (..., out)."""
         way = self.way(x.numel() // max(1, x.shape[-1]))
-        inner, left = ordered(x, self.U, self.core, self.Vh, way)
+        inner, left = ordered(x, self.factors, way)
         return functional.linear(inner, left, self.bias)
 
     def extra_repr(self) -> str:
@@ -28,18 +32,23 @@ class FactoredLinear(FactoredTwin):
         return f"{self.in_features}, {self.out_features}, rank={self.rank}"
 
 
-def ordered(x: Tensor, U: Tensor, core: Tensor, Vh: Tensor, way: Way) -> tuple[Tensor, Tensor]:
-    """Order the products of x W^T with W = U core Vh, all but the last: x W^T = inner left^T.
+def ordered(x: Tensor, factors: Sequence[Tensor], way: Way) -> tuple[Tensor, Tensor]:
+    """Order the products of x W^T, all but the last: x W^T = inner left^T.
 
     Args:
         x: (..., n).
-        U: (m, r). core: (r, r). Vh: (r, n).
+        factors: U (m, r), core (r, r), Vh (r, n) with W = U core Vh; or A (m, r), B (r, n) with
+            W = A B.
         way: the order.
 
     Returns:
         inner (..., r) and left (m, r); x itself and W where the dense weight is rebuilt.
     """
     linear = functional.linear
+    if len(factors) == 2:
+        A, B = factors
+        return (x, A @ B) if way == "dense" else (linear(x, B), A)
+    U, core, Vh = factors
     match way:
         case "factored":
             return linear(linear(x, Vh), core), U

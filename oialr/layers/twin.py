@@ -20,21 +20,22 @@ class FactoredTwin(FactoredLayer):
 
     dense_type: ClassVar[type[nn.Module]]
     """Type of the dense module: nn.Linear, nn.Conv2d, ..., or a subclass that adds no method."""
-    _own = frozenset({"weight_shape", "execution"})
+    _own = frozenset({"weight_shape", "execution", "released"})
     """Attributes that a dense module does not have."""
 
     @classmethod
-    def from_dense(cls, dense: nn.Module, U: Tensor, core: Tensor, Vh: Tensor) -> Self:
+    def from_dense(cls, dense: nn.Module, *factors: Tensor) -> Self:
         """Make the twin of a dense module from the factors of its weight.
 
         Args:
             dense: its attributes are copied, its bias is shared.
-            U: (m, r). core: (r, r). Vh: (r, n). With groups as described at the base class.
+            factors: U (m, r), core (r, r), Vh (r, n); or A (m, r), B (r, n). With groups as
+                described at the base class.
         """
         weight, bias = dense.weight, dense.bias
         assert isinstance(weight, nn.Parameter)
         assert bias is None or isinstance(bias, nn.Parameter)
-        twin: Self = _twin_type(cls, type(dense))(U, core, Vh, weight_shape=weight.shape, bias=bias)
+        twin: Self = _twin_type(cls, type(dense))(*factors, weight_shape=weight.shape, bias=bias)
         twin.__dict__.update(_attributes(dense))
         return twin
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -45,7 +45,7 @@ class LayerStability:
     effective_rank: float
     stable_rank: float
     orthonormality_error: float
-    """Of the worse of the frozen factors U and Vh; NaN of a full-rank layer."""
+    """Of the worse of the frozen factors U and Vh; NaN of a layer without them."""
     singular_values: Tensor
     """(rank,) on the CPU."""
 
@@ -173,6 +173,20 @@ def measure_factored(U: Tensor, core: Tensor, Vh: Tensor) -> Snapshot:
             for left, _, right in factors
         ),
     )
+
+
+def measure_released(A: Tensor, B: Tensor) -> Snapshot:
+    """Measure a weight A B by its trained factors: no (m, n) product is formed.
+
+    With A = Q R and B^T = P S, A B = Q (R S^T) P^T has orthonormal bases and a core again.
+
+    Args:
+        A: (g, m, r), finite, with r <= m. B: (g, r, n), finite, with r <= n.
+    """
+    Q, R = torch.linalg.qr(A)
+    P, S = torch.linalg.qr(B.mT)
+    snapshot = measure_factored(Q, R @ S.mT, P.mT)
+    return replace(snapshot, orthonormality_error=math.nan)  # of bases that nobody stores
 
 
 def mean(values: Sequence[float]) -> float:

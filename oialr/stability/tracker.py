@@ -21,6 +21,7 @@ from oialr.stability.measurement import (
     mean,
     measure_dense,
     measure_factored,
+    measure_released,
 )
 
 logger = logging.getLogger(__name__)
@@ -240,12 +241,11 @@ class _Measured(NamedTuple):
 
 
 def _take(model: nn.Module, report: LayerReport) -> list[Tensor]:
-    """Return what a measurement needs of a weight, as stacks: U, core and Vh, or the weight."""
+    """Return what a measurement needs of a weight, as stacks: its factors, or the weight."""
     layer = get_layer(model, report.name)
     if isinstance(layer, FactoredLayer):
         return [
-            factor.detach().reshape(report.groups, *factor.shape[-2:])
-            for factor in (layer.U, layer.core, layer.Vh)
+            factor.detach().reshape(report.groups, *factor.shape[-2:]) for factor in layer.factors
         ]
     weight = model.get_parameter(report.name).detach()
     return [weight.reshape(report.groups, *report.matrix_shape)]
@@ -253,7 +253,12 @@ def _take(model: nn.Module, report: LayerReport) -> list[Tensor]:
 
 def _measure(taken: Sequence[Tensor]) -> Snapshot | None:
     """Measure a weight by the factors at hand, if it is low-rank; None if it is not finite."""
-    if len(taken) == 1:
-        return measure_dense(taken[0]) if taken[0].isfinite().all() else None
-    U, core, Vh = taken
-    return measure_factored(U, core, Vh) if core.isfinite().all() else None
+    if not all(tensor.isfinite().all() for tensor in taken):
+        return None
+    match len(taken):
+        case 1:
+            return measure_dense(*taken)
+        case 2:
+            return measure_released(*taken)
+        case _:
+            return measure_factored(*taken)

@@ -36,16 +36,14 @@ def batch(step):
     return x, x.mean((1, 2, 3)).mul(20).long().clamp(-2, 2) + 2
 
 
-def run(processes, factorization, on_event, on_wrapped, factor=3.0):
+def run(processes, factorization, on_event, on_wrapped, factor=3.0, **options):
     model = network()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    arguments = {"delay": 4, "update_interval": 3, "cutoff": 0.2, "layer_fraction": 0.5}
     method = OIALR(
         model,
         optimizer,
-        delay=4,
-        update_interval=3,
-        cutoff=0.2,
-        layer_fraction=0.5,
+        **{**arguments, **options},
         factorization=factorization,
         processes=processes,
         core_learning_rate_factor=factor,

@@ -1,0 +1,111 @@
+"""What is done around an optimizer's step after a release: warm-up and Frobenius decay.
+
+Ours and not the paper's. The hooks change neither schedules nor what a checkpoint holds, and wait
+for no device.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from oialr.parameter_groups import TwinGroups
+
+
+class FactorSteps:
+    """Guides the steps of the factors A and B, and of weights that a release made dense again.
+
+    A step on balanced factors of W = A B moves W by -lr (G V s V^T + U s U^T G): by the singular
+    values s more or less than a step on the weight or the core, and in directions that the core's
+    moments knew nothing of. So after a release their learning rate rises linearly from a small
+    share of its own to the whole.
+
+    Frobenius decay (arXiv 2105.01029) is the gradient of lambda / 2 |A B|_F^2: lambda A (B B^T) for
+    A, lambda (A^T A) B for B, products of (r, r) alone. It is added to the gradient where the
+    optimizer adds weight decay to it, and decoupled where that is decoupled. Of a dense weight it
+    is the plain weight decay.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        groups: TwinGroups,
+        *,
+        steps_since_release: Callable[[], int | None],
+        warmup: int,
+        learning_rate_factor: float,
+        frobenius_decay: float | None,
+    ) -> None:
+        """Add the parameter groups of factors and dense weights, and hang on to the steps.
+
+        Args:
+            optimizer: changed in place.
+            groups: get the twins.
+            steps_since_release: optimizer steps taken since; None before it.
+            warmup: steps until the learning rate is whole; 0: it is at once.
+            learning_rate_factor: of the factors, over that of full-rank weights.
+            frobenius_decay: lambda; None: the weight decay of the weights' groups.
+        """
+        decay = {} if frobenius_decay is None else {"weight_decay": 0.0}
+        groups.add(optimizer, "factors", learning_rate_factor=learning_rate_factor, **decay)
+        groups.add(optimizer, "dense")
+        self._factors, self._dense = groups.positions("factors"), groups.positions("dense")
+        self._since = steps_since_release
+        self._warmup = warmup
+        self._decay = frobenius_decay
+        self._changed: list[tuple[dict[str, Any], Any, Any]] = []
+        """Groups whose learning rate is lowered, with what it was and is."""
+        optimizer.register_step_pre_hook(self._before)
+        optimizer.register_step_post_hook(self._after)
+
+    @torch.no_grad()
+    def _before(self, optimizer: Optimizer, *_: Any) -> None:
+        self._after()  # if the last step ended in an error
+        if (since := self._since()) is None:
+            return
+        if since < self._warmup:
+            share = (since + 1) / (self._warmup + 1)
+            for position in (*self._factors, *self._dense):
+                group = optimizer.param_groups[position]
+                lowered = group["lr"] * share
+                self._changed.append((group, group["lr"], lowered))
+                group["lr"] = lowered
+        if self._decay:
+            for position in self._factors:
+                self._decay_factors(optimizer, optimizer.param_groups[position], self._decay)
+
+    def _after(self, *_: Any) -> None:
+        for group, whole, lowered in self._changed:
+            if group["lr"] is lowered:
+                group["lr"] = whole
+        self._changed = []
+
+    def _decay_factors(self, optimizer: Optimizer, group: dict[str, Any], decay: float) -> None:
+        parameters: list[nn.Parameter] = group["params"]
+        for A, B in zip(parameters[::2], parameters[1::2], strict=True):
+            if A.grad is None or B.grad is None:
+                continue  # the optimizer leaves out what has no gradient
+            terms = A @ (B @ B.mT), (A.mT @ A) @ B
+            for parameter, term in zip((A, B), terms, strict=True):
+                _apply_decay(optimizer, group, parameter, decay * term)
+
+
+def _apply_decay(
+    optimizer: Optimizer, group: dict[str, Any], parameter: nn.Parameter, term: Tensor
+) -> None:
+    """Let a parameter decay by a term, as the optimizer would by weight decay.
+
+    A fused optimizer under GradScaler is given scaled gradients, with the scale and whether one of
+    them is infinite, in which case it takes no step.
+    """
+    if isinstance(optimizer, AdamW) or group.get("decoupled_weight_decay"):
+        if (found := getattr(optimizer, "found_inf", None)) is not None:
+            term = term * (1 - found)
+        parameter.sub_(group["lr"] * term)
+        return
+    assert parameter.grad is not None
+    if (scale := getattr(optimizer, "grad_scale", None)) is not None:
+        term = term * scale
+    parameter.grad.add_(-term if group.get("maximize") else term)

@@ -1,0 +1,51 @@
+"""Whether a stored state of the method fits the method as it is configured now."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def check_stored_state(
+    state: Mapping[str, Any],
+    *,
+    names: Sequence[str],
+    delay: int,
+    release: int | None,
+    frobenius_decay: float | None,
+) -> None:
+    """Reject a state that cannot be gone on with.
+
+    Args:
+        state: of :meth:`oialr.method.OIALR.state_dict`, of this or an earlier version.
+        names: of the layers that the method factorizes.
+        delay, release, frobenius_decay: as they are now.
+
+    Raises:
+        ValueError: the state is of another network; or a step of an event is another one now, and
+            either of them is over; or what the optimizer's groups were made by is another.
+    """
+    if list(state["ranks"]) != list(names):
+        other = sorted(set(state["ranks"]) ^ set(names))
+        raise ValueError(f"the stored state is of another network: {', '.join(other)}")
+    handled = state["handled"]
+    stored = state.get("delay", delay)  # states of earlier versions are without
+    if delay != stored and min(delay, stored) <= handled:
+        raise ValueError(
+            f"oialr.delay: cannot change from {stored} to {delay} after step {handled}; layers "
+            "turn low-rank once"
+        )
+    was = state.get("release")
+    if release != was and (release is None or was is None):
+        raise ValueError(
+            f"oialr.release: cannot change from {was} to {release}, which changes the optimizer's "
+            "parameter groups"
+        )
+    if release is not None and release != was and min(release, was or 0) <= handled:
+        raise ValueError(
+            f"oialr.release: cannot change from {was} to {release} after step {handled}; layers "
+            "are released once"
+        )
+    if (decay := state.get("frobenius_decay")) != frobenius_decay:
+        raise ValueError(
+            f"oialr.frobenius_decay: cannot change from {decay} to {frobenius_decay}: the "
+            "optimizer's stored state has the weight decay that goes with it"
+        )

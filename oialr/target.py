@@ -1,0 +1,107 @@
+"""The size that a training shall end with, and the ranks for it. Ours and not the paper's."""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Self
+
+from oialr.allocation import Choice, allocate, layer_choices
+from oialr.conversion import LayerReport
+
+
+class TargetSize:
+    """Finds, whenever spectra are known, the ranks with which a network has the target's size."""
+
+    def __init__(
+        self,
+        target_size: float,
+        layers: Sequence[LayerReport],
+        *,
+        stored: int,
+        minimum_rank_fraction: float,
+        rank_multiple: int,
+        is_released: bool,
+    ) -> None:
+        """Look at what there is to be saved.
+
+        Args:
+            target_size: stored parameters of the network over those of the full-rank one.
+            layers: those that the method factorizes.
+            stored: parameters of the full-rank network.
+            minimum_rank_fraction, rank_multiple: as of the method.
+            is_released: whether the run ends with two factors of each layer, not three.
+
+        Raises:
+            ValueError: the smallest ranks exceed the size.
+        """
+        self.target_size = target_size
+        self.layers = layers
+        self._minimum_rank_fraction = minimum_rank_fraction
+        self._rank_multiple = rank_multiple
+        self.is_released = is_released
+        others = stored - sum(math.prod(layer.shape) for layer in layers)
+        self._budget = math.floor(target_size * stored * (1 + 1e-12)) - others
+        flat = (self._choices(layer, [1.0] * layer.full_rank) for layer in layers)
+        smallest = sum(choices[0].parameters for choices in flat)
+        if smallest > self._budget:
+            raise ValueError(
+                f"target_size {target_size} cannot be reached: what stays full-rank takes "
+                f"{others / stored:.3f} of the network's parameters and the smallest ranks of the "
+                f"other layers take {smallest / stored:.3f}"
+            )
+
+    @classmethod
+    def of(cls, target_size: float | None, *args: Any, **options: Any) -> Self | None:
+        """Return what the constructor makes; None without a target."""
+        return None if target_size is None else cls(target_size, *args, **options)
+
+    def ranks(
+        self,
+        energies: Mapping[str, Sequence[float] | None],
+        *,
+        fixed: Mapping[str, Choice],
+        may_stay_dense: Collection[str] = (),
+        alignment: int = 1,
+    ) -> dict[str, int | None]:
+        """Return the rank that each layer shall end with; None: dense.
+
+        Args:
+            energies: squared singular values of each layer's weight by name, descending; None: of a
+                layer that is fixed.
+            fixed: the sizes of layers that cannot change, by name.
+            may_stay_dense: names of layers that wait for their conversion, and so may be dense
+                where no release will bring them back.
+            alignment: see :func:`oialr.schedule.rounded_up`.
+        """
+        choices = [
+            [fixed[layer.name]]
+            if layer.name in fixed
+            else self._choices(
+                layer,
+                energies[layer.name] or [],
+                may_stay_dense=layer.name in may_stay_dense,
+                alignment=alignment,
+            )
+            for layer in self.layers
+        ]
+        allocated = allocate(choices, self._budget)
+        return {
+            layer.name: choice.rank for layer, choice in zip(self.layers, allocated, strict=True)
+        }
+
+    def _choices(
+        self,
+        layer: LayerReport,
+        energies: Sequence[float],
+        *,
+        may_stay_dense: bool = False,
+        alignment: int = 1,
+    ) -> list[Choice]:
+        return layer_choices(
+            energies,
+            layer.stack_shape,
+            minimum_rank_fraction=self._minimum_rank_fraction,
+            multiple=self._rank_multiple,
+            alignment=alignment,
+            has_core=not self.is_released,
+            can_be_dense=self.is_released or may_stay_dense,
+        )

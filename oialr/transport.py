@@ -1,0 +1,215 @@
+"""What becomes of an average of gradients, of their squares or of the weight when factors change.
+
+What an optimizer accumulates linearly in the gradient is transported exactly by the map of the
+gradient itself. What it accumulates of the squared gradient has no exact transport; of maps by
+known matrices the expectation for uncorrelated entries is taken, which has the elementwise squares
+of the matrices. Values come in the shape of the parameter that goes, and leave in that of the one
+that comes. Everything may be a stack, with a leading dimension.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Transport(Protocol):
+    """From a parameter to one that takes its place."""
+
+    def linear(self, value: Tensor) -> Tensor:
+        """Carry an average of the gradient over."""
+
+    def squared(self, value: Tensor) -> Tensor:
+        """Carry an average of the squared gradient over."""
+
+    def average(self, value: Tensor) -> Tensor:
+        """Carry an average of the parameter itself over."""
+
+
+@dataclass(frozen=True)
+class Projection:
+    """To the core L^T W R of a weight or core, whose gradient is L^T G R."""
+
+    left: Tensor
+    """L (m, r), orthonormal columns."""
+    right: Tensor
+    """R (n, r), orthonormal columns."""
+
+    def linear(self, value: Tensor) -> Tensor:
+        """L^T M R."""
+        return self.left.mT @ self._matrix(value) @ self.right
+
+    def squared(self, value: Tensor) -> Tensor:
+        """(L*L)^T v (R*R), the expectation of (L^T G R)^2 for uncorrelated entries of G."""
+        return self.left.square().mT @ self._matrix(value) @ self.right.square()
+
+    def average(self, value: Tensor) -> Tensor:
+        """L^T W R: the closest that the bases can hold."""
+        return self.linear(value)
+
+    def _matrix(self, value: Tensor) -> Tensor:
+        return value.reshape(*self.left.shape[:-1], self.right.shape[-2])
+
+
+@dataclass(frozen=True)
+class DenseToA:
+    """From a dense weight W to A, where W is replaced by A B; the gradient is G B^T."""
+
+    B: Tensor
+    """diag(s)^(1/2) Vh (r, n)."""
+    shape: tuple[int, ...]
+    """(m, n) of the weight as a matrix, or (g, m, n)."""
+
+    def linear(self, value: Tensor) -> Tensor:
+        """M B^T, exactly."""
+        return value.reshape(self.shape) @ self.B.mT
+
+    def squared(self, value: Tensor) -> Tensor:
+        """Return v (B*B)^T, right in expectation for uncorrelated entries of the gradient."""
+        return value.reshape(self.shape) @ self.B.square().mT
+
+    def average(self, value: Tensor) -> Tensor:
+        """W B^+: with B the closest product to W."""
+        energy = self.B.square().sum(-1, keepdim=True)  # s, by rows
+        return value.reshape(self.shape) @ (self.B * _inverse(energy)).mT
+
+
+@dataclass(frozen=True)
+class DenseToB:
+    """From a dense weight W to B, where W is replaced by A B; the gradient is A^T G."""
+
+    A: Tensor
+    """U diag(s)^(1/2) (m, r)."""
+    B: Tensor
+    """diag(s)^(1/2) Vh (r, n)."""
+
+    def linear(self, value: Tensor) -> Tensor:
+        """A^T M, exactly."""
+        return self.A.mT @ self._matrix(value)
+
+    def squared(self, value: Tensor) -> Tensor:
+        """(A*A)^T v, right in expectation for uncorrelated entries of the gradient."""
+        return self.A.square().mT @ self._matrix(value)
+
+    def average(self, value: Tensor) -> Tensor:
+        """B itself: A holds what is left of the average."""
+        return self.B.clone()
+
+    def _matrix(self, value: Tensor) -> Tensor:
+        return value.reshape(*self.A.shape[:-1], self.B.shape[-1])
+
+
+@dataclass(frozen=True)
+class CoreToFactors:
+    """From a core = L diag(s) R^T to A = U L diag(s)^(1/2) and B = diag(s)^(1/2) R^T Vh.
+
+    A core saw the gradient within its bases alone: L^T M R is exact for that, and is all there is.
+    Of the square it saw a share of about r / m (for A; r / n for B), which the squares of U and Vh
+    would spread over all rows: second moments too small by that share, and Adam's first steps too
+    large. So the squares are weighted to a sum of one in every row (column): each entry is a mean
+    of the core's second moments times s, which is right where these are alike.
+    """
+
+    U: Tensor
+    """(m, r0), before the last rotation, as is Vh (r0, n)."""
+    Vh: Tensor
+    left: Tensor
+    """L (r0, r)."""
+    s: Tensor
+    """(r,)."""
+    right: Tensor
+    """R (r0, r)."""
+
+    def form_a(self) -> Tensor:
+        """U L diag(s)^(1/2) (m, r)."""
+        return (self.U @ self.left) * self.s.sqrt()[..., None, :]
+
+    def form_b(self) -> Tensor:
+        """diag(s)^(1/2) R^T Vh (r, n)."""
+        return self.s.sqrt()[..., :, None] * (self.right.mT @ self.Vh)
+
+    @property
+    def core(self) -> Projection:
+        """From the core to the rotated one."""
+        return Projection(self.left, self.right)
+
+
+@dataclass(frozen=True)
+class CoreToA:
+    """The part of A of :class:`CoreToFactors`."""
+
+    factors: CoreToFactors
+
+    def linear(self, value: Tensor) -> Tensor:
+        """U L (L^T M R) diag(s)^(1/2)."""
+        f = self.factors
+        return f.U @ (f.left @ f.core.linear(value)) * f.s.sqrt()[..., None, :]
+
+    def squared(self, value: Tensor) -> Tensor:
+        """Weighted means over the rows of the core's, times s."""
+        f = self.factors
+        return row_weights(f.U @ f.left) @ f.core.squared(value) * f.s[..., None, :]
+
+    def average(self, value: Tensor) -> Tensor:
+        """U c R diag(s)^(-1/2): with B the closest product to U c Vh."""
+        f = self.factors
+        return f.U @ (value @ f.right) * _inverse(f.s).sqrt()[..., None, :]
+
+
+@dataclass(frozen=True)
+class CoreToB:
+    """The part of B of :class:`CoreToFactors`."""
+
+    factors: CoreToFactors
+
+    def linear(self, value: Tensor) -> Tensor:
+        """diag(s)^(1/2) (L^T M R) R^T Vh."""
+        f = self.factors
+        return f.s.sqrt()[..., :, None] * (f.core.linear(value) @ f.right.mT @ f.Vh)
+
+    def squared(self, value: Tensor) -> Tensor:
+        """Weighted means over the columns of the core's, times s."""
+        f = self.factors
+        weights = row_weights((f.right.mT @ f.Vh).mT).mT
+        return f.s[..., :, None] * (f.core.squared(value) @ weights)
+
+    def average(self, value: Tensor) -> Tensor:
+        """B itself: A holds what is left of the average."""
+        return self.factors.form_b()
+
+
+@dataclass(frozen=True)
+class CoreToDense:
+    """From a core back to the dense weight U core Vh."""
+
+    U: Tensor
+    """(m, r)."""
+    Vh: Tensor
+    """(r, n)."""
+    shape: tuple[int, ...]
+    """Of the dense weight."""
+
+    def linear(self, value: Tensor) -> Tensor:
+        """U M Vh: all that the core saw."""
+        return (self.U @ value @ self.Vh).reshape(self.shape)
+
+    def squared(self, value: Tensor) -> Tensor:
+        """Weighted means of the core's, which is right where these are alike."""
+        weighted = row_weights(self.U) @ value @ row_weights(self.Vh.mT).mT
+        return weighted.reshape(self.shape)
+
+    def average(self, value: Tensor) -> Tensor:
+        """U c Vh, exactly."""
+        return self.linear(value)
+
+
+def row_weights(U: Tensor) -> Tensor:
+    """Return the squares of U (m, r), with a sum of one in every row; alike where a row is zero."""
+    weights = U.square() + torch.finfo(U.dtype).eps ** 2
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def _inverse(s: Tensor) -> Tensor:
+    """1 / s, and 0 where s is 0."""
+    return torch.where(s > 0, 1 / s, torch.zeros_like(s))
