@@ -85,6 +85,7 @@ def how_to_draw(folder: Path) -> str:
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:
-    """Print final figures on stdout, a line each."""
-    for key, value in summary.items():
+    """Print final figures on stdout, a line each; ranks of layers are for the file alone."""
+    figures = {key: value for key, value in summary.items() if not isinstance(value, Mapping)}
+    for key, value in figures.items():
         print(f"{key}: {value:.4f}" if isinstance(value, float) else f"{key}: {value}")

@@ -124,7 +124,7 @@ class TrainingSection(Section):
         None,
         gt=0,
         description="Epochs without a smaller validation loss after which training stops; the "
-        "weights of the best epoch are tested.",
+        "weights of the best epoch are tested. Both begin anew where layers turn low-rank.",
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Of the cross entropy.")
     gradient_clip: float | None = Field(

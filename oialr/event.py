@@ -38,6 +38,8 @@ class Event:
     shapes_changed: bool
     """The network has new Parameter objects: DistributedDataParallel must be made anew, and every
     list of parameters (to clip, to average, to penalize) be fetched anew."""
+    changed_form: bool
+    """Layers that were dense before are low-rank now, or low-rank ones were released."""
     peak_bytes: int | None
     """The most that parameters, gradients, optimizer state and all that the event made took at once
     on this process; not what LAPACK or cuSOLVER allocate inside. None unless it was measured."""

@@ -96,6 +96,7 @@ class Events:
             step=step,
             layers=layers,
             shapes_changed=cut or changed_form,
+            changed_form=changed_form,
             peak_bytes=memory.peak_bytes if memory else None,
             seconds=time.perf_counter() - start,
             factorization_seconds=seconds,

@@ -176,13 +176,13 @@ def test_damaged_best_weights_let_early_stopping_begin_anew(tmp_path, caplog):
     model = torch.nn.Linear(3, 1, bias=False)
     torch.nn.init.constant_(model.weight, 1.5)
     first = early_stopping()
-    assert first.improves(0.25)
+    assert first.improves(10, 0.25)
     first.keep(10, model, None, process_count=1)
     state = first.state_dict()
 
     undamaged = early_stopping()
     undamaged.load_state_dict(state)
-    assert not undamaged.improves(0.5)
+    assert not undamaged.improves(20, 0.5)
     assert not caplog.messages
 
     flip(tmp_path / "step-00000010" / "state.pt")
@@ -194,4 +194,4 @@ def test_damaged_best_weights_let_early_stopping_begin_anew(tmp_path, caplog):
     damaged.restore_best(model, None)
     assert "the best weights are lost: those of the last epoch are tested" in caplog.text
     assert model.weight.tolist() == [[0.0] * 3]
-    assert damaged.improves(0.5)
+    assert damaged.improves(20, 0.5)

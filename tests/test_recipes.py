@@ -27,7 +27,7 @@ from app.training.early_stopping import EarlyStopping
 from app.training.evaluation import evaluate
 from app.training.optimizer import Schedule
 from app.training.replicas import synchronize_batch_norm
-from oialr.conversion import restore, survey
+from oialr.conversion import parameter_counts, restore, survey
 from oialr.optimizer_state import WEIGHT_AVERAGE
 from oialr.placement.processes import Processes
 
@@ -321,15 +321,15 @@ def test_early_stopping_goes_on_after_a_kill(
     model = nn.Linear(2, 2)
     first = start()
     nothing_yet = first.state_dict()
-    assert first.improves(1.0)
+    assert first.improves(10, 1.0)
     first.keep(10, model, None, process_count=1)
-    assert not first.improves(2.0)
+    assert not first.improves(20, 2.0)
     state = first.state_dict()
     resumed = start()
     resumed.load_state_dict(state)
     assert resumed.state_dict() == state
 
-    first.improves(0.5)
+    first.improves(30, 0.5)
     with torch.no_grad():
         model.weight.fill_(7)
     first.keep(30, model, None, process_count=1)  # after the last checkpoint; then it is killed
@@ -339,25 +339,63 @@ def test_early_stopping_goes_on_after_a_kill(
         assert resumed.state_dict() == stored
     assert not caplog.messages
     resumed.load_state_dict(state)
-    assert not resumed.improves(1.5)
+    assert not resumed.improves(20, 1.5)
     model.reset_parameters()
-    resumed.restore_best(model, None)
+    assert resumed.restore_best(model, None) == 30
     assert (model.weight == 7).all()
 
     # Without its weights a loss is worth nothing.
     shutil.rmtree(tmp_path / "step-00000030")
     resumed = start()
     resumed.load_state_dict(state)
-    assert resumed.improves(1.5)
+    assert resumed.improves(20, 1.5)
     assert caplog.messages == [
         "early stopping begins anew: the best weights are damaged or not there any more"
     ]
 
 
-def test_early_stopping_tests_the_best_weights(tmp_path: Path) -> None:
-    """Cores learn far too fast, so that it gets worse from the conversion on."""
+def test_early_stopping_begins_anew_where_the_network_turns_into_another_one(
+    tmp_path: Path,
+) -> None:
+    """As good as the full-rank weights were, they do not count any more."""
+    model = nn.Linear(2, 2)
+    stopping = EarlyStopping(Checkpoints(tmp_path, Processes(), keep=1), patience=2)
+    assert stopping.improves(10, 1.0)
+    stopping.keep(10, model, None, process_count=1)
+    assert not stopping.improves(20, 1.5)
+    stopping.begin_anew(30)
+    # The epoch that ends with the conversion tests the dense weights once more.
+    assert not stopping.improves(30, 0.5)
+    assert not stopping.exhausted
+
+    resumed = EarlyStopping(Checkpoints(tmp_path, Processes(), keep=1), patience=2)
+    resumed.load_state_dict(stopping.state_dict())
+    assert resumed.state_dict() == stopping.state_dict()
+    before = model.weight.clone()
+    for one in (stopping, resumed):
+        assert not one.improves(30, 0.4)
+        assert one.restore_best(model, None) is None  # not those of step 10
+        assert one.improves(40, 2.0)
+    with torch.no_grad():
+        model.weight.fill_(7)
+    resumed.keep(40, model, None, process_count=1)
+    model.weight = nn.Parameter(before)
+    assert not resumed.improves(50, 2.5)
+    assert not resumed.exhausted
+    assert not resumed.improves(60, 2.5)
+    assert resumed.exhausted
+    assert resumed.restore_best(model, None) == 40
+    assert (model.weight == 7).all()
+
+
+def test_early_stopping_tests_the_best_low_rank_weights(tmp_path: Path) -> None:
+    """Cores learn far too fast, so that it gets worse from the conversion on.
+
+    The layers turn low-rank with the last step of the second epoch, whose weights do not count.
+    """
     options = [
         *TINY,
+        "oialr.delay=16",
         "training.epochs=12",
         "training.early_stopping=2",
         "training.schedule=constant",
@@ -371,9 +409,12 @@ def test_early_stopping_tests_the_best_weights(tmp_path: Path) -> None:
 
     rows = read_rows(whole / "metrics.h5", "eval")
     losses = rows["loss"][rows["split"] == "validation"].tolist()
-    best = losses.index(min(losses))
+    counted = losses[2:]
+    assert min(losses) < min(counted)
+    best = losses.index(min(counted))
     summary = json.loads((whole / "summary.json").read_text())
     assert summary["epochs"] == len(losses) == best + 3 < 12
+    assert summary["tested_step"] == rows["step"][best] > 16
     last = last_checkpoint(whole)
     assert last["position"]["epoch"] == summary["epochs"]
 
@@ -388,6 +429,11 @@ def test_early_stopping_tests_the_best_weights(tmp_path: Path) -> None:
     model = models.build(section.name, section.arguments, **sizes)
     layers = [report for report in survey(model) if report.stays_dense is None]
     restore(model, layers, kept["ranks"], kept["model"])
+    assert summary["tested_ranks"] == kept["ranks"]
+    assert None not in kept["ranks"].values()
+    assert summary["stored_parameters"] == parameter_counts(model)[1]
+    assert summary["trained_parameters"] == parameter_counts(model)[0]
+    assert summary["stored_bytes"] == 4 * summary["stored_parameters"]
     figures = evaluate(model, task, "test", Processes(), torch.device("cpu"))
     assert summary["test_loss"] == pytest.approx(figures["loss"], rel=1e-5)
     assert summary["test_loss"] == rows["loss"][-1]

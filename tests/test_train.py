@@ -121,6 +121,9 @@ def test_a_run_leaves_everything_in_its_folder(undisturbed):
     assert summary["processes"] == 2
     assert 0 <= summary["test_accuracy"] <= 1
     assert summary["trainable_percent"] < 50
+    assert summary["tested_step"] == 32
+    assert summary["tested_ranks"] == last_checkpoint(folder)["method"]["ranks"]
+    assert summary["cpu_seconds"] > 0
     assert yaml.safe_load((folder / "config.yaml").read_text())["oialr"]["delay"] == 15
     before_last, last = sorted((folder / "checkpoints").iterdir())  # run.keep_checkpoints
     part = "process-00001-stability-epochs-00000003.pt"
@@ -471,6 +474,8 @@ def test_full_rank_baseline(tmp_path):
     train(0, *TINY, "oialr.enabled=false", f"run.dir={tmp_path}")
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["trainable_percent"] == 100
+    assert summary["trained_parameters"] == summary["stored_parameters"]
+    assert summary["tested_ranks"] == {}
     assert len(read_rows(tmp_path / "metrics.h5", "lowrank")["step"]) == 0
 
 

@@ -17,7 +17,12 @@ BEST_KEYS = ("ranks", "model")
 
 
 class EarlyStopping:
-    """Keeps the weights of the epoch with the least validation loss, and says when to stop."""
+    """Keeps the weights of the epoch with the least validation loss, and says when to stop.
+
+    Where layers turn low-rank or are released, it begins anew: the network is another one, and the
+    best weights of the one before do not count, nor do those of an epoch that ends right there, of
+    which nothing has been trained in the new form.
+    """
 
     def __init__(self, checkpoints: Checkpoints, *, patience: int) -> None:
         """Start before the first epoch. A collective call.
@@ -31,6 +36,7 @@ class EarlyStopping:
         self._best = math.inf
         self._best_step: int | None = None
         self._epochs_since = 0
+        self._begun_step = 0
         self._kept_step = checkpoints.newest_step()
 
     @property
@@ -38,8 +44,21 @@ class EarlyStopping:
         """Whether it is time to stop."""
         return self._epochs_since >= self._patience
 
-    def improves(self, loss: float) -> bool:
-        """Take note of an epoch's validation loss; tell whether it is the least so far."""
+    def begin_anew(self, step: int) -> None:
+        """Forget what was best up to a step, after which the network has another form."""
+        self._best, self._best_step = math.inf, None
+        self._epochs_since, self._begun_step = 0, step
+
+    def improves(self, step: int, loss: float) -> bool:
+        """Take note of an epoch's validation loss; tell whether it is the least so far.
+
+        Args:
+            step: optimizer steps taken. An epoch that ends with the step of a beginning does not
+                count.
+            loss: on the validation part.
+        """
+        if step <= self._begun_step:
+            return False
         if loss < self._best:
             self._best, self._epochs_since = loss, 0
             return True
@@ -53,6 +72,7 @@ class EarlyStopping:
         state = method.state_dict() if method else {"ranks": {}, "released": {}}
         shared = {
             "process_count": process_count,
+            "step": step,
             "ranks": state["ranks"],
             "released": state["released"],
             "model": model.state_dict(),
@@ -60,17 +80,25 @@ class EarlyStopping:
         self._checkpoints.save(step, shared, {})
         self._best_step = step
 
-    def restore_best(self, model: nn.Module, method: OIALR | None) -> None:
+    def restore_best(self, model: nn.Module, method: OIALR | None) -> int | None:
         """Give the network the best weights, at the ranks that it had then. A collective call.
 
         The optimizer does not follow: nothing can be trained after it.
+
+        Returns:
+            The step that they are of; None: there are none, and the network stays as it is.
         """
-        if loaded := self._checkpoints.load():
-            best, _ = loaded
-            layers = method.layers if method else []
-            restore(model, layers, best["ranks"], best["model"], best.get("released"))
-        else:  # they were damaged when the run was resumed, and no later epoch was better
+        loaded = None if self._best_step is None else self._checkpoints.load()
+        if loaded is None:
+            # They were damaged when the run was resumed, or no epoch came after the last beginning.
             logger.warning("the best weights are lost: those of the last epoch are tested")
+            return None
+        best, _ = loaded
+        layers = method.layers if method else []
+        restore(model, layers, best["ranks"], best["model"], best.get("released"))
+        # Of a killed session they may be later ones than it knew.
+        step: int | None = best.get("step", self._best_step)
+        return step
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, but for the best weights."""
@@ -78,6 +106,7 @@ class EarlyStopping:
             "best": self._best,
             "best_step": self._best_step,
             "epochs_since": self._epochs_since,
+            "begun_step": self._begun_step,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -86,6 +115,7 @@ class EarlyStopping:
         A killed session may have found better ones after its last checkpoint. They stay: they are
         found again, or are better than what is.
         """
+        self._begun_step = state.get("begun_step", 0)  # states of earlier versions are without
         step = state.get("best_step", self._kept_step)
         if step is not None and (self._kept_step is None or self._kept_step < step):
             logger.warning(

@@ -3,6 +3,8 @@
 A search calls :func:`train` too, with the processes that it gives to one evaluation.
 """
 
+import logging
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -42,7 +44,9 @@ from app.training.position import Stopped
 from app.training.progress import EpochObserver, Progress
 from app.training.recorder import Recorder
 from app.training.trainer import Trainer
-from oialr.conversion import survey
+from oialr.conversion import parameter_counts, survey
+
+logger = logging.getLogger(__name__)
 
 _FIXED = ("optimizer", "momentum", "weight_decay")
 """Keys of the section training that are part of the optimizer's stored state."""
@@ -326,15 +330,29 @@ def _describe(trainer: Trainer, folder: Path) -> str:
 
 
 def _summarize(trainer: Trainer, figures: dict[str, float]) -> dict[str, Any]:
-    method = trainer.method
-    return {
+    """Return the final figures; sizes and ranks are those of the tested weights."""
+    method, stopwatch = trainer.method, trainer.stopwatch
+    trained, stored = parameter_counts(trainer.model)
+    tensors = [*trainer.model.parameters(), *trainer.model.buffers()]
+    cpu_seconds = stopwatch.cpu_seconds
+    summary: dict[str, Any] = {
         **{f"test_{name}": value for name, value in figures.items()},
         "trainable_percent": method.trainable_percent() if method else 100.0,
         "compression_percent": method.compression_percent() if method else 100.0,
         **({"target_size": method.target_size} if method and method.target_size else {}),
+        "trained_parameters": trained,
+        "stored_parameters": stored,
+        "stored_bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
         "epochs": trainer.position.epoch,
         "steps": trainer.position.step,
-        "seconds": round(trainer.seconds, 3),
+        "seconds": round(stopwatch.seconds, 3),
+        "cpu_seconds": None if math.isnan(cpu_seconds) else round(cpu_seconds, 3),
         "processes": trainer.runtime.process_count,
         "seed": trainer.configuration.run.seed,
     }
+    if trainer.tested_step is not None:
+        if method and not method.converted:  # early stopping, or no rank that pays
+            logger.warning("the tested weights, of step %d, are full-rank", trainer.tested_step)
+        summary["tested_step"] = trainer.tested_step
+        summary["tested_ranks"] = method.state_dict()["ranks"] if method else {}
+    return summary

@@ -31,6 +31,7 @@ from app.training.progress import Progress
 from app.training.recorder import Recorder
 from app.training.replicas import Replicas
 from app.training.rescue import end_without_storage
+from app.training.stopwatch import Stopwatch
 from app.training.tracking import Tracking
 from oialr.method import OIALR, Event
 from oialr.stability.tracker import StabilityTracker
@@ -86,8 +87,10 @@ class Trainer:
         self.early_stopping = early_stopping
         self.watchdog = watchdog
         self.position = Position()
-        self.seconds = 0.0
-        """Seconds of training, of all sessions."""
+        self.stopwatch = Stopwatch()
+        """Of the training, in all sessions."""
+        self.tested_step: int | None = None
+        """Step of which the tested weights are; None: nothing was tested."""
         self._unrecorded: list[_Step] = []
         self._last_loss = math.nan
         self._batches = AgreedBatches(task, runtime.processes, stop_signal)
@@ -117,7 +120,7 @@ class Trainer:
             watchdog=self.watchdog,
             steps_per_epoch=self.task.steps_per_epoch,
         )
-        self._clock = time.perf_counter()
+        self.stopwatch.start()
         if self.position.step == 0:
             self.tracking.measure(self.model, step=0, epoch=0)
         try:
@@ -200,6 +203,8 @@ class Trainer:
         self.watchdog.progress(f"{event.kind} after step {event.step}")
         if event.shapes_changed:
             self.replicas.rebuild()
+        if self.early_stopping and event.changed_form:
+            self.early_stopping.begin_anew(self.position.step)
         percent = self.method.trainable_percent()
         self.recorder.event(
             event,
@@ -251,9 +256,10 @@ class Trainer:
             self.tracking.measure(self.model, step=self.position.step, epoch=self.position.epoch)
         with self._evaluated_weights():
             figures = self._evaluate("validation")
-            if figures and self.early_stopping and self.early_stopping.improves(figures["loss"]):
-                self.early_stopping.keep(
-                    self.position.step,
+            step, stopping = self.position.step, self.early_stopping
+            if figures and stopping and stopping.improves(step, figures["loss"]):
+                stopping.keep(
+                    step,
                     self.model,
                     self.method,
                     process_count=self.runtime.process_count,
@@ -285,12 +291,13 @@ class Trainer:
         Raises:
             Stopped: by a signal; the checkpoint of the last epoch is there.
         """
-        if self.early_stopping:
-            self.early_stopping.restore_best(self.model, self.method)
-        with nullcontext() if self.early_stopping else self._evaluated_weights():
+        stopping = self.early_stopping
+        best_step = stopping.restore_best(self.model, self.method) if stopping else None
+        with self._evaluated_weights() if best_step is None else nullcontext():
             figures = self._evaluate("test")
         if not figures:
             raise Stopped(f"stopped by a signal in the test after step {self.position.step}")
+        self.tested_step = self.position.step if best_step is None else best_step
         return figures
 
     def _evaluated_weights(self) -> AbstractContextManager[None]:
@@ -336,15 +343,13 @@ class Trainer:
         if self.runtime.processes.from_first(self.recorder.problem):
             end_without_storage(self)
         self.watchdog.progress(f"checkpoint after step {self.position.step}")
-        now = time.perf_counter()
-        self.seconds += now - self._clock
-        self._clock = now
+        self.stopwatch.lap(self.runtime.processes)
         shared = {
             "configuration": to_yaml(self.configuration),
             "process_count": self.runtime.process_count,
             "position": vars(self.position),
             "last_loss": self._last_loss,
-            "seconds": self.seconds,
+            "seconds": self.stopwatch.seconds,
             "method": self.method.state_dict() if self.method else None,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -354,7 +359,8 @@ class Trainer:
             "rows": rows,
         }
         assert shared.keys() == {"process_count", *CHECKPOINT_KEYS}
-        shared["kept_rows"] = kept  # earlier checkpoints have none
+        # Earlier checkpoints have none of these.
+        shared |= {"kept_rows": kept, "cpu_seconds": self.stopwatch.cpu_seconds}
         own: dict[str, Any] = {"random_state": torch.get_rng_state()}
         if self.runtime.device.type == "cuda":
             own["random_state_cuda"] = torch.cuda.get_rng_state(self.runtime.device)
@@ -379,7 +385,9 @@ class Trainer:
         if self.early_stopping and shared["early_stopping"]:
             self.early_stopping.load_state_dict(shared["early_stopping"])
         self.position = Position(**shared["position"])
-        self.seconds = shared["seconds"]
+        self.stopwatch.seconds = shared["seconds"]
+        # Checkpoints of earlier versions do not know it, and then nobody does.
+        self.stopwatch.cpu_seconds = shared.get("cpu_seconds", math.nan)
         self._last_loss = shared["last_loss"]
         if self.tracker:
             self.tracker.load_state_dicts([part["parts"] for part in own])
