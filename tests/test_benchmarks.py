@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from launching import TIMEOUT
 
-SCRIPTS = sorted((Path(__file__).resolve().parents[1] / "benchmarks").glob("*.py"))
+SCRIPTS = sorted((Path(__file__).resolve().parents[1] / "benchmarks").glob("[!_]*.py"))
 
 
 @pytest.fixture(scope="module")

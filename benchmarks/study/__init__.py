@@ -1,0 +1,1 @@
+"""Trainings held against each other: the parts of benchmarks/accuracy.py."""

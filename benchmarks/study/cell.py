@@ -1,0 +1,266 @@
+"""A cell of a study: one training of one network by one method, in a folder of its own.
+
+The folder is that of an ordinary run, with two files beside: cell.json tells configuration, commit
+and fingerprint, log.txt what the run has said. The fingerprint is a hash of the weights after 50
+steps, where the run is stopped and resumed: to the last bit the run that is never stopped.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from app.command import EXIT_STOPPED
+from benchmarks.study.definition import ROOT
+
+FINGERPRINT_STEPS = 50
+PROGRAM = ("app", "oialr")
+"""Folders of the program."""
+IDLE = 0.5
+"""Load above which the machine is not idle, and CPU time not that of a run alone."""
+GIVEN_RANKS = Path(__file__).with_name("given_ranks.py")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Code:
+    """The program that is checked out."""
+
+    commit: str
+    digest: str
+    """Of the sources of :data:`PROGRAM` and the version of torch: what can change a training."""
+
+
+@cache
+def present_code() -> Code:
+    """Return what is checked out, whether it is committed or not."""
+    digest = hashlib.sha256(version("torch").encode())
+    for path in sorted(path for name in PROGRAM for path in (ROOT / name).rglob("*.py")):
+        digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    commit = _git("rev-parse", "--short", "HEAD") or "unknown"
+    changed = "-changed" if _git("status", "--porcelain", "--", *PROGRAM) else ""
+    return Code(commit=commit + changed, digest=digest.hexdigest()[:12])
+
+
+def _git(*arguments: str) -> str:
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return ""
+    return done.stdout.strip()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """What is to be trained, and where."""
+
+    network: str
+    method: str
+    seed: int
+    factor: float
+    """Of the configuration's learning rate."""
+    place: Path
+    arguments: tuple[str, ...]
+    """Of app.train, but for run.dir."""
+    settings: dict[str, Any] = field(hash=False, compare=False)
+    """Keys of the configuration that have not their default values, by section."""
+    ranks: dict[str, int] | None = field(default=None, hash=False, compare=False)
+    """Of every layer at its conversion, by name; None: those that the method finds."""
+
+    @property
+    def alone(self) -> "Cell":
+        """The same cell in another folder, to be run with the machine to itself."""
+        return Cell(**{**vars(self), "place": self.place.with_name(f"{self.place.name}-alone")})
+
+    @property
+    def finished(self) -> Path | None:
+        """Folder of its finished run, be it the one that had the machine to itself."""
+        places = (self.place, self.place.with_name(f"{self.place.name}-alone"))
+        return next((place for place in places if (place / "summary.json").exists()), None)
+
+    def summary(self) -> dict[str, Any] | None:
+        """Return the figures of the finished run, the record of its cell among them."""
+        if (place := self.finished) is None:
+            return None
+        figures: dict[str, Any] = json.loads((place / "summary.json").read_text())
+        return {**figures, "cell": read_record(place), "place": str(place)}
+
+    def __str__(self) -> str:
+        rate = "" if self.factor == 1 else f", learning rate x {self.factor:g}"
+        return f"{self.network}, {self.method}, seed {self.seed}{rate}"
+
+
+def read_record(place: Path) -> dict[str, Any]:
+    """Return what cell.json says; an empty record if there is none."""
+    path = place / "cell.json"
+    return json.loads(path.read_text()) if path.exists() else {"fingerprints": {}}
+
+
+def write_record(place: Path, record: dict[str, Any]) -> None:
+    """Write cell.json at once or not at all."""
+    place.mkdir(parents=True, exist_ok=True)
+    temporary = place / "cell.json.partial"
+    temporary.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(temporary, place / "cell.json")
+
+
+def diverged(cell: Cell, code: Code) -> str | None:
+    """Return why the present code cannot finish a cell, if that is known already."""
+    failed = read_record(cell.place).get("failed", {})
+    return failed.get("reason") if failed.get("digest") == code.digest else None
+
+
+class CellError(Exception):
+    """A cell came to no end; the message says why."""
+
+
+class Runner:
+    """Runs cells as programs of their own, and ends them when it is told to."""
+
+    def __init__(self, code: Code) -> None:
+        """Run nothing yet."""
+        self._code = code
+        self._running: set[subprocess.Popen[str]] = set()
+        self._lock = threading.Lock()
+        self._stopped = False
+
+    def run(self, cell: Cell) -> bool:
+        """Bring a cell to its end, from where it stands.
+
+        Returns:
+            Whether anything was left to do.
+
+        Raises:
+            CellError: it diverged, failed, or was stopped.
+        """
+        if cell.finished:
+            return False
+        if reason := diverged(cell, self._code):
+            raise CellError(reason)
+        record = read_record(cell.place)
+        if record.get("digest", self._code.digest) != self._code.digest:
+            if not record["fingerprints"]:
+                shutil.rmtree(cell.place)  # it had not come as far as step 50
+            elif not self.agrees(cell, cell.place):
+                raise CellError(
+                    f"commit {record['commit']} began it, whose first {FINGERPRINT_STEPS} steps "
+                    f"are others: delete {cell.place} to begin anew"
+                )
+            record = read_record(cell.place)
+        if "commit" not in record:
+            record |= {
+                "network": cell.network,
+                "method": cell.method,
+                "seed": cell.seed,
+                "learning_rate_factor": cell.factor,
+                "commit": self._code.commit,
+                "digest": self._code.digest,
+                "load": os.getloadavg()[0],
+                "settings": cell.settings,
+                "ranks": cell.ranks,
+            }
+            write_record(cell.place, record)
+        if self._code.digest not in record["fingerprints"]:
+            self._train(cell, cell.place, stop_after=FINGERPRINT_STEPS)
+            record["fingerprints"][self._code.digest] = fingerprint(cell.place)
+            write_record(cell.place, record)
+        if not (cell.place / "summary.json").exists():
+            self._train(cell, cell.place, stop_after=None)
+        return True
+
+    def agrees(self, cell: Cell, place: Path) -> bool:
+        """Tell whether the present code takes the same first steps as a cell's own; try it once.
+
+        Args:
+            cell: another code's.
+            place: folder of its run.
+
+        Raises:
+            CellError: the present code does not take these steps at all.
+        """
+        record = read_record(place)
+        if self._code.digest not in record["fingerprints"]:
+            trial = place.with_name(f"{place.name}-{self._code.digest}")
+            shutil.rmtree(trial, ignore_errors=True)
+            self._train(cell, trial, stop_after=FINGERPRINT_STEPS)
+            record["fingerprints"][self._code.digest] = fingerprint(trial)
+            write_record(place, record)
+            shutil.rmtree(trial)
+        return agrees(record, self._code)
+
+    def stop(self) -> None:
+        """Let every run write a checkpoint and end, and start none any more."""
+        with self._lock:
+            self._stopped = True
+            for process in self._running:
+                process.terminate()
+
+    def _train(self, cell: Cell, place: Path, *, stop_after: int | None) -> None:
+        """Start a run or go on with it."""
+        place.mkdir(parents=True, exist_ok=True)
+        stop = f"run.stop_after={'null' if stop_after is None else stop_after}"
+        if (place / "config.yaml").exists():
+            arguments = ["--resume", str(place), stop]
+        else:
+            arguments = [*cell.arguments, f"run.dir={place}", stop]
+        program = ["-m", "app.train"]
+        if cell.ranks is not None:
+            ranks = place / "ranks.json"
+            ranks.write_text(json.dumps(cell.ranks))
+            program = [str(GIVEN_RANKS), str(ranks)]
+        with (place / "log.txt").open("a+") as log:
+            code = self._call([sys.executable, *program, *arguments], log)
+            if code == 0 or (code == EXIT_STOPPED and not self._stopped):
+                return
+            log.seek(0)
+            lines = log.read().splitlines() or [f"exit code {code}"]
+        if self._stopped:
+            raise CellError("stopped; start again to go on")
+        reason = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1])
+        reason = reason.removeprefix("error: ")
+        if code == 1 and re.search("the loss is|has diverged", reason):  # and would do so again
+            failed = {"digest": self._code.digest, "reason": reason}
+            write_record(place, {**read_record(place), "failed": failed})
+        raise CellError(f"{reason} ({place / 'log.txt'})")
+
+    def _call(self, command: list[str], log: Any) -> int:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        with self._lock:
+            if self._stopped:
+                raise CellError("stopped; start again to go on")
+            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, text=True)
+            self._running.add(process)
+        code = process.wait()
+        with self._lock:
+            self._running.discard(process)
+        return code
+
+
+def agrees(record: dict[str, Any], code: Code) -> bool:
+    """Tell whether a cell was made by this code, or by one that takes the same first steps."""
+    fingerprints = record["fingerprints"]
+    own = fingerprints.get(record.get("digest"))
+    return own is not None and fingerprints.get(code.digest) == own
+
+
+def fingerprint(place: Path) -> str:
+    """Hash the weights of a run's newest checkpoint, names and shapes included."""
+    import torch
+
+    newest = max((place / "checkpoints").glob("step-*"))
+    state = torch.load(newest / "state.pt", map_location="cpu", weights_only=True)
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state["model"].items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,43 @@
+"""Train as app.train does, with the rank that each layer is converted to given by name.
+
+  python benchmarks/study/given_ranks.py RANKS.json [arguments of app.train]
+
+For rivals that find their ranks in another way than by a cutoff, such as Cuttlefish by stable
+ranks. A conversion cuts at once where ``oialr.cut_at_conversion`` is set.
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere as a script
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from oialr.conversion import LayerReport
+    from oialr.transitions import Transitions
+
+
+def give_ranks(ranks: Mapping[str, int]) -> None:
+    """Let every factorization from here on leave these ranks.
+
+    Args:
+        ranks: of every layer that is factorized, by its dense parameter name.
+    """
+    from oialr.transitions import Transitions
+
+    def rank_after(_: "Transitions", report: "LayerReport", s: "Tensor") -> int:
+        return min(s.shape[-1], ranks[report.name])
+
+    Transitions._rank_after = rank_after  # type: ignore[assignment, method-assign]
+
+
+if __name__ == "__main__":
+    from app.command import run_command
+    from app.train import main
+
+    give_ranks(json.loads(Path(sys.argv[1]).read_text()))
+    run_command(lambda: main(sys.argv[2:]))

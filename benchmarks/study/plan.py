@@ -1,0 +1,263 @@
+"""From a study to its cells: configurations, with what other cells have come to."""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from app import config
+from app.errors import UserError
+from benchmarks.study import derived
+from benchmarks.study.cell import Cell, read_record
+from benchmarks.study.definition import ROOT, Study
+
+if TYPE_CHECKING:
+    from app.settings import Configuration
+    from app.tasks import Task
+
+LATEST_SETTLED = 0.5
+"""Share of the epochs after which Cuttlefish's full-rank phase ends at the latest."""
+_NOT_PART = {"run": {"name", "dir", "stop_after"}, "data": {"root", "download"}}
+"""Keys that change where a run is and where its data lie, and not the run."""
+
+
+class Waiting(Exception):  # noqa: N818 - it is no error
+    """A cell that cannot be trained yet; the message says what it waits for."""
+
+
+class Plan:
+    """Knows every cell of a study, and which of them are done."""
+
+    def __init__(self, study: Study, folder: Path, overrides: Sequence[str] = ()) -> None:
+        """Look at nothing yet.
+
+        Args:
+            study: what is held against each other.
+            folder: where the cells are.
+            overrides: ``section.key=value`` for all cells, after everything else.
+        """
+        self.study = study
+        self._folder = folder.resolve()
+        self._overrides = overrides
+        self._tasks = cache(self._task)
+
+    def cell(self, network: str, method: str, seed: int, factor: float) -> Cell:
+        """Return a cell.
+
+        Raises:
+            Waiting: for another cell, or for an option that the program does not know.
+            UserError: the network's configuration is not right, or its data are not there.
+        """
+        path, base = self._path(network, method), self._base(network)
+        common = config.load(path, [*base, *self._overrides])
+        set_keys = self.study.keys_of(method)
+        follows, ranks = self._follow(network, method, seed, factor)
+        epochs = follows.get("training.epochs", common.training.epochs)
+        steps = epochs * self._tasks(network, path).steps_per_epoch
+        rate = set_keys.get("training.learning_rate", common.training.learning_rate)
+        follows |= {"training.learning_rate": float(f"{factor * rate:.6g}"), "run.seed": seed}
+        keys = {key: _resolve(value, steps, common) for key, value in set_keys.items()}
+        arguments = [*base, *_assignments(keys), *self._overrides, *_assignments(follows)]
+        try:
+            configuration = config.load(path, arguments)
+        except UserError as error:
+            # The network's own configuration is right: it is the method that the program refuses.
+            raise Waiting(str(error)) from None
+        settings = _settings(configuration)
+        text = json.dumps([settings, ranks], sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+        folder = re.sub(r"[^\w.-]+", "-", network)
+        name = re.sub(r"[^\w.-]+", "-", f"{method}-{factor:g}-{seed}-{digest}")
+        return Cell(
+            network=network,
+            method=method,
+            seed=seed,
+            factor=factor,
+            place=self._folder / folder / name,
+            arguments=("--config", path, *arguments),
+            settings=settings,
+            ranks=ranks,
+        )
+
+    def required(self, network: str, method: str, seed: int, factor: float) -> list[Cell]:
+        """Return the cells that must be finished before a cell of this seed can be made."""
+        watched = self.study.methods[method].stable_ranks_of
+        return [self.cell(network, watched, seed, factor)] if watched else []
+
+    def tuning(self, network: str, method: str) -> list[tuple[str, str, int, float]]:
+        """Return the cells that the learning rate is chosen from, as arguments of :meth:`cell`."""
+        seed = self.study.seeds_of(network)[0]
+        rates = self.study.learning_rates
+        return [(network, method, seed, factor) for factor in rates]
+
+    def chosen(self, network: str, method: str) -> float:
+        """Return the factor of the learning rate that is the best on validation data.
+
+        Raises:
+            Waiting: for a cell, or all of them failed.
+        """
+        if len(self.study.learning_rates) == 1:
+            return self.study.learning_rates[0]
+        figures = {}
+        for arguments in self.tuning(network, method):
+            cell = self.cell(*arguments)
+            summary = cell.summary()
+            if summary is not None:
+                figures[cell.factor] = validation_figure(summary)
+            elif "failed" not in read_record(cell.place):
+                raise Waiting(f"{cell}")
+        if not figures:
+            raise Waiting("all of its learning rates failed")
+        return min(figures, key=lambda factor: (figures[factor], factor))
+
+    def alone(self, network: str, method: str) -> Path | None:
+        """Return the folder of a finished run that had the machine to itself; None: there is none.
+
+        It is that of the first seed, with the learning rate that was chosen.
+        """
+        try:
+            seed, factor = self.study.seeds_of(network)[0], self.chosen(network, method)
+            place = self.cell(network, method, seed, factor).alone.place
+        except Waiting:
+            return None
+        return place if (place / "summary.json").exists() else None
+
+    def time_ratio(self, network: str, method: str) -> float | None:
+        """Return CPU seconds over the baseline's, of runs that had the machine to themselves."""
+        places = [self.alone(network, name) for name in (method, self.study.baseline)]
+        summaries = [json.loads((p / "summary.json").read_text()) for p in places if p is not None]
+        if len(summaries) < 2:
+            return None
+        mine, baseline = (float(summary["cpu_seconds"]) for summary in summaries)
+        return mine / baseline
+
+    def _path(self, network: str, method: str) -> str:
+        """Return the path of a configuration."""
+        return str(
+            ROOT / (self.study.methods[method].config or self.study.networks[network].config)
+        )
+
+    def _base(self, network: str) -> list[str]:
+        """Return the assignments that are no method's."""
+        return _assignments({**self.study.set, **self.study.networks[network].set})
+
+    def _task(self, network: str, path: str) -> "Task":
+        """Read the data of a network once: it knows the steps of an epoch."""
+        import torch
+
+        from app.tasks import build_task
+
+        configuration = config.load(path, [*self._base(network), *self._overrides])
+        device = torch.device("cpu")
+        return build_task(configuration, process_index=0, process_count=1, device=device)
+
+    def _follow(
+        self, network: str, method: str, seed: int, factor: float
+    ) -> tuple[dict[str, Any], dict[str, int] | None]:
+        """Return the keys, and the ranks, that follow from what other methods have come to.
+
+        Raises:
+            Waiting: they have not come to it yet.
+        """
+        definition = self.study.methods[method]
+        if definition.as_small_as:
+            return self._narrower(network, method, definition.as_small_as), None
+        if definition.as_fast_as:
+            path = self._path(network, method)
+            epochs = config.load(path, [*self._base(network), *self._overrides]).training.epochs
+            ratio = self.time_ratio(network, definition.as_fast_as)
+            if ratio is None:
+                raise Waiting(f"the CPU time of {definition.as_fast_as}: run with --time")
+            return {"training.epochs": derived.shorten(epochs, ratio)}, None
+        if definition.stable_ranks_of:
+            watched = self.cell(network, definition.stable_ranks_of, seed, factor)
+            return self._settled(network, method, watched)
+        return {}, None
+
+    def _narrower(self, network: str, method: str, other: str) -> dict[str, Any]:
+        """Return the keys of a network that stores as much as another method's."""
+        width = self.study.networks[network].width
+        if not width:
+            raise Waiting(f"networks.{network}.width, the keys that make it narrower")
+        seed = self.study.seeds_of(network)[0]
+        cell = self.cell(network, other, seed, self.chosen(network, other))
+        if (summary := cell.summary()) is None:
+            raise Waiting(f"the size of {cell}")
+        path, base = self._path(network, method), self._base(network)
+        task = self._tasks(network, path)
+
+        def count(values: dict[str, int]) -> int:
+            assignments = [*base, *self._overrides, *_assignments(values)]
+            return derived.parameter_count(config.load(path, assignments), task)
+
+        return dict(derived.narrow(width, summary["stored_parameters"], count))
+
+    def _settled(
+        self, network: str, method: str, watched: Cell
+    ) -> tuple[dict[str, Any], dict[str, int]]:
+        """Return delay and release at the end of the full-rank phase, and ranks, as Cuttlefish."""
+        if (place := watched.finished) is None:
+            raise Waiting(f"{watched}")
+        keys = self.study.keys_of(method)
+        kept = {key: keys[key] for key in keys if re.match(r"oialr.(keep|in|ex)", key)}
+        path = self._path(network, method)
+        assignments = [*self._base(network), *_assignments(kept), *self._overrides]
+        configuration = config.load(path, assignments)
+        task = self._tasks(network, path)
+        full = derived.full_ranks(configuration, task)
+        epochs = derived.read_stable_ranks(place, full)
+        latest = max(1, round(LATEST_SETTLED * configuration.training.epochs))
+        epoch = derived.settled([list(ranks.values()) for ranks in epochs], latest=latest)
+        step = epoch * task.steps_per_epoch
+        ranks = derived.scaled_stable_ranks(epochs[epoch], epochs[0], full)
+        released = {"oialr.release": step} if "oialr.release" in keys else {}
+        return {"oialr.delay": step, **released}, ranks
+
+
+def validation_figure(summary: dict[str, Any]) -> float:
+    """Return what tells of the tested weights on validation data: an error, the less the better."""
+    from app.metrics.store import read_rows
+
+    rows = read_rows(Path(summary["place"]) / "metrics.h5", "eval")
+    is_tested = (rows["step"] == summary["tested_step"]) & (rows["split"] == "validation")
+    if "accuracy" in rows:
+        return 1 - float(rows["accuracy"][is_tested][-1])
+    return float(rows["mse"][is_tested][-1])
+
+
+def _settings(configuration: "Configuration") -> dict[str, Any]:
+    """Return what is not as by default: so an option that comes to the program changes nothing."""
+    settings: dict[str, Any] = configuration.model_dump(exclude_defaults=True)
+    for section, names in _NOT_PART.items():
+        for name in names:
+            settings.get(section, {}).pop(name, None)
+    return settings
+
+
+def _resolve(value: Any, steps: int, common: "Configuration") -> Any:
+    """Replace a share of the steps, ``33 %``, and the value of another key, ``= section.key``.
+
+    A share is at least one step, and leaves at least one.
+    """
+    if not isinstance(value, str):
+        return value
+    if share := re.fullmatch(r"(\d+(?:\.\d+)?) %", value):
+        return min(steps - 1, max(1, math.floor(float(share[1]) / 100 * steps + 0.5)))
+    if key := re.fullmatch(r"= (\w+)\.(\w+)", value):
+        return getattr(getattr(common, key[1]), key[2])
+    return value
+
+
+def _assignments(keys: dict[str, Any]) -> list[str]:
+    """Return ``section.key=value`` for the command line."""
+    return [f"{key}={_text(value)}" for key, value in keys.items()]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return "null" if value is None else json.dumps(value)
