@@ -24,6 +24,7 @@ from torch import nn
 
 from app import OIALR, config
 from app.search.definition import load
+from benchmarks.study.definition import read_study
 from oialr.placement.costs import Costs
 
 NOT_EXECUTED = {
@@ -78,7 +79,12 @@ APPENDED = [
     (r"app\.report", "--formats png"),
     (r"app\.calibrate", "--quick"),
     (r"app\.analyze", ""),
-    (r"benchmarks/seeds\.py", f"--seeds 1 {TRAIN}"),
+    # A study takes hours; test_accuracy.py runs a small one.
+    (
+        r"benchmarks/accuracy\.py --study",
+        "--table data.name=digits data.train_samples=128 data.augmentation=none",
+    ),
+    (r"benchmarks/accuracy\.py", f"--seeds 1 {TRAIN}"),
     (r"^(export|source) ", ""),
 ]
 READ = [
@@ -263,6 +269,11 @@ def test_a_file_is_a_configuration(block: Block, tmp_path):
         path = tmp_path / "configs" / "search" / "example.yaml"
         path.write_text(block.text)
         assert load(path).space.keys
+    elif "methods:" in block.text:
+        shutil.copytree(ROOT / "benchmarks" / "accuracy", tmp_path / "studies")
+        path = tmp_path / "studies" / "example.yaml"
+        path.write_text(block.text)
+        assert read_study(path).methods["mine"].networks == ["digits"]
     else:
         path = tmp_path / "configs" / "example.yaml"
         path.write_text(block.text)
