@@ -111,6 +111,11 @@ def test_given_ranks_take_the_place_of_a_cutoff(monkeypatch):
     dense, model, low_rank = convert("quarter")
     assert low_rank.ranks() == ranks
     assert_truncated(dense, model, ranks)
+    # At a release a rank that saves nothing leaves the layer dense: 16 (16 + 27) >= 16 * 27.
+    give_ranks({**ranks, "0.weight": 16})
+    dense, model, _ = convert("spectral")
+    assert type(model[0]) is nn.Conv2d
+    assert_truncated(dense, model, {"0.weight": 16, "2.weight": 3})
 
 
 @pytest.mark.parametrize(

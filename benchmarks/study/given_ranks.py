@@ -29,8 +29,11 @@ def give_ranks(ranks: Mapping[str, int]) -> None:
     """
     from oialr.transitions import Transitions
 
-    def rank_after(_: "Transitions", report: "LayerReport", s: "Tensor") -> int:
-        return min(s.shape[-1], ranks[report.name])
+    def rank_after(
+        _: "Transitions", report: "LayerReport", s: "Tensor", *, release: bool = False
+    ) -> int | None:
+        r, (m, n) = min(s.shape[-1], ranks[report.name]), report.matrix_shape
+        return None if release and r * (m + n) >= m * n else r  # then dense is the smaller form
 
     Transitions._rank_after = rank_after  # type: ignore[assignment, method-assign]
 
