@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from launching import TIMEOUT
 
-SCRIPTS = sorted((Path(__file__).resolve().parents[1] / "benchmarks").glob("*.py"))
+_FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+SCRIPTS = sorted(path for path in _FOLDER.glob("*.py") if path.name != "__init__.py")
 
 
 @pytest.fixture(scope="module")
