@@ -120,6 +120,10 @@ class MetricsStore:
         assert values.keys() == self._groups[group].keys(), (group, sorted(values))
         self._buffer.setdefault(group, []).append(values)
 
+    def length(self, group: str) -> int:
+        """Return the number of a group's rows, those in memory included."""
+        return self._rows[group] + len(self._buffer.get(group, ()))
+
     def flush(self) -> None:
         """Write all rows, so that readers see them.
 
