@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.trials.comparison import difference, read_outcome
 from benchmarks.trials.programs import End
-from benchmarks.trials.runs import VARIANTS, References, replay, sessions, start
+from benchmarks.trials.runs import STEPS, VARIANTS, References, replay, sessions, start
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _WEIGHTS = (3, 1, 1, 1)
@@ -45,8 +45,8 @@ def kill_run(
     history: list[str] = []
     for _ in range(kills):
         count = chance.choice(counts)
-        seconds = references.get(variant, count).seconds + (MPIRUN_STARTS if mpirun else 0)
-        moment = chance.uniform(0, seconds)
+        seconds = references.get(variant, count).seconds * (1 - _newest_step(folder) / STEPS)
+        moment = chance.uniform(0, seconds + (MPIRUN_STARTS if mpirun else 0))
         number = chance.choices(SIGNALS, _WEIGHTS)[0]
         index = chance.choice([None, chance.randrange(count)]) if count > 1 else None
         twice = number == signal.SIGINT and chance.random() < 0.3
@@ -84,6 +84,11 @@ def kill_run(
         "counts": dict(found),
         "problems": [start + text for start, text in zip(described, problems, strict=True)],
     }
+
+
+def _newest_step(folder: Path) -> int:
+    names = [path.name for path in (folder / "checkpoints").glob("step-*")]
+    return max((int(name.split("-")[1]) for name in names), default=0)
 
 
 def _judge(end: End, name: str, history: list[str]) -> list[str]:
