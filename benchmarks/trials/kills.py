@@ -3,6 +3,8 @@
 import shutil
 import signal
 from collections import Counter
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -15,6 +17,10 @@ SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _WEIGHTS = (3, 1, 1, 1)
 MPIRUN_STARTS = 12.0
 """Seconds that imports and MPI take, as part of the time in which a kill may come."""
+
+
+AIMED = 0.3
+"""Share of the SIGKILLs that wait for the next checkpoint and come in the middle of it."""
 
 
 def kill_run(
@@ -50,8 +56,15 @@ def kill_run(
         number = chance.choices(SIGNALS, _WEIGHTS)[0]
         index = chance.choice([None, chance.randrange(count)]) if count > 1 else None
         twice = number == signal.SIGINT and chance.random() < 0.3
+        aimed = number == signal.SIGKILL and chance.random() < AIMED
+        leftovers = _partial(folder)
         program = start(folder, variant, count, mpirun=mpirun)
-        if not program.lives_after(moment):
+        lives = (
+            program.lives_after(moment, partial(_is_saving, folder, leftovers), patience=seconds)
+            if aimed
+            else program.lives_after(moment)
+        )
+        if not lives:
             problems += _judge(program.wait(), "", history)
             if (folder / "summary.json").exists():
                 break
@@ -62,14 +75,16 @@ def kill_run(
         whom = "all" if index is None else "one"
         name = signal.Signals(number).name + (" twice" if twice else "")
         history.append(f"{name} to {whom} of {count} after {moment:.3f} s")
-        partial = any((folder / "checkpoints").rglob("partial-*"))
+        saving = _is_saving(folder, leftovers)
         end = program.wait()
         found["kills"] += 1
         found[f"{name}, {whom} of {'several' if count > 1 else 'one'}"] += 1
-        found["in a checkpoint"] += partial and number == signal.SIGKILL
+        found["in a checkpoint"] += saving and number == signal.SIGKILL
         found["before metrics.h5"] += not (folder / "metrics.h5").exists()
-        found["after the end"] += (folder / "summary.json").exists()
         problems += _judge(end, name, history)
+        if (folder / "summary.json").exists():
+            found["too late: the run had ended"] += 1
+            break
     count = counts[0]
     end = start(folder, variant, count, mpirun=mpirun).wait()
     if any(end.codes) or end.hung:
@@ -84,6 +99,19 @@ def kill_run(
         "counts": dict(found),
         "problems": [start + text for start, text in zip(described, problems, strict=True)],
     }
+
+
+def _partial(folder: Path) -> set[tuple[Path, int]]:
+    """Return the checkpoints that are being written, or were when a program was killed."""
+    found = set()
+    for path in (folder / "checkpoints").rglob("partial-*"):
+        with suppress(FileNotFoundError):  # complete meanwhile
+            found.add((path, path.stat().st_mtime_ns))
+    return found
+
+
+def _is_saving(folder: Path, leftovers: set[tuple[Path, int]]) -> bool:
+    return bool(_partial(folder) - leftovers)
 
 
 def _newest_step(folder: Path) -> int:

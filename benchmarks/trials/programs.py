@@ -79,10 +79,20 @@ class Program:
         self._seen |= {pid: _start(pid) for pid in below}
         return [pid for pid in below if b"app.train" in _command(pid).split(b"\0")]
 
-    def lives_after(self, seconds: float) -> bool:
-        """Wait until the program is so old; say whether it lives still."""
-        while time.monotonic() - self._begin < seconds and not self._ended():
-            time.sleep(_POLL)
+    def lives_after(
+        self, seconds: float, until: Callable[[], bool] = lambda: True, *, patience: float = 0.0
+    ) -> bool:
+        """Wait until the program is so old; say whether it lives still.
+
+        Args:
+            seconds: since its start.
+            until: is waited for then, too.
+            patience: seconds that this may take.
+        """
+        while (age := time.monotonic() - self._begin) < seconds + patience and not self._ended():
+            if age >= seconds and until():
+                break
+            time.sleep(_POLL if age < seconds else _POLL / 8)
         return not self._ended()
 
     def send(self, number: int, *, index: int | None) -> None:
