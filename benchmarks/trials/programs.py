@@ -158,7 +158,8 @@ class Program:
 
 def prepare() -> None:
     """Import what a training needs, without a thread: forks have the calling one alone."""
-    from app.compatibility import import_scikit_learn, import_torchvision
+    from app.compatibility import import_scikit_learn
+    from oialr.compatibility import import_torchvision
 
     import_torchvision()
     import_scikit_learn()
