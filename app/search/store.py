@@ -19,6 +19,7 @@ from app.errors import StorageError, UserError
 from app.metrics.copying import keep_aside, readable_prefix
 from app.metrics.swmr import (
     abandon,
+    close,
     create_dataset,
     new_file,
     open_swmr,
@@ -144,8 +145,13 @@ class Store:
         return dataset, np.array([tuple(row)], dataset.dtype)
 
     def close(self) -> None:
-        """Close the file; may be called again."""
-        self._file.close()
+        """Close the file; may be called again.
+
+        Raises:
+            StorageError: it cannot be written; it is closed all the same.
+        """
+        if self._file:
+            close(self._file, self._path)
 
 
 def sessions(folder: Path) -> int:
