@@ -1,5 +1,6 @@
 """Damage to metrics.h5: found or without effect, never a hang and never another row."""
 
+import json
 import random
 
 import h5py
@@ -253,3 +254,32 @@ def test_a_file_without_checksums_gets_them(tmp_path):
     MetricsStore.resume(path, counts={}).close()
     with h5py.File(path, "r") as file:
         assert file["train/loss"].fletcher32
+
+
+def test_a_damaged_summary_is_made_anew(tmp_path):
+    """It was a traceback of the JSON reader."""
+    train(0, *TINY, f"run.dir={tmp_path}")
+    path = tmp_path / "summary.json"
+    whole = path.read_text()
+    for damaged in ("", whole[:50], "[]", whole.replace("epochs", "epocht")):
+        path.write_text(damaged)
+        result = train(0, "--resume", tmp_path)
+        assert f"WARNING: {path} is damaged (" in result.stderr
+        mine, theirs = (json.loads(text) for text in (path.read_text(), whole))
+        assert {**mine, "seconds": 0} == {**theirs, "seconds": 0}
+    assert read_rows(tmp_path / "metrics.h5", "eval")["split"].tolist().count("test") == 1
+
+
+def test_a_run_that_goes_on_with_other_values_says_so(tmp_path):
+    """A digit of config.yaml that a disk has changed made another run, without a word."""
+    train(0, *TINY, f"run.dir={tmp_path}", "run.stop_after=8", code=75)
+    path = tmp_path / "config.yaml"
+    path.write_text(path.read_text().replace("cutoff: 0.4", "cutoff: 0.5"))
+    result = train(0, "--resume", tmp_path, "run.stop_after=10", "run.seed=8", code=75)
+    line = (
+        "WARNING: the configuration differs from the checkpoint's: oialr.cutoff is 0.5 and was "
+        "0.4, run.seed is 8 and was 0"
+    )
+    assert line in result.stderr.splitlines()
+    result = train(0, "--resume", tmp_path, "run.stop_after=12", code=75)
+    assert "differs" not in result.stderr

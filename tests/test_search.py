@@ -180,6 +180,38 @@ def test_a_signal_to_one_process_stops_all_workers(tmp_path, tiny):
     assert [one.number for one in stored(folder)] == list(range(total))
 
 
+@pytest.mark.parametrize(
+    ("what", "each", "message"),
+    [
+        ("taken", 1, "was taken over by another program"),
+        ("gone", 2, "was removed, moved or replaced"),
+    ],
+)
+def test_a_folder_that_is_not_the_searchs_any_more_is_one_line(tmp_path, tiny, what, each, message):
+    """It was a traceback, or a search that went on over another's best.yaml."""
+    folder = tmp_path / "run"
+    arguments = [f"run.dir={folder}", f"search.processes_per_worker={each}"]
+    result = disturbed(2, {"2": what}, "--config", tiny, *arguments, code=1)
+    # Every worker that meets it before all are ended says so.
+    (line,) = {line for line in result.stderr.splitlines() if line.startswith("error")}
+    assert message in line
+    assert "Traceback" not in result.stderr
+    assert not (folder / "summary.json").exists()
+
+
+def test_a_damaged_store_is_set_aside_and_what_is_lost_is_done_again(tmp_path, tiny):
+    folder = tmp_path / "run"
+    one = "search.processes_per_worker=1"
+    search(1, "--config", tiny, f"run.dir={folder}", "search.evaluations=2", one)
+    (path,) = (folder / "store").iterdir()
+    path.write_bytes(path.read_bytes()[:100])
+    result = search(1, "--resume", folder, "search.evaluations=3", one)
+    assert f"WARNING: {path}: not a readable HDF5 file (truncated)" in result.stderr
+    assert "0 evaluations of it are left: what is lost is done again" in result.stderr
+    assert [one.number for one in stored(folder)] == [0, 1, 2]
+    assert len(path.with_name(f"{path.stem}-damaged.h5").read_bytes()) == 100
+
+
 def test_a_search_without_a_result_says_so(tmp_path, tiny):
     folder = tmp_path / "run"
     plan = {"0": "diverge", "1": "diverge"}

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from launching import TIMEOUT, environment
 
-from app.errors import UserError
+from app.errors import StorageError, UserError
 from app.search.objective import FAILED
 from app.search.session import best_of
-from app.search.store import Evaluation, Store, read_evaluations, sessions
+from app.search.store import Evaluation, Store, mend, read_evaluations, sessions
 
 PARAMETERS = {"oialr.cutoff": "f8", "oialr.delay": "i8", "training.gradient_clip": "S4"}
 
@@ -139,6 +139,36 @@ def test_a_damaged_file_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(UserError, match=f"{path}: not a readable HDF5 file"):
         read_evaluations(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "chunk", "left"),
+    # Chunks of 16 rows; three epochs each: the curve of number 10 lies in two chunks.
+    [("evaluations", 1, 16), ("evaluations", 0, 0), ("curves", 2, 10), ("curves", 0, 0)],
+)
+def test_what_is_before_the_damage_is_kept(tmp_path, dataset, chunk, left):
+    store = create(tmp_path)
+    for number in range(20):
+        store.append(evaluation(number))
+    store.close()
+    (path,) = tmp_path.glob("*.h5")
+    damaged = bytearray(path.read_bytes())
+    with h5py.File(path) as file:
+        damaged[file[dataset].id.get_chunk_info(chunk).byte_offset + 5] ^= 1
+    path.write_bytes(damaged)
+    (line,) = mend(tmp_path, PARAMETERS)
+    aside = path.with_name("session-0000-worker-00000-damaged.h5")
+    assert line.startswith(f"WARNING: {path}: not a readable HDF5 file (")
+    assert f"it stays as {aside.name}, and {left} evaluations of it are left" in line
+    assert aside.read_bytes() == damaged
+    assert read_evaluations(tmp_path) == [evaluation(number) for number in range(left)]
+    assert sessions(tmp_path) == 1
+    assert mend(tmp_path, PARAMETERS) == []
+
+
+def test_a_store_that_cannot_be_written_says_so(tmp_path):
+    with pytest.raises(StorageError, match=r"cannot write .*: No such file"):
+        create(tmp_path / "gone")
 
 
 def test_the_file_is_plain_hdf5(tmp_path):

@@ -218,6 +218,30 @@ def test_a_full_disk_beside_metrics_is_one_line_and_no_crash(tmp_path, full_disk
     assert read_rows(path, "train")["step"][:safe].tolist() == list(range(1, safe + 1))
 
 
+CLOSER = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, "tests")
+from test_store import create
+from app.errors import StorageError
+store = create(Path(sys.argv[1]))
+os.environ["ROOM_IN"] = "metrics.h5"
+try:
+    store.close()
+except StorageError as error:
+    sys.exit(f"error: {error}")
+"""
+
+
+def test_a_disk_that_is_full_when_metrics_are_closed_is_one_line(tmp_path, full_disk):
+    """The last block was written by the closing itself, which ended in a traceback."""
+    path = tmp_path / "metrics.h5"
+    result = full_disk(["-c", CLOSER], path, room=0, within="nowhere")
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"error: run.dir: cannot write {path}: No space left on device")
+    assert result.stderr.count("\n") == 1
+
+
 def test_a_run_with_a_full_disk_beside_its_metrics_ends_in_one_line(tmp_path, full_disk):
     arguments = [*TINY, f"run.dir={tmp_path}"]
     result = full_disk(["-m", "app.train"], *arguments, room=150_000, within="metrics.h5")

@@ -70,12 +70,54 @@ class Holder:
         return f"process {self.process} on {self.host}{job}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """What a lease says; any process of the owner's program may hold it against the folder."""
+
+    folder: Path
+    path: Path
+    """Of the lease's file."""
+    holder: Holder
+
+    def check(self) -> None:
+        """Make sure that the folder is this program's still.
+
+        To be called before what others would see: a process that was suspended for long, or cut off
+        from the file server, may have been followed by another one.
+
+        Raises:
+            TakenOverError: it is another's.
+            StorageError: it is not there any more, or cannot be written to.
+        """
+        later = [path for path in _leases(self.folder) if _number(path) > _number(self.path)]
+        if later:
+            owner = _read(later[-1]) or "another program"
+            raise TakenOverError(
+                f"run.dir: {self.folder} was taken over by {owner}, since this one stood still or "
+                f"did not reach it for more than {EXPIRY:g} s; nothing more is written"
+            )
+        if _read(self.path) == self.holder:
+            return
+        if not self.folder.is_dir():
+            raise StorageError(f"run.dir: {self.folder} was removed or moved while the run lived")
+        if self.path.exists():
+            raise StorageError(f"run.dir: {self.folder} is another folder than before")
+        try:
+            _create(self.path, self.holder)  # somebody cleaned up
+        except FileExistsError:  # another process of this program has been faster
+            return
+        except OSError as error:
+            raise StorageError(
+                f"run.dir: cannot write to {self.folder}: {error.strerror}"
+            ) from None
+
+
 class Lease:
     """The right to write into a folder, of which there is one at a time."""
 
-    def __init__(self, folder: Path, path: Path, holder: Holder) -> None:
+    def __init__(self, claim: Claim) -> None:
         """Renew a lease that was just taken, see :meth:`take`, until it is released."""
-        self._folder, self._path, self._holder = folder, path, holder
+        self.claim = claim
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
         self._thread.start()
@@ -106,37 +148,11 @@ class Lease:
             ) from None
         except OSError as error:
             raise UserError(f"run.dir: cannot write to {folder}: {error.strerror}") from None
-        return cls(folder, own, me)
+        return cls(Claim(folder=folder, path=own, holder=me))
 
     def check(self) -> None:
-        """Make sure that the folder is this program's still.
-
-        To be called before what others would see: a process that was suspended for long, or cut off
-        from the file server, may have been followed by another one.
-
-        Raises:
-            TakenOverError: it is another's.
-            StorageError: it is not there any more, or cannot be written to.
-        """
-        later = [path for path in _leases(self._folder) if _number(path) > _number(self._path)]
-        if later:
-            owner = _read(later[-1]) or "another program"
-            raise TakenOverError(
-                f"run.dir: {self._folder} was taken over by {owner}, since this one stood still or "
-                f"did not reach it for more than {EXPIRY:g} s; nothing more is written"
-            )
-        if _read(self._path) == self._holder:
-            return
-        if not self._folder.is_dir():
-            raise StorageError(f"run.dir: {self._folder} was removed or moved while the run lived")
-        if self._path.exists():
-            raise StorageError(f"run.dir: {self._folder} is another folder than before")
-        try:
-            _create(self._path, self._holder)  # somebody cleaned up
-        except OSError as error:
-            raise StorageError(
-                f"run.dir: cannot write to {self._folder}: {error.strerror}"
-            ) from None
+        """Make sure that the folder is this program's still, see :meth:`Claim.check`."""
+        self.claim.check()
 
     def __enter__(self) -> Self:
         return self
@@ -148,13 +164,14 @@ class Lease:
         """Give the folder free."""
         self._ended.set()
         self._thread.join()
-        if _read(self._path) == self._holder:
-            self._path.unlink(missing_ok=True)
+        path = self.claim.path
+        if _read(path) == self.claim.holder:
+            path.unlink(missing_ok=True)
 
     def _renew(self) -> None:
         while not self._ended.wait(RENEWAL):
             try:
-                os.utime(self._path)
+                os.utime(self.claim.path)
             except OSError:  # told by the next check, or the file server answers again
                 continue
 
@@ -190,11 +207,15 @@ def _number(path: Path) -> int:
 
 
 def _create(path: Path, holder: Holder) -> None:
-    """Write a lease that must not exist yet."""
+    """Write a lease that must not exist yet; where the disk is full, none is left."""
     with path.open("x") as file:
-        json.dump(asdict(holder), file)
-        file.flush()
-        os.fsync(file.fileno())
+        try:
+            json.dump(asdict(holder), file)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
 
 
 def _read(path: Path) -> Holder | None:

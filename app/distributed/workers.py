@@ -5,6 +5,7 @@ own processes and no others, and a fault in one training leaves nothing behind f
 """
 
 import importlib
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -81,6 +82,10 @@ class Workers:
 
     def abort(self, code: int) -> None:
         """End all processes of the program now."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # mpirun hands output on in its own time, and drops what is under way when it ends all.
+        time.sleep(1)
         self.world.Abort(code)
 
 

@@ -1,5 +1,7 @@
 """What a new metrics.h5 takes over from an earlier one: the rows asked for, or what is left."""
 
+import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -77,15 +79,24 @@ def readable_rows(
                 wanted = columns(group)
             except KeyError:
                 continue
-            parts = {name: _prefix(file, f"{group}/{name}", count, wanted[name]) for name in wanted}
+            parts = {
+                name: readable_prefix(file, f"{group}/{name}", dtype)[:count]
+                for name, dtype in wanted.items()
+            }
             length = min(len(values) for values in parts.values())
             if length:
                 found[group] = {name: values[:length] for name, values in parts.items()}
     return found
 
 
-def _prefix(file: h5py.File, name: str, count: int, dtype: np.dtype) -> np.ndarray:
-    """Return the rows before the first chunk that cannot be read, at most ``count``."""
+def readable_prefix(file: h5py.File, name: str, dtype: np.dtype) -> np.ndarray:
+    """Return the rows of a dataset before the first chunk that cannot be read.
+
+    Args:
+        file: damaged.
+        name: of the dataset.
+        dtype: that it should have; one that has another has no rows.
+    """
     parts: list[np.ndarray] = []
     nothing = np.empty(0, dtype)
     try:
@@ -93,11 +104,24 @@ def _prefix(file: h5py.File, name: str, count: int, dtype: np.dtype) -> np.ndarr
         if not isinstance(dataset, h5py.Dataset) or dataset.dtype != dtype:
             return nothing
         step = dataset.chunks[0]
-        for start in range(0, min(count, len(dataset)), step):
-            parts.append(dataset[start : min(start + step, count)])
+        for start in range(0, len(dataset), step):
+            parts.append(dataset[start : start + step])
     except READ_ERRORS:
         pass
     return np.concatenate(parts) if parts else nothing
+
+
+def keep_aside(path: Path) -> Path:
+    """Give a file a second name, under which it stays when the first is taken over; return it."""
+    aside, number = path.with_name(f"{path.stem}-damaged{path.suffix}"), 1
+    while aside.exists():
+        aside = path.with_name(f"{path.stem}-damaged-{number}{path.suffix}")
+        number += 1
+    try:
+        os.link(path, aside)
+    except OSError:  # a file system without links
+        shutil.copy2(path, aside)
+    return aside
 
 
 def _check_counts(

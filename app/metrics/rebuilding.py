@@ -1,13 +1,11 @@
 """A damaged metrics.h5: set aside, and followed by a new one with the rows that are left."""
 
-import os
-import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from app.metrics.copying import Rows, readable_rows
+from app.metrics.copying import Rows, keep_aside, readable_rows
 from app.metrics.schema import layer_groups, run_groups
 from app.metrics.store import MetricsStore
 
@@ -44,7 +42,7 @@ def rebuild(
 
     wanted = {group: count for group, count in counts.items() if count and group not in kept}
     rows = {**readable_rows(path, wanted, columns), **kept}
-    aside = _keep_aside(path)
+    aside = keep_aside(path)
     store = MetricsStore.create(
         path,
         configuration=configuration,
@@ -56,19 +54,6 @@ def rebuild(
     found = store.counts()
     lost = {g: n - found.get(g, 0) for g, n in counts.items() if n > found.get(g, 0)}
     return store, f"it stays as {aside.name}, and a new one goes on {_describe(lost, counts)}"
-
-
-def _keep_aside(path: Path) -> Path:
-    """Give a file a second name, under which it stays when the first is taken over."""
-    aside, number = path.with_name(f"{path.stem}-damaged{path.suffix}"), 1
-    while aside.exists():
-        aside = path.with_name(f"{path.stem}-damaged-{number}{path.suffix}")
-        number += 1
-    try:
-        os.link(path, aside)
-    except OSError:  # a file system without links
-        shutil.copy2(path, aside)
-    return aside
 
 
 def _describe(lost: Mapping[str, int], counts: Mapping[str, int]) -> str:

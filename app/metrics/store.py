@@ -19,6 +19,7 @@ from app.metrics.copying import Rows, copy
 from app.metrics.schema import SCHEMA_VERSION, layer_groups, run_groups
 from app.metrics.swmr import (
     abandon,
+    close,
     is_same_file,
     new_file,
     open_swmr,
@@ -120,6 +121,10 @@ class MetricsStore:
         assert values.keys() == self._groups[group].keys(), (group, sorted(values))
         self._buffer.setdefault(group, []).append(values)
 
+    def length(self, group: str) -> int:
+        """Return the number of a group's rows, those in memory included."""
+        return self._rows[group] + len(self._buffer.get(group, ()))
+
     def flush(self) -> None:
         """Write all rows, so that readers see them.
 
@@ -184,12 +189,10 @@ class MetricsStore:
             return
         try:
             self.flush()
-            with writing(self._path):
-                self._file.flush()
         except StorageError:
             abandon(self._file)
             raise
-        self._file.close()
+        close(self._file, self._path)
 
     def __enter__(self) -> Self:
         return self

@@ -29,6 +29,7 @@ READ_ERRORS = (OSError, RuntimeError, KeyError, ValueError)
 
 _DRIVER = "sec2 with an end"
 _SUPERBLOCK_3 = b"\x89HDF\r\n\x1a\n\x03"
+_SUPERBLOCK_BYTES = 48
 _NO_LOCKS = (37, 95, 524)
 """ENOLCK, EOPNOTSUPP and the kernel's ENOTSUPP: what flock says on file systems without locks."""
 _without_locks: set[int] = set()
@@ -192,6 +193,26 @@ def abandon(file: h5py.File) -> None:
         file.close()
 
 
+def close(file: h5py.File, path: Path) -> None:
+    """Write what is left and close the file.
+
+    Raises:
+        StorageError: it cannot be written, which may show at the very last of it; it is closed.
+    """
+    try:
+        with writing(path):
+            file.flush()
+            # HDF5 closes by writing the superblock, and crashes at the end of the process where it
+            # cannot: whether it can is tried before, with the bytes that are there.
+            handle = file.id.get_vfd_handle()
+            os.pwrite(handle, os.pread(handle, _SUPERBLOCK_BYTES, 0), 0)
+    except StorageError:
+        abandon(file)
+        raise
+    with writing(path):
+        file.close()
+
+
 def one_line(error: Exception) -> str:
     """Return a message of HDF5, which has many lines, as one."""
     return " ".join(str(error).split())
@@ -200,7 +221,11 @@ def one_line(error: Exception) -> str:
 def _cause(error: Exception) -> str:
     """Return what the system said, which stands within a long message of HDF5's."""
     number = re.search(r"errno = (\d+)", str(error))
-    return os.strerror(int(number[1])) if number else one_line(error)
+    if number:
+        return os.strerror(int(number[1]))
+    return (
+        os.strerror(error.errno) if isinstance(error, OSError) and error.errno else one_line(error)
+    )
 
 
 def _set_access(access: h5py.h5p.PropFAID) -> None:

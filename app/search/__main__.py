@@ -19,7 +19,7 @@ from app.command import (
     run_command,
 )
 from app.distributed.launch import read_launch
-from app.errors import AgreedUserError, UserError
+from app.errors import AgreedStorageError, AgreedUserError, StorageError, UserError
 from app.search.definition import STORED, Definition, load
 
 EXAMPLES = """\
@@ -114,13 +114,20 @@ def _run(definition: Definition, *, resume: bool, start: float) -> int:
                 hint = f": {how_to_go_on(folders[0])}" if isinstance(end, Interrupted) else ""
                 print(f"{end}{hint}\n{how_to_draw(folders[0])}", file=sys.stderr)
             return EXIT_STOPPED if isinstance(end, Interrupted) else 1
+        except (StorageError, UserError) as error:  # on this process, or on those of its worker
+            if workers.is_first or not isinstance(error, AgreedStorageError):
+                print("\n".join([f"error: {error}", *map(how_to_draw, folders)]), file=sys.stderr)
+            code = EXIT_USER if isinstance(error, UserError) else 1
+            if workers.world.Get_size() > 1:
+                workers.abort(code)
+            return code
         except BaseException as error:
             if folders:
                 error.add_note(how_to_draw(folders[0]))
             if workers.world.Get_size() == 1:
                 raise
             report_fault(error)
-            workers.abort(EXIT_USER if isinstance(error, UserError) else 1)
+            workers.abort(1)
             raise
     if read_launch().process_index == 0:
         print_summary(summary)

@@ -17,11 +17,12 @@ import torch
 from app.config import to_yaml
 from app.distributed.stop_signal import StopRequest
 from app.distributed.workers import Workers
-from app.errors import DivergedError
+from app.errors import DivergedError, StorageError
 from app.search import objective
 from app.search.definition import Definition, evaluation_folder
 from app.search.store import Evaluation
 from app.settings import Configuration
+from app.training.folder import write_text
 from app.training.position import Stopped
 from app.training.run import train
 
@@ -130,6 +131,7 @@ def evaluate(
         What became of it, the same on all processes; None if the search is to stop.
 
     Raises:
+        StorageError: a file system failed; on this process, or on all of the worker.
         TimeoutError: a process of the worker does not come back from the training.
     """
     run_folder = evaluation_folder(folder, number)
@@ -151,6 +153,8 @@ def evaluate(
             summary = train(
                 configuration, runtime, watch, resume=False, test=False, on_epoch=watch
             ).summary
+    except StorageError:  # no fault of the candidate, and the next would meet it too
+        raise
     except Exception as error:
         failure = _Failure(status=_status(error), when=time.time(), traceback=_describe(error))
     gc.collect()  # of the network and of what the traceback held
@@ -224,5 +228,8 @@ def _describe(error: Exception) -> str:
 def _prepare(folder: Path, configuration: Configuration) -> None:
     """Clear what a killed session left in the folder, and say what is trained there."""
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(to_yaml(configuration))
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise StorageError(f"run.dir: cannot write to {folder}: {error.strerror}") from None
+    write_text(folder / "config.yaml", to_yaml(configuration))

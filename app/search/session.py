@@ -15,7 +15,7 @@ import numpy as np
 
 from app.config import to_yaml
 from app.distributed.launch import Launch
-from app.distributed.lease import Lease
+from app.distributed.lease import Claim, Lease
 from app.distributed.rendezvous import make_store
 from app.distributed.stop_signal import StopRequest
 from app.distributed.workers import Workers, agree, wait
@@ -26,7 +26,7 @@ from app.search.definition import STORED, Definition, train_again
 from app.search.evaluation import evaluate
 from app.search.evolution import Known, check_islands, evolve, island_of
 from app.search.progress import Progress
-from app.search.store import STORE, Evaluation, Store, read_evaluations, sessions
+from app.search.store import STORE, Evaluation, Store, mend, read_evaluations, sessions
 from app.tasks.sharding import steps_per_epoch
 from app.training.folder import check_free, make_folder, naming, write_text
 from app.training.inspection import check_run
@@ -67,6 +67,7 @@ def search(
 
     Raises:
         UserError: data, model, space or folder are not what the definition says; on all processes.
+        StorageError: a file system failed, or another program owns the folder; on some processes.
         Interrupted: a signal came before the end.
         NoResult: every evaluation failed.
     """
@@ -75,31 +76,31 @@ def search(
     _check_free(definition, workers, resume=resume)
     with ExitStack() as held:
 
-        def own(folder: Path) -> Path:
-            """Let process 0 own the folder until the search ends."""
-            lease = agree(
-                workers.world, lambda: None if workers.world.Get_rank() else Lease.take(folder)
-            )
-            if lease:
-                held.enter_context(lease)
-            return folder
+        def own(folder: Path) -> Claim:
+            """Let process 0 own the folder until the search ends; all may hold that against it."""
+            world = workers.world
+            lease = agree(world, lambda: None if world.Get_rank() else Lease.take(folder))
+            claim = world.bcast(held.enter_context(lease).claim if lease else None)
+            assert isinstance(claim, Claim)
+            return claim
 
+        claim: Claim | None = None
         if resume:
             assert definition.base.run.dir is not None
-            own(Path(definition.base.run.dir))
+            claim = own(Path(definition.base.run.dir))
         _check_all(definition, workers)
         folder = _prepare_folder(definition, workers)
         on_folder(folder)
-        if not resume:
-            own(folder)
+        claim = claim or own(folder)
         if workers.world.Get_rank() == 0:
+            claim.check()
             write_text(folder / STORED, definition.to_yaml())
-        session = _Session(definition, workers, stop_signal, folder=folder, islands=islands)
+        session = _Session(definition, workers, stop_signal, claim=claim, islands=islands)
         try:
             session.run(start)
         finally:
             session.close()
-        return _conclude(definition, workers, stop_signal, folder, session.times)
+        return _conclude(definition, workers, stop_signal, claim, session.times)
 
 
 def _check_all(definition: Definition, workers: Workers) -> None:
@@ -179,19 +180,23 @@ class _Session:
         workers: Workers,
         stop_signal: StopRequest,
         *,
-        folder: Path,
+        claim: Claim,
         islands: int,
     ) -> None:
         """Read what earlier sessions have found. Collective over all workers."""
+        folder = claim.folder
         self._definition = definition
         self._workers = workers
         self._signal = stop_signal
-        self._folder = folder
+        self._folder, self._claim = folder, claim
         self._island = island_of(workers.index, workers.count, islands)
         world, section = workers.world, definition.base.search
+        store = folder / STORE
+        parameters = definition.space.column_types()
         first = world.Get_rank() == 0
+        self._mended = mend(store, parameters) if first else []
         self._number, self._earlier = world.bcast(
-            (sessions(folder / STORE), read_evaluations(folder / STORE)) if first else None
+            (sessions(store), read_evaluations(store)) if first else None
         )
         limits = [section.evaluations, section.generations and section.generations * workers.count]
         limit = min((limit for limit in limits if limit is not None), default=None)
@@ -211,10 +216,7 @@ class _Session:
         self._store: Store | None = None
         if workers.is_first:
             self._store = Store.create(
-                folder / STORE,
-                session=self._number,
-                worker=workers.index,
-                parameters=definition.space.column_types(),
+                store, session=self._number, worker=workers.index, parameters=parameters
             )
         self._medians: list[float] = []
         self._next: int | None = None
@@ -230,6 +232,8 @@ class _Session:
         """
         if self._workers.world.Get_rank() == 0:
             base, count = self._definition.base, self._workers.count
+            for line in self._mended:
+                self._progress.say(line)
             self._progress.say(
                 f"search {self._folder}: {count} workers of {base.search.processes_per_worker} "
                 f"processes on {self._workers.device.type}, {len(self._earlier)} evaluations done"
@@ -285,6 +289,7 @@ class _Session:
         """Store an evaluation, tell of it, and claim the next. Collective in the worker."""
         evaluations: list[Evaluation] = []
         if self._store:
+            self._claim.check()
             self._store.append(evaluation)
             evaluations = read_evaluations(self._folder / STORE)
             best = best_of(evaluations)
@@ -322,11 +327,11 @@ def _conclude(
     definition: Definition,
     workers: Workers,
     stop_signal: StopRequest,
-    folder: Path,
+    claim: Claim,
     times: tuple[float, float, float],
 ) -> dict[str, Any]:
     """Train the best, with its test part, and sum up. Collective over all workers."""
-    world = workers.world
+    world, folder = workers.world, claim.folder
     first = world.Get_rank() == 0
     evaluations = world.bcast(read_evaluations(folder / STORE) if first else None)
     busy, working, total = (sum(column) for column in zip(*world.allgather(times), strict=True))
@@ -334,6 +339,7 @@ def _conclude(
     if best is None:
         raise NoResult(f"no evaluation in {folder} came to a result")
     if first:
+        claim.check()
         _write_best(definition, best, folder)
     figures: dict[str, Any] = {}
     if definition.base.search.train_best:
@@ -354,6 +360,7 @@ def _conclude(
         "idle_percent": 100 * (1 - working / total),
     }
     if first:
+        claim.check()
         write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 

@@ -15,7 +15,18 @@ from typing import Any, Self
 import h5py
 import numpy as np
 
-from app.metrics.swmr import create_dataset, new_file, open_swmr, patiently, reading
+from app.errors import StorageError, UserError
+from app.metrics.copying import keep_aside, readable_prefix
+from app.metrics.swmr import (
+    abandon,
+    close,
+    create_dataset,
+    new_file,
+    open_swmr,
+    patiently,
+    reading,
+    writing,
+)
 from app.search.objective import FAILED
 
 SCHEMA_VERSION = 1
@@ -38,6 +49,7 @@ _COLUMNS = {
     "folder": "S256",
     "traceback": "S4096",
 }
+_FILES = "session-*-worker-?????.h5"
 _CURVE = {"number": "i8", "epoch": "i8", "value": "f8"}
 
 
@@ -84,9 +96,9 @@ class Evaluation:
 class Store:
     """The writer's side: one file of one worker of one session."""
 
-    def __init__(self, file: h5py.File) -> None:
-        """Take over a complete file in SWMR mode."""
-        self._file = file
+    def __init__(self, file: h5py.File, path: Path) -> None:
+        """Take over a complete file in SWMR mode, and its path."""
+        self._file, self._path = file, path
 
     @classmethod
     def create(
@@ -99,37 +111,84 @@ class Store:
             session: number of this start of the search.
             worker: index of the worker.
             parameters: key and numpy dtype of every parameter.
+
+        Raises:
+            StorageError: it cannot be written.
         """
         path = folder / f"session-{session:04d}-worker-{worker:05d}.h5"
-        with new_file(path) as file:
-            file.attrs["schema_version"] = SCHEMA_VERSION
-            for name, columns in (("evaluations", {**_COLUMNS, **parameters}), ("curves", _CURVE)):
-                dtype = np.dtype(list(columns.items()))
-                create_dataset(file, name, rows=0, width=(), dtype=dtype, chunk_rows=16)
-        return cls(file)
+        nothing = {name: np.empty(0, dtype) for name, dtype in _dtypes(parameters).items()}
+        return cls(_create(path, nothing), path)
 
     def append(self, evaluation: Evaluation) -> None:
         """Write an evaluation, to the disk.
 
         Its curve comes first: where there is a row, there is all of it.
+
+        Raises:
+            StorageError: it cannot be written; the file is closed then.
         """
-        curve = self._file["curves"]
-        rows = [(evaluation.number, i, value) for i, value in enumerate(evaluation.curve, 1)]
-        _extend(curve, np.array(rows, curve.dtype))
+        try:
+            with writing(self._path):
+                curve = self._file["curves"]
+                values = enumerate(evaluation.curve, 1)
+                rows = [(evaluation.number, i, value) for i, value in values]
+                _extend(curve, np.array(rows, curve.dtype))
+                _extend(*self._as_row(evaluation))
+        except StorageError:
+            abandon(self._file)
+            raise
+
+    def _as_row(self, evaluation: Evaluation) -> tuple[h5py.Dataset, np.ndarray]:
         dataset = self._file["evaluations"]
         values = {**asdict(evaluation), **evaluation.parameters}
         row = [_as_element(name, values[name], dataset.dtype[name]) for name in dataset.dtype.names]
-        _extend(dataset, np.array([tuple(row)], dataset.dtype))
+        return dataset, np.array([tuple(row)], dataset.dtype)
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file; may be called again.
+
+        Raises:
+            StorageError: it cannot be written; it is closed all the same.
+        """
+        if self._file:
+            close(self._file, self._path)
 
 
 def sessions(folder: Path) -> int:
     """Return the number of sessions that have written into a folder."""
-    names = {path.name.split("-worker-")[0] for path in folder.glob("session-*-worker-*.h5")}
+    names = {path.name.split("-worker-")[0] for path in folder.glob(_FILES)}
     return len(names)
+
+
+def mend(folder: Path, parameters: Mapping[str, str]) -> list[str]:
+    """Set damaged files aside, and write new ones with the evaluations that are left of them.
+
+    What is lost of a search is done again. To be called while nobody else writes.
+
+    Args:
+        folder: of all files of the search.
+        parameters: key and numpy dtype of every parameter.
+
+    Returns:
+        A line for each file that was damaged.
+
+    Raises:
+        StorageError: a new file cannot be written.
+    """
+    lines = []
+    for path in sorted(folder.glob(_FILES)):
+        try:
+            _read(path)
+        except UserError as damage:
+            rows, curves = _readable(path, parameters)
+            with writing(path):
+                aside = keep_aside(path)
+            _create(path, {"evaluations": rows, "curves": curves}).close()
+            lines.append(
+                f"WARNING: {damage}; it stays as {aside.name}, and {len(rows)} evaluations of it "
+                f"are left: what is lost is done again"
+            )
+    return lines
 
 
 def read_evaluations(folder: Path) -> list[Evaluation]:
@@ -139,7 +198,7 @@ def read_evaluations(folder: Path) -> list[Evaluation]:
         UserError: a file is damaged.
     """
     found: dict[int, Evaluation] = {}
-    for path in sorted(folder.glob("session-*-worker-*.h5")):
+    for path in sorted(folder.glob(_FILES)):
         rows, curves = _read(path)
         for row in rows:
             if row["status"]:  # else the file grew, and the row never reached it
@@ -160,6 +219,42 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
             return rows, datasets[1][:]
 
         return patiently(read)
+
+
+def _dtypes(parameters: Mapping[str, str]) -> dict[str, np.dtype]:
+    evaluations = {**_COLUMNS, **parameters}
+    return {
+        "evaluations": np.dtype(list(evaluations.items())),
+        "curves": np.dtype(list(_CURVE.items())),
+    }
+
+
+def _create(path: Path, content: Mapping[str, np.ndarray]) -> h5py.File:
+    """Create a file with these datasets, in place of what is there."""
+    with writing(path), new_file(path) as file:
+        file.attrs["schema_version"] = SCHEMA_VERSION
+        for name, rows in content.items():
+            dataset = create_dataset(
+                file, name, rows=len(rows), width=(), dtype=rows.dtype, chunk_rows=16
+            )
+            if len(rows):
+                dataset[:] = rows
+    return file
+
+
+def _readable(path: Path, parameters: Mapping[str, str]) -> tuple[np.ndarray, np.ndarray]:
+    """Return what is left of a damaged file: the first evaluations, and their whole curves."""
+    dtypes = _dtypes(parameters)
+    try:
+        file = open_swmr(path)
+    except UserError:
+        return np.empty(0, dtypes["evaluations"]), np.empty(0, dtypes["curves"])
+    with file:
+        rows = readable_prefix(file, "evaluations", dtypes["evaluations"])
+        curves = readable_prefix(file, "curves", dtypes["curves"])
+    lengths = {number: int((curves["number"] == number).sum()) for number in rows["number"]}
+    whole = [lengths[row["number"]] == row["epochs"] for row in rows]
+    return rows[whole], curves
 
 
 def _extend(dataset: h5py.Dataset, rows: np.ndarray) -> None:

@@ -6,6 +6,7 @@ goes on with it.
 
 import itertools
 import json
+import logging
 import os
 import shlex
 import time
@@ -20,6 +21,8 @@ from app.distributed.runtime import Runtime
 from app.distributed.startup_check import check_folder
 from app.errors import StorageError, UserError
 from app.settings import Configuration, RunSection
+
+logger = logging.getLogger(__name__)
 
 UNFINISHED = "unfinished.json"
 
@@ -210,12 +213,20 @@ def finish(folder: Path, summary: dict[str, Any]) -> None:
 
 
 def finished(folder: Path, configuration: Configuration) -> dict[str, Any] | None:
-    """Return the summary of a run that has nothing left to do."""
+    """Return the summary of a run that has nothing left to do.
+
+    A damaged one counts as none: the run goes on from its last checkpoint and writes it again.
+    """
     path = folder / "summary.json"
     if not path.exists():
         return None
-    summary: dict[str, Any] = json.loads(path.read_text())
-    return summary if summary["epochs"] >= configuration.training.epochs else None
+    try:
+        summary: dict[str, Any] = json.loads(path.read_text())
+        return summary if summary["epochs"] >= configuration.training.epochs else None
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        logger.warning("%s is damaged (%s): it is made anew", path, reason)
+        return None
 
 
 def write_text(path: Path, text: str) -> None:

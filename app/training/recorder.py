@@ -17,6 +17,7 @@ from app.errors import StorageError
 from app.metrics.rebuilding import rebuild
 from app.metrics.store import MetricsStore
 from app.metrics.swmr import UnreadableFileError
+from app.metrics.thinning import is_recorded
 from oialr.conversion import LayerReport, parameter_counts
 from oialr.method import Event
 from oialr.stability.measurement import LayerStability
@@ -148,11 +149,7 @@ class Recorder:
             self._append(
                 f"layers/{layer.name}/rank", step=event.step, rank=layer.rank, owner=layer.owner
             )
-            self._append(
-                f"layers/{layer.name}/spectrum",
-                step=event.step,
-                singular_values=layer.singular_values.float().numpy(),
-            )
+            self._spectrum(layer.name, event.step, layer.singular_values)
         self.flush()
 
     def stability(
@@ -182,11 +179,7 @@ class Recorder:
                 stable_rank=row.stable_rank,
                 orthonormality_error=row.orthonormality_error,
             )
-            self._append(
-                f"layers/{row.name}/spectrum",
-                step=step,
-                singular_values=row.singular_values.float().numpy(),
-            )
+            self._spectrum(row.name, step, row.singular_values)
         self.flush()
 
     def flush(self) -> None:
@@ -238,6 +231,21 @@ class Recorder:
             except StorageError as error:
                 self.problem = error
         return None
+
+    def _spectrum(self, layer: str, step: int, singular_values: Tensor) -> None:
+        """Record a spectrum, which comes with a row of ranks or stability, unless it is left out.
+
+        Its number follows from those rows: it is the same in a run that was stopped and resumed.
+        """
+        if not self._store:
+            return
+        number = sum(self._store.length(f"layers/{layer}/{name}") for name in ("rank", "stability"))
+        if is_recorded(number):
+            self._append(
+                f"layers/{layer}/spectrum",
+                step=step,
+                singular_values=singular_values.float().numpy(),
+            )
 
     def _append(self, group: str, **values: Any) -> None:
         if self._store:

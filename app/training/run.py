@@ -5,7 +5,7 @@ A search calls :func:`train` too, with the processes that it gives to one evalua
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,12 +44,15 @@ from app.training.position import Stopped
 from app.training.progress import EpochObserver, Progress
 from app.training.recorder import Recorder
 from app.training.trainer import Trainer
+from app.yaml_text import dump_value
 from oialr.conversion import parameter_counts, survey
 
 logger = logging.getLogger(__name__)
 
 _FIXED = ("optimizer", "momentum", "weight_decay")
 """Keys of the section training that are part of the optimizer's stored state."""
+_EXPECTED_TO_CHANGE = ("run.dir", "run.stop_after")
+"""Keys that a run is resumed with: they make no difference to its results."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,12 +273,16 @@ def _assemble(
 
 
 def _load(trainer: Trainer, shared: dict[str, Any], own: list[dict[str, Any]]) -> None:
-    stored = parse(shared["configuration"], source="the checkpoint's configuration")["training"]
+    stored = parse(shared["configuration"], source="the checkpoint's configuration")
+    current = parse(to_yaml(trainer.configuration), source="the configuration")
     for key in _FIXED:
-        if stored[key] != getattr(trainer.configuration.training, key):
-            raise UserError(
-                f"training.{key}: cannot change when a run is resumed: it was {stored[key]}"
-            )
+        if (was := stored["training"][key]) != current["training"][key]:
+            raise UserError(f"training.{key}: cannot change when a run is resumed: it was {was}")
+    if changes := _changes(stored, current):
+        # On purpose by whoever resumes; but config.yaml may also have been damaged or mixed up.
+        logger.warning(
+            "the configuration differs from the checkpoint's: %s", ", ".join(sorted(changes))
+        )
     try:
         trainer.load_checkpoint(shared, own)
     except (ValueError, RuntimeError, KeyError) as error:
@@ -283,6 +290,17 @@ def _load(trainer: Trainer, shared: dict[str, Any], own: list[dict[str, Any]]) -
         raise UserError(
             f"the checkpoint does not fit the configuration (was it changed?): {message}"
         ) from None
+
+
+def _changes(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Name the keys that have other values than in the checkpoint, but for where and how long."""
+    return [
+        f"{section}.{key} is {dump_value(value)} and was {dump_value(was)}"
+        for section, values in current.items()
+        for key, value in values.items()
+        if (was := stored.get(section, {}).get(key, value)) != value
+        and f"{section}.{key}" not in _EXPECTED_TO_CHANGE
+    ]
 
 
 class _own_random_state:  # noqa: N801 - a context manager

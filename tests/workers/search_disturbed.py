@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 
@@ -35,6 +36,10 @@ def disturb(plan):
             watch._section = watch._section.model_copy(update={"median_stop_epoch": 2})
         if what == "signal" and process == 1:
             os.kill(os.getpid(), signal.SIGUSR1)
+        if what == "taken" and process == 0:
+            open(os.path.join(self.configuration.run.dir, "../../.lease-000009"), "w").close()
+        if what == "gone" and process == 0:
+            shutil.rmtree(os.path.join(self.configuration.run.dir, "../.."))
         if what == "kill" and process == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 

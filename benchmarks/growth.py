@@ -1,0 +1,234 @@
+"""What grows in a long run: memory, handles and threads over events and evaluations, metrics.h5.
+
+Events: the method on a small network, alone and under mpirun, with an event after every step.
+Evaluations: a search of short trainings, whose processes are looked at from outside. Both are
+compared after a tenth of them and at the end. metrics.h5: a file of many epochs and layers, with
+the rows that a run writes; its size, and the seconds until a reader has it open with its layers.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere as a script
+
+from app.distributed.launch import read_launch
+from app.metrics.store import Follower, MetricsStore
+from app.metrics.thinning import is_recorded
+
+ROOT = Path(__file__).resolve().parents[1]
+SEARCH = f"""
+extends: {ROOT}/configs/digits_vit.yaml
+training: {{epochs: 1, warmup_epochs: 0, batch_size: 50}}
+data: {{train_samples: 100}}
+model:
+  arguments: {{patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2}}
+stability: {{enabled: false}}
+oialr: {{delay: 1, update_interval: 1}}
+search: {{train_best: false}}
+space:
+  training.learning_rate: {{range: [1.0e-3, 1.0e-2], scale: log}}
+"""
+
+
+def main() -> None:
+    """Measure what is asked for, print a table or JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--events", type=int, default=10_000)
+    parser.add_argument("--evaluations", type=int, default=2_000)
+    parser.add_argument("--epochs", type=int, default=10_000, help="of metrics.h5; one each")
+    parser.add_argument("--layers", type=int, default=174)
+    parser.add_argument("--width", type=int, default=768, help="singular values of a layer")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    parser.add_argument("--quick", action="store_true", help="a few of each")
+    options = parser.parse_args()
+    if options.quick:
+        options.events, options.evaluations, options.epochs, options.layers = 300, 6, 300, 20
+    if read_launch().launcher != "alone":
+        _events_here(options.events)
+        return
+    document: dict[str, Any] = {}
+    for count in options.processes:
+        if options.events:
+            document[f"{options.events} events, {count} processes"] = _events(options, count)
+        if options.evaluations:
+            name = f"{options.evaluations} evaluations, {count} processes"
+            document[name] = _evaluations(options, count)
+    if options.epochs:
+        name = f"metrics.h5 of {options.epochs} epochs, {options.layers} layers"
+        document[name] = _file(options.epochs, options.layers, options.width)
+    if options.json:
+        print(json.dumps(document))
+        return
+    print("| what | figure | value |\n| --- | --- | --- |")
+    for what, figures in document.items():
+        for figure, value in figures.items():
+            print(f"| {what} | {figure} | {value} |")
+
+
+def _mpirun(count: int, *arguments: str) -> list[str]:
+    beside = Path(sys.executable).parent / "mpirun"
+    mpirun = str(beside) if beside.exists() else shutil.which("mpirun") or "mpirun"
+    return [mpirun, "-n", str(count), sys.executable, *arguments]
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def _resources(process: int | str = "self") -> dict[str, int]:
+    """Return what a process holds: resident memory in KiB, open handles, threads."""
+    place = Path(f"/proc/{process}")
+    pages = int((place / "statm").read_text().split()[1])
+    return {
+        "KiB": pages * os.sysconf("SC_PAGE_SIZE") // 1024,
+        "handles": len(list((place / "fd").iterdir())),
+        "threads": len(list((place / "task").iterdir())),
+    }
+
+
+def _growth(early: dict[str, int], late: dict[str, int], number: int) -> dict[str, Any]:
+    return {
+        "MiB at the end": round(late["KiB"] / 1024, 1),
+        "KiB more for each": round((late["KiB"] - early["KiB"]) / number, 3),
+        "handles more": late["handles"] - early["handles"],
+        "threads more": late["threads"] - early["threads"],
+    }
+
+
+def _events(options: argparse.Namespace, count: int) -> dict[str, Any]:
+    command = _mpirun(count, __file__, "--events", str(options.events))
+    output = subprocess.run(
+        command, env=_environment(), stdout=subprocess.PIPE, check=True, text=True
+    ).stdout
+    result: dict[str, Any] = json.loads(output)
+    return result
+
+
+def _events_here(events: int) -> None:
+    """Take steps with an event after each; process 0 prints what it holds more. Under mpirun."""
+    import torch
+
+    from app import OIALR
+    from app.distributed.runtime import start_runtime
+
+    torch.set_num_threads(1)
+    with start_runtime(device="cpu", timeout=600) as runtime:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(
+            torch.nn.Linear(40, 64),
+            torch.nn.ReLU(),
+            torch.nn.Linear(64, 48),
+            torch.nn.Linear(48, 8),
+        )
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        method = OIALR(model, optimizer, delay=1, update_interval=1, processes=runtime.processes)
+        batch = torch.randn(16, 40)
+        early = _resources()
+        for number in range(events):
+            if number == events // 10:
+                early = _resources()
+            optimizer.zero_grad()
+            model(batch).square().mean().backward()
+            optimizer.step()
+            assert method.step()
+        if runtime.is_first:
+            print(json.dumps(_growth(early, _resources(), events - events // 10)))
+
+
+def _evaluations(options: argparse.Namespace, count: int) -> dict[str, Any]:
+    """Search with one worker of some processes, and look at its first process."""
+    with tempfile.TemporaryDirectory(prefix="growth-") as name:
+        folder = Path(name)
+        (folder / "search.yaml").write_text(SEARCH)
+        arguments = [
+            *("-m", "app.search", "--config", str(folder / "search.yaml")),
+            *(f"run.dir={folder / 'run'}", f"search.evaluations={options.evaluations}"),
+            f"search.processes_per_worker={count}",
+        ]
+        process = subprocess.Popen(
+            _mpirun(count, *arguments),
+            cwd=ROOT,
+            env=_environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        seen: list[dict[str, int]] = []
+        assert process.stderr
+        first = max(1, options.evaluations // 10)
+        for line in process.stderr:
+            done = re.match(r"(\d+)/\d+  number ", line)
+            if done and int(done[1]) in (first, options.evaluations - 1):
+                leader = json.loads(next((folder / "run").glob(".lease-*")).read_text())["process"]
+                seen.append(_resources(leader))
+        if process.wait() or len(seen) < 2:
+            raise RuntimeError(f"the search ended with {process.returncode}")
+        return _growth(seen[0], seen[1], options.evaluations - 1 - first)
+
+
+def _file(epochs: int, layers: int, width: int) -> dict[str, Any]:
+    """Write what a run of so many epochs writes, with an event after every epoch."""
+    chance = np.random.default_rng(0)
+    names = {f"blocks.{i}.weight": (width, width) for i in range(layers)}
+    with tempfile.TemporaryDirectory(prefix="growth-") as folder:
+        path = Path(folder) / "metrics.h5"
+        spectrum = chance.random(width)
+        with MetricsStore.create(path, configuration="{}", layers=names) as store:
+            for epoch in range(1, epochs + 1):
+                _append_epoch(store, names, epoch, chance, spectrum)
+                if epoch % 100 == 0:
+                    store.flush()
+        size = path.stat().st_size
+        start = time.perf_counter()
+        reader = Follower(path)
+        found = len(reader.layers())
+        opened = time.perf_counter() - start
+        stability = len(reader.rows("stability")["step"])
+        reader.close()
+        assert (found, stability) == (layers, epochs)
+    return {"MB": round(size / 1e6, 1), "seconds to open": round(opened, 3)}
+
+
+def _append_epoch(
+    store: MetricsStore,
+    names: dict[str, tuple[int, int]],
+    epoch: int,
+    chance: np.random.Generator,
+    spectrum: np.ndarray,
+) -> None:
+    """Add the rows of an epoch of 20 steps, with one event and one measurement."""
+    place = {"epoch": epoch, "step": 20 * epoch}
+    for step in range(20 * epoch - 19, 20 * epoch + 1):
+        values = chance.random(4)
+        keys = ("loss", "learning_rate", "samples_per_second", "step_seconds")
+        store.append("train", step=step, epoch=epoch, **dict(zip(keys, values, strict=True)))
+    store.append("eval", **place, split="validation", loss=chance.random(), accuracy=0.5)
+    mean = {"mean_stability": chance.random(), "mean_mixing_similarity": chance.random()}
+    store.append("stability", **place, **mean, layers=len(names), seconds=0.1)
+    for name in names:
+        store.append(f"layers/{name}/rank", step=20 * epoch, rank=7, owner=0)
+        keys = ("stability", "mixing_similarity", "effective_rank", "stable_rank")
+        figures = dict(zip(keys, chance.random(4), strict=True))
+        ranks = {"rank": 7, "reference_rank": 7, "numerical_rank": 7, "orthonormality_error": 1e-7}
+        store.append(f"layers/{name}/stability", **place, **figures, **ranks)
+        for number in (2 * epoch - 1, 2 * epoch):
+            if is_recorded(number):
+                store.append(f"layers/{name}/spectrum", step=20 * epoch, singular_values=spectrum)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""What grows in a long run: the spectra are thinned over time, by a rule that a resume keeps."""
+
+import itertools
+
+import torch
+from test_damage import SCHEMA, Layer, resume
+from test_store import LAYERS
+
+from app.metrics.store import read_rows
+from app.metrics.thinning import DENSE, is_recorded
+from app.training.recorder import Recorder
+
+
+def test_spectra_become_rarer_as_a_run_gets_longer():
+    recorded = [number for number in range(1, 10_001) if is_recorded(number)]
+    assert recorded[:DENSE] == list(range(1, DENSE + 1))
+    assert len(recorded) == 295
+    gaps = [(later - earlier) / later for earlier, later in itertools.pairwise(recorded)]
+    assert max(gaps[DENSE:]) < 2 / DENSE
+    for doubling in range(7):
+        first = DENSE << doubling
+        assert sum(first < number <= 2 * first for number in recorded) == DENSE / 2
+
+
+class Row:
+    """A measurement of a layer, as the recorder asks for it."""
+
+    averaged, rank, reference_rank, numerical_rank = True, 4, 4, 4
+    stability = mixing_similarity = effective_rank = stable_rank = orthonormality_error = 0.5
+    singular_values = torch.ones(4)
+
+    def __init__(self, name):
+        self.name = name
+
+
+def test_a_resumed_run_records_the_spectra_of_the_uninterrupted_one(tmp_path):
+    layers = [Layer(name) for name in LAYERS]
+    rows = [Row(name) for name in LAYERS]
+    for name, stops in (("whole", [200]), ("parts", [70, 131, 200])):
+        path = tmp_path / name
+        recorder = Recorder.create(path, **{**SCHEMA, "layers": layers})
+        epoch = 0
+        for stop in stops:
+            while epoch < stop:
+                epoch += 1
+                recorder.stability(rows, epoch=epoch, step=epoch, seconds=0.0)
+            counts, kept = recorder.counts(), recorder.kept()
+            recorder.stability(rows, epoch=epoch, step=0, seconds=0.0)  # lost by a kill
+            recorder.close()
+            recorder = resume(path, counts, kept)
+        recorder.close()
+    for layer in LAYERS:
+        whole, parts = (
+            read_rows(tmp_path / name, f"layers/{layer}/spectrum") for name in ("whole", "parts")
+        )
+        assert whole["step"].tolist() == parts["step"].tolist()
+        assert whole["step"].tolist() == [n for n in range(1, 201) if is_recorded(n)]
+        assert len(read_rows(tmp_path / "whole", f"layers/{layer}/stability")["step"]) == 200
