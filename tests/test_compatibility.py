@@ -33,7 +33,7 @@ def fake_torchvision(tmp_path: Path) -> Path:
 
 def test_torchvision_and_timm_import_and_work() -> None:
     result = run(
-        "from app.compatibility import import_torchvision\n"
+        "from oialr.compatibility import import_torchvision\n"
         "import_torchvision(); import_torchvision()\n"
         "import timm, torch, torchvision\n"
         "from torchvision import datasets, transforms\n"
@@ -46,7 +46,7 @@ def test_working_torchvision_is_left_alone(fake_torchvision: Path) -> None:
     fake_torchvision.write_text("")
     result = run(
         "import sys\n"
-        "from app.compatibility import import_torchvision\n"
+        "from oialr.compatibility import import_torchvision\n"
         "import_torchvision()\n"
         "print('torchvision' in sys.modules, 'torch' in sys.modules)\n",
         fake_torchvision.parent.parent,
@@ -65,7 +65,7 @@ def test_missing_operators_are_declared(fake_torchvision: Path) -> None:
         "    def _(dets, scores, iou_threshold): ...\n"
     )
     result = run(
-        "from app.compatibility import import_torchvision\n"
+        "from oialr.compatibility import import_torchvision\n"
         "import_torchvision()\n"
         "import torch\n"
         "print(torch.ops.torchvision.nms.default._schema)\n",
@@ -80,7 +80,7 @@ def test_missing_operators_are_declared(fake_torchvision: Path) -> None:
 def test_other_failures_of_torchvision_are_not_hidden(fake_torchvision: Path) -> None:
     fake_torchvision.write_text("print('tried')\nraise RuntimeError('broken for another reason')\n")
     result = run(
-        "from app.compatibility import import_torchvision\nimport_torchvision()\n",
+        "from oialr.compatibility import import_torchvision\nimport_torchvision()\n",
         fake_torchvision.parent.parent,
     )
     assert (result.returncode, result.stdout) == (1, "tried\n")
@@ -131,7 +131,7 @@ def test_heat_leaves_random_generators_alone() -> None:
     result = run(
         "import torch\n"
         "state = torch.get_rng_state()\n"
-        "from app.compatibility import import_heat\n"
+        "from oialr.compatibility import import_heat\n"
         "heat = import_heat()\n"
         "print(heat.__name__, torch.equal(state, torch.get_rng_state()))\n"
     )
