@@ -5,12 +5,12 @@ import logging
 import torch
 from torch import nn
 
-from app.distributed import factorization
 from app.distributed.runtime import start_runtime
 from app.errors import DifferingReplicasError, DivergedError
 from oialr.linalg.checksum import checksum
 from oialr.linalg.svd import economy_svd
 from oialr.method import OIALR
+from oialr.placement import factorization
 from oialr.transitions import Transitions
 
 CPU = torch.device("cpu")
