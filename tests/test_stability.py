@@ -12,11 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from app.errors import DivergedError, UserError
-from app.metrics import measurement, stability
 from oialr.conversion import get_layer, matrix_shape
 from oialr.linalg.svd import economy_svd
 from oialr.method import OIALR
 from oialr.placement.processes import Processes
+from oialr.stability import measurement
+from oialr.stability import tracker as stability
 from oialr.stability.tracker import (
     StabilityTracker,
     mean_mixing_similarity,

@@ -5,12 +5,12 @@ import logging
 import torch
 from torch import nn
 
-from app.distributed import factorization
 from app.distributed.runtime import start_runtime
 from app.errors import DifferingReplicasError, DivergedError
 from oialr.linalg.checksum import checksum
 from oialr.linalg.svd import economy_svd
 from oialr.method import OIALR
+from oialr.placement import factorization
 from oialr.transitions import Transitions
 
 CPU = torch.device("cpu")
@@ -55,15 +55,15 @@ def expect(error, text, method, processes):
 
 
 def warnings_of(call):
-    """Return what a call returns, and what the application's loggers said meanwhile."""
+    """Return what a call returns, and what the library's loggers said meanwhile."""
     records = []
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())
-    logging.getLogger("app").addHandler(handler)
+    logging.getLogger("oialr").addHandler(handler)
     try:
         return call(), records
     finally:
-        logging.getLogger("app").removeHandler(handler)
+        logging.getLogger("oialr").removeHandler(handler)
 
 
 def diverged_on_one_process(processes):
@@ -92,8 +92,8 @@ def mixed_hardware(processes):
     """The last process rounds its products otherwise."""
     real = Transitions.apply
 
-    def apply(self, report, factors):
-        rank = real(self, report, factors)
+    def apply(self, report, factors, **options):
+        rank = real(self, report, factors, **options)
         if report.name == "2.weight":
             with torch.no_grad():
                 self.tensors(report)[1][0, 0] += 1e-6
