@@ -166,6 +166,14 @@ def test_what_is_before_the_damage_is_kept(tmp_path, dataset, chunk, left):
     assert mend(tmp_path, PARAMETERS) == []
 
 
+def test_an_evaluation_is_not_written_into_a_file_that_is_gone(tmp_path):
+    store = create(tmp_path)
+    (path,) = tmp_path.glob("*.h5")
+    path.unlink()
+    with pytest.raises(StorageError, match=f"{path} was removed, moved or replaced meanwhile"):
+        store.append(evaluation(0))
+
+
 def test_a_store_that_cannot_be_written_says_so(tmp_path):
     with pytest.raises(StorageError, match=r"cannot write .*: No such file"):
         create(tmp_path / "gone")

@@ -21,6 +21,7 @@ from app.metrics.swmr import (
     abandon,
     close,
     create_dataset,
+    is_same_file,
     new_file,
     open_swmr,
     patiently,
@@ -125,8 +126,10 @@ class Store:
         Its curve comes first: where there is a row, there is all of it.
 
         Raises:
-            StorageError: it cannot be written; the file is closed then.
+            StorageError: it cannot be written, and is closed then, or is not there any more.
         """
+        if not is_same_file(self._file, self._path):
+            raise StorageError(f"run.dir: {self._path} was removed, moved or replaced meanwhile")
         try:
             with writing(self._path):
                 curve = self._file["curves"]

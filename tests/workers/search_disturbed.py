@@ -39,7 +39,7 @@ def disturb(plan):
         if what == "taken" and process == 0:
             open(os.path.join(self.configuration.run.dir, "../../.lease-000009"), "w").close()
         if what == "gone" and process == 0:
-            shutil.rmtree(os.path.join(self.configuration.run.dir, "../.."))
+            shutil.rmtree(os.path.dirname(os.path.dirname(self.configuration.run.dir)))
         if what == "kill" and process == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
