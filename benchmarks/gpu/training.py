@@ -3,16 +3,14 @@
 A cell is one network on one data set by one method with one seed, in a process of its own. Two run
 at a time, so that their seconds do not compare; nine at a time take their steps in turn on one GPU
 and are no faster together (seen on an H200). When time is up a cell ends with the epoch that it is
-in, and tells how many it has done. Methods:
-full-rank; "paper": OIALR after a third of the steps, an update every epoch; "two factors": A B of a
-quarter of the full rank in the place of every weight after a tenth of the steps, both trained, with
-the momentum carried over (M B^T and A^T M).
+in, and tells how many it has done. Methods: full-rank; "paper": OIALR after a third of the steps,
+an update every epoch; "two factors": a release after a tenth of the steps, at ranks for a stored
+size of 30 %.
 
 The data come packed (``python -m benchmarks.gpu.pack``); without them random images are learned by
 heart, which shows only that everything runs.
 """
 
-import copy
 import json
 import math
 import multiprocessing
@@ -29,7 +27,7 @@ from torch.nn import functional
 
 from app.models.cifar_resnet import CifarResNet
 from benchmarks.gpu.measuring import Results, choose_device, command_line, synchronize
-from benchmarks.gpu.networks import low_rank_layers, of_timm, rank_at, two_factors
+from benchmarks.gpu.networks import of_timm
 from benchmarks.gpu.pack import Images, random_images, unpack
 from oialr.method import OIALR
 
@@ -98,77 +96,27 @@ RECIPES = {
 }
 
 
-class TwoFactors:
-    """Puts A B in the place of every weight after a number of steps."""
-
-    def __init__(self, model: nn.Module, optimizer: Any, *, delay: int, fraction: float) -> None:
-        """Take hold of a full-rank network and its optimizer."""
-        self._model, self._optimizer = model, optimizer
-        self._delay, self._fraction = delay, fraction
-        self._step = 0
-
-    def step(self) -> bool | None:
-        """Convert when it is time; returns whether it was."""
-        self._step += 1
-        if self._step != self._delay:
-            return None
-        for report in low_rank_layers(self._model):
-            m, n = report.matrix_shape
-            r = rank_at(report, self._fraction)
-            if report.groups == 1 and r * (m + n) < m * n:
-                self._convert(report.name.rpartition(".")[0], r)
-        return True
-
-    @torch.no_grad()
-    def _convert(self, path: str, r: int) -> None:
-        parent = self._model.get_submodule(path.rpartition(".")[0])
-        dense = self._model.get_submodule(path)
-        pair = two_factors(dense, r)
-        setattr(parent, path.rpartition(".")[2], pair)
-        weight = dense.weight
-        new = list(pair.parameters())[:2]
-        assert isinstance(weight, nn.Parameter)
-        for group in self._optimizer.param_groups:
-            for i, parameter in enumerate(group["params"]):
-                if parameter is weight:
-                    group["params"][i : i + 1] = new
-                    break
-        old = self._optimizer.state.pop(weight, {})
-        B, A = (w.detach().flatten(1) for w in new)
-        maps: tuple[tuple[nn.Parameter, Tensor | None, Tensor | None], ...]
-        maps = ((new[0], A.T, None), (new[1], None, B.T))
-        for parameter, left, right in maps:
-            state = {}
-            for key, value in old.items():
-                if not isinstance(value, Tensor) or value.dim() == 0:
-                    state[key] = copy.deepcopy(value)
-                    continue
-                is_squared = key == "exp_avg_sq"
-                moved = value.flatten(1)
-                for factor, at_left in ((left, True), (right, False)):
-                    if factor is not None:
-                        used = factor.square() if is_squared else factor
-                        moved = used @ moved if at_left else moved @ used
-                state[key] = moved.reshape(parameter.shape).contiguous()
-            self._optimizer.state[parameter] = state
-
-
 def make_method(
     name: str, model: nn.Module, optimizer: Any, recipe: Recipe, *, steps: int, interval: int
-) -> Any:
+) -> OIALR | None:
     """Return what is asked after every step; None for full-rank training."""
-    if name == "two factors":
-        return TwoFactors(model, optimizer, delay=max(2, steps // 10), fraction=0.25)
-    if name == "paper":
-        return OIALR(
-            model,
-            optimizer,
-            delay=max(2, steps // 3),
-            update_interval=max(1, interval),
-            cutoff=recipe.cutoff,
-            core_learning_rate_factor=recipe.core_learning_rate_factor,
-            rank_multiple=1 if recipe.optimizer == "sgd" else 16,
-        )
+    common: dict[str, Any] = {
+        "update_interval": max(1, interval),
+        "rank_multiple": 1 if recipe.optimizer == "sgd" else 16,
+    }
+    match name:
+        case "paper":
+            return OIALR(
+                model,
+                optimizer,
+                delay=max(2, steps // 3),
+                cutoff=recipe.cutoff,
+                core_learning_rate_factor=recipe.core_learning_rate_factor,
+                **common,
+            )
+        case "two factors":
+            start = max(2, steps // 10)
+            return OIALR(model, optimizer, delay=start, release=start, target_size=0.3, **common)
     return None
 
 
