@@ -21,7 +21,7 @@ TIMINGS = {
     "peak_bytes",
 }
 """Columns that no two runs have in common."""
-_NOT_COMPARED = {"seconds", "rows", "kept_rows", "configuration"}
+_NOT_COMPARED = {"seconds", "cpu_seconds", "rows", "kept_rows", "configuration"}
 """Of a checkpoint: wall times, and the rows that are compared by themselves."""
 
 Rows = Mapping[str, np.ndarray]
