@@ -1,4 +1,4 @@
-"""The requirement files, environment.yml, the imports of app/ and the Makefile agree."""
+"""The requirement files, environment.yml, the imports of both packages and the Makefile agree."""
 
 import ast
 import os
@@ -15,8 +15,14 @@ from rattler import MatchSpec
 from rattler.exceptions import InvalidMatchSpecError
 
 ROOT = Path(__file__).resolve().parent.parent
-DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "pydantic_core": "pydantic",  # which pins it
+    "sklearn": "scikit-learn",
+    "yaml": "pyyaml",
+}
 """Import names that differ from the name of the package on the Python Package Index."""
+OURS = {"app", "oialr"}
 CONDA_NAMES = {"matplotlib-base": "matplotlib", "pytorch": "torch"}
 """Names of conda-forge that differ from those of the Python Package Index."""
 REQUIREMENT_FILES = ("requirements.txt", "requirements-nodeps.txt", "requirements-dev.txt")
@@ -51,9 +57,9 @@ def read_environment() -> dict[str, str]:
 
 
 def imported_packages() -> dict[str, str]:
-    """Third-party packages imported anywhere under app/, each with one file that does it."""
+    """Third-party packages imported in our packages, each with one file that does it."""
     packages = {}
-    for path in sorted((ROOT / "app").rglob("*.py")):
+    for path in sorted(path for name in OURS for path in (ROOT / name).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 modules = [alias.name for alias in node.names]
@@ -62,7 +68,7 @@ def imported_packages() -> dict[str, str]:
             else:
                 continue
             for module in (name.partition(".")[0] for name in modules):
-                if module != "app" and module not in sys.stdlib_module_names:
+                if module not in OURS and module not in sys.stdlib_module_names:
                     packages[DISTRIBUTIONS.get(module, module)] = str(path.relative_to(ROOT))
     return packages
 
