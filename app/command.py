@@ -2,7 +2,9 @@
 
 import argparse
 import errno
+import os
 import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -51,7 +53,11 @@ def run_command(main: Callable[[], int]) -> None:
             print(f"error: {str(error.filename)[:60]}...: {error.strerror}", file=sys.stderr)
         code = EXIT_USER
     except KeyboardInterrupt:
-        code = 130
+        # By the signal itself, of which a shell makes 130, too: mpirun takes a process that leaves
+        # by an exit code before MPI is up for one that is done, and the others wait for ever.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise
     sys.exit(code)
 
 

@@ -4,7 +4,7 @@ import signal
 import subprocess
 import sys
 
-from launching import ROOT, TIMEOUT, environment
+from launching import ROOT, TIMEOUT, command, environment
 
 # A process that waits for ever inside the C library: its handlers never get their turn.
 STUCK = """
@@ -47,6 +47,32 @@ def test_a_second_interrupt_ends_a_process_that_is_stuck():
     finally:
         process.kill()
     assert process.wait() == 130
+
+
+EARLY = """
+import os
+from app.command import run_command
+def main():
+    if os.environ["PMI_RANK"] == "1":
+        raise KeyboardInterrupt
+    from mpi4py import MPI
+    MPI.COMM_WORLD.Barrier()
+    return 0
+run_command(main)
+"""
+
+
+def test_an_interrupt_of_one_process_before_mpi_is_up_ends_all():
+    """The others waited for ever in the import of MPI, where no watchdog sees them."""
+    process = subprocess.run(
+        command(2, "-c", EARLY),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+    assert process.returncode
 
 
 def test_children_that_the_terminal_interrupts_too_do_not_count():
