@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from app.command import EXIT_USER, Parser, report_fault, run_command
-from app.distributed.launch import read_launch
 from app.errors import AgreedUserError, UserError
+from app.runtime.launch import read_launch
 
 if TYPE_CHECKING:
     from app.analysis.run import Analysis
@@ -81,7 +81,7 @@ def _run(options: argparse.Namespace) -> int:
     """Start the processes, analyze, and end all of them alike."""
     from app.analysis.run import analyze
     from app.analysis.selection import NOT_AVERAGED
-    from app.distributed.runtime import start_runtime
+    from app.runtime.processes import start_runtime
 
     with start_runtime(device=options.device, timeout=1800) as runtime:
         try:

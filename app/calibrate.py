@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from app.command import Parser, run_command
-from app.distributed.launch import read_launch
+from app.runtime.launch import read_launch
 
 EXAMPLES = """\
 examples:
@@ -29,8 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from dataclasses import fields
 
-    from app.distributed.calibration import measure_costs, write_costs
-    from app.distributed.runtime import start_runtime
+    from app.runtime.calibration import measure_costs, write_costs
+    from app.runtime.processes import start_runtime
 
     with start_runtime(device=options.device, timeout=1800) as runtime:
         costs = measure_costs(runtime.processes, runtime.device, quick=options.quick)

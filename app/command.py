@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from app.distributed.launch import read_launch
 from app.errors import StorageError, UserError
+from app.runtime.launch import read_launch
 
 EXIT_USER = 2
 EXIT_STOPPED = 75

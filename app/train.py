@@ -17,7 +17,7 @@ from app.command import (
     run_command,
     stop_code,
 )
-from app.distributed.launch import read_launch
+from app.config.settings import Configuration
 from app.errors import (
     AgreedStorageError,
     AgreedUserError,
@@ -26,7 +26,7 @@ from app.errors import (
     StorageError,
     UserError,
 )
-from app.settings import Configuration
+from app.runtime.launch import read_launch
 
 EXAMPLES = """\
 examples:
@@ -82,7 +82,7 @@ def _read_configuration(options: argparse.Namespace) -> Configuration:
 
 def _explain(configuration: Configuration, *, resume: bool) -> int:
     """Print the table of ways and costs."""
-    from app.distributed.runtime import start_runtime
+    from app.runtime.processes import start_runtime
     from app.training.inspection import explain_run
 
     distributed = configuration.distributed
@@ -95,11 +95,11 @@ def _explain(configuration: Configuration, *, resume: bool) -> int:
 
 def _run(configuration: Configuration, *, resume: bool) -> int:
     """Start the processes, train, and end all of them alike."""
-    from app.distributed.stop_signal import StopSignal
+    from app.runtime.stop_signal import StopSignal
 
     folders: list[Path] = []
     with StopSignal() as stop_signal:
-        from app.distributed.runtime import start_runtime
+        from app.runtime.processes import start_runtime
         from app.training.position import Stopped
         from app.training.run import train
 

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywher
 
 from app import config
 from app.compatibility import let_timm_posterize
-from app.tasks import build_task
+from app.data import build_task
 from oialr.compatibility import import_torchvision
 
 Batches = Callable[[], Iterable[Any]]

@@ -23,8 +23,8 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere as a script
 
 from app import OIALR
-from app.distributed.calibration import measure_costs, read_costs
-from app.distributed.runtime import start_runtime
+from app.runtime.calibration import measure_costs, read_costs
+from app.runtime.processes import start_runtime
 from oialr.compatibility import import_torchvision
 from oialr.conversion import survey
 from oialr.event import Event

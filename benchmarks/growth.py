@@ -22,9 +22,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere as a script
 
-from app.distributed.launch import read_launch
-from app.metrics.store import Follower, MetricsStore
-from app.metrics.thinning import is_recorded
+from app.recording.store import Follower, MetricsStore
+from app.recording.thinning import is_recorded
+from app.runtime.launch import read_launch
 
 ROOT = Path(__file__).resolve().parents[1]
 SEARCH = f"""
@@ -123,7 +123,7 @@ def _events_here(events: int) -> None:
     import torch
 
     from app import OIALR
-    from app.distributed.runtime import start_runtime
+    from app.runtime.processes import start_runtime
 
     torch.set_num_threads(1)
     with start_runtime(device="cpu", timeout=600) as runtime:

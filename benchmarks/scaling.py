@@ -35,8 +35,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere as a script
 
-from app.distributed.launch import read_launch
-from app.distributed.runtime import Runtime, start_runtime
+from app.runtime.launch import read_launch
+from app.runtime.processes import Runtime, start_runtime
 from benchmarks.step_time import at_rank_fraction, vision_transformer
 from oialr.conversion import parameter_counts
 from oialr.method import OIALR

@@ -1,7 +1,7 @@
 """What happens at a conversion, an update or a release: check, factorize, share, apply, prove.
 
 :mod:`oialr.method` decides when, and for which layers. What an event does to one layer is in
-:mod:`oialr.transitions`, who factorizes what in :mod:`app.distributed`.
+:mod:`oialr.transitions`, who factorizes what in :mod:`app.runtime`.
 """
 
 import logging

@@ -14,7 +14,7 @@ from scipy import stats
 
 from app import config
 from app.errors import UserError
-from app.metrics.store import MetricsStore
+from app.recording.store import MetricsStore
 
 sys.path.insert(0, str(ROOT))
 

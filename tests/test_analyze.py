@@ -25,7 +25,7 @@ from app.analysis.choice import Found, compare, drop_copies, order
 from app.analysis.files import Source, find_checkpoints, natural_order, number_in
 from app.analysis.loading import CheckpointError
 from app.errors import UserError
-from app.metrics.store import Follower, read_rows
+from app.recording.store import Follower, read_rows
 from oialr.conversion import survey
 from oialr.placement.processes import Processes
 from oialr.stability.tracker import StabilityTracker

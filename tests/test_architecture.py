@@ -84,49 +84,35 @@ COMMUNICATE = {"placement", "stability"}
 """Parts of the library that may know of other processes; and sharding asks for types of torch's."""
 
 FRONT_DOORS = {"train", "report", "analyze", "export", "calibrate"}
-COMMON = {
-    "errors",
-    "settings",
-    "section",
-    "search_section",
-    "data_section",
-    "config",
-    "yaml_text",
-    "compatibility",
-}
+COMMON = {"errors", "config", "compatibility"}
 # What the modules of a package may import of app, beside their own package and COMMON.
 ALLOWED = {
-    "distributed": set(),
+    "runtime": set(),
     "models": set(),
-    "tasks": set(),
-    "metrics": set(),
-    "reporting": {"metrics"},
-    "analysis": {"training", "metrics", "distributed"},
-    "training": {"metrics", "tasks", "models", "distributed"},
-    "command": {"distributed"},
+    "data": set(),
+    "recording": set(),
+    "reporting": {"recording"},
+    "analysis": {"training", "recording", "runtime"},
+    "training": {"recording", "data", "models", "runtime"},
+    "command": {"runtime"},
     "errors": set(),
     "config": set(),
-    "yaml_text": set(),
-    "settings": set(),
-    "section": set(),
-    "search_section": set(),
-    "data_section": set(),
     "compatibility": set(),
 }
 ONLY_IN = {
     "h5py": {
-        "app/metrics/store.py",
-        "app/metrics/columns.py",
-        "app/metrics/copying.py",
-        "app/metrics/swmr.py",
+        "app/recording/store.py",
+        "app/recording/columns.py",
+        "app/recording/copying.py",
+        "app/recording/swmr.py",
         "app/search/store.py",
     },
     "jinja2": {"app/reporting/page.py"},
     "heat": {"oialr/compatibility.py"},
-    "yaml": {"app/yaml_text.py"},
+    "yaml": {"app/config/yaml_text.py"},
     "mpi4py": {
-        "app/distributed/runtime.py",
-        "app/distributed/workers.py",
+        "app/runtime/processes.py",
+        "app/runtime/workers.py",
         "oialr/placement/heat_svd.py",
     },
 }

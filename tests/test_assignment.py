@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.distributed import calibration
-from app.distributed.calibration import read_costs, write_costs
 from app.errors import UserError
+from app.runtime import calibration
+from app.runtime.calibration import read_costs, write_costs
 from oialr.placement.assignment import make_plan
 from oialr.placement.buckets import MatrixInfo, make_buckets
 from oialr.placement.costs import Costs, split_limit

@@ -24,17 +24,17 @@ from test_image_folder import together as together_from_folder
 from torch.nn import functional
 
 from app import config
-from app.errors import UserError
-from app.settings import DataSection
-from app.tasks.image_files import (
+from app.config.settings import DataSection
+from app.data.image_files import (
     EvaluationTransform,
     TrainingTransform,
     random_box,
     read_region,
 )
-from app.tasks.mixing import Mix, draw, mix_images, mix_labels
-from app.tasks.randomness import seeded
-from app.tasks.staging import stage, staged_root
+from app.data.mixing import Mix, draw, mix_images, mix_labels
+from app.data.randomness import seeded
+from app.data.staging import stage, staged_root
+from app.errors import UserError
 
 
 @pytest.fixture

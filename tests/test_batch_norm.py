@@ -8,9 +8,9 @@ from launching import train
 from torch import nn
 
 from app import config
+from app.data import Batch
+from app.data.sharding import share
 from app.errors import UserError
-from app.tasks import Batch
-from app.tasks.sharding import share
 from app.training.batch_norm import check_batch_norm, global_batches, least_samples
 
 

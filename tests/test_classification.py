@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from app import config
+from app.config.settings import DataSection
+from app.data import Batch, Task, build_task, datasets, pixels
+from app.data.datasets import load
+from app.data.pixels import channel_statistics, crop_and_flip
 from app.errors import UserError
-from app.settings import DataSection
-from app.tasks import Batch, Task, build_task, datasets, pixels
-from app.tasks.datasets import load
-from app.tasks.pixels import channel_statistics, crop_and_flip
 
 CPU = torch.device("cpu")
 
@@ -120,7 +120,7 @@ def test_random_numbers_differ_between_seeds_epochs_and_batches(
         drawn.append((tuple(corners.flatten().tolist()), tuple(flipped.tolist())))
         return images
 
-    monkeypatch.setattr("app.tasks.classification.crop_and_flip", record)
+    monkeypatch.setattr("app.data.classification.crop_and_flip", record)
     data = {"augmentation": "crop_flip", "drop_last": True}
     for seed in range(2):
         for epoch in range(2):

@@ -111,8 +111,8 @@ def test_no_killed_process_leaves_shared_memory_of_mpich_behind(tmp_path: Path) 
         2,
         "-c",
         "import os, signal, sys\n"
-        "from app.distributed.launch import read_launch\n"
-        "from app.distributed.runtime import connect_mpi\n"
+        "from app.runtime.launch import read_launch\n"
+        "from app.runtime.processes import connect_mpi\n"
         "world = connect_mpi(read_launch())\n"
         "world.barrier()\n"
         "lines = [line.split() for line in open('/proc/self/maps') if 'mpich_shm_' in line]\n"

@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from app import config, yaml_text
+from app import config
+from app.config import yaml_text
 from app.errors import UserError
 
 CONFIGURATIONS = 500

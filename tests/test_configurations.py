@@ -10,10 +10,10 @@ from test_datasets import small_sets, write_cifar, write_mnist  # noqa: F401 - a
 from test_image_folder import write_images
 
 from app import config, models
-from app.distributed.runtime import start_runtime
-from app.distributed.stop_signal import StopSignal
-from app.metrics.store import read_rows
-from app.tasks import ett
+from app.data import ett
+from app.recording.store import read_rows
+from app.runtime.processes import start_runtime
+from app.runtime.stop_signal import StopSignal
 from app.training.run import train
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"

@@ -11,8 +11,8 @@ from test_store import LAYERS, create, spectrum_row, stability_row, train_row
 from test_train import TINY, last_checkpoint
 
 from app.errors import UserError
-from app.metrics import swmr
-from app.metrics.store import Follower, MetricsStore, read_rows
+from app.recording import swmr
+from app.recording.store import Follower, MetricsStore, read_rows
 from app.reporting.runs import read_run
 from app.training.recorder import KEPT, Recorder
 

@@ -16,12 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app import config
+from app.config.settings import Configuration, DataSection
+from app.data import datasets
+from app.data.datasets import ImageSet, download, load
+from app.data.formats import read_cifar, read_idx
+from app.data.splitting import split_off
 from app.errors import UserError
-from app.settings import Configuration, DataSection
-from app.tasks import datasets
-from app.tasks.datasets import ImageSet, download, load
-from app.tasks.formats import read_cifar, read_idx
-from app.tasks.splitting import split_off
 from oialr.compatibility import import_torchvision
 
 TRAIN, TEST = 40, 20

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from launching import ROOT, launch
 
-from app.distributed.launch import read_launch
-from app.distributed.runtime import own_gpu
+from app.runtime.launch import read_launch
+from app.runtime.processes import own_gpu
 from oialr.placement.assignment import assign
 
 WORKERS = ROOT / "tests" / "workers"

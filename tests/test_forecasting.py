@@ -12,9 +12,9 @@ from series import write_ett
 from torch import Tensor, nn
 
 from app import config
+from app.config.settings import Configuration
+from app.data import Task, build_task, download, ett
 from app.errors import UserError
-from app.settings import Configuration
-from app.tasks import Task, build_task, download, ett
 from app.training.evaluation import evaluate
 from oialr.placement.processes import Processes
 

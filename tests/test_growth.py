@@ -6,8 +6,8 @@ import torch
 from test_damage import SCHEMA, Layer, resume
 from test_store import LAYERS
 
-from app.metrics.store import read_rows
-from app.metrics.thinning import DENSE, is_recorded
+from app.recording.store import read_rows
+from app.recording.thinning import DENSE, is_recorded
 from app.training.recorder import Recorder
 
 

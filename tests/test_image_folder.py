@@ -18,11 +18,11 @@ from PIL import Image
 from torch import Tensor
 
 from app import config
+from app.data import Task, build_task
+from app.data.image_files import MEAN, STD
+from app.data.image_listing import LeftOut, list_folder
+from app.data.pixel_depth import grey_values
 from app.errors import UserError
-from app.tasks import Task, build_task
-from app.tasks.image_files import MEAN, STD
-from app.tasks.image_listing import LeftOut, list_folder
-from app.tasks.pixel_depth import grey_values
 
 SIZE = 16
 CLASSES = ("ant", "bee", "cat")

@@ -11,14 +11,14 @@ import pytest
 from launching import ROOT, TIMEOUT, command, environment, launch, train
 from test_train import DISTURBED, TINY
 
-from app.distributed import lease as module
-from app.distributed.lease import EXPIRY, Holder, Lease
 from app.errors import StorageError, UserError
+from app.runtime import lease as module
+from app.runtime.lease import EXPIRY, Holder, Lease
 
 HOLDER = """
 import sys
 from pathlib import Path
-from app.distributed.lease import Lease
+from app.runtime.lease import Lease
 with Lease.take(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

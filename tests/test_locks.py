@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, "tests")
 import test_search_store, test_store
 from app.errors import UserError
-from app.metrics.store import MetricsStore, read_rows
+from app.recording.store import MetricsStore, read_rows
 from app.search.store import read_evaluations
 folder = Path(sys.argv[1])
 try:

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from app import models
+from app.config.settings import ModelSection
 from app.errors import UserError
 from app.models.cifar_resnet import CifarResNet
-from app.settings import ModelSection
 
 IMAGES = (3, 32, 32)
 SMALL_VIT = {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}

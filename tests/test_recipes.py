@@ -17,10 +17,10 @@ from test_train import TINY, assert_same_run, last_checkpoint
 from torch import Tensor, nn
 
 from app import OIALR, config, models
+from app.config.settings import TrainingSection
+from app.data import build_task
 from app.errors import UserError
-from app.metrics.store import read_rows
-from app.settings import TrainingSection
-from app.tasks import build_task
+from app.recording.store import read_rows
 from app.training.average import WeightAverage
 from app.training.checkpoint import Checkpoints
 from app.training.early_stopping import EarlyStopping

@@ -4,7 +4,7 @@ import threading
 
 import torch.distributed as dist
 
-from app.distributed.rendezvous import new_attempt
+from app.runtime.rendezvous import new_attempt
 
 
 def attempt(store, count):

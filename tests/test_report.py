@@ -16,8 +16,8 @@ from rich.console import Console
 
 from app import config, report
 from app.errors import UserError
-from app.metrics.schema import LOWRANK, STABILITY
-from app.metrics.store import MetricsStore
+from app.recording.schema import LOWRANK, STABILITY
+from app.recording.store import MetricsStore
 from app.reporting import comparison, curves, drawing, layer_maps
 from app.reporting.follow import follow
 from app.reporting.reference import REFERENCE_CURVES

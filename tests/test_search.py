@@ -9,14 +9,14 @@ import yaml
 from launching import ROOT, launch, train
 from test_search_store import evaluation
 
-from app.metrics.store import read_rows
+from app.config.search_section import SearchSection
+from app.config.settings import Configuration
+from app.recording.store import read_rows
 from app.search.definition import load
 from app.search.evaluation import Hopeless, _Watch
 from app.search.objective import FAILED
 from app.search.session import _Session
 from app.search.store import read_evaluations
-from app.search_section import SearchSection
-from app.settings import Configuration
 
 DISTURBED = ROOT / "tests" / "workers" / "search_disturbed.py"
 TINY = f"""

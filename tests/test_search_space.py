@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app import config
+from app.config.search_section import SearchSection
 from app.errors import UserError
 from app.search import objective
 from app.search.budget import Budget
 from app.search.definition import load
 from app.search.evolution import island_of, island_sizes
 from app.search.space import Parameter, read_space
-from app.search_section import SearchSection
 
 UNIT = st.floats(0, 1)
 BASE = config.load()

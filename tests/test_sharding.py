@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.tasks import sharding
-from app.tasks.sharding import Stream
+from app.data import sharding
+from app.data.sharding import Stream
 
 SIZES = st.integers(1, 60)
 BATCH_SIZES = st.integers(1, 70)

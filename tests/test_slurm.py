@@ -13,7 +13,7 @@ import torch
 from emulated_slurm import PROGRAMS, EmulatedSlurm, wait_for
 from machine import need
 
-from app.metrics.store import read_rows
+from app.recording.store import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(

@@ -8,9 +8,11 @@ import pytest
 import torch
 from launching import ROOT, launch
 
-from app.distributed import startup_check
-from app.distributed.runtime import Runtime
-from app.distributed.startup_check import (
+from app.config.settings import Configuration
+from app.errors import AgreedUserError
+from app.runtime import startup_check
+from app.runtime.processes import Runtime
+from app.runtime.startup_check import (
     Report,
     check_folder,
     check_nodes,
@@ -18,8 +20,6 @@ from app.distributed.startup_check import (
     table,
     unseen_gpus,
 )
-from app.errors import AgreedUserError
-from app.settings import Configuration
 from oialr.placement.processes import Processes
 
 CPU = Report(

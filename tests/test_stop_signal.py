@@ -9,7 +9,7 @@ from launching import ROOT, TIMEOUT, command, environment
 # A process that waits for ever inside the C library: its handlers never get their turn.
 STUCK = """
 import ctypes
-from app.distributed.stop_signal import StopSignal
+from app.runtime.stop_signal import StopSignal
 with StopSignal():
     library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
     library.pthread_mutex_lock(mutex)
@@ -18,7 +18,7 @@ with StopSignal():
 """
 FORKED = """
 import os, signal
-from app.distributed.stop_signal import StopSignal
+from app.runtime.stop_signal import StopSignal
 with StopSignal() as stop:
     child = os.fork()
     if not child:

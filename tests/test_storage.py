@@ -12,11 +12,11 @@ from launching import ROOT, TIMEOUT, environment, launch, train
 from test_train import DISTURBED, TINY, assert_same_run, last_checkpoint
 from torch.utils.data import DataLoader, Dataset
 
-from app.distributed import startup_check
+from app.config.settings import RunSection
+from app.data.shared_memory import naming_shared_memory
 from app.errors import StorageError, UserError
-from app.metrics.store import read_rows
-from app.settings import RunSection
-from app.tasks.shared_memory import naming_shared_memory
+from app.recording.store import read_rows
+from app.runtime import startup_check
 from app.training.checkpoint import Checkpoints
 from app.training.folder import make_folder, naming, write_text
 from oialr.placement.processes import Processes

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from launching import ROOT, TIMEOUT, environment
 
 from app.errors import UserError
-from app.metrics.store import Follower, MetricsStore, open_for_reading, read_rows
+from app.recording.store import Follower, MetricsStore, open_for_reading, read_rows
 
 LAYERS = {"conv.weight": (8, 3, 3, 3), "blocks.0.fc.weight": (16, 4)}
 
@@ -140,7 +140,7 @@ def test_the_examples_of_the_document_run(tmp_path, ending):
 EXAMPLE = """
 import os, signal, sys
 from test_store import stability_row, train_row
-from app.metrics.store import MetricsStore
+from app.recording.store import MetricsStore
 qkv, proj, head = "blocks.0.attn.qkv.weight", "blocks.0.attn.proj.weight", "head.weight"
 layers = {qkv: (192, 64), proj: (64, 64), head: (10, 64)}
 store = MetricsStore.create(sys.argv[2], configuration="{}", layers=layers)
@@ -390,7 +390,7 @@ def test_a_new_file_replaces_one_that_is_read_or_nothing_happens(tmp_path, monke
 # For each number on stdin: follow /train until it has so many rows, and check each of them.
 FOLLOWER = """
 import sys
-from app.metrics.store import Follower
+from app.recording.store import Follower
 follower = Follower(sys.argv[1])
 print("open", flush=True)
 seen = 0

@@ -8,8 +8,8 @@ import pytest
 from launching import TIMEOUT, command, environment
 from test_train import DISTURBED, TINY, last_checkpoint
 
-from app.distributed.launch import read_launch
-from app.metrics.store import read_rows
+from app.recording.store import read_rows
+from app.runtime.launch import read_launch
 
 
 def torchrun(*arguments, cwd, variables=None):

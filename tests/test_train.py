@@ -12,8 +12,8 @@ import torch
 import yaml
 from launching import ROOT, TIMEOUT, command, environment, launch, train
 
-from app.distributed.stop_signal import StopSignal
-from app.metrics.store import read_rows
+from app.recording.store import read_rows
+from app.runtime.stop_signal import StopSignal
 
 # Nine factorized layers; conversion after step 15, cuts after 21 and 27, epochs of 8 steps.
 TINY = [

@@ -9,7 +9,7 @@ from test_train import TINY, assert_same_run
 
 from app import config
 from app.errors import UserError
-from app.metrics.store import read_rows
+from app.recording.store import read_rows
 
 # Conversion after step 15, a cut after 21, the release after 22 of 32 steps.
 RELEASED = [

@@ -5,7 +5,7 @@ import threading
 import pytest
 from launching import ROOT, launch
 
-from app.distributed.watchdog import Watchdog
+from app.runtime.watchdog import Watchdog
 
 DISTURBED = ROOT / "tests" / "workers" / "disturbed.py"
 SMALL = [

@@ -16,8 +16,8 @@ from app.analysis.choice import Found, PassedOver, compare, drop_copies, order
 from app.analysis.files import Source, find_checkpoints
 from app.analysis.loading import CheckpointError
 from app.analysis.selection import select_weights, shapes_of, signature
-from app.distributed.runtime import Runtime
 from app.errors import AgreedUserError, UserError
+from app.runtime.processes import Runtime
 from app.training.recorder import Recorder
 from oialr.conversion import LayerReport
 from oialr.placement.processes import Processes

@@ -12,7 +12,7 @@ from app.errors import UserError
 from oialr.compatibility import import_torchvision
 
 if TYPE_CHECKING:
-    from app.settings import ModelSection
+    from app.config.settings import ModelSection
 
 _OWN = {
     "autoformer": ("app.models.autoformer", "Autoformer"),

@@ -12,7 +12,7 @@ import numpy as np
 
 from app.config import parse
 from app.errors import UserError
-from app.metrics.store import Follower, StoredLayer
+from app.recording.store import Follower, StoredLayer
 
 Rows = dict[str, np.ndarray]
 """The columns of a group, all of the same length."""

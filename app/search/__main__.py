@@ -18,8 +18,8 @@ from app.command import (
     report_fault,
     run_command,
 )
-from app.distributed.launch import read_launch
 from app.errors import AgreedStorageError, AgreedUserError, StorageError, UserError
+from app.runtime.launch import read_launch
 from app.search.definition import STORED, Definition, load
 
 EXAMPLES = """\
@@ -86,11 +86,11 @@ def _read_definition(options: argparse.Namespace) -> Definition:
 
 def _run(definition: Definition, *, resume: bool, start: float) -> int:
     """Start the workers, search, and end all processes alike."""
-    from app.distributed.stop_signal import StopSignal
+    from app.runtime.stop_signal import StopSignal
 
     folders: list[Path] = []
     with StopSignal() as stop_signal:
-        from app.distributed.workers import start_workers
+        from app.runtime.workers import start_workers
         from app.search.session import Interrupted, NoResult, search
 
         base = definition.base

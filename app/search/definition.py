@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from app import config
+from app.config import yaml_text
+from app.config.settings import Configuration
 from app.search.space import Space, read_space
-from app.settings import Configuration
 
 STORED = "search.yaml"
 """Name of the resolved definition in a search's folder."""
@@ -57,7 +58,7 @@ class Definition:
 
     def to_yaml(self) -> str:
         """Return the definition as YAML, readable by :func:`load`."""
-        return config.to_yaml(self.base) + config.dump({"space": dict(self.entries)})
+        return config.to_yaml(self.base) + yaml_text.dump({"space": dict(self.entries)})
 
 
 def train_again(folder: Path, processes: int, number: int | None = None) -> str:

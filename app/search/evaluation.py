@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 from app.config import to_yaml
-from app.distributed.stop_signal import StopRequest
-from app.distributed.workers import Workers
+from app.config.settings import Configuration
 from app.errors import DivergedError, StorageError
+from app.runtime.stop_signal import StopRequest
+from app.runtime.workers import Workers
 from app.search import objective
 from app.search.definition import Definition, evaluation_folder
 from app.search.store import Evaluation
-from app.settings import Configuration
 from app.training.folder import write_text
 from app.training.position import Stopped
 from app.training.run import train

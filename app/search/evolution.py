@@ -15,9 +15,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from app.compatibility import import_propulate
-from app.distributed.workers import Workers, wait
+from app.config.search_section import SearchSection
 from app.errors import UserError
-from app.search_section import SearchSection
+from app.runtime.workers import Workers, wait
 
 NELDER_MEAD_SCALE = 0.2
 """Standard deviation of the first simplex, in the unit cube."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from app.search_section import SearchSection
+from app.config.search_section import SearchSection
 
 OUT_OF_BOUNDS = 1e6
 """Least loss of an evaluation that exceeds search.trainable_bound."""

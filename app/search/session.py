@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 
 from app.config import to_yaml
-from app.distributed.launch import Launch
-from app.distributed.lease import Claim, Lease
-from app.distributed.rendezvous import make_store
-from app.distributed.stop_signal import StopRequest
-from app.distributed.workers import Workers, agree, wait
+from app.data.sharding import steps_per_epoch
 from app.errors import UserError
+from app.runtime.launch import Launch
+from app.runtime.lease import Claim, Lease
+from app.runtime.rendezvous import make_store
+from app.runtime.stop_signal import StopRequest
+from app.runtime.workers import Workers, agree, wait
 from app.search import objective
 from app.search.budget import Budget
 from app.search.definition import STORED, Definition, train_again
@@ -27,7 +28,6 @@ from app.search.evaluation import evaluate
 from app.search.evolution import Known, check_islands, evolve, island_of
 from app.search.progress import Progress
 from app.search.store import STORE, Evaluation, Store, mend, read_evaluations, sessions
-from app.tasks.sharding import steps_per_epoch
 from app.training.folder import check_free, make_folder, naming, write_text
 from app.training.inspection import check_run
 from app.training.position import Stopped

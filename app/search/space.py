@@ -17,9 +17,9 @@ import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
 from app import config
+from app.config.section import Section
+from app.config.settings import Configuration
 from app.errors import UserError
-from app.section import Section
-from app.settings import Configuration
 
 SECTIONS = ("data", "model", "training", "oialr")
 """Sections whose keys are hyperparameters."""

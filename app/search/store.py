@@ -16,8 +16,8 @@ import h5py
 import numpy as np
 
 from app.errors import StorageError, UserError
-from app.metrics.copying import keep_aside, readable_prefix
-from app.metrics.swmr import (
+from app.recording.copying import keep_aside, readable_prefix
+from app.recording.swmr import (
     abandon,
     close,
     create_dataset,

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from app.config.settings import Configuration
+from app.data import Task
+from app.data.sharding import share
 from app.errors import UserError
-from app.settings import Configuration
-from app.tasks import Task
-from app.tasks.sharding import share
 
 
 def check_batch_norm(

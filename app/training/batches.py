@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from app.distributed.stop_signal import StopRequest
+from app.data import Batch, Task
 from app.errors import UserError
-from app.tasks import Batch, Task
+from app.runtime.stop_signal import StopRequest
 from oialr.placement.processes import Processes
 
 PROBLEM = 1_000
@@ -40,7 +40,7 @@ class AgreedBatches:
         return PROBLEM if self._problem else self._signal.number
 
     def of_epoch(self, epoch: int, first_batch: int) -> Iterator[Batch]:
-        """Yield this process's batches of an epoch; see :meth:`app.tasks.Task.train_batches`.
+        """Yield this process's batches of an epoch; see :meth:`app.data.Task.train_batches`.
 
         Raises:
             UserError: data cannot be read, and this process is alone.

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from app.tasks import Task
+from app.data import Task
 from oialr.placement.processes import Processes, broadcast_module_buffers
 
 

@@ -15,12 +15,12 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from app.distributed.launch import read_launch
-from app.distributed.lease import Lease
-from app.distributed.runtime import Runtime
-from app.distributed.startup_check import check_folder
+from app.config.settings import Configuration, RunSection
 from app.errors import StorageError, UserError
-from app.settings import Configuration, RunSection
+from app.runtime.launch import read_launch
+from app.runtime.lease import Lease
+from app.runtime.processes import Runtime
+from app.runtime.startup_check import check_folder
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +158,7 @@ def naming(key: str, folder: Path) -> Iterator[None]:
 
 
 def hold_folder(folder: Path, runtime: Runtime) -> AbstractContextManager[Callable[[], None]]:
-    """Own the run's folder, see :class:`app.distributed.lease.Lease`. A collective call.
+    """Own the run's folder, see :class:`app.runtime.lease.Lease`. A collective call.
 
     Returns:
         A context that gives what makes sure that the folder is still this program's; it is process

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from app.distributed.runtime import Runtime
+from app.config.settings import Configuration
 from app.errors import UserError
-from app.settings import Configuration
+from app.runtime.processes import Runtime
 from app.training.checkpoint import Checkpoints
 from app.training.optimizer import build_optimizer
 from app.training.parts import build_method, build_task_and_model

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from oialr.compatibility import import_torchvision
 
 if TYPE_CHECKING:
-    from app.settings import TrainingSection
+    from app.config.settings import TrainingSection
 
 
 def build_optimizer(model: nn.Module, section: "TrainingSection") -> Optimizer:

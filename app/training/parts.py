@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 
 from app import models
-from app.distributed.calibration import read_costs
-from app.distributed.runtime import Runtime
+from app.config.settings import Configuration, StabilitySection
+from app.data import Task, build_task, download
+from app.data.staging import stage, staged_root
 from app.errors import UserError
-from app.settings import Configuration, StabilitySection
-from app.tasks import Task, build_task, download
-from app.tasks.staging import stage, staged_root
+from app.runtime.calibration import read_costs
+from app.runtime.processes import Runtime
 from app.training.average import WeightAverage
 from app.training.batch_norm import check_batch_norm
 from app.training.checkpoint import Checkpoints

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from app.errors import StorageError
-from app.metrics.rebuilding import rebuild
-from app.metrics.store import MetricsStore
-from app.metrics.swmr import UnreadableFileError
-from app.metrics.thinning import is_recorded
+from app.recording.rebuilding import rebuild
+from app.recording.store import MetricsStore
+from app.recording.swmr import UnreadableFileError
+from app.recording.thinning import is_recorded
 from oialr.conversion import LayerReport, parameter_counts
 from oialr.method import Event
 from oialr.stability.measurement import LayerStability

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from app.config import to_yaml
 from app.errors import AgreedStorageError, StorageError, TakenOverError
-from app.metrics.store import LostFileError
+from app.recording.store import LostFileError
 from app.training.checkpoint import Checkpoints
 from app.training.folder import write_text
 

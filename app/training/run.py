@@ -15,13 +15,14 @@ import numpy as np
 import torch
 
 from app.config import parse, to_yaml
-from app.distributed.runtime import Runtime
-from app.distributed.startup_check import check_nodes
-from app.distributed.stop_signal import StopRequest
-from app.distributed.watchdog import Watchdog
+from app.config.settings import Configuration
+from app.config.yaml_text import dump_value
 from app.errors import AgreedStorageError, UserError
-from app.metrics.swmr import writing
-from app.settings import Configuration
+from app.recording.swmr import writing
+from app.runtime.processes import Runtime
+from app.runtime.startup_check import check_nodes
+from app.runtime.stop_signal import StopRequest
+from app.runtime.watchdog import Watchdog
 from app.training.checkpoint import CHECKPOINT_KEYS, Checkpoints
 from app.training.folder import (
     find_folder,
@@ -44,7 +45,6 @@ from app.training.position import Stopped
 from app.training.progress import EpochObserver, Progress
 from app.training.recorder import Recorder
 from app.training.trainer import Trainer
-from app.yaml_text import dump_value
 from oialr.conversion import parameter_counts, survey
 
 logger = logging.getLogger(__name__)

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from torch import nn
 
-from app.distributed.watchdog import Watchdog
+from app.config.settings import StabilitySection
 from app.errors import DivergedError
-from app.settings import StabilitySection
+from app.runtime.watchdog import Watchdog
 from app.training.recorder import Recorder
 from oialr.stability.measurement import LayerStability
 from oialr.stability.tracker import StabilityTracker, mean_stability

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from app.config import to_yaml
-from app.distributed.runtime import Runtime
-from app.distributed.stop_signal import StopRequest
-from app.distributed.stopping import StopAgreement
-from app.distributed.watchdog import Watchdog
+from app.config.settings import Configuration
+from app.data import Batch, Task
 from app.errors import DivergedError
-from app.settings import Configuration
-from app.tasks import Batch, Task
+from app.runtime.processes import Runtime
+from app.runtime.stop_signal import StopRequest
+from app.runtime.stopping import StopAgreement
+from app.runtime.watchdog import Watchdog
 from app.training.average import WeightAverage
 from app.training.batches import PROBLEM, AgreedBatches
 from app.training.checkpoint import CHECKPOINT_KEYS, Checkpoints

@@ -44,7 +44,7 @@ def random_images(channels: int, count: int = 64) -> Images:
 
 def read(data: Path, name: str) -> dict[str, np.ndarray]:
     """Read as many images as are packed, the first of each part, with their labels."""
-    from app.tasks.formats import read_cifar, read_idx
+    from app.data.formats import read_cifar, read_idx
 
     train_size, test_size = SIZES[name]
     if name == "fashion_mnist":

@@ -12,8 +12,8 @@ from typing import Any
 from pydantic import Field, ValidationError, model_validator
 
 from app import config
+from app.config.section import Section
 from app.errors import UserError
-from app.section import Section
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from app.settings import Configuration
-    from app.tasks import Task
+    from app.config.settings import Configuration
+    from app.data import Task
 
 
 def narrow(
@@ -79,7 +79,7 @@ def read_stable_ranks(place: Path, names: Iterable[str]) -> list[dict[str, float
         place: folder of the run.
         names: of the layers.
     """
-    from app.metrics.store import read_rows
+    from app.recording.store import read_rows
 
     ranks = {
         name: read_rows(place / "metrics.h5", f"layers/{name}/stability")["stable_rank"].tolist()

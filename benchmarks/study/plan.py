@@ -16,8 +16,8 @@ from benchmarks.study.cell import Cell, read_record
 from benchmarks.study.definition import ROOT, Study
 
 if TYPE_CHECKING:
-    from app.settings import Configuration
-    from app.tasks import Task
+    from app.config.settings import Configuration
+    from app.data import Task
 
 LATEST_SETTLED = 0.5
 """Share of the epochs after which Cuttlefish's full-rank phase ends at the latest."""
@@ -149,7 +149,7 @@ class Plan:
         """Read the data of a network once: it knows the steps of an epoch."""
         import torch
 
-        from app.tasks import build_task
+        from app.data import build_task
 
         configuration = config.load(path, [*self._base(network), *self._overrides])
         device = torch.device("cpu")
@@ -220,7 +220,7 @@ class Plan:
 
 def validation_figure(summary: dict[str, Any]) -> float:
     """Return what tells of the tested weights on validation data: an error, the less the better."""
-    from app.metrics.store import read_rows
+    from app.recording.store import read_rows
 
     rows = read_rows(Path(summary["place"]) / "metrics.h5", "eval")
     is_tested = (rows["step"] == summary["tested_step"]) & (rows["split"] == "validation")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from app.metrics.store import Follower
+from app.recording.store import Follower
 
 TIMINGS = {
     "samples_per_second",

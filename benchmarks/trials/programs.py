@@ -32,7 +32,7 @@ _POLL = 0.004
 _IMPORTED = (
     "app.train",
     "app.training.run",
-    "app.tasks.classification",
+    "app.data.classification",
     "app.search.store",
     "sklearn.datasets",
     "timm",

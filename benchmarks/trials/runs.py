@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from app.metrics.store import read_rows
+from app.recording.store import read_rows
 from benchmarks.trials import programs
 from benchmarks.trials.comparison import Outcome, read_outcome
 from benchmarks.trials.programs import End, Program

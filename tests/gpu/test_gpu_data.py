@@ -9,9 +9,9 @@ from accelerator import synchronization_is_an_error
 from networks import CLASSES, Mean, relative_error, separate, training
 from torch import nn
 
-from app.tasks import datasets, pixels
-from app.tasks.classification import InMemoryClassification
-from app.tasks.datasets import Images, ImageSet
+from app.data import datasets, pixels
+from app.data.classification import InMemoryClassification
+from app.data.datasets import Images, ImageSet
 from app.training.evaluation import evaluate
 from oialr.placement.processes import Processes
 

@@ -5,8 +5,8 @@ import logging
 import torch
 from torch import nn
 
-from app.distributed.runtime import start_runtime
 from app.errors import DifferingReplicasError, DivergedError
+from app.runtime.processes import start_runtime
 from oialr.linalg.checksum import checksum
 from oialr.linalg.svd import economy_svd
 from oialr.method import OIALR

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from app.distributed.launch import Launch
-from app.distributed.rendezvous import make_store
-from app.distributed.workers import start_workers, wait
+from app.config.search_section import SearchSection
+from app.runtime.launch import Launch
+from app.runtime.rendezvous import make_store
+from app.runtime.workers import start_workers, wait
 from app.search.budget import Budget
 from app.search.evolution import Known, evolve
-from app.search_section import SearchSection
 
 TARGET = np.array([0.8, 0.3, 1.0])
 

@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from app.distributed.runtime import start_runtime
+from app.runtime.processes import start_runtime
 from oialr.linalg.svd import economy_svd
 from oialr.placement.heat_svd import SplitSVD
 

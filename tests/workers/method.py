@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
-from app.distributed.runtime import start_runtime
+from app.runtime.processes import start_runtime
 from app.training.replicas import Replicas
 from oialr.method import OIALR
 from oialr.placement.processes import Processes

@@ -5,7 +5,7 @@ import sys
 import torch
 from method import digest, run
 
-from app.distributed.runtime import start_runtime
+from app.runtime.processes import start_runtime
 from oialr.placement.processes import Processes
 
 CASES = {

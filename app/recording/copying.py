@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 
 from app.errors import UserError
-from app.metrics.swmr import READ_ERRORS, create_dataset, open_swmr, reading
+from app.recording.swmr import READ_ERRORS, create_dataset, open_swmr, reading
 
 Rows = Mapping[str, np.ndarray]
 """The columns of a group, all of the same length."""

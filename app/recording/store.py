@@ -14,10 +14,10 @@ import h5py
 import numpy as np
 
 from app.errors import StorageError, UserError
-from app.metrics.columns import append, as_array, create_group
-from app.metrics.copying import Rows, copy
-from app.metrics.schema import SCHEMA_VERSION, layer_groups, run_groups
-from app.metrics.swmr import (
+from app.recording.columns import append, as_array, create_group
+from app.recording.copying import Rows, copy
+from app.recording.schema import SCHEMA_VERSION, layer_groups, run_groups
+from app.recording.swmr import (
     abandon,
     close,
     is_same_file,

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from app.data.sharding import Stream, generator
 from app.errors import UserError
-from app.tasks.sharding import Stream, generator
 
 if TYPE_CHECKING:
-    from app.settings import DataSection
+    from app.config.settings import DataSection
 
 
 def split_off(labels: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:

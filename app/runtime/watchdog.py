@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Self
 
-from app.distributed.launch import node_name
+from app.runtime.launch import node_name
 
 LONGEST_BEAT = 0.5
 """Seconds: less than an abort waits, so that every process that stands still says so before."""

@@ -5,7 +5,7 @@ from collections import deque
 import torch
 import torch.distributed as dist
 
-from app.distributed.stop_signal import StopRequest
+from app.runtime.stop_signal import StopRequest
 from oialr.placement.processes import Processes
 
 

@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from app.data import sharding
 from app.errors import UserError
-from app.tasks import sharding
 
 if TYPE_CHECKING:
-    from app.settings import Configuration
+    from app.config.settings import Configuration
 
 
 class ShardedTask:
@@ -36,7 +36,7 @@ class ShardedTask:
             configuration: training and run.seed are read.
             train_size: samples of the training part.
             input_shape: of one sample.
-            outputs: see :class:`app.tasks.Task`.
+            outputs: see :class:`app.data.Task`.
             process_index: of this process.
             process_count: processes that share every global batch.
             device: where batches are put.

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from app.tasks import Batch, datasets, mixing, sharding
-from app.tasks.pixels import channel_statistics, crop_and_flip
-from app.tasks.sharded import ShardedTask
-from app.tasks.sharding import Stream
+from app.data import Batch, datasets, mixing, sharding
+from app.data.base import ShardedTask
+from app.data.pixels import channel_statistics, crop_and_flip
+from app.data.sharding import Stream
 
 if TYPE_CHECKING:
-    from app.settings import Configuration
+    from app.config.settings import Configuration
 
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ class Classification(ShardedTask):
     figures: tuple[str, ...] = ("accuracy",)
 
     def __init__(self, configuration: "Configuration", **sizes: Any) -> None:
-        """Set the sizes; see :class:`app.tasks.sharded.ShardedTask`.
+        """Set the sizes; see :class:`app.data.base.ShardedTask`.
 
         Raises:
             UserError: an epoch would have no batch.
@@ -37,7 +37,7 @@ class Classification(ShardedTask):
         self._mixup, self._cutmix = configuration.data.mixup, configuration.data.cutmix
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the cross entropy with label smoothing; see :class:`app.tasks.Task`."""
+        """Return the cross entropy with label smoothing; see :class:`app.data.Task`."""
         total = functional.cross_entropy(
             model(batch.inputs),
             batch.targets,
@@ -50,7 +50,7 @@ class Classification(ShardedTask):
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, float | Tensor]:
         """Return the sums of the cross entropy (not smoothed) and of right answers, and the count.
 
-        See :class:`app.tasks.Task`.
+        See :class:`app.data.Task`.
         """
         logits = model(batch.inputs)
         losses = functional.cross_entropy(logits, batch.targets, reduction="none")
@@ -108,7 +108,7 @@ class InMemoryClassification(Classification):
         """Read the set that the configuration names.
 
         Raises:
-            UserError: as in :func:`app.tasks.datasets.load` and :class:`Classification`.
+            UserError: as in :func:`app.data.datasets.load` and :class:`Classification`.
         """
         data = configuration.data
         images = datasets.load(data)
@@ -136,7 +136,7 @@ class InMemoryClassification(Classification):
         }
 
     def train_batches(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
-        """Yield this process's shares of the global batches; see :class:`app.tasks.Task`.
+        """Yield this process's shares of the global batches; see :class:`app.data.Task`.
 
         A sample is augmented in the same way whatever the process count and the first batch: random
         numbers follow (seed, epoch, global batch, position in it). With mixup or CutMix its partner
@@ -161,7 +161,7 @@ class InMemoryClassification(Classification):
             )
 
     def evaluation_batches(self, split: str) -> Iterator[Batch]:
-        """Yield this process's samples of "validation" or "test"; see :class:`app.tasks.Task`."""
+        """Yield this process's samples of "validation" or "test"; see :class:`app.data.Task`."""
         images, labels = self._parts[split]
         for positions in sharding.evaluation_batches(
             len(labels), self._evaluation_batch_size, *self._process

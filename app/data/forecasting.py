@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from app.tasks import Batch, ett, sharding
-from app.tasks.sharded import ShardedTask
-from app.tasks.splitting import limit_training_part
+from app.data import Batch, ett, sharding
+from app.data.base import ShardedTask
+from app.data.splitting import limit_training_part
 
 if TYPE_CHECKING:
-    from app.settings import Configuration
+    from app.config.settings import Configuration
 
 
 class Forecasting(ShardedTask):
@@ -35,7 +35,7 @@ class Forecasting(ShardedTask):
         """Read the series that the configuration names.
 
         Raises:
-            UserError: as in :func:`app.tasks.ett.load` and :class:`ShardedTask`; or a larger
+            UserError: as in :func:`app.data.ett.load` and :class:`ShardedTask`; or a larger
                 ``data.train_samples`` than there are.
         """
         data = configuration.data
@@ -61,7 +61,7 @@ class Forecasting(ShardedTask):
         self._table = torch.from_numpy(np.hstack([series.values, series.calendar])).to(device)
 
     def train_batches(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
-        """Yield this process's shares of the global batches; see :class:`app.tasks.Task`."""
+        """Yield this process's shares of the global batches; see :class:`app.data.Task`."""
         order = sharding.epoch_order(self.train_size, seed=self._seed, epoch=epoch)
         starts = self._starts["train"][self._to_device(order)]
         for number in range(first_batch, self.steps_per_epoch):
@@ -71,7 +71,7 @@ class Forecasting(ShardedTask):
             yield self._batch(starts[positions][share], count, size)
 
     def evaluation_batches(self, split: str) -> Iterator[Batch]:
-        """Yield this process's samples of "validation" or "test"; see :class:`app.tasks.Task`."""
+        """Yield this process's samples of "validation" or "test"; see :class:`app.data.Task`."""
         starts = self._starts[split]
         for positions in sharding.evaluation_batches(
             len(starts), self._evaluation_batch_size, *self._process
@@ -81,7 +81,7 @@ class Forecasting(ShardedTask):
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the squared error, averaged over horizon and variables of each sample.
 
-        See :class:`app.tasks.Task`.
+        See :class:`app.data.Task`.
         """
         errors = (model(batch.inputs) - batch.targets).square().mean(dim=(1, 2))
         return errors.sum() * (1 / batch.global_count if batch.count else 0)
@@ -91,7 +91,7 @@ class Forecasting(ShardedTask):
         """Return the sums of squared and absolute error of the samples, and their count.
 
         Each error is averaged over horizon and variables, in standardized units; the loss is the
-        squared error. See :class:`app.tasks.Task`.
+        squared error. See :class:`app.data.Task`.
         """
         errors = (model(batch.inputs) - batch.targets).double()
         squared = errors.square().mean(dim=(1, 2)).sum()

@@ -6,10 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Literal, NamedTuple
 
+from app.data.image_files import describe_problem
+from app.data.image_listing import File
+from app.data.pixel_depth import grey_values, is_deep_colour, is_deep_grey, to_rgb
 from app.errors import UserError
-from app.tasks.image_files import describe_problem
-from app.tasks.image_listing import File
-from app.tasks.pixel_depth import grey_values, is_deep_colour, is_deep_grey, to_rgb
 
 logger = logging.getLogger(__name__)
 

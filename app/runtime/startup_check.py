@@ -13,10 +13,10 @@ import torch
 import app
 import oialr
 from app.config import to_yaml
-from app.distributed.launch import node_name
-from app.distributed.runtime import Runtime
+from app.config.settings import Configuration, DataSection
 from app.errors import AgreedUserError
-from app.settings import Configuration, DataSection
+from app.runtime.launch import node_name
+from app.runtime.processes import Runtime
 
 CLOCK_TOLERANCE = 10.0
 """Seconds by which the clocks may differ: rows and files of different nodes are compared."""

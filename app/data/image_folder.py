@@ -3,7 +3,7 @@
 Below data.root: train/CLASS/FILE and val/CLASS/FILE, and optionally test/CLASS/FILE. With test/ the
 validation part is val/. Without it val/ is the test part, as is usual for ImageNet, and
 the validation part is ``data.validation_fraction`` of train/, by a fixed seed. What else lies there
-is left out, and told of in one line (:mod:`app.tasks.image_listing`).
+is left out, and told of in one line (:mod:`app.data.image_listing`).
 """
 
 import logging
@@ -15,21 +15,21 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from app.errors import UserError
-from app.settings import Configuration, DataSection
-from app.tasks import Batch, sharding
-from app.tasks.classification import Classification
-from app.tasks.image_check import check_images, warn_of_dark_parts
-from app.tasks.image_files import (
+from app.config.settings import Configuration, DataSection
+from app.data import Batch, sharding
+from app.data.classification import Classification
+from app.data.image_check import check_images, warn_of_dark_parts
+from app.data.image_files import (
     EvaluationTransform,
     ImageFiles,
     Normalization,
     TrainingTransform,
     collate,
 )
-from app.tasks.image_listing import File, LeftOut, list_folder
-from app.tasks.shared_memory import naming_shared_memory
-from app.tasks.splitting import limit_training_part, split_off, split_off_validation
+from app.data.image_listing import File, LeftOut, list_folder
+from app.data.shared_memory import naming_shared_memory
+from app.data.splitting import limit_training_part, split_off, split_off_validation
+from app.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class ImageFolderClassification(Classification):
             warn_of_dark_parts(self._parts, data.image_bits)
 
     def train_batches(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
-        """Yield this process's shares of the global batches; see :class:`app.tasks.Task`.
+        """Yield this process's shares of the global batches; see :class:`app.data.Task`.
 
         The random numbers of a sample follow (seed, epoch, index of the sample), so that images are
         the same whatever the process count, the workers and the first batch. With mixup or CutMix
@@ -113,7 +113,7 @@ class ImageFolderClassification(Classification):
             )
 
     def evaluation_batches(self, split: str) -> Iterator[Batch]:
-        """Yield this process's samples of "validation" or "test"; see :class:`app.tasks.Task`.
+        """Yield this process's samples of "validation" or "test"; see :class:`app.data.Task`.
 
         Raises:
             UserError: an image is damaged.

@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from app.compatibility import let_timm_posterize
+from app.config.settings import DataSection
+from app.data import sharding
+from app.data.image_listing import File
+from app.data.pixel_depth import PixelError, check_mode, to_rgb
+from app.data.randomness import seeded
+from app.data.sharding import Stream
 from app.errors import UserError
-from app.settings import DataSection
-from app.tasks import sharding
-from app.tasks.image_listing import File
-from app.tasks.pixel_depth import PixelError, check_mode, to_rgb
-from app.tasks.randomness import seeded
-from app.tasks.sharding import Stream
 from oialr.compatibility import import_torchvision
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -231,7 +231,7 @@ def read_region(image: Any, box: Box, size: int, image_bits: int | None = None) 
         image: opened by PIL, not decoded yet.
         box: the region.
         size: width and height of the result.
-        image_bits: see :func:`app.tasks.pixel_depth.to_rgb`.
+        image_bits: see :func:`app.data.pixel_depth.to_rgb`.
     """
     from PIL.Image import Resampling
 

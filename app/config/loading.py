@@ -16,11 +16,11 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
 
-from app import yaml_text
+from app.config import yaml_text
+from app.config.section import Section
+from app.config.settings import Configuration
+from app.config.yaml_text import YamlError, dump
 from app.errors import UserError
-from app.section import Section
-from app.settings import Configuration
-from app.yaml_text import YamlError, dump
 
 LONGEST_CHAIN = 16
 """Files that extend each other."""
@@ -28,7 +28,7 @@ _NULL = ("null", "Null", "NULL", "~")
 """What YAML reads as none."""
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
-DEFAULT_CONFIGURATION = Path(__file__).resolve().parent.parent / "configs" / "digits_vit.yaml"
+DEFAULT_CONFIGURATION = Path(__file__).resolve().parents[2] / "configs" / "digits_vit.yaml"
 
 
 def load(

@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from app.section import Section
+from app.config.section import Section
 
 
 class SearchSection(Section):

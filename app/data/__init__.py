@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from app.tasks.datasets import download as download
-from app.tasks.ett import is_series
+from app.data.datasets import download as download
+from app.data.ett import is_series
 
 if TYPE_CHECKING:
-    from app.settings import Configuration
+    from app.config.settings import Configuration
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,18 +110,18 @@ def build_task(
         UserError: the data is missing or damaged, or does not fit the configuration.
     """
     if configuration.data.name == "image_folder":
-        from app.tasks.image_folder import ImageFolderClassification
+        from app.data.image_folder import ImageFolderClassification
 
         return ImageFolderClassification(
             configuration, process_index=process_index, process_count=process_count, device=device
         )
     if is_series(configuration.data.name):
-        from app.tasks.forecasting import Forecasting
+        from app.data.forecasting import Forecasting
 
         return Forecasting(
             configuration, process_index=process_index, process_count=process_count, device=device
         )
-    from app.tasks.classification import InMemoryClassification
+    from app.data.classification import InMemoryClassification
 
     return InMemoryClassification(
         configuration, process_index=process_index, process_count=process_count, device=device

@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from app.distributed.launch import Launch
+from app.runtime.launch import Launch
 
 _POLL_SECONDS = 0.02
 

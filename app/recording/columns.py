@@ -6,8 +6,8 @@ from typing import Any
 import h5py
 import numpy as np
 
-from app.metrics.schema import Column
-from app.metrics.swmr import create_dataset
+from app.recording.schema import Column
+from app.recording.swmr import create_dataset
 
 _CHUNK_BYTES = 2048
 """Small, since most groups get few rows and there may be a thousand of them."""

@@ -15,7 +15,7 @@ import numpy as np
 from app.errors import UserError
 
 if TYPE_CHECKING:
-    from app.settings import DataSection
+    from app.config.settings import DataSection
 
 VARIABLES = ("HUFL", "HULL", "MUFL", "MULL", "LUFL", "LULL", "OT")
 STEP_MINUTES = {"etth1": 60, "etth2": 60, "ettm1": 15, "ettm2": 15}

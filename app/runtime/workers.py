@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from app.distributed.launch import Launch, read_launch
-from app.distributed.runtime import Runtime, choose_device, connect_mpi, join
 from app.errors import UserError
+from app.runtime.launch import Launch, read_launch
+from app.runtime.processes import Runtime, choose_device, connect_mpi, join
 from oialr.placement.processes import agree_by
 
 Result = TypeVar("Result")

@@ -6,7 +6,7 @@ import threading
 from types import FrameType
 from typing import Protocol, Self
 
-from app.distributed.launch import read_launch
+from app.runtime.launch import read_launch
 
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 """What a shell gives for a program that Ctrl-C ended."""

@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 
 from app.compatibility import unlink_shared_memory_of_mpich
-from app.distributed.launch import Launch, read_launch
-from app.distributed.rendezvous import make_store
-from app.distributed.watchdog import Watchdog
 from app.errors import AgreedUserError, UserError
+from app.runtime.launch import Launch, read_launch
+from app.runtime.rendezvous import make_store
+from app.runtime.watchdog import Watchdog
 from oialr.placement.processes import Processes
 
 LATER = 15.0

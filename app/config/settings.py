@@ -8,10 +8,10 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from app.data_section import DataSection
+from app.config.data_section import DataSection
+from app.config.search_section import SearchSection
+from app.config.section import Section
 from app.errors import UserError
-from app.search_section import SearchSection
-from app.section import Section
 
 LONGEST_CYCLE_EXPONENT = 9
 """Power of ten that the last cycle of the learning rate is at most longer than the first."""

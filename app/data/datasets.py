@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from app.compatibility import import_scikit_learn
+from app.data.ett import is_series, series_path
+from app.data.formats import read_cifar, read_idx
+from app.data.splitting import limit_training_part, split_off, split_off_validation
 from app.errors import UserError
-from app.tasks.ett import is_series, series_path
-from app.tasks.formats import read_cifar, read_idx
-from app.tasks.splitting import limit_training_part, split_off, split_off_validation
 from oialr.compatibility import import_torchvision
 
 if TYPE_CHECKING:
-    from app.settings import Configuration, DataSection
+    from app.config.settings import Configuration, DataSection
 
 DIGITS_TEST, DIGITS_VALIDATION = 360, 180
 """Sizes of the parts of the 1,797 digits; the other 1,257 are the training part."""

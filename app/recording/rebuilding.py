@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from app.metrics.copying import Rows, keep_aside, readable_rows
-from app.metrics.schema import layer_groups, run_groups
-from app.metrics.store import MetricsStore
+from app.recording.copying import Rows, keep_aside, readable_rows
+from app.recording.schema import layer_groups, run_groups
+from app.recording.store import MetricsStore
 
 
 def rebuild(

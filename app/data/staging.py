@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+from app.config.settings import DataSection
+from app.data.image_listing import PARTS, LeftOut, Walk
 from app.errors import UserError
-from app.settings import DataSection
-from app.tasks.image_listing import PARTS, LeftOut, Walk
 
 COPIES_AT_ONCE = 16
 """Threads: on a parallel file system small files wait for latency, not for bandwidth."""
