@@ -102,7 +102,7 @@ def _start_anew(folder: Path) -> None:
     compiler = shutil.which("cc")
     if compiler and sys.platform.startswith("linux"):
         library = folder.resolve() / "full_disk.so"
-        source = ROOT / "tests" / "full_disk.c"
+        source = ROOT / "tests" / "support" / "full_disk.c"
         subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
         variables["LD_PRELOAD"] = str(library)
     arguments = [sys.executable, __file__, *sys.argv[1:]]

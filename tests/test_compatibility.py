@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import launch
+from support.launching import launch
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from documentation import ROOT, Block, blocks
-from launching import TIMEOUT, environment
+from support.documentation import ROOT, Block, blocks
+from support.launching import TIMEOUT, environment
 from torch import nn
 
 from app import OIALR, config

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from machine import need
 from rattler import MatchSpec
 from rattler.exceptions import InvalidMatchSpecError
+from support.machine import need
 
 ROOT = Path(__file__).resolve().parent.parent
 DISTRIBUTIONS = {

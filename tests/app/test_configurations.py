@@ -1,0 +1,142 @@
+"""Every file in configs/: its network and its steps as they are, and a small run of each."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.series import write_ett
+from test_datasets import small_sets, write_cifar, write_mnist  # noqa: F401 - a fixture
+from test_image_folder import write_images
+
+from app import config, models
+from app.data import ett
+from app.recording.store import read_rows
+from app.runtime.processes import start_runtime
+from app.runtime.stop_signal import StopSignal
+from app.training.run import train
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+PATHS = sorted(CONFIGS.glob("*.yaml"))
+TRAIN_SIZES = {
+    "digits": 1257,
+    "mnist": 54_000,
+    "fashion_mnist": 54_000,
+    "cifar10": 45_000,
+    "image_folder": 1_255_544,  # 98 % of ImageNet-2012
+}
+SHAPES = {
+    "digits": ((1, 8, 8), 10),
+    "mnist": ((1, 28, 28), 10),
+    "fashion_mnist": ((1, 28, 28), 10),
+    "cifar10": ((3, 32, 32), 10),
+}
+DAY = 24 * 60
+SMALL_NETWORKS = {
+    "vision_transformer": "{patch_size: 4, embed_dim: 24, depth: 1, num_heads: 2}",
+    "vit_base_patch16_224": "{embed_dim: 24, depth: 1, num_heads: 2}",
+    "resnetrs101": "{layers: [1, 1, 1, 1], channels: [8, 8, 16, 16], stem_width: 8}",
+    "vgg16_bn": "{mlp_ratio: 0.005}",
+    "cifar_resnet": "{depth: 8, width: 8}",
+    "lenet5": "{}",
+    "autoformer": "{width: 16, heads: 2, feed_forward: 32, label_length: 6}",
+}
+
+
+def test_there_are_the_named_ones() -> None:
+    names = {path.stem for path in PATHS}
+    assert names >= {
+        *("cifar10_vit", "cifar10_vgg16", "cifar10_resnet", "mnist_lenet5", "fashion_mnist_vit"),
+        *("imagenet_resnetrs101", "imagenet_vit_b16", "ettm2_autoformer", "digits_vit"),
+    }
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_configuration_fits_its_data(path: Path) -> None:
+    """The network as it is takes the data, and the conversion comes within the run, in both twins.
+
+    What is said of steps in a comment beside oialr.delay is right.
+    """
+    configuration = config.load(path)
+    data, training = configuration.data, configuration.training
+    if ett.is_series(data.name):
+        length = data.input_length + data.horizon
+        part = ett.split(ett.STEP_MINUTES[data.name], data.input_length)["train"]
+        size = part.stop - length + 1
+        shape, outputs = (length, 7 + 5), (data.horizon, 7)
+    elif data.name == "image_folder":
+        size = TRAIN_SIZES[data.name]
+        shape, outputs = (3, data.image_size, data.image_size), 1000
+    else:
+        size = TRAIN_SIZES[data.name]
+        shape, outputs = SHAPES[data.name]
+    models.check(configuration.model, input_shape=shape, outputs=outputs)
+
+    per_epoch = size // training.batch_size if data.drop_last else -(-size // training.batch_size)
+    steps = training.epochs * per_epoch
+    configuration.check_steps(steps)
+    updates = (steps - configuration.oialr.delay) // configuration.oialr.update_interval
+    assert updates * configuration.oialr.layer_fraction >= 1  # all layers get their turn
+    config.load(path, ["oialr.enabled=false"]).check_steps(steps)
+    if said := re.search(r"delay: .*[^\d,]([\d,]+) steps$", path.read_text(), re.MULTILINE):
+        assert int(said[1].replace(",", "")) == steps
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All data sets in their official layouts, small."""
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture
+def data_root(root: Path, small_sets: None, monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa: F811
+    monkeypatch.setitem(ett.STEP_MINUTES, "ettm2", DAY)
+    if not any(root.iterdir()):
+        write_cifar(root)
+        write_mnist(root)
+        write_mnist(root, "FashionMNIST")
+        write_images(root / "train", 14)
+        write_images(root / "val", 3, first=10)
+        write_ett(root, "ETTm2", 20 * 30, minutes=DAY)
+    return root
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_small_run_converts_and_cuts(path: Path, data_root: Path, tmp_path: Path) -> None:
+    plain = config.load(path)
+    options = [
+        f"run.dir={tmp_path / 'run'}",
+        f"data.root={data_root}",
+        f"model.arguments={SMALL_NETWORKS[plain.model.name]}",
+        "training.epochs=2",
+        "training.batch_size=12",
+        "training.warmup_epochs=0.2",
+        "oialr.delay=2",
+        "oialr.update_interval=2",
+        "oialr.layer_fraction=1",
+        "oialr.cutoff=0.95",
+        "oialr.rank_multiple=1",
+        "stability.window=1",
+        "distributed.device=cpu",
+    ]
+    if plain.data.name == "image_folder":
+        options += ["data.image_size=32", "data.workers=0", "data.validation_fraction=0.1"]
+    elif plain.model.name == "vgg16_bn":  # all layers are in test_networks.py
+        options += [
+            "oialr.include=[features.0, features.3, pre_logits.*]",
+            "stability.enabled=false",
+        ]
+    elif plain.data.name == "digits":
+        options += ["data.train_samples=36"]
+    elif ett.is_series(plain.data.name):
+        options += ["data.input_length=12", "data.horizon=20", "data.train_samples=36"]
+    configuration = config.load(path, options)
+    with start_runtime(device="cpu", timeout=60) as runtime:
+        summary = train(configuration, runtime, StopSignal(), resume=False).summary
+    assert summary["steps"] == 6
+    assert summary["trainable_percent"] < 100
+    assert np.isfinite(summary["test_loss"])
+    events = read_rows(tmp_path / "run" / "metrics.h5", "lowrank")
+    assert list(events["event"]) == ["convert", "cut", "cut"]
+    losses = read_rows(tmp_path / "run" / "metrics.h5", "train")["loss"]
+    assert np.isfinite(losses).all()

@@ -1,0 +1,609 @@
+"""python -m app.report: what is read, compared, drawn, and shown while a run goes on."""
+
+import io
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import h5py
+import numpy as np
+import pytest
+from rich.console import Console
+from support.launching import TIMEOUT, environment
+
+from app import config, report
+from app.errors import UserError
+from app.recording.schema import LOWRANK, STABILITY
+from app.recording.store import MetricsStore
+from app.reporting import comparison, curves, drawing, layer_maps
+from app.reporting.follow import follow
+from app.reporting.reference import REFERENCE_CURVES
+from app.reporting.runs import check_patterns, choose_layers, read_run, read_spectra
+from app.reporting.spectra import spectra
+
+STEPS_PER_EPOCH = 10
+LAYERS = {
+    "patch.weight": (8, 4),
+    "blocks.10.fc.weight": (6, 6),
+    "blocks.2.fc.weight": (4, 6),
+    "position": (5, 6),
+}
+
+
+def stability_of(place, epoch):
+    """A value of its own for every layer and epoch."""
+    return 1 - (place + 1) / (20 + epoch)
+
+
+def row(columns, **values):
+    """Fill the columns that a test does not care about."""
+    defaults = {"i": 0, "f": np.nan, "S": ""}
+    return {column.name: defaults[column.dtype[0]] for column in columns} | values
+
+
+class Writer:
+    """Writes a run of some epochs as a training does."""
+
+    def __init__(self, folder, *overrides, layers=LAYERS):
+        folder.mkdir(parents=True)
+        configuration = config.load(None, [f"run.dir={folder}", "training.epochs=8", *overrides])
+        self.folder = folder
+        self.layers = layers
+        self.low_rank = configuration.oialr.enabled
+        self.store = MetricsStore.create(
+            folder / "metrics.h5",
+            configuration=config.to_yaml(configuration),
+            layers=layers,
+            not_averaged={"position"},
+        )
+        self.store.append(
+            "sessions",
+            started="2026-01-01T00:00:00+00:00",
+            process_count=2,
+            first_step=0,
+            versions="torch 2.13.0",
+            command="train",
+        )
+
+    def epoch(self, epoch, *, measured=True):
+        if epoch:
+            for step in range((epoch - 1) * STEPS_PER_EPOCH + 1, epoch * STEPS_PER_EPOCH + 1):
+                self.store.append(
+                    "train",
+                    step=step,
+                    epoch=epoch,
+                    loss=1 / step,
+                    learning_rate=0.1,
+                    samples_per_second=100.0,
+                    step_seconds=0.25,
+                )
+            self.store.append(
+                "eval",
+                step=epoch * STEPS_PER_EPOCH,
+                epoch=epoch,
+                split="validation",
+                loss=1 / epoch,
+                accuracy=1 - 1 / (1 + epoch),
+            )
+        if self.low_rank and epoch == 6:
+            self.event(epoch * STEPS_PER_EPOCH)
+        if measured:
+            for place, name in enumerate(self.layers):
+                self.measure(place, name, epoch)
+        self.store.flush()
+
+    def event(self, step):
+        values = {"step": step, "event": "convert", "trainable_percent": 40.0, "seconds": 0.5}
+        self.store.append("lowrank", **row(LOWRANK, compression_percent=90.0, **values))
+        self.store.append("layers/patch.weight/rank", step=step, rank=2, owner=0)
+        self.store.append("layers/patch.weight/spectrum", step=step, singular_values=[9.0] * 4)
+
+    def measure(self, place, name, epoch):
+        full = min(self.layers[name])
+        rank = 2 if self.low_rank and epoch >= 6 and name == "patch.weight" else full
+        self.store.append(
+            f"layers/{name}/stability",
+            **row(
+                STABILITY,
+                epoch=epoch,
+                step=epoch * STEPS_PER_EPOCH,
+                stability=stability_of(place, epoch) if epoch >= 5 else np.nan,
+                mixing_similarity=0.9 if epoch >= 5 else np.nan,
+                rank=rank,
+                numerical_rank=rank,
+                effective_rank=rank / 2,
+            ),
+        )
+        values = np.arange(rank, 0, -1) * (1.0 + epoch)
+        step = epoch * STEPS_PER_EPOCH
+        self.store.append(f"layers/{name}/spectrum", step=step, singular_values=values)
+
+    def finish(self, **figures):
+        self.store.close()
+        summary = {"test_accuracy": 0.5, "epochs": 8, "steps": 80, "seconds": 1.0, **figures}
+        (self.folder / "summary.json").write_text(json.dumps(summary))
+
+
+def write_run(folder, *overrides, epochs=8, finished=True, figures=None, **options):
+    writer = Writer(folder, *overrides, **options)
+    for epoch in range(epochs + 1):
+        writer.epoch(epoch)
+    if finished:
+        writer.finish(**(figures or {}))
+    writer.store.close()
+    return folder
+
+
+def test_series_hold_each_layer_and_means_leave_tokens_out(tmp_path):
+    run = read_run(write_run(tmp_path / "run"))
+    series = run.series("stability")
+    assert [layer.name for layer in series.layers] == list(LAYERS)
+    epochs = np.array([5, 6, 7, 8])
+    expected = [[stability_of(place, epoch) for epoch in epochs] for place in range(4)]
+    np.testing.assert_array_equal(series.values, expected)
+    np.testing.assert_array_equal(run.axis(series.steps), epochs)
+    assert run.axis.label == "epoch"
+    np.testing.assert_allclose(series.mean(), np.mean(expected[:3], axis=0))
+
+
+def test_a_layer_that_is_measured_less_often_is_averaged_where_it_is(tmp_path):
+    writer = Writer(tmp_path / "run", "oialr.enabled=false")
+    for epoch in range(7):
+        writer.epoch(epoch)
+    writer.epoch(7, measured=False)
+    writer.measure(0, "patch.weight", 7)
+    writer.store.close()
+    series = read_run(tmp_path / "run").series("stability")
+    assert np.isnan(series.values[1:, -1]).all()
+    assert series.mean()[-1] == stability_of(0, 7)
+
+
+def test_ranks_hold_from_event_to_event(tmp_path):
+    series = read_run(write_run(tmp_path / "run")).relative_ranks()
+    assert series.steps.tolist() == list(range(0, 90, 10))
+    np.testing.assert_array_equal(series.values[0], [1] * 6 + [0.5] * 3)
+    assert (series.values[1:] == 1).all()
+
+
+def test_the_spectrum_of_a_step_is_the_last_one(tmp_path):
+    run = read_run(write_run(tmp_path / "run"))
+    [(steps, values)] = read_spectra(run, ["patch.weight"])
+    assert steps.tolist() == list(range(0, 90, 10))
+    np.testing.assert_array_equal(values[6], [14, 7, np.nan, np.nan])  # not the event's nines
+
+
+def test_layers_are_chosen_by_pattern_or_at_even_distances(tmp_path):
+    run = read_run(write_run(tmp_path / "run"))
+    assert choose_layers(run, [], count=2) == ["patch.weight", "blocks.2.fc.weight"]
+    assert choose_layers(run, [], count=9) == list(LAYERS)[:3]
+    assert choose_layers(run, ["blocks.*"], count=9) == list(LAYERS)[1:3]
+    with pytest.raises(UserError, match=r"--layers: 'x\*' matches no .*such as patch\.weight"):
+        check_patterns([run], ["blocks.*", "x*"])
+
+
+def test_a_pattern_may_be_of_one_of_two_networks(tmp_path):
+    runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", layers={"patch.weight": (8, 4)})]
+    output = tmp_path / "out"
+    report.main([*map(str, runs), "--layers", "blocks.*", "--output", str(output)])
+    assert {path.stem for path in (output / "figures").glob("spectra*.png")} == {"spectra-1-a"}
+
+
+def test_runs_are_grouped_by_all_but_seed_folder_and_name(tmp_path):
+    runs = [
+        read_run(write_run(tmp_path / f"{seed}-{enabled}", f"run.seed={seed}", f"run.name=n{seed}",
+                           f"oialr.enabled={enabled}", epochs=1))
+        for enabled in ("true", "false")
+        for seed in (0, 1)
+    ]  # fmt: skip
+    groups = comparison.group_runs(runs)
+    assert [group.label for group in groups] == ["oialr.enabled=true", "oialr.enabled=false"]
+    assert [group.runs for group in groups] == [runs[:2], runs[2:]]
+    assert groups[1].differing == {"oialr.enabled": "false"}
+    [group] = comparison.group_runs(runs[:2])
+    assert group.differing == {}
+
+
+def test_labels_that_are_too_long_are_numbered(tmp_path):
+    overrides = [
+        ["model.arguments.depth=2", "training.learning_rate=0.1", "oialr.cutoff=0.3"],
+        ["training.learning_rate=0.2", "oialr.cutoff=0.4"],
+    ]
+    runs = [
+        read_run(write_run(tmp_path / str(number), *keys, epochs=1))
+        for number, keys in enumerate(overrides)
+    ]
+    groups = comparison.group_runs(runs)
+    assert [group.label for group in groups] == ["configuration 1", "configuration 2"]
+    assert groups[0].differing["model.arguments.depth"] == "2"
+    assert groups[1].differing["oialr.cutoff"] == "0.4"
+
+
+def test_final_figures_are_means_with_the_deviation_of_a_sample(tmp_path):
+    accuracies = [0.9, 0.8, 0.94]
+    runs = [
+        read_run(
+            write_run(
+                tmp_path / str(seed),
+                f"run.seed={seed}",
+                figures={"test_accuracy": accuracy},
+            )
+        )
+        for seed, accuracy in enumerate(accuracies)
+    ]
+    runs.append(read_run(write_run(tmp_path / "open", epochs=3, finished=False)))
+    table = comparison.final_figures(comparison.group_runs(runs))
+    (_, finished, cells), (_, unfinished, others) = table.rows
+    place = table.columns.index("test accuracy")
+    mean, deviation = statistics.fmean(accuracies), statistics.stdev(accuracies)
+    assert cells[place] == f"{mean:.4f} ± {deviation:.4f}"
+    assert others[place] == "-"
+    assert finished == "3 runs, finished"
+    assert unfinished == "1 run, not finished: in epoch 3 of 8, step 30"
+    assert cells[table.columns.index("trainable, %")] == "40.0 ± 0.0"
+    assert others[table.columns.index("trainable, %")] == "100.0"
+    assert others[table.columns.index("epochs")] == "3"
+
+
+def test_the_stability_map_is_that_of_the_paper(tmp_path):
+    run = read_run(write_run(tmp_path / "run"))
+    with drawing.style():
+        drawn = layer_maps.stability_map(run, "stability", REFERENCE_CURVES["vit_b16"])
+        drawn.figure.canvas.draw()
+    top, bottom = drawn.figure.axes[:2]
+    [mesh] = top.collections
+    np.testing.assert_array_equal(mesh.get_array(), run.series("stability").values)
+    assert mesh.get_clim() == (0.8, 1)
+    low, high = top.get_ylim()
+    assert low > high  # the first layer at the top
+    assert [label.get_text() for label in top.get_yticklabels()] == [
+        name.removesuffix(".weight") for name in LAYERS
+    ]
+    mean, conversion, reference = bottom.lines
+    assert set(conversion.get_xdata()) == {6}
+    np.testing.assert_allclose(mean.get_ydata(), run.series("stability").mean())
+    np.testing.assert_array_equal(reference.get_xdata()[:2], [5, 10])
+    np.testing.assert_array_equal(reference.get_ydata()[:2], [0.8669, 0.7552])
+    assert bottom.get_xlim() == pytest.approx((4.5, 8.5))
+    assert "not averaged" in drawn.caption
+
+
+def test_names_of_174_layers_do_not_overlap(tmp_path):
+    name = "layer{}.{}.downsample_projection.conv.weight"
+    layers = {name.format(i // 60, i % 60): (2, 2) for i in range(174)}
+    writer = Writer(tmp_path / "run", "oialr.enabled=false", layers=layers)
+    for epoch in (0, 5, 6):
+        for place, name in enumerate(layers):
+            writer.measure(place / 174, name, epoch)
+    writer.store.close()
+    run = read_run(tmp_path / "run")
+    with drawing.style():
+        drawn = layer_maps.stability_map(run, "stability", None)
+        drawn.figure.canvas.draw()
+    labels = drawn.figure.axes[0].get_yticklabels()
+    boxes = [label.get_window_extent() for label in labels]
+    assert len(boxes) > 30
+    for above, below in itertools.pairwise(boxes):
+        assert above.y0 >= below.y1 - 0.5
+    assert max(box.x1 - box.x0 for box in boxes) < 0.4 * drawn.figure.bbox.width
+
+
+def test_what_stays_full_rank_has_no_rank_map_and_no_events(tmp_path):
+    run = read_run(write_run(tmp_path / "run", "oialr.enabled=false"))
+    assert layer_maps.rank_map(run, "rank") is None
+    [group] = comparison.group_runs([run])
+    drawn = curves.seconds([group])
+    assert [axes.get_ylabel() for axes in drawn.figure.axes] == ["step, ms"]
+    [line] = drawn.figure.axes[0].lines
+    np.testing.assert_allclose(line.get_ydata(), 250)
+
+
+def test_trained_parameters_are_drawn_as_steps(tmp_path):
+    [group] = comparison.group_runs([read_run(write_run(tmp_path / "run"))])
+    drawn = curves.learning([group])
+    [line] = next(a for a in drawn.figure.axes if a.get_ylabel() == "trainable, %").lines
+    np.testing.assert_array_equal(line.get_xydata(), [[0, 100], [6, 100], [6, 40], [8, 40]])
+
+
+def test_columns_and_groups_of_other_versions_are_drawn(tmp_path):
+    folder = write_run(tmp_path / "run")
+    with h5py.File(folder / "metrics.h5", "r+") as file:
+        for name in LAYERS:
+            count = len(file[f"layers/{name}/stability/step"])
+            group = file[f"layers/{name}/stability"]
+            group["novelty"] = np.full(count, 1e-6)
+        if "stability" in file:
+            del file["stability"]
+        group = file.create_group("stability")
+        group["step"] = [50, 60]
+        group["seconds"] = [0.25, 0.5]
+    run = read_run(folder)
+    labels = [a.get_ylabel() for a in curves.other_measures(run, "measures").figure.axes]
+    assert "novelty" in labels
+    [group] = comparison.group_runs([run])
+    drawn = curves.seconds([group])
+    [line] = next(a for a in drawn.figure.axes if a.get_ylabel() == "measurement, s").lines
+    np.testing.assert_array_equal(line.get_xydata(), [[5, 0.25], [6, 0.5]])
+
+
+def test_the_largest_singular_values_are_in_sight(tmp_path):
+    run = read_run(write_run(tmp_path / "run"))
+    drawn = spectra(run, ["patch.weight", "position"], "spectra")
+    axes = drawn.figure.axes[0]
+    assert axes.get_ylim()[1] >= 4 * 9
+    assert len(axes.lines) == 9
+    assert axes.get_title() == "patch"
+
+
+def test_a_reference_beside_another_window_is_noted(tmp_path, capsys):
+    folders = [write_run(tmp_path / str(n), f"stability.window={n}") for n in (5, 2)]
+    for folder in folders:
+        assert report.main([str(folder), "--formats", "svg", "--reference", "vit_b16"]) == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if "--reference" in line]
+    assert len(notes) == 1
+    assert "has a window of 5 epochs, and this run compares with 2 epochs before" in notes[0]
+
+
+def test_spectra_are_those_of_averaged_layers_and_a_single_value_is_a_dot(tmp_path):
+    layers = {"position": (5, 6), "row.weight": (1, 4), "fc.weight": (4, 4)}
+    writer = Writer(tmp_path / "run", layers=layers)
+    for place, name in enumerate(layers):
+        writer.measure(place, name, 5)
+    writer.store.close()
+    run = read_run(tmp_path / "run")
+    assert choose_layers(run, [], count=6) == ["row.weight", "fc.weight"]
+    assert choose_layers(run, ["pos*"], count=6) == ["position"]
+    drawn = spectra(run, ["row.weight", "fc.weight"], "spectra")
+    assert [axes.lines[0].get_marker() for axes in drawn.figure.axes[:2]] == ["o", ""]
+
+
+def test_long_names_of_layers_do_not_overlap_above_their_spectra(tmp_path):
+    layers = {f"stages.3.blocks.{i}.token_mixer.conv_reparametrized.weight": (4, 4) for i in (0, 1)}
+    writer = Writer(tmp_path / "run", "oialr.enabled=false", layers=layers)
+    for place, name in enumerate(layers):
+        writer.measure(place, name, 5)
+    writer.store.close()
+    with drawing.style():
+        drawn = spectra(read_run(tmp_path / "run"), list(layers), "spectra")
+        drawn.figure.canvas.draw()
+    left, right = (axes.title.get_window_extent() for axes in drawn.figure.axes[:2])
+    assert left.x1 < right.x0
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_has_no_averaged_layer_and_no_singular_value_is_drawn(tmp_path):
+    writer = Writer(tmp_path / "run", layers={"position": (5, 6), "zero": (2, 2)})
+    for epoch in (4, 5):
+        writer.measure(0, "position", epoch)
+        writer.store.append("layers/zero/spectrum", step=epoch, singular_values=[0.0, 0.0])
+        writer.store.append("layers/zero/rank", step=epoch, rank=2, owner=0)
+    writer.store.close()
+    with h5py.File(tmp_path / "run" / "metrics.h5", "r+") as file:
+        file["layers/zero"].attrs["averaged"] = False
+    report.main([str(tmp_path / "run")])
+    names = {path.stem for path in (tmp_path / "run" / "report" / "figures").glob("*.png")}
+    assert {"stability", "spectra"} <= names
+    assert "measures" not in names
+
+
+class Page(HTMLParser):
+    """What a page refers to."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.images, self.tags, self.addresses = [], [], []
+        self.text = path.read_text()
+        self.feed(self.text)
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        self.tags.append(tag)
+        if tag == "img":
+            self.images.append(attributes)
+        self.addresses += [attributes[key] for key in ("src", "href") if key in attributes]
+
+
+def test_the_page_of_two_configurations_needs_nothing_else(tmp_path, capsys):
+    import matplotlib as mpl
+
+    before = dict(mpl.rcParams)
+    folders = [
+        write_run(tmp_path / name, f"run.seed={seed}", f"oialr.enabled={enabled}", epochs=epochs,
+                  finished=finished)
+        for name, seed, enabled, epochs, finished in (
+            ("<low>-0", 0, "true", 8, True),
+            ("low-1", 1, "true", 8, True),
+            ("full-0", 0, "false", 3, False),
+        )
+    ]  # fmt: skip
+    output = tmp_path / "out" / "report"
+    arguments = [*map(str, folders), "--output", str(output), "--formats", "pdf"]
+    assert report.main([*arguments, "--reference", "resnetrs101"]) == 0
+    assert dict(mpl.rcParams) == before
+    captured = capsys.readouterr()
+    assert "full-0: no basis stability was recorded yet" in captured.err
+    page = Page(output / "report.html")
+    assert str(output / "report.html") in captured.out
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert all(a.startswith(("data:image/svg+xml;base64,", "#")) for a in page.addresses)
+    assert "url(" not in page.text
+    assert all(len(image["alt"]) > 40 for image in page.images)
+    assert "&lt;low&gt;-0" in page.text
+    assert "<low>" not in page.text
+    assert "1 run, not finished: in epoch 3 of 8, step 30" in page.text
+    names = {path.name for path in (output / "figures").iterdir()}
+    for stem in ("learning", "means", "seconds", "stability-2-low-1", "rank-2-low-1",
+                 "spectra-3-full-0"):  # fmt: skip
+        assert f"{stem}.pdf" in names
+    assert len(names) == len(page.images)
+    assert (output / "figures" / "means.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_a_run_without_an_evaluation_puts_all_on_steps(tmp_path):
+    finished = write_run(tmp_path / "finished")
+    writer = Writer(tmp_path / "young", "run.seed=1")
+    writer.epoch(0)
+    figures = {"loss": 1.0, "learning_rate": 0.1, "samples_per_second": 1.0, "step_seconds": 1.0}
+    writer.store.append("train", step=5, epoch=1, **figures)
+    writer.store.close()
+    report.main([str(finished), str(writer.folder), "--output", str(tmp_path / "both")])
+    page = (tmp_path / "both" / "report.html").read_text()
+    assert "Curves by optimizer step of" in page
+    assert "by epoch" not in page
+    assert "step or epoch" not in page
+
+
+def test_a_single_run_has_its_report_in_its_folder(tmp_path):
+    folder = write_run(tmp_path / "run")
+    assert report.main([str(folder / "metrics.h5"), "--formats", "png,svg"]) == 0
+    assert (folder / "report" / "report.html").exists()
+    assert (folder / "report" / "figures" / "mixing.svg").exists()
+    assert (folder / "report" / "figures" / "mixing.png").exists()
+
+
+def empty_run(folder):
+    Writer(folder).store.close()
+    return folder
+
+
+def test_bad_input_is_one_line_with_culprit_and_cure(tmp_path):
+    run = str(write_run(tmp_path / "run", epochs=1))
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "metrics.h5").write_text("text")
+    damaged = write_run(tmp_path / "damaged", epochs=1)
+    (damaged / "summary.json").write_text("{")
+    file = tmp_path / "file"
+    file.write_text("")
+    empty = empty_run(tmp_path / "empty")
+    taken = tmp_path / "taken"
+    (taken / "report.html").mkdir(parents=True)
+    for arguments, message in (
+        ([str(bare)], r"bare/metrics\.h5: no such file; a run's metrics are in its folder"),
+        ([str(tmp_path / "gone")], r"gone/metrics\.h5: no such file"),
+        ([str(foreign)], r"foreign/metrics\.h5: not a readable HDF5 file"),
+        ([str(empty)], r"empty/metrics\.h5: nothing is recorded yet; try again"),
+        ([str(damaged)], r"damaged/summary\.json: not readable as JSON"),
+        ([run, run], "run: given twice"),
+        ([run, "--formats", "png,jpg"], "--formats: 'jpg' is not one of png, pdf, svg"),
+        ([run, "--reference", "bert"], "--reference: invalid choice: 'bert'"),
+        ([run, "--layers", "none"], "--layers: 'none' matches no measured layer"),
+        ([run, "--output", str(file)], r"--output: cannot write to .*file"),
+        ([run, "--output", str(taken)], r"--output: cannot write .*taken/report\.html: Is a dir"),
+        ([run, str(empty), "--follow"], "--follow: shows one run, 2 were given"),
+        ([run, "--follow", "--interval", "0"], "--interval: 0.0 is not a positive number"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            report.main(arguments)
+        assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_run_is_skipped_by_name(tmp_path, capsys):
+    """As with runs/*, where all kinds of folders lie."""
+    write_run(tmp_path / "run")
+    empty_run(tmp_path / "empty")
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "search").mkdir()
+    (tmp_path / "search" / "search.yaml").touch()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "metrics.h5").write_text("nothing")
+    paths = [str(path) for path in sorted(tmp_path.iterdir())]
+    target = tmp_path / "report"
+    assert report.main([*paths, "--output", str(target), "--formats", "png"]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
+    assert [line.removeprefix(f"note: skipped: {tmp_path}/").split(": ")[0] for line in told] == [
+        "bare/metrics.h5",
+        "damaged/metrics.h5",
+        "empty/metrics.h5",
+        "search",
+    ]
+    assert "Run run" in (target / "report.html").read_text()
+    with pytest.raises(UserError, match=r"bare/metrics\.h5: no such file.* \(and 3 more\)"):
+        report.main([path for path in paths if not path.endswith("run")])
+
+
+def test_a_run_can_be_followed_before_its_folder_is_there(tmp_path):
+    def wait(_):
+        writer = Writer(tmp_path / "run")
+        writer.epoch(0)
+        writer.epoch(1)
+        writer.finish()
+
+    out = io.StringIO()
+    console = Console(file=out, width=200, force_terminal=True)
+    follow(tmp_path / "run", interval=1, console=console, wait=wait)
+    assert f"waiting for {tmp_path / 'run' / 'metrics.h5'}" in out.getvalue()
+    assert f"{tmp_path / 'run'}: finished" in out.getvalue()
+
+
+def test_following_ends_with_the_run(tmp_path):
+    writer = Writer(tmp_path / "run")
+    for epoch in range(6):
+        writer.epoch(epoch)
+    out = io.StringIO()
+    looks = []
+
+    def wait(interval):
+        looks.append(interval)
+        writer.epoch(5 + len(looks))
+        if len(looks) == 3:
+            writer.finish()
+
+    follow(tmp_path / "run", interval=1.5, console=Console(file=out, width=120), wait=wait)
+    assert looks == [1.5] * 3
+    shown = out.getvalue()
+    assert "finished" in shown
+    assert " 8    80 " in shown
+    assert f"{stability_of(1, 8):.4f}" in shown
+    assert "last event: convert at step 60, trainable 40.0 %" in shown
+    assert shown.index("position") < shown.index("blocks.2.fc.weight") < shown.index("patch")
+
+
+def test_a_run_can_be_followed_before_its_first_step(tmp_path):
+    writer = Writer(tmp_path / "run", "stability.enabled=false")
+    seen = []
+
+    def wait(_):
+        seen.append(read_run(tmp_path / "run").state())
+        writer.epoch(1, measured=False)
+        writer.finish()
+
+    out = io.StringIO()
+    follow(tmp_path / "run", interval=1, console=Console(file=out, width=120), wait=wait)
+    assert seen == ["not finished: no step yet"]
+    assert "finished; loss 0.1000" in out.getvalue()
+
+
+def test_following_ends_with_an_interrupt(tmp_path):
+    writer = Writer(tmp_path / "run")
+    writer.epoch(0)
+    writer.epoch(1)
+
+    def wait(_):
+        raise KeyboardInterrupt
+
+    out = io.StringIO()
+    follow(tmp_path / "run", interval=1, console=Console(file=out, width=120), wait=wait)
+    assert "not finished: in epoch 1 of 8, step 10" in out.getvalue()
+
+
+def test_help_imports_nothing_heavy():
+    program = (
+        "import sys\nfrom app import report\ntry:\n    report.main(['--help'])\n"
+        "except SystemExit:\n    pass\n"
+        "print({'torch', 'matplotlib', 'h5py', 'rich', 'numpy'} & set(sys.modules))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=TIMEOUT,
+        env=environment(),
+    )
+    assert "examples:" in result.stdout
+    assert result.stdout.splitlines()[-1] == "set()"

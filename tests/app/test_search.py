@@ -1,0 +1,322 @@
+"""The search as a user starts it: workers of several processes, faults, resume, mistakes."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from support.launching import ROOT, launch, train
+from test_search_store import evaluation
+
+from app.config.search_section import SearchSection
+from app.config.settings import Configuration
+from app.recording.store import read_rows
+from app.search.definition import load
+from app.search.evaluation import Hopeless, _Watch
+from app.search.objective import FAILED
+from app.search.session import _Session
+from app.search.store import read_evaluations
+
+DISTURBED = ROOT / "tests" / "support" / "workers" / "search_disturbed.py"
+TINY = f"""
+extends: {ROOT}/configs/digits_vit.yaml
+training: {{epochs: 3, warmup_epochs: 1}}
+data: {{train_samples: 300}}
+model:
+  arguments: {{patch_size: 2, embed_dim: 16, depth: 1, num_heads: 2}}
+stability: {{enabled: false}}
+oialr: {{delay: 6, update_interval: 2}}
+search: {{evaluations: 5, processes_per_worker: 2, trainable_price: 0.1, train_best: false}}
+space:
+  training.learning_rate: {{range: [1.0e-3, 1.0e-2], scale: log}}
+  oialr.delay: [3, 10]
+  training.gradient_clip: {{choices: [null, 1.0]}}
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    return path
+
+
+def search(processes, *arguments, **options):
+    return launch(processes, "-m", "app.search", *arguments, **options)
+
+
+def disturbed(processes, plan, *arguments, **options):
+    return launch(processes, DISTURBED, json.dumps(plan), *arguments, **options)
+
+
+def stored(folder):
+    return read_evaluations(folder / "store")
+
+
+def test_a_search_from_its_start_to_the_winner(tmp_path, tiny):
+    folder = tmp_path / "run"
+    result = search(4, "--config", tiny, f"run.dir={folder}", "search.train_best=true")
+    ones = stored(folder)
+    assert [one.number for one in ones] == list(range(5))
+    assert {one.worker for one in ones} == {0, 1}
+    assert [one.seed for one in ones] == list(range(5))
+    for one in ones:
+        assert one.status == "finished"
+        assert one.epochs == len(one.curve) == 3
+        assert one.loss == pytest.approx(one.error + 0.1 * one.trainable_percent / 100)
+        assert one.loss == one.curve[-1]
+        place = folder / one.folder
+        assert not (place / "checkpoints").exists()
+        rows = read_rows(place / "metrics.h5", "eval")
+        assert set(rows["split"]) == {"validation"}
+        assert one.error == 1 - rows["accuracy"][-1]
+        configuration = yaml.safe_load((place / "config.yaml").read_text())
+        assert configuration["oialr"]["delay"] == one.parameters["oialr.delay"]
+        assert (
+            configuration["training"]["gradient_clip"] == one.parameters["training.gradient_clip"]
+        )
+
+    best = min(ones, key=lambda one: one.loss)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["best_number"] == best.number
+    assert summary["evaluations"] == 5
+    assert 0 < summary["test_accuracy"] < 1
+    assert result.stdout.startswith("evaluations: 5\n")
+    assert result.stdout.splitlines()[-1] == f"draw it: python -m app.report {folder}"
+    assert result.stderr.count(" per hour ") == 5
+    assert "5/5" in result.stderr
+
+    # The winner was trained again as it had been evaluated, this time with its test part.
+    rows = read_rows(folder / "best" / "metrics.h5", "eval")
+    assert rows["accuracy"][rows["split"] == "validation"][-1] == pytest.approx(1 - best.error)
+    assert list(rows["split"]).count("test") == 1
+    # And best.yaml gives the same network to anyone.
+    again = tmp_path / "again"
+    train(2, "--config", folder / "best.yaml", f"run.dir={again}")
+    weights = [
+        torch.load(sorted((place / "checkpoints").iterdir())[-1] / "state.pt")["model"]
+        for place in (again, folder / "best")
+    ]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_a_search_makes_its_own_folder(tmp_path, tiny):
+    """Without run.dir, as it is typed first."""
+    search(2, "--config", tiny, "search.evaluations=1", cwd=tmp_path)
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("tiny-")
+    assert [one.status for one in stored(folder)] == ["finished"]
+
+
+def test_faults_are_results_and_the_search_goes_on(tmp_path, tiny):
+    folder = tmp_path / "run"
+    plan = {"0": "raise", "1": "memory", "2": "diverge", "4": "slow", "5": "hopeless"}
+    arguments = ["search.evaluations=7", "search.evaluation_timeout=1000"]
+    result = disturbed(4, plan, "--config", tiny, f"run.dir={folder}", *arguments)
+    ones = stored(folder)
+    assert [one.status for one in ones] == [
+        "failed",
+        "out of memory",
+        "diverged",
+        "finished",
+        "timeout",
+        "hopeless",
+        "finished",
+    ]
+    assert len(ones[5].curve) == 2
+    assert ones[5].loss == ones[5].curve[-1]
+    messages = {0: "a bad day", 1: "no room", 2: "DivergedError", 4: "stopped"}
+    for number, message in messages.items():
+        assert ones[number].loss == FAILED
+        assert message in ones[number].traceback
+    assert "ValueError: a bad day" in result.stderr
+    assert "worker 0" in result.stderr
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["failed"] == 4
+    assert summary["best_number"] in (3, 6)
+
+
+def test_a_killed_search_is_resumed_by_other_workers(tmp_path, tiny):
+    folder = tmp_path / "run"
+    disturbed(4, {"3": "kill"}, "--config", tiny, f"run.dir={folder}", code=9)
+    before = stored(folder)
+    assert 2 <= len(before) <= 4
+    assert 3 not in [one.number for one in before]
+    arguments = ["search.processes_per_worker=1", "search.evaluations=8"]
+    result = search(3, "--resume", folder, *arguments)
+    assert result.stderr.count(" per hour ") == 8 - len(before)  # nothing is done twice
+    after = stored(folder)
+    assert [one.number for one in after] == list(range(8))
+    assert [one for one in after if one.processes == 2] == before
+    assert all(one.status == "finished" for one in after)
+
+
+def test_what_earlier_sessions_found_is_known_to_the_next(tiny):
+    session = object.__new__(_Session)
+    session._definition = load(tiny)
+    values = {
+        "training.learning_rate": 2e-3,
+        "oialr.delay": 7,
+        "training.gradient_clip": 1.0,
+    }
+    session._earlier = [evaluation(3, parameters=values, loss=0.25, worker=2, island=1)]
+    (known,) = session._known()
+    assert session._definition.space.decode(known.position) == pytest.approx(values)
+    assert (known.loss, known.worker, known.island) == (0.25, 2, 1)
+
+
+def test_a_signal_to_one_process_stops_all_workers(tmp_path, tiny):
+    folder = tmp_path / "run"
+    arguments = ["--config", tiny, f"run.dir={folder}", "search.evaluations=30"]
+    result = disturbed(4, {"2": "signal"}, *arguments, code=75)
+    assert result.stderr.count(f"stopped by a signal: go on with --resume {folder}\n") == 1
+    assert result.stderr.splitlines()[-1] == f"draw it: python -m app.report {folder}"
+    before = [one.number for one in stored(folder)]
+    assert 2 not in before
+    assert len(before) < 15  # the other worker has not gone on to the end
+    total = len(before) + 3
+    search(2, "--resume", folder, f"search.evaluations={total}")
+    assert [one.number for one in stored(folder)] == list(range(total))
+
+
+@pytest.mark.parametrize(
+    ("what", "each", "message"),
+    [
+        ("taken", 1, "was taken over by another program"),
+        ("gone", 2, "was removed, moved or replaced"),
+    ],
+)
+def test_a_folder_that_is_not_the_searchs_any_more_is_one_line(tmp_path, tiny, what, each, message):
+    """It was a traceback, or a search that went on over another's best.yaml."""
+    folder = tmp_path / "run"
+    arguments = [f"run.dir={folder}", f"search.processes_per_worker={each}"]
+    result = disturbed(2, {"2": what}, "--config", tiny, *arguments, code=1)
+    # Every worker that meets it before all are ended says so.
+    (line,) = {line for line in result.stderr.splitlines() if line.startswith("error")}
+    assert message in line
+    assert "Traceback" not in result.stderr
+    assert not (folder / "summary.json").exists()
+
+
+def test_a_damaged_store_is_set_aside_and_what_is_lost_is_done_again(tmp_path, tiny):
+    folder = tmp_path / "run"
+    one = "search.processes_per_worker=1"
+    search(1, "--config", tiny, f"run.dir={folder}", "search.evaluations=2", one)
+    (path,) = (folder / "store").iterdir()
+    path.write_bytes(path.read_bytes()[:100])
+    result = search(1, "--resume", folder, "search.evaluations=3", one)
+    assert f"WARNING: {path}: not a readable HDF5 file (truncated)" in result.stderr
+    assert "0 evaluations of it are left: what is lost is done again" in result.stderr
+    assert [one.number for one in stored(folder)] == [0, 1, 2]
+    assert len(path.with_name(f"{path.stem}-damaged.h5").read_bytes()) == 100
+
+
+def test_a_search_without_a_result_says_so(tmp_path, tiny):
+    folder = tmp_path / "run"
+    plan = {"0": "diverge", "1": "diverge"}
+    result = disturbed(0, plan, "--config", tiny, f"run.dir={folder}", *ALONE, code=1)
+    assert "no evaluation in" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert [one.status for one in stored(folder)] == ["diverged", "diverged"]
+
+
+ALONE = ["search.processes_per_worker=1", "search.evaluations=2"]
+
+
+MISTAKES = [
+    ([], "error: --config: name a search"),
+    (["--config", "gone.yaml"], "error: --config: cannot read gone.yaml"),
+    (["--config", "TINY", "search.evaluation=3"], "error: search.evaluation: unknown key"),
+    (
+        ["--config", "TINY", "--resume", "x"],
+        "error: --config: a search that is resumed has its own",
+    ),
+    (["--resume", "gone"], "error: --resume: gone holds no search"),
+    (["--config", "TINY", "data.name=mnist", "data.root=gone", *ALONE], "error: "),
+    (
+        ["--config", "TINY", "training.epochs=2", *ALONE],
+        "error: space: oialr.delay: 10 is not less",
+    ),
+    (["--config", "TINY", "search.islands=2", *ALONE], "error: search.islands: 2 islands need 2"),
+    (["--config", "TINY"], "error: search.processes_per_worker: 2 does not divide the 1"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=lambda v: str(v)[-40:])
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, tiny, arguments, message):
+    arguments = [tiny if argument == "TINY" else argument for argument in arguments]
+    place = [] if "--resume" in arguments else [f"run.dir={tmp_path / 'run'}"]
+    result = search(0, *arguments, *place, code=2)
+    assert result.stderr.startswith(message)
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()  # made when everything fits together
+
+
+def test_a_mistake_is_reported_by_one_process(tmp_path, tiny):
+    result = search(3, "--config", tiny, f"run.dir={tmp_path / 'run'}", code=2)
+    assert result.stderr.count("error: search.processes_per_worker: 2 does not divide the 3") == 1
+    assert "Traceback" not in result.stderr
+
+
+def test_a_folder_that_holds_a_search_is_kept(tmp_path, tiny):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "search.yaml").write_text(TINY)
+    result = search(0, "--config", tiny, f"run.dir={folder}", *ALONE, code=2)
+    assert f"--resume {folder}" in result.stderr
+    result = search(0, "--resume", folder, "training.epochs=4", code=2)
+    assert "training.epochs: only search.* can change" in result.stderr
+
+
+def test_help_imports_nothing_heavy():
+    program = (
+        "import sys\n"
+        "from app.search.__main__ import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'h5py', 'mpi4py', 'propulate'} & set(sys.modules)"
+    )
+    assert "mpirun -n 8 python -m app.search" in launch(0, "-c", program).stdout
+
+
+class Asked:
+    number = 0
+
+
+def watch(**section):
+    return _Watch(
+        Configuration(search=SearchSection(**section)),
+        medians=[0.5, 0.4, 0.3],
+        stop_signal=Asked(),
+        stopped_elsewhere=lambda: False,
+    )
+
+
+def test_what_is_worse_than_the_median_is_hopeless_from_the_epoch_given():
+    def follow(errors, **section):
+        one = watch(**section)
+        for epoch, error in enumerate(errors, 1):
+            one(epoch, {"accuracy": 1 - error}, 50.0)
+        return one
+
+    assert follow([0.9, 0.9, 0.9]).curve == pytest.approx([0.9] * 3)  # not asked for
+    assert len(follow([0.9, 0.4, 0.2, 0.9], median_stop_epoch=2).curve) == 4
+    with pytest.raises(Hopeless, match=r"after epoch 2: median 0\.4"):
+        follow([0.1, 0.41], median_stop_epoch=2)
+    with pytest.raises(Hopeless, match="after epoch 3"):  # the price counts
+        follow([0.1, 0.1, 0.29], median_stop_epoch=2, trainable_price=0.1)
+
+
+def test_time_and_signals_ask_for_a_stop():
+    assert watch().number == 0
+    assert watch(evaluation_timeout=1e-9).number != 0
+    one = watch(evaluation_timeout=1e-9)
+    one._signal.number = 10
+    assert one.number == 10
+    elsewhere = _Watch(
+        Configuration(), medians=[], stop_signal=Asked(), stopped_elsewhere=lambda: True
+    )
+    assert elsewhere.number == 0
+    elsewhere(1, {"accuracy": np.float64(0.5)}, 10.0)
+    assert elsewhere.number != 0

@@ -1,0 +1,109 @@
+"""The report of a search."""
+
+import numpy as np
+import pytest
+from support.launching import launch
+from test_search_store import create, evaluation
+
+from app import config, report
+from app.search.definition import train_again
+from app.search.importance import importance
+from app.search.objective import FAILED
+
+SPACE = """
+space:
+  oialr.cutoff: {range: [0.01, 0.9], scale: log}
+  oialr.delay: [1, 300]
+  training.gradient_clip: {choices: [null, 1.5]}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "search.yaml").write_text(config.to_yaml(config.load()) + SPACE)
+    (tmp_path / "store").mkdir()
+    return tmp_path
+
+
+def ones(count):
+    random = np.random.default_rng(0)
+    for number in range(count):
+        cutoff, error = random.uniform(0.01, 0.9), random.uniform(0.05, 0.5)
+        yield evaluation(
+            number,
+            parameters={
+                "oialr.cutoff": cutoff,
+                "oialr.delay": 1 + number,
+                "training.gradient_clip": None,
+            },
+            error=error,
+            loss=FAILED if number == 1 else error,
+            status="failed" if number == 1 else "finished",
+            trainable_percent=random.uniform(5, 50),
+        )
+
+
+def test_a_search_can_be_followed(folder, capsys):
+    store = create(folder / "store")
+    for one in ones(12):
+        store.append(one)
+    (folder / "summary.json").write_text("{}")
+    assert report.main([str(folder), "--follow"]) == 0
+    said = capsys.readouterr().out
+    assert "a search, finished; evaluations: 11 finished, 1 failed" in " ".join(said.split())
+    numbers = [one.number for one in sorted(ones(12), key=lambda one: one.loss)[:10]]
+    rows = [line.split()[0] for line in said.splitlines() if line.strip()[:2] == "00"]
+    assert rows == [f"{number:05d}" for number in numbers]
+
+
+def test_a_search_is_reported(folder):
+    store = create(folder / "store")
+    for one in ones(14):
+        store.append(one)
+    result = launch(0, "-m", "app.report", folder, "--formats", "png")
+    assert "note:" not in result.stderr
+    page = (folder / "report" / "report.html").read_text()
+    assert page.count("<img") == 4
+    assert "13 finished, 1 failed" in page
+    assert f"{folder}/evaluations/NUMBER/config.yaml" in page
+    best = min(ones(14), key=lambda one: one.loss)
+    assert page.index(f"{best.number:05d}") < page.index("NUMBER")
+    names = {path.stem for path in (folder / "report" / "figures").iterdir()}
+    assert names == {
+        "search-losses",
+        "search-pareto",
+        "search-parameters",
+        "search-importance",
+    }
+
+
+def test_a_search_that_has_just_begun_is_reported_with_what_is_there(folder):
+    result = launch(0, "-m", "app.report", folder, code=2)
+    assert "no evaluation of this search has finished yet" in result.stderr
+    store = create(folder / "store")
+    (failed,) = [one for one in ones(2) if one.number == 1]
+    store.append(failed)
+    result = launch(0, "-m", "app.report", folder, "--formats", "png")
+    assert "needs 10 evaluations; 1 have finished" in result.stderr
+    assert not (folder / "report" / "figures" / "search-pareto.png").exists()
+    result = launch(0, "-m", "app.report", folder, folder, code=2)
+    assert "a search is reported alone" in result.stderr
+
+
+def test_importance_finds_what_matters():
+    positions = np.random.default_rng(1).random((60, 3))
+    losses = (positions[:, 1] - 0.3) ** 2
+    found = importance(positions, losses.tolist())
+    assert found.mean.argmax() == 1
+    assert found.mean[1] > 0.5
+    assert abs(found.mean[[0, 2]]).max() < 0.1
+    assert found.score > 0.5
+    again = importance(positions, (1e6 * losses).tolist())  # ranks alone count
+    np.testing.assert_array_equal(again.mean, found.mean)
+    assert importance(positions[:9], losses[:9].tolist()) is None
+
+
+def test_the_command_starts_as_many_processes_as_the_evaluation_had(tmp_path):
+    place = f"--config {tmp_path}/evaluations/00007/config.yaml"
+    assert train_again(tmp_path, 2, 7).startswith(f"mpirun -n 2 python -m app.train {place}")
+    assert train_again(tmp_path, 1, 7).startswith(f"python -m app.train {place}")

@@ -1,0 +1,190 @@
+"""The store of a search: whole rows, many writers, kill -9."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import asdict, replace
+
+import h5py
+import numpy as np
+import pytest
+from support.launching import TIMEOUT, environment
+
+from app.errors import StorageError, UserError
+from app.search.objective import FAILED
+from app.search.session import best_of
+from app.search.store import Evaluation, Store, mend, read_evaluations, sessions
+
+PARAMETERS = {"oialr.cutoff": "f8", "oialr.delay": "i8", "training.gradient_clip": "S4"}
+
+
+def evaluation(number, **changes):
+    values = {
+        "number": number,
+        "parameters": {
+            "oialr.cutoff": 0.1 + number / 7,
+            "oialr.delay": 10 * number,
+            "training.gradient_clip": None if number % 2 else 1.5,
+        },
+        "loss": 0.5 - number / 100,
+        "status": "finished",
+        "error": 0.4,
+        "trainable_percent": 12.5,
+        "step_seconds": 0.01,
+        "epochs": 3,
+        "seconds": 4.5,
+        "started": "2026-11-24T12:00:00.000+00:00",
+        "seed": 7 + number,
+        "processes": 2,
+        "worker": 0,
+        "island": 0,
+        "folder": f"evaluations/{number:05d}",
+        "traceback": "",
+        "curve": (0.9, 0.6, 0.5 + number),
+    }
+    return Evaluation(**{**values, **changes})
+
+
+def create(folder, session=0, worker=0):
+    return Store.create(folder, session=session, worker=worker, parameters=PARAMETERS)
+
+
+def test_what_is_written_is_read_while_others_write(tmp_path):
+    first, second = create(tmp_path), create(tmp_path, worker=1)
+    assert read_evaluations(tmp_path) == []
+    first.append(evaluation(2))
+    second.append(evaluation(0, curve=()))
+    assert read_evaluations(tmp_path) == [evaluation(0, curve=()), evaluation(2)]
+    first.append(evaluation(1))
+    assert [one.number for one in read_evaluations(tmp_path)] == [0, 1, 2]
+    first.close()
+    later = create(tmp_path, session=1)
+    later.append(evaluation(3))
+    later.append(evaluation(2, loss=0.0))  # counted once: the earlier session's
+    assert read_evaluations(tmp_path)[2:] == [evaluation(2), evaluation(3)]
+    assert sessions(tmp_path) == 2
+
+
+def test_a_failure_keeps_the_end_of_its_traceback(tmp_path):
+    store = create(tmp_path)
+    text = "Traceback\n" + "é" * 9000 + "\nMemoryError: the last line"
+    failed = evaluation(
+        0,
+        status="out of memory",
+        error=math.nan,
+        step_seconds=math.nan,
+        loss=FAILED,
+        traceback=text,
+    )
+    store.append(failed)
+    (read,) = read_evaluations(tmp_path)
+    assert read.traceback.endswith("MemoryError: the last line")
+    assert read.status == "out of memory"
+    assert math.isnan(read.error)
+    assert not read.succeeded
+
+
+def test_the_best_is_the_least_loss_that_came_to_an_end():
+    ones = [evaluation(i) for i in range(4)]
+    assert best_of(ones).number == 3
+    hopeless = replace(evaluation(4), status="hopeless", loss=0.0)
+    failed = replace(evaluation(5), loss=FAILED)
+    assert best_of([*ones, hopeless, failed]).number == 3
+    assert best_of([hopeless, failed]) is None
+
+
+def test_a_row_that_never_reached_the_file_does_not_count(tmp_path):
+    store = create(tmp_path)
+    store.append(evaluation(0))
+    dataset = store._file["evaluations"]
+    dataset.resize(2, axis=0)
+    dataset.flush()
+    assert read_evaluations(tmp_path) == [evaluation(0)]
+
+
+def test_a_killed_writer_leaves_whole_rows(tmp_path):
+    program = (
+        "import sys; sys.path.insert(0, 'tests')\n"
+        "from pathlib import Path\n"
+        "from test_search_store import create, evaluation\n"
+        "store = create(Path(sys.argv[1]))\n"
+        "for number in range(10**6):\n"
+        "    store.append(evaluation(number))\n"
+        "    print(number, flush=True)\n"
+    )
+    writer = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        for line in writer.stdout:
+            if int(line) == 40:
+                os.kill(writer.pid, signal.SIGKILL)
+        writer.wait(timeout=TIMEOUT)
+    finally:
+        writer.kill()
+    found = read_evaluations(tmp_path)
+    assert len(found) > 40
+    for number, one in enumerate(found):
+        assert asdict(one) == asdict(evaluation(number))
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    create(tmp_path).close()
+    (path,) = tmp_path.glob("*.h5")
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match=f"{path}: not a readable HDF5 file"):
+        read_evaluations(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "chunk", "left"),
+    # Chunks of 16 rows; three epochs each: the curve of number 10 lies in two chunks.
+    [("evaluations", 1, 16), ("evaluations", 0, 0), ("curves", 2, 10), ("curves", 0, 0)],
+)
+def test_what_is_before_the_damage_is_kept(tmp_path, dataset, chunk, left):
+    store = create(tmp_path)
+    for number in range(20):
+        store.append(evaluation(number))
+    store.close()
+    (path,) = tmp_path.glob("*.h5")
+    damaged = bytearray(path.read_bytes())
+    with h5py.File(path) as file:
+        damaged[file[dataset].id.get_chunk_info(chunk).byte_offset + 5] ^= 1
+    path.write_bytes(damaged)
+    (line,) = mend(tmp_path, PARAMETERS)
+    aside = path.with_name("session-0000-worker-00000-damaged.h5")
+    assert line.startswith(f"WARNING: {path}: not a readable HDF5 file (")
+    assert f"it stays as {aside.name}, and {left} evaluations of it are left" in line
+    assert aside.read_bytes() == damaged
+    assert read_evaluations(tmp_path) == [evaluation(number) for number in range(left)]
+    assert sessions(tmp_path) == 1
+    assert mend(tmp_path, PARAMETERS) == []
+
+
+def test_an_evaluation_is_not_written_into_a_file_that_is_gone(tmp_path):
+    store = create(tmp_path)
+    (path,) = tmp_path.glob("*.h5")
+    path.unlink()
+    with pytest.raises(StorageError, match=f"{path} was removed, moved or replaced meanwhile"):
+        store.append(evaluation(0))
+
+
+def test_a_store_that_cannot_be_written_says_so(tmp_path):
+    with pytest.raises(StorageError, match=r"cannot write .*: No such file"):
+        create(tmp_path / "gone")
+
+
+def test_the_file_is_plain_hdf5(tmp_path):
+    store = create(tmp_path)
+    store.append(evaluation(3))
+    store.close()
+    (path,) = tmp_path.glob("*.h5")
+    with h5py.File(path) as file:
+        rows = file["evaluations"][:]
+    np.testing.assert_array_equal(rows["oialr.delay"], [30])
+    assert rows["status"][0] == b"finished"

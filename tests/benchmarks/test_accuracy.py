@@ -1,0 +1,490 @@
+"""The accuracy harness: studies, cells, their codes, methods that follow others, tables."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from support.launching import ROOT, launch
+
+from app import config
+from app.errors import UserError
+from app.recording.store import MetricsStore
+
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.study import derived
+from benchmarks.study.cell import (
+    FINGERPRINT_STEPS,
+    CellError,
+    Code,
+    Runner,
+    fingerprint,
+    read_record,
+    write_record,
+)
+from benchmarks.study.definition import Study, compare, read_study, restrict
+from benchmarks.study.plan import Plan, Waiting
+from benchmarks.study.table import Row, Table, as_dict, front, interval, markdown, tabulate
+
+STUDIES = sorted((ROOT / "benchmarks" / "accuracy").glob("*.yaml"))
+HERE, OTHER = Code(commit="here", digest="1"), Code(commit="other", digest="2")
+TINY = {
+    "config": "configs/digits_vit.yaml",
+    "set": {
+        "training.epochs": 6,
+        "training.warmup_epochs": 1,
+        "data.train_samples": 640,
+        "model.arguments": {"patch_size": 2, "embed_dim": 16, "depth": 1, "num_heads": 2},
+    },
+    "width": {"model.arguments.embed_dim": 2},
+}
+STEPS = 60
+"""Of the tiny network's training: 640 of the training part's images in batches of 64."""
+
+
+def study(**changes):
+    """Return a study of the tiny network."""
+    values = {
+        "networks": {"tiny": TINY},
+        "methods": {
+            "full-rank": {"set": {"oialr.enabled": False}},
+            "paper": {"set": {"oialr.delay": "90 %", "oialr.update_interval": 2}},
+        },
+        "seeds": 2,
+    }
+    return Study.model_validate({**values, **changes})
+
+
+def finish(cell, code, *, accuracy, stored=100, seconds=10.0, ranks=None, validation=None):
+    """Put the results of a cell in its folder, as if it had been run."""
+    record = {
+        "commit": code.commit,
+        "digest": code.digest,
+        "fingerprints": {code.digest: "same"},
+    }
+    write_record(cell.place, record)
+    summary = {
+        "test_accuracy": accuracy,
+        "trained_parameters": stored,
+        "stored_parameters": stored,
+        "stored_bytes": 4 * stored,
+        "cpu_seconds": seconds,
+        "tested_step": 60,
+        "tested_ranks": ranks or {},
+    }
+    (cell.place / "summary.json").write_text(json.dumps(summary))
+    if validation is not None:
+        with MetricsStore.create(
+            cell.place / "metrics.h5", configuration="", layers={}, figures=("accuracy",)
+        ) as store:
+            for step, value in ((50, 0.99), (60, validation)):
+                row = {"step": step, "epoch": step // 10, "loss": 1.0, "accuracy": value}
+                store.append("eval", split="validation", **row)
+            store.append("eval", step=60, epoch=6, split="test", loss=1.0, accuracy=accuracy)
+
+
+# Studies and their cells
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_a_shipped_study_names_configurations_that_are_right(path):
+    read = read_study(path)
+    for name, network in read.networks.items():
+        keys = {**read.set, **network.set}
+        configuration = config.load(ROOT / network.config, [f"{k}={v}" for k, v in keys.items()])
+        assert configuration.run.keep_checkpoints == 1
+        for key in network.width:
+            section = configuration.model_dump()["model"]["arguments"]
+            assert key.removeprefix("model.arguments.") in section or "resnet" in network.config
+        assert set(read.methods_for(name)) == set(read.table_rows)
+
+
+def test_a_study_that_is_not_right_is_told_in_a_line(tmp_path):
+    path = tmp_path / "study.yaml"
+    networks = "networks: {a: {config: configs/digits_vit.yaml}}\n"
+    for text, culprit in (
+        ("methods: {full-rank: {}, small: {as_small_as: nothing}}", "there is no method 'nothing'"),
+        ("methods: {full-rank: {}}\nrows: [paper]", "rows: there is no method 'paper'"),
+        ("methods: {paper: {}}", "baseline: 'full-rank' is not among the methods"),
+        ("methods: {full-rank: {sett: {}}}", "methods.full-rank.sett: Extra inputs"),
+    ):
+        path.write_text(networks + text)
+        with pytest.raises(UserError, match=culprit):
+            read_study(path)
+    with pytest.raises(UserError, match="--methods: 'fast' is none of full-rank, paper"):
+        restrict(study(), methods=["fast"], networks=[])
+    assert restrict(study(), methods=["paper"], networks=[]).table_rows == ["full-rank", "paper"]
+
+
+def test_shares_become_steps_and_other_keys_their_values(tmp_path):
+    methods = {
+        "full-rank": {"set": {"oialr.enabled": False}},
+        "at once": {
+            "set": {"oialr.delay": "0 %", "oialr.update_interval": "33 %", "oialr.cutoff": 0.3}
+        },
+        "at last": {"extends": "at once", "set": {"oialr.delay": "100 %"}},
+        "same": {"set": {"oialr.delay": "50 %", "training.momentum": "= training.weight_decay"}},
+    }
+    plan = Plan(study(methods=methods), tmp_path, ["oialr.cutoff=0.2"])
+    at_once = plan.cell("tiny", "at once", 3, 0.5)
+    settings = at_once.settings
+    assert settings["oialr"]["delay"] == 1
+    assert settings["oialr"]["update_interval"] == round(0.33 * STEPS)
+    assert settings["oialr"]["cutoff"] == 0.2  # what is typed counts
+    assert settings["training"]["learning_rate"] == 0.5 * 3e-3
+    assert settings["run"]["seed"] == 3
+    assert plan.cell("tiny", "at last", 3, 1).settings["oialr"]["delay"] == STEPS - 1
+    same = plan.cell("tiny", "same", 3, 1).settings["training"]
+    assert same["momentum"] == same["weight_decay"]
+    # The command line gives the same configuration.
+    _, path, *overrides = at_once.arguments
+    assert config.load(path, overrides).oialr.delay == 1
+
+
+def test_where_the_data_lie_and_new_options_leave_a_cell_what_it_is(tmp_path):
+    one, other = (Plan(study(), tmp_path, [f"data.root={root}"]) for root in ("a", "b"))
+    cell = one.cell("tiny", "paper", 0, 1)
+    assert (
+        cell == other.cell("tiny", "paper", 0, 1)
+        or cell.place == other.cell("tiny", "paper", 0, 1).place
+    )
+    assert "execution" not in cell.settings["oialr"]  # as by default
+    assert cell.place != one.cell("tiny", "paper", 1, 1).place
+    assert cell.place != one.cell("tiny", "paper", 0, 2).place
+
+
+def test_an_option_that_the_program_does_not_know_makes_a_method_wait(tmp_path):
+    methods = {
+        "full-rank": {"set": {"oialr.enabled": False}},
+        "later": {"set": {"oialr.delay": "5 %", "oialr.of_tomorrow": 1}},
+    }
+    plan = Plan(study(methods=methods), tmp_path)
+    with pytest.raises(Waiting, match=r"oialr.of_tomorrow: unknown key"):
+        plan.cell("tiny", "later", 0, 1)
+    lines = markdown(tabulate(plan, "tiny", HERE), "full-rank")
+    assert "- later: waiting for oialr.of_tomorrow: unknown key (seeds 0, 1)" in lines
+    # A network's own mistake is one.
+    wrong = {"tiny": {**TINY, "set": {"training.epochz": 3}}}
+    with pytest.raises(UserError, match="epochz: unknown key"):
+        Plan(study(networks=wrong), tmp_path).cell("tiny", "full-rank", 0, 1)
+
+
+def test_the_learning_rate_is_the_best_on_validation_data(tmp_path):
+    plan = Plan(study(learning_rates=[0.5, 1.0, 2.0]), tmp_path)
+    with pytest.raises(Waiting):
+        plan.chosen("tiny", "paper")
+    # Neither the best on the test part nor the best of an epoch that is not tested.
+    for factor, accuracy, validation in ((0.5, 0.9, 0.7), (1.0, 0.8, 0.8), (2.0, 0.7, 0.75)):
+        cell = plan.cell("tiny", "paper", 0, factor)
+        with pytest.raises(Waiting):
+            plan.chosen("tiny", "paper")
+        finish(cell, HERE, accuracy=accuracy, validation=validation)
+    assert plan.chosen("tiny", "paper") == 1.0
+    # What diverged is no choice, and what has not come to an end yet may be one.
+    plan = Plan(study(learning_rates=[0.5, 1.0, 2.0, 4.0]), tmp_path)
+    place = plan.cell("tiny", "paper", 0, 4.0).place
+    write_record(place, {"fingerprints": {}})
+    with pytest.raises(Waiting, match=r"learning rate x 4"):
+        plan.chosen("tiny", "paper")
+    write_record(place, {"fingerprints": {}, "failed": {"reason": "the loss is nan"}})
+    assert plan.chosen("tiny", "paper") == 1.0
+
+
+def test_configurations_as_they_are_can_be_compared(tmp_path):
+    path = tmp_path / "best.yaml"
+    path.write_text("extends: %s\ntraining: {epochs: 7}\n" % (ROOT / "configs/digits_vit.yaml"))
+    other = str(ROOT / "configs/digits_vit.yaml")
+    compared = compare({"a": str(path), "b": other}, "", seeds=2, first_seed=1000)
+    assert compared.baseline == "a"
+    assert list(compared.seeds_of("best")) == [1000, 1001]
+    plan = Plan(compared, tmp_path)
+    assert plan.cell("best", "a", 1000, 1).settings["training"]["epochs"] == 7
+    assert plan.cell("best", "b", 1000, 1).settings["training"]["epochs"] == 60
+    twins = Plan(compare(None, other, seeds=1, first_seed=0), tmp_path)
+    assert twins.cell("digits_vit", "full-rank", 0, 1).settings["oialr"]["enabled"] is False
+
+
+# Methods that follow others
+
+
+def test_the_narrower_network_is_the_first_that_is_not_smaller():
+    sizes = {2: 10, 4: 30, 6: 70}
+    for size, width in ((9, 2), (10, 2), (11, 4), (69, 6)):
+        assert derived.narrow({"w": 2, "f": 4}, size, lambda v: sizes[v["w"]]) == {
+            "w": width,
+            "f": 2 * width,
+        }
+
+
+def test_a_narrower_network_stores_as_much_as_the_method_that_it_follows(tmp_path):
+    methods = {
+        "full-rank": {"set": {"oialr.enabled": False}},
+        "paper": {"set": {"oialr.delay": 20}},
+        "narrower": {"extends": "full-rank", "as_small_as": "paper"},
+    }
+    plan = Plan(study(methods=methods), tmp_path)
+    with pytest.raises(Waiting, match="the size of tiny, paper, seed 0"):
+        plan.cell("tiny", "narrower", 1, 1)
+    finish(plan.cell("tiny", "paper", 0, 1), HERE, accuracy=0.5, stored=1500, ranks={"a": 1})
+    cell = plan.cell("tiny", "narrower", 1, 1)
+    task = plan._tasks("tiny", str(ROOT / "configs/digits_vit.yaml"))
+    _, path, *overrides = cell.arguments
+    count = derived.parameter_count(config.load(path, overrides), task)
+    width = cell.settings["model"]["arguments"]["embed_dim"]
+    assert width < 16
+    assert count >= 1500
+    smaller = [*overrides, f"model.arguments.embed_dim={width - 2}"]
+    assert derived.parameter_count(config.load(path, smaller), task) < 1500
+
+
+def test_the_shortened_training_takes_the_time_of_the_one_that_it_follows(tmp_path):
+    assert [derived.shorten(10, ratio) for ratio in (1.0, 0.65, 0.6, 0.01)] == [10, 7, 6, 1]
+    methods = {
+        "full-rank": {"set": {"oialr.enabled": False}},
+        "paper": {"set": {"oialr.delay": 20}},
+        "shortened": {"extends": "full-rank", "as_fast_as": "paper"},
+    }
+    plan = Plan(study(methods=methods), tmp_path)
+    for method, seconds in (("full-rank", 12.0), ("paper", 8.0)):
+        cell = plan.cell("tiny", method, 0, 1)
+        finish(cell, HERE, accuracy=0.5, seconds=100.0, ranks={"a": 1})  # beside others
+        with pytest.raises(Waiting, match="run with --time"):
+            plan.cell("tiny", "shortened", 1, 1)
+        finish(cell.alone, HERE, accuracy=0.5, seconds=seconds, ranks={"a": 1})
+    cell = plan.cell("tiny", "shortened", 1, 1)
+    assert cell.settings["training"]["epochs"] == 4  # of 6
+    assert plan.time_ratio("tiny", "paper") == pytest.approx(2 / 3)
+    assert not [note for note in tabulate(plan, "tiny", HERE).notes if "CPU times" in note]
+    place = plan.cell("tiny", "paper", 0, 1).alone.place
+    write_record(place, {**read_record(place), "load": 3.0})
+    notes = tabulate(plan, "tiny", HERE).notes
+    assert "CPU times are of runs beside other work (load 3.0)" in notes
+
+
+def test_stable_ranks_are_settled_where_no_layer_moves():
+    moving = [[9.0, 5.0], [7.0, 4.0], [6.95, 3.0], [6.9, 2.95], [6.8, 2.9]]
+    assert derived.settled(moving, tolerance=0.1, latest=9) == 3
+    assert derived.settled(moving, tolerance=0.1, latest=2) == 2
+    assert derived.settled(moving[:3], tolerance=0.1, latest=2) == 2
+
+
+def test_stable_ranks_are_scaled_to_be_full_at_the_beginning():
+    """k sum s^2 / s_1^2 over what that was of the random start (arXiv 2305.02538)."""
+    generator = torch.Generator().manual_seed(0)
+    first, now = (torch.randn(12, 20, generator=generator) for _ in range(2))
+    now = now @ torch.diag(torch.linspace(0.1, 3, 20))
+
+    def stable(weight):
+        return float(weight.norm() ** 2 / torch.linalg.matrix_norm(weight, 2) ** 2)
+
+    ranks = derived.scaled_stable_ranks({"a": stable(now)}, {"a": stable(first)}, {"a": 12})
+    assert ranks == {"a": math.ceil(12 * stable(now) / stable(first))}
+    assert derived.scaled_stable_ranks({"a": 9.0}, {"a": 3.0}, {"a": 12}) == {"a": 12}
+    assert derived.scaled_stable_ranks({"a": 3.0}, {"a": 3.0}, {"a": 12}) == {"a": 12}
+
+
+# Running a cell
+
+
+class Pretended(Runner):
+    """A runner whose programs leave in a folder what app.train would."""
+
+    def __init__(self, code, *, codes, weight=1.0):
+        super().__init__(code)
+        self.codes = list(codes)
+        self.weight = weight
+        self.calls = []
+
+    def _call(self, command, log):
+        self.calls.append(command[2:])
+        code = self.codes.pop(0)
+        where = [word for word in command if word.startswith("run.dir=")]
+        place = Path(where[0][8:] if where else command[command.index("--resume") + 1])
+        (place / "config.yaml").touch()
+        if code in (0, 75):
+            folder = place / "checkpoints" / "step-00000050"
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save({"model": {"w": torch.full((2,), self.weight)}}, folder / "state.pt")
+        if code == 0:
+            (place / "summary.json").write_text('{"steps": 60}')
+        if code == 1:
+            log.write("step 3\nerror: the loss is nan at step 3\ndraw it: ...\n")
+            log.flush()
+        return code
+
+
+@pytest.fixture
+def cell(tmp_path):
+    return Plan(study(), tmp_path).cell("tiny", "paper", 0, 1)
+
+
+def test_a_cell_is_stopped_for_its_fingerprint_and_goes_on(cell):
+    runner = Pretended(HERE, codes=[75, 0])
+    assert runner.run(cell)
+    begin, resume = runner.calls
+    assert begin[-1] == f"run.stop_after={FINGERPRINT_STEPS}"
+    assert "--resume" not in begin
+    assert resume[-3:] == ["--resume", str(cell.place), "run.stop_after=null"]
+    record = read_record(cell.place)
+    assert record["commit"] == "here"
+    assert record["settings"]["oialr"]["delay"] == 54
+    assert record["fingerprints"]["1"]
+    assert not runner.run(cell)  # nothing is left to do
+
+
+def test_a_cell_that_was_stopped_goes_on_where_it_stands(cell):
+    for codes, resumed in (([-9], [False]), ([75, -9], [True, True]), ([0], [True])):
+        runner = Pretended(HERE, codes=codes)
+        if codes[-1]:
+            with pytest.raises(CellError, match="exit code -9"):
+                runner.run(cell)
+        else:
+            runner.run(cell)
+        assert ["--resume" in call for call in runner.calls] == resumed
+    assert cell.finished == cell.place
+
+
+def test_what_diverged_would_do_so_again_with_the_same_code(cell):
+    with pytest.raises(CellError, match="the loss is nan at step 3"):
+        Pretended(HERE, codes=[1]).run(cell)
+    with pytest.raises(CellError, match="the loss is nan at step 3"):
+        Pretended(HERE, codes=[]).run(cell)
+    assert not cell.finished
+
+
+@pytest.mark.parametrize(("weight", "same"), [(1.0, True), (2.0, False)])
+def test_a_cell_of_another_commit_goes_on_if_its_first_steps_are_the_same(cell, weight, same):
+    with pytest.raises(CellError):
+        Pretended(OTHER, codes=[75, -9]).run(cell)
+    runner = Pretended(HERE, codes=[75, 0], weight=weight)
+    if same:
+        runner.run(cell)
+        assert len(runner.calls) == 2
+        assert set(read_record(cell.place)["fingerprints"]) == {"1", "2"}
+    else:
+        with pytest.raises(CellError, match=f"commit other .*delete {cell.place}"):
+            runner.run(cell)
+    assert [path.name for path in cell.place.parent.iterdir()] == [cell.place.name]
+
+
+def test_a_cell_that_never_came_to_its_fingerprint_begins_anew_with_another_code(cell):
+    with pytest.raises(CellError):
+        Pretended(OTHER, codes=[-9]).run(cell)
+    Pretended(HERE, codes=[75, 0]).run(cell)
+    assert read_record(cell.place)["commit"] == "here"
+
+
+# Tables
+
+
+def test_the_interval_is_that_of_students_t():
+    values = [0.4, -0.1, 0.9, 0.3]
+    low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert interval(values) == pytest.approx((high - low) / 2)
+    assert math.isnan(interval([0.4]))
+
+
+def test_the_front_is_what_none_beats():
+    points = [(1.0, 5.0), (2.0, 7.0), (2.0, 6.0), (3.0, 7.0), (0.5, 4.0), (4.0, 8.0)]
+    assert front(points) == [(0.5, 4.0), (1.0, 5.0), (2.0, 7.0), (4.0, 8.0)]
+    errors = [(1.0, 0.5), (2.0, 0.6), (3.0, 0.4)]
+    assert front(errors, better=-1) == [(1.0, 0.5), (3.0, 0.4)]
+
+
+def test_a_table_pairs_seeds_and_counts_what_is_low_rank_alone(tmp_path):
+    plan = Plan(study(seeds=3), tmp_path)
+    for seed, accuracy in ((0, 0.5), (1, 0.6), (2, 0.7)):
+        finish(plan.cell("tiny", "full-rank", seed, 1), HERE, accuracy=accuracy, stored=200)
+    for seed, accuracy, ranks in ((0, 0.52, {"a": 3}), (1, 0.63, {"a": 3}), (2, 0.9, {"a": None})):
+        cell = plan.cell("tiny", "paper", seed, 1)
+        finish(cell, HERE, accuracy=accuracy, stored=50, ranks=ranks)
+    table = tabulate(plan, "tiny", HERE)
+    full, paper = table.rows
+    assert full.mean == pytest.approx(60)
+    assert paper.differences == pytest.approx([2, 3])
+    assert paper.stored == 25
+    assert paper.notes == ["the tested weights, of step 60, are full-rank (seeds 2)"]
+    lines = markdown(table, "full-rank")
+    half = interval([2.0, 3.0])
+    assert (
+        f"| paper | 57.50 ± 7.78 (2) | +2.50 ± {half:.2f} | 25.0 % | 25.0 % | 200 |  | 1 |" in lines
+    )
+    assert "- made at commit here" in lines
+    document = json.loads(json.dumps(as_dict(table)))
+    assert [row["front_of_size"] for row in document["rows"]] == [True, True]
+
+
+def test_cells_of_several_commits_stand_in_a_table_where_their_fingerprints_agree(tmp_path):
+    plan = Plan(study(seeds=2), tmp_path)
+    for method, code in (("full-rank", HERE), ("paper", OTHER)):
+        for seed in range(2):
+            ranks = {"a": 1} if method == "paper" else None
+            finish(plan.cell("tiny", method, seed, 1), code, accuracy=0.5, ranks=ranks)
+    place = plan.cell("tiny", "paper", 0, 1).place
+    for compared, count in ((None, 0), ("another", 0), ("same", 2)):  # one tells of all seeds
+        if compared:
+            record = read_record(place)
+            record["fingerprints"][HERE.digest] = compared
+            write_record(place, record)
+        table = tabulate(plan, "tiny", HERE)
+        assert len(table.rows[1].figures) == count
+        notes = " ".join(table.notes)
+        if count:
+            assert notes == "made at commits here, other, which take the same first 50 steps"
+        else:
+            assert "2 of paper left out: made at commit other" in notes
+
+
+def test_a_table_of_errors_counts_downwards():
+    rows = [
+        Row(method="a", figures={0: 0.2, 1: 0.3}, stored=100.0),
+        Row(method="b", figures={0: 0.1}, stored=100.0, differences=[-0.1]),
+    ]
+    table = Table(network="n", figure="mse", rows=rows, notes=[])
+    assert [row["front_of_size"] for row in as_dict(table)["rows"]] == [False, True]
+    assert "| b | 0.1000 (1) | -0.1000 |" in "\n".join(markdown(table, "a"))
+
+
+# The whole
+
+
+def test_a_study_is_run_once_and_read_ever_after(tmp_path):
+    """Shorter than the steps of a fingerprint, so that each cell is one program."""
+    path = tmp_path / "small.yaml"
+    short = {**TINY, "set": {**TINY["set"], "training.epochs": 2}}
+    path.write_text(json.dumps(study(seeds=1, networks={"tiny": short}).model_dump()))
+    arguments = ("--study", path, "--folder", tmp_path / "runs", "--json")
+    benchmark = ROOT / "benchmarks" / "accuracy.py"
+    document = json.loads(launch(0, benchmark, *arguments, cwd=tmp_path).stdout)
+    full, paper = document["tiny"]["rows"]
+    assert 0 < paper["mean"] <= 100
+    assert full["stored"] == 100
+    assert paper["stored_parameters"] != full["stored_parameters"]
+    for place in (tmp_path / "runs" / "small" / "tiny").iterdir():
+        (found,) = read_record(place)["fingerprints"].values()
+        assert found == fingerprint(place)
+    for name in ("table.md", "table.json", "fronts.png"):
+        assert (tmp_path / "runs" / "small" / name).stat().st_size
+    again = launch(0, benchmark, *arguments, cwd=tmp_path)
+    assert json.loads(again.stdout) == document
+    assert again.stderr == ""
+
+
+def test_a_mistake_is_a_line_and_exit_code_2(tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "accuracy.py", "--compare", "nothing"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --compare nothing: expected NAME=PATH")
+    assert done.stderr.count("\n") == 1
+    assert np.size(list(tmp_path.iterdir())) == 0

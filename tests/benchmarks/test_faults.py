@@ -1,0 +1,81 @@
+"""The harness of faults: it finds what it looks for, and a short form of it runs here."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+from support.launching import ROOT, environment
+from support.machine import need
+
+from benchmarks.trials.comparison import Outcome, difference
+from benchmarks.trials.damages import damage
+
+TIMEOUT = 1500  # seconds; two minutes on two cores that nobody else uses
+
+
+def outcome(loss=0.5, weight=1.0, rows=3):
+    state = {"state.pt": {"model": {"w": torch.tensor([weight, torch.nan])}, "seconds": weight}}
+    losses = np.full(rows, loss)
+    train = {"step": np.arange(rows), "loss": losses}
+    return Outcome(state, {"train": train, "eval": {"step": np.arange(2), "loss": losses[:2]}})
+
+
+def test_one_differing_bit_is_a_difference():
+    assert difference(outcome(), outcome()) is None
+    beside = np.nextafter(1.0, 2.0, dtype=np.float32)
+    assert difference(outcome(weight=float(beside)), outcome()) == "checkpoint: /state.pt/model/w"
+    assert difference(outcome(loss=np.nextafter(0.5, 1)), outcome()) == "metrics.h5: train/loss"
+    assert difference(outcome(rows=2), outcome()) == "metrics.h5: train/step"
+
+
+def test_lost_rows_may_be_missing_and_no_others_there():
+    assert difference(outcome(rows=2), outcome(), lost_rows=True) is None
+    assert "not" in difference(outcome(rows=4), outcome(), lost_rows=True)
+    twice = outcome()
+    twice.rows["train"]["step"][:] = 1
+    assert difference(twice, outcome(), lost_rows=True) == "metrics.h5: train has rows twice"
+
+
+def test_an_evaluation_by_other_processes_may_differ_by_rounding():
+    beside = outcome(loss=np.nextafter(0.5, 1))
+    beside.rows["train"] = outcome().rows["train"]
+    assert difference(beside, outcome()) == "metrics.h5: eval/loss"
+    assert difference(beside, outcome(), counts_changed=True) is None
+
+
+def test_damages_are_of_every_kind_and_follow_from_the_seed(tmp_path):
+    path = tmp_path / "file"
+    seen = []
+    for _ in range(2):
+        chance, kinds = Random(0), {}
+        for _ in range(60):
+            path.write_bytes(bytes(range(256)) * 64)
+            kinds[damage(path, chance).partition(" ")[0]] = path.exists() and path.read_bytes()
+        seen.append(kinds)
+    assert seen[0] == seen[1]
+    assert set(seen[0]) == {"bit", "zeros", "noise", "end", "moved", "empty", "gone"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="kills by /proc")
+def test_nothing_is_unexplained(tmp_path):
+    need("cc")
+    script = Path(ROOT) / "benchmarks" / "faults.py"
+    ended = subprocess.run(
+        [sys.executable, script, "--quick", "--json", "--folder", tmp_path / "faults"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    document = json.loads(ended.stdout)
+    assert document["unexplained"] == []
+    assert document["kills"]["runs"] == 4
+    assert document["damages"]["damages"] == 60
+    assert document["full disks"]["runs"] == 4

@@ -1,0 +1,89 @@
+"""Signals that ask for a stop, as a program meets them that may be stuck in a library."""
+
+import signal
+import subprocess
+import sys
+
+from support.launching import ROOT, TIMEOUT, command, environment
+
+# A process that waits for ever inside the C library: its handlers never get their turn.
+STUCK = """
+import ctypes
+from app.runtime.stop_signal import StopSignal
+with StopSignal():
+    library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+    library.pthread_mutex_lock(mutex)
+    print("ready", flush=True)
+    library.pthread_mutex_lock(mutex)
+"""
+FORKED = """
+import os, signal
+from app.runtime.stop_signal import StopSignal
+with StopSignal() as stop:
+    child = os.fork()
+    if not child:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        os._exit(stop.number)
+    _, status = os.waitpid(child, 0)
+    print(os.waitstatus_to_exitcode(status), stop.number)
+    os.kill(os.getpid(), signal.SIGINT)
+    print(stop.number)
+"""
+
+
+def test_a_second_interrupt_ends_a_process_that_is_stuck():
+    process = subprocess.Popen(
+        [sys.executable, "-c", STUCK],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout.readline() == "ready\n"
+        while process.poll() is None:  # two that come together are one
+            process.send_signal(signal.SIGINT)
+    finally:
+        process.kill()
+    assert process.wait() == 130
+
+
+EARLY = """
+import os
+from app.command import run_command
+def main():
+    if os.environ["PMI_RANK"] == "1":
+        raise KeyboardInterrupt
+    from mpi4py import MPI
+    MPI.COMM_WORLD.Barrier()
+    return 0
+run_command(main)
+"""
+
+
+def test_an_interrupt_of_one_process_before_mpi_is_up_ends_all():
+    """The others waited for ever in the import of MPI, where no watchdog sees them."""
+    process = subprocess.run(
+        command(2, "-c", EARLY),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+    assert process.returncode
+
+
+def test_children_that_the_terminal_interrupts_too_do_not_count():
+    result = subprocess.run(
+        [sys.executable, "-c", FORKED],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=True,
+    )
+    assert result.stdout == "2 0\n2\n"
+    assert result.stderr.count("Ctrl-C: stops after a checkpoint") == 1

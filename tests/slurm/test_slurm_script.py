@@ -1,0 +1,391 @@
+"""The batch scripts, run with stand-ins for srun and scontrol that record their arguments.
+
+A real Slurm runs them in test_slurm.py.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.launching import TIMEOUT
+from support.machine import need
+
+from app.config import load
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
+BATCH_SCRIPTS = [path for path in SCRIPTS if path.name not in ("env.sh", "job.sh")]
+CONFIGURATION = ROOT / "configs" / "imagenet_resnetrs101.yaml"
+JOB = "4711"
+
+FAKE_SRUN = """\
+#!/usr/bin/env bash
+printf '%s\\n' "$@" >srun_arguments
+{body}
+"""
+FAKE_SRUN_UNTIL_SIGNALLED = f"""\
+#!{sys.executable}
+import signal
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+print("step is running", flush=True)
+signal.sigwait([signal.SIGUSR1])
+raise SystemExit({{exit_code}})
+"""
+GATE = "head -n 1 gate >/dev/null"
+FAKE_SCONTROL = """\
+#!/usr/bin/env bash
+echo "$*" >>scontrol_arguments
+exit {exit_code}
+"""
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A folder to submit from: the launcher's files, and an srun that succeeds."""
+    shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
+    (tmp_path / "bin").mkdir()
+    install(tmp_path, "srun", FAKE_SRUN.format(body="exit 0"))
+    install(tmp_path, "scontrol", FAKE_SCONTROL.format(exit_code=0))
+    return tmp_path
+
+
+def install(site: Path, name: str, text: str) -> None:
+    (site / "bin" / name).write_text(text)
+    (site / "bin" / name).chmod(0o755)
+
+
+def start(
+    site: Path, *arguments: str, script: str = "oialr_resnet.sh", **environment: str
+) -> subprocess.Popen[str]:
+    """Start a script as Slurm does: from a copy that lies elsewhere, in any folder."""
+    spool = site / "spool"
+    spool.mkdir(exist_ok=True)
+    shutil.copy(site / "slurm" / script, spool / "slurm_script")
+    return subprocess.Popen(
+        ["bash", str(spool / "slurm_script"), *arguments],
+        cwd=spool,
+        env={
+            "PATH": f"{site / 'bin'}:{os.environ['PATH']}",
+            "SLURM_SUBMIT_DIR": str(site),
+            "SLURM_JOB_ID": JOB,
+            **environment,
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def submit(site: Path, *arguments: str, **options: str) -> tuple[int, str, str]:
+    """Run a script to its end: exit code, stdout, stderr."""
+    process = start(site, *arguments, **options)
+    output, errors = process.communicate(timeout=TIMEOUT)
+    return process.returncode, output, errors
+
+
+def srun_arguments(site: Path) -> list[str]:
+    return (site / "srun_arguments").read_text().splitlines()
+
+
+def program(site: Path) -> list[str]:
+    """What srun was asked to start, without srun's own options."""
+    arguments = srun_arguments(site)
+    return arguments[arguments.index("python") :]
+
+
+@pytest.mark.parametrize("path", [*SCRIPTS, ROOT / ".ci" / "run"], ids=lambda path: path.name)
+def test_scripts_are_clean(path: Path) -> None:
+    subprocess.run(["bash", "-n", path], cwd=ROOT, check=True)
+    need("shellcheck")
+    result = subprocess.run(
+        ["shellcheck", "-x", path], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_no_site_is_written_into_the_scripts(path: Path) -> None:
+    text = path.read_text()
+    assert not re.search(r"(?<![\w.$}/*])/(?!usr/bin/env bash|dev/null)[a-z]+/", text)
+    for option in ("--partition", "--account", "--mail"):
+        assert f"#SBATCH {option}" not in text
+
+
+def test_command_forwards_settings_and_overrides(site: Path) -> None:
+    exit_code, output, errors = submit(
+        site,
+        "training.epochs=3",
+        "run.name=a b",
+        SRUN_MPI="pmix",
+        IMAGENET_ROOT="/data/with blank",
+        RUNS_ROOT="scratch",
+    )
+    assert (exit_code, errors) == (0, "")
+    assert srun_arguments(site)[0] == "--mpi=pmix"
+    assert program(site) == [
+        *("python", "-m", "app.train"),
+        *("--config", str(CONFIGURATION.relative_to(ROOT))),
+        "data.root=/data/with blank",
+        "training.epochs=3",
+        "run.name=a b",
+        f"run.dir=scratch/oialr_resnet-{JOB}",
+    ]
+    assert shlex.join(program(site)[:4]) in output
+    assert "training.epochs=3 run.name=a\\ b" in output
+
+
+def test_command_has_harmless_defaults(site: Path) -> None:
+    assert submit(site)[0] == 0
+    assert "--mpi=pmi2" in srun_arguments(site)
+    assert f"run.dir=runs/oialr_resnet-{JOB}" in srun_arguments(site)
+    assert "data.root=data/imagenet" in srun_arguments(site)
+
+
+def test_images_are_staged_where_the_site_says_so(site: Path) -> None:
+    submit(site)
+    assert "data.stage_to" not in " ".join(srun_arguments(site))
+    submit(site, STAGE_TO="/local/my images")
+    assert "data.stage_to=/local/my images" in srun_arguments(site)
+
+
+def test_all_processes_are_given_time_to_leave(site: Path) -> None:
+    submit(site)
+    # Otherwise the first to leave with 75 has the others killed, and srun reports 137.
+    assert "--kill-on-bad-exit=0" in srun_arguments(site)
+    assert "--wait=60" in srun_arguments(site)
+
+
+def test_a_container_is_started_within_srun(site: Path) -> None:
+    with (site / "slurm" / "env.sh").open("a") as file:
+        file.write('WITHIN=(apptainer exec --nv "my image.sif")\n')
+    submit(site)
+    arguments = srun_arguments(site)
+    start = arguments.index("apptainer")
+    assert arguments[start : start + 5] == ["apptainer", "exec", "--nv", "my image.sif", "python"]
+
+
+def test_run_that_was_started_before_is_resumed(site: Path) -> None:
+    run_dir = f"runs/oialr_resnet-{JOB}"
+    submit(site)
+    assert "--resume" not in srun_arguments(site)
+    (site / run_dir).mkdir(parents=True)
+    (site / run_dir / "config.yaml").touch()
+    submit(site, "training.epochs=3")
+    assert program(site) == [
+        *("python", "-m", "app.train", "--resume", run_dir),
+        *("data.root=data/imagenet", "training.epochs=3", f"run.dir={run_dir}"),
+    ]
+
+
+def test_another_job_goes_on_with_a_run(site: Path) -> None:
+    (site / "elsewhere").mkdir()
+    (site / "elsewhere" / "config.yaml").touch()
+    submit(site, RUN_DIR="elsewhere")
+    assert program(site)[3:5] == ["--resume", "elsewhere"]
+
+
+def test_processes_follow_the_nodes_that_the_job_has_now(site: Path) -> None:
+    tasks = {"SLURM_NTASKS": "8", "SLURM_NTASKS_PER_NODE": "4"}
+    submit(site, SLURM_JOB_NUM_NODES="1", **tasks)
+    assert "--ntasks=4" in srun_arguments(site)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "restarts", "told"), [(8, 0, False), (2, 0, True), (2, 1, False)]
+)
+def test_tasks_that_do_not_count_are_told(
+    site: Path, tasks: int, restarts: int, told: bool
+) -> None:
+    environment = {"SLURM_NTASKS": str(tasks), "SLURM_RESTART_COUNT": str(restarts)}
+    nodes = {"SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS_PER_NODE": "4"}
+    _, _, errors = submit(site, **environment, **nodes)
+    assert ("--ntasks=2 is not used" in errors) == told
+    assert "--ntasks=8" in srun_arguments(site)
+
+
+@pytest.mark.parametrize("code", [1, 2, 137])
+def test_bad_exit_code_is_handed_on(site: Path, code: int) -> None:
+    install(site, "srun", FAKE_SRUN.format(body=f"exit {code}"))
+    assert submit(site)[0] == code
+    assert not (site / "scontrol_arguments").exists()
+
+
+@pytest.mark.parametrize("code", [1, 2, 137])
+def test_a_fault_after_progress_requeues_the_job(site: Path, code: int) -> None:
+    """A user's mistake (2) never does."""
+    checkpoints = site / "runs" / f"oialr_resnet-{JOB}" / "checkpoints"
+    (checkpoints / "step-00000100").mkdir(parents=True)
+    body = f"mkdir -p {checkpoints}/step-00000200; exit {code}"
+    install(site, "srun", FAKE_SRUN.format(body=body))
+    assert submit(site)[0] == code
+    assert (site / "scontrol_arguments").exists() == (code != 2)
+    (site / "scontrol_arguments").unlink(missing_ok=True)
+    assert submit(site)[0] == code  # the same checkpoint as before: it would fail for ever
+    assert not (site / "scontrol_arguments").exists()
+
+
+def test_progress_is_seen_behind_a_link(site: Path) -> None:
+    (site / "scratch").mkdir()
+    (site / "link").symlink_to("scratch")
+    install(
+        site, "srun", FAKE_SRUN.format(body="mkdir -p scratch/checkpoints/step-00000200; exit 1")
+    )
+    assert submit(site, RUN_DIR="link")[0] == 1
+    assert (site / "scontrol_arguments").exists()
+
+
+def test_exit_code_75_requeues_the_job(site: Path) -> None:
+    install(site, "srun", FAKE_SRUN.format(body="exit 75"))
+    assert submit(site)[0] == 75
+    assert (site / "scontrol_arguments").read_text() == f"requeue {JOB}\n"
+
+
+def test_failed_requeue_names_the_run(site: Path) -> None:
+    install(site, "srun", FAKE_SRUN.format(body="exit 75"))
+    install(site, "scontrol", FAKE_SCONTROL.format(exit_code=1))
+    exit_code, _, errors = submit(site)
+    assert exit_code == 75
+    assert f"runs/oialr_resnet-{JOB}" in errors
+
+
+def signalled(
+    site: Path, number: signal.Signals, line: str = "step is running", **options: str
+) -> tuple[int, str]:
+    """Send a signal to the batch script when it has printed a line: exit code, stderr.
+
+    Only then does what waits at the GATE go on.
+    """
+    os.mkfifo(site / "gate")
+    gate = os.open(site / "gate", os.O_RDWR)  # for writing alone it would wait for a reader
+    process = start(site, **options)
+    try:
+        assert process.stdout
+        assert f"{line}\n" in iter(process.stdout.readline, "")
+        process.send_signal(number)
+        os.write(gate, b"open\n")
+        _, errors = process.communicate(timeout=TIMEOUT)
+    finally:
+        process.kill()
+        os.close(gate)
+    return process.returncode, errors
+
+
+@pytest.mark.parametrize("exit_code", [75, 138], ids=["checkpoint", "killed before it listens"])
+def test_signal_is_forwarded_and_the_step_waited_for(site: Path, exit_code: int) -> None:
+    install(site, "srun", FAKE_SRUN_UNTIL_SIGNALLED.format(exit_code=exit_code))
+    assert signalled(site, signal.SIGUSR1) == (exit_code, "")
+    assert (site / "scontrol_arguments").exists()
+
+
+def test_a_signal_before_the_step_requeues_the_job(site: Path) -> None:
+    with (site / "slurm" / "env.sh").open("a") as file:
+        file.write(f"echo loading modules; {GATE}\n")
+    assert signalled(site, signal.SIGUSR1, "loading modules") == (75, "")
+    assert not (site / "srun_arguments").exists()
+    assert (site / "scontrol_arguments").read_text() == f"requeue {JOB}\n"
+
+
+def test_a_signal_after_the_step_does_no_harm(site: Path) -> None:
+    install(site, "python", f"#!/usr/bin/env bash\necho drawing; {GATE}\n")
+    options = {"line": "drawing", "script": "stability_study.sh"}
+    assert signalled(site, signal.SIGUSR1, **options) == (0, "")
+    assert not (site / "scontrol_arguments").exists()
+
+
+def test_termination_leaves_the_requeue_to_slurm(site: Path) -> None:
+    install(site, "srun", FAKE_SRUN.format(body=f'echo "step is running"; {GATE}; exit 75'))
+    assert signalled(site, signal.SIGTERM) == (75, "")
+    assert not (site / "scontrol_arguments").exists()
+
+
+def test_run_directory_cannot_be_overridden(site: Path) -> None:
+    exit_code, _, errors = submit(site, "training.epochs=3", "run.dir=elsewhere")
+    assert exit_code == 2
+    assert re.fullmatch(r"run\.dir: .*RUN_DIR.*\n", errors)
+    assert not (site / "srun_arguments").exists()
+
+
+def test_other_folders_are_refused(site: Path) -> None:
+    (site / "slurm" / "job.sh").unlink()
+    exit_code, _, errors = submit(site)
+    assert exit_code == 2
+    assert re.fullmatch(r".*slurm/job\.sh: not found; .*repository root\n", errors)
+
+
+def header(path: Path) -> dict[str, str]:
+    """The options of sbatch that a script sets."""
+    return dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?$", path.read_text(), re.MULTILINE))
+
+
+@pytest.mark.parametrize("path", BATCH_SCRIPTS, ids=lambda path: path.name)
+def test_every_header_allows_to_go_on(path: Path) -> None:
+    options = header(path)
+    assert options["signal"] == "B:USR1@120"
+    assert {"requeue", "open-mode", "output"} <= set(options)
+    assert options["gres"] == f"gpu:{options['ntasks-per-node']}"
+    assert ("%A_%a" if "array" in options else "%j") in options["output"]
+    assert os.access(path, os.X_OK)
+
+
+@pytest.mark.parametrize("path", BATCH_SCRIPTS, ids=lambda path: path.name)
+def test_every_configuration_exists(path: Path) -> None:
+    named = re.findall(r"configs/[\w/]+\.yaml", path.read_text())
+    assert named
+    for name in named:
+        assert (ROOT / name).exists()
+
+
+def test_seeds_are_the_indices_of_the_array(site: Path) -> None:
+    arguments = ["run.seed=7", "training.epochs=3"]
+    variables = {"SLURM_ARRAY_JOB_ID": "90", "SLURM_ARRAY_TASK_ID": "3"}
+    assert submit(site, *arguments, script="seeds.sh", **variables)[0] == 0
+    assert program(site)[-4:] == [*arguments, "run.seed=3", "run.dir=runs/seed-90_3"]
+
+
+def test_a_search_is_resumed_as_it_was_started(site: Path) -> None:
+    submit(site, "search.evaluations=4", script="search.sh", CONFIG="mine.yaml")
+    run_dir = f"runs/search-{JOB}"
+    assert program(site) == [
+        *("python", "-m", "app.search", "--config", "mine.yaml"),
+        *("data.root=data", "search.evaluations=4", f"run.dir={run_dir}"),
+    ]
+    (site / run_dir / "evaluations" / "00000").mkdir(parents=True)
+    (site / run_dir / "search.yaml").touch()
+    body = f"touch {run_dir}/evaluations/00000/summary.json; exit 1"
+    install(site, "srun", FAKE_SRUN.format(body=body))
+    submit(site, "search.evaluations=4", script="search.sh")
+    assert program(site) == ["python", "-m", "app.search", "--resume", run_dir]
+    assert (site / "scontrol_arguments").exists()  # an evaluation was finished
+
+
+def test_the_study_ends_in_a_report(site: Path) -> None:
+    install(site, "python", '#!/usr/bin/env bash\nprintf "%s " "$@" >report_arguments\n')
+    submit(site, script="stability_study.sh")
+    run_dir = f"runs/stability_study-{JOB}"
+    assert (site / "report_arguments").read_text().split() == ["-m", "app.report", run_dir]
+    assert "oialr.enabled=false" in srun_arguments(site)
+    (site / "report_arguments").unlink()
+    install(site, "srun", FAKE_SRUN.format(body="exit 75"))
+    submit(site, script="stability_study.sh")
+    assert not (site / "report_arguments").exists()
+
+
+@pytest.mark.parametrize("name", ["oialr_resnet.sh", "full_rank_resnet.sh", "stability_study.sh"])
+def test_configuration_fits_the_header(name: str) -> None:
+    configuration = load(CONFIGURATION, ["data.root=imagenet"])
+    options = header(ROOT / "slurm" / name)
+    processes = int(options["nodes"]) * int(options["ntasks-per-node"])
+    assert configuration.training.batch_size % processes == 0
+    assert configuration.data.workers < int(options["cpus-per-task"])
+    assert configuration.model.name == "resnetrs101"
+    images = round(1_281_167 * (1 - configuration.data.validation_fraction))
+    steps = images // configuration.training.batch_size
+    assert configuration.oialr.delay == 10 * steps  # as the comments in the file say
+    assert configuration.oialr.update_interval == steps // 2
+    configuration.check_steps(configuration.training.epochs * steps)
