@@ -58,7 +58,7 @@ def main() -> None:
     overrides = [*options.overrides, *(QUICK if options.quick else ())]
     if options.quick and not options.study:  # whose methods have delays of their own
         overrides.append("oialr.delay=20")
-    plan = Plan(study, folder, overrides)
+    plan = Plan(study, folder.parent / "cells", overrides)
     code = present_code()
     runner = Runner(code)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -71,7 +71,7 @@ def main() -> None:
     except BaseException:
         runner.stop()
         raise
-    tables = [tabulate(plan, network, code) for network in study.networks]
+    tables = [tabulate(plan, network, code) for network in study.table_networks]
     text = "\n".join(line for table in tables for line in markdown(table, study.baseline))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.md").write_text(text)
@@ -149,14 +149,17 @@ class Harness:
         """Run one cell of each, with the machine to itself as far as this program is concerned."""
         study = self._plan.study
         timed = {study.baseline, *(study.methods if study.timed is None else study.timed)}
-        seen = set()
-        for network, method, seed, factor in self._with_all_seeds(pairs):
-            if method not in timed or (network, method) in seen:
+        for network, method in pairs:
+            if method not in timed:
                 continue
-            seen.add((network, method))
+            try:
+                factor = self._plan.chosen(network, method)
+            except Waiting as waiting:
+                self._wait(network, method, waiting)
+                continue
             if (load := os.getloadavg()[0]) > IDLE:
                 _say(f"the machine is not idle (load {load:.1f}): CPU times are of little worth")
-            if cell := self._made((network, method, seed, factor)):
+            if cell := self._made((network, method, study.first_seed, factor)):
                 self._try(cell.alone)
 
     def _run_all(self, cells: Iterable[Arguments]) -> None:

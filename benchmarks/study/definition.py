@@ -25,8 +25,11 @@ class Network(Section):
     set: dict[str, Any] = Field(default_factory=dict)
     width: dict[str, int] = Field(default_factory=dict)
     """Keys that make the network narrower, each with its unit: they are multiplied alike."""
-    seeds: int | None = Field(None, gt=0)
-    """In place of the study's."""
+    seeds: int | None = Field(None, ge=0)
+    """In place of the study's; 0: it is there for its learning rates alone, and has no table."""
+    rates_of: str | None = None
+    """Another network, such as the same one trained for shorter: the learning rates that are chosen
+    there count here."""
 
 
 class Method(Section):
@@ -85,6 +88,15 @@ class Study(Section):
             for other in method.networks or ():
                 if other not in self.networks:
                     raise ValueError(f"methods.{name}.networks: there is no network {other!r}")
+        for name, network in self.networks.items():
+            rates_of = network.rates_of
+            if rates_of is None:
+                continue
+            if rates_of not in self.networks or self.networks[rates_of].rates_of is not None:
+                raise ValueError(
+                    f"networks.{name}.rates_of: there is no network {rates_of!r} with rates of its "
+                    "own"
+                )
         for key in ("rows", "timed"):
             for other in getattr(self, key) or ():
                 if other not in self.methods:
@@ -100,8 +112,14 @@ class Study(Section):
 
     def seeds_of(self, network: str) -> range:
         """Return the seeds that a network is trained with."""
-        count = self.networks[network].seeds or self.seeds
+        own = self.networks[network].seeds
+        count = self.seeds if own is None else own
         return range(self.first_seed, self.first_seed + count)
+
+    @property
+    def table_networks(self) -> list[str]:
+        """Networks that have a table."""
+        return [name for name in self.networks if self.seeds_of(name)]
 
     def methods_for(self, network: str) -> list[str]:
         """Return the methods that a network is trained with, in the order of the table."""
@@ -176,7 +194,12 @@ def restrict(study: Study, *, methods: Sequence[str], networks: Sequence[str]) -
         wanted = {study.baseline, *methods}
         update["rows"] = [name for name in study.table_rows if name in wanted]
     if networks:
-        update["networks"] = {name: study.networks[name] for name in networks}
+        needed = {study.networks[name].rates_of for name in networks}
+        update["networks"] = {
+            name: network
+            for name, network in study.networks.items()
+            if name in networks or name in needed
+        }
     return study.model_copy(update=update)
 
 

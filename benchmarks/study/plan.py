@@ -90,8 +90,8 @@ class Plan:
 
     def tuning(self, network: str, method: str) -> list[tuple[str, str, int, float]]:
         """Return the cells that the learning rate is chosen from, as arguments of :meth:`cell`."""
-        seed = self.study.seeds_of(network)[0]
-        rates = self.study.learning_rates
+        network = self.study.networks[network].rates_of or network
+        seed, rates = self.study.first_seed, self.study.learning_rates
         return [(network, method, seed, factor) for factor in rates]
 
     def chosen(self, network: str, method: str) -> float:
@@ -120,7 +120,7 @@ class Plan:
         It is that of the first seed, with the learning rate that was chosen.
         """
         try:
-            seed, factor = self.study.seeds_of(network)[0], self.chosen(network, method)
+            seed, factor = self.study.first_seed, self.chosen(network, method)
             place = self.cell(network, method, seed, factor).alone.place
         except Waiting:
             return None
@@ -183,8 +183,7 @@ class Plan:
         width = self.study.networks[network].width
         if not width:
             raise Waiting(f"networks.{network}.width, the keys that make it narrower")
-        seed = self.study.seeds_of(network)[0]
-        cell = self.cell(network, other, seed, self.chosen(network, other))
+        cell = self.cell(network, other, self.study.first_seed, self.chosen(network, other))
         if (summary := cell.summary()) is None:
             raise Waiting(f"the size of {cell}")
         path, base = self._path(network, method), self._base(network)

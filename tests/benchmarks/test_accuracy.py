@@ -196,6 +196,21 @@ def test_the_learning_rate_is_the_best_on_validation_data(tmp_path):
     assert plan.chosen("tiny", "paper") == 1.0
 
 
+def test_a_network_may_have_the_learning_rates_of_a_shorter_training(tmp_path):
+    short = {**TINY, "set": {**TINY["set"], "training.epochs": 2}, "seeds": 0}
+    networks = {"short": short, "tiny": {**TINY, "rates_of": "short"}}
+    read = study(networks=networks, learning_rates=[0.5, 1.0])
+    plan = Plan(read, tmp_path)
+    assert plan.tuning("tiny", "paper") == plan.tuning("short", "paper")
+    for factor, validation in ((0.5, 0.8), (1.0, 0.7)):
+        finish(plan.cell("short", "paper", 0, factor), HERE, accuracy=0.5, validation=validation)
+    assert plan.chosen("tiny", "paper") == 0.5
+    assert read.table_networks == ["tiny"]
+    assert list(restrict(read, methods=[], networks=["tiny"]).networks) == ["short", "tiny"]
+    with pytest.raises(ValueError, match="rates_of: there is no network 'none'"):
+        study(networks={"tiny": {**TINY, "rates_of": "none"}})
+
+
 def test_configurations_as_they_are_can_be_compared(tmp_path):
     path = tmp_path / "best.yaml"
     path.write_text("extends: %s\ntraining: {epochs: 7}\n" % (ROOT / "configs/digits_vit.yaml"))
@@ -466,7 +481,7 @@ def test_a_study_is_run_once_and_read_ever_after(tmp_path):
     assert 0 < paper["mean"] <= 100
     assert full["stored"] == 100
     assert paper["stored_parameters"] != full["stored_parameters"]
-    for place in (tmp_path / "runs" / "small" / "tiny").iterdir():
+    for place in (tmp_path / "runs" / "cells" / "tiny").iterdir():
         (found,) = read_record(place)["fingerprints"].values()
         assert found == fingerprint(place)
     for name in ("table.md", "table.json", "fronts.png"):
