@@ -27,7 +27,7 @@ from app.runtime.calibration import measure_costs, read_costs
 from app.runtime.processes import start_runtime
 from oialr.compatibility import import_torchvision
 from oialr.conversion import survey
-from oialr.event import Event
+from oialr.events import Event
 from oialr.placement.assignment import Plan, make_plan
 from oialr.placement.costs import Costs, split_limit
 from oialr.placement.processes import Processes

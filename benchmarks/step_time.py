@@ -26,8 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywher
 from oialr.compatibility import import_torchvision
 from oialr.conversion import factorize_layer, get_layer, survey
 from oialr.layers.conv import FactoredConv
-from oialr.layers.cost import Execution, rank_pays
+from oialr.layers.cost import rank_pays
 from oialr.memory import TensorMemory, tensors_of
+from oialr.options import Execution
 from oialr.schedule import rounded_up
 
 FLOOR = 0.01

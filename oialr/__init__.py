@@ -11,8 +11,8 @@ The library: torch and the standard library. Everything that is meant for others
         optimizer.step()
         event = method.step()
 
-- :class:`OIALR` decides when layers are factorized, updated and cut; :class:`Event` and
-  :class:`LayerEvent` tell what happened.
+- :class:`OIALR` decides when layers are factorized, updated and cut, as its :class:`Options` say;
+  :class:`Event` and :class:`LayerEvent` tell what happened.
 - :func:`survey` lists a network's weights, and :class:`LayerReport` why one stays full-rank.
 - :func:`to_dense` puts dense layers in the place of factorized ones.
 - :class:`StabilityTracker` measures basis stability, :class:`LayerStability` is a row of it.
@@ -33,9 +33,10 @@ if TYPE_CHECKING:
     from oialr.errors import DifferingReplicasError as DifferingReplicasError
     from oialr.errors import DivergedError as DivergedError
     from oialr.errors import UserError as UserError
-    from oialr.event import Event as Event
-    from oialr.event import LayerEvent as LayerEvent
+    from oialr.events import Event as Event
+    from oialr.events import LayerEvent as LayerEvent
     from oialr.method import OIALR as OIALR
+    from oialr.options import Options as Options
     from oialr.placement.costs import Costs as Costs
     from oialr.placement.processes import Processes as Processes
     from oialr.stability.measurement import LayerStability as LayerStability
@@ -46,10 +47,11 @@ _HOMES = {
     "Costs": "oialr.placement.costs",
     "DifferingReplicasError": "oialr.errors",
     "DivergedError": "oialr.errors",
-    "Event": "oialr.event",
-    "LayerEvent": "oialr.event",
+    "Event": "oialr.events",
+    "LayerEvent": "oialr.events",
     "LayerReport": "oialr.conversion",
     "LayerStability": "oialr.stability.measurement",
+    "Options": "oialr.options",
     "Processes": "oialr.placement.processes",
     "StabilityTracker": "oialr.stability.tracker",
     "UserError": "oialr.errors",

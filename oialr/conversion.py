@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from oialr.layers.attention import (
     INPUT_PROJECTIONS,
-    AttentionProjection,
     FactoredAttention,
     attention_of,
 )
 from oialr.layers.base import FACTOR_NAMES, FactoredLayer
 from oialr.layers.twin import FactoredTwin
 from oialr.obstacles import FACTORED, Obstacles, known_type
+from oialr.options import AttentionProjection
 from oialr.outputs import LINEAR_MAPS, output_layers
 from oialr.replaced import retire
 from oialr.schedule import minimum_rank

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from oialr.conversion import LayerReport, get_layer
 from oialr.layers.attention import attention_of
 from oialr.layers.cost import (
-    Execution,
     cheapest_way,
     full_rank_cost,
     multiply_adds,
     released_multiply_adds,
 )
+from oialr.options import Execution
 
 FRACTIONS = (0.1, 0.25, 0.5, 1.0)
 

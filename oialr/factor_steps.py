@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from oialr.options import Release
 from oialr.parameter_groups import TwinGroups
 
 
@@ -33,28 +34,26 @@ class FactorSteps:
         optimizer: Optimizer,
         groups: TwinGroups,
         *,
+        options: Release,
         steps_since_release: Callable[[], int | None],
-        warmup: int,
-        learning_rate_factor: float,
-        frobenius_decay: float | None,
     ) -> None:
         """Add the parameter groups of factors and dense weights, and hang on to the steps.
 
         Args:
             optimizer: changed in place.
             groups: get the twins.
+            options: of the release.
             steps_since_release: optimizer steps taken since; None before it.
-            warmup: steps until the learning rate is whole; 0: it is at once.
-            learning_rate_factor: of the factors, over that of full-rank weights.
-            frobenius_decay: lambda; None: the weight decay of the weights' groups.
         """
-        decay = {} if frobenius_decay is None else {"weight_decay": 0.0}
-        groups.add(optimizer, "factors", learning_rate_factor=learning_rate_factor, **decay)
+        decay = {} if options.frobenius_decay is None else {"weight_decay": 0.0}
+        groups.add(
+            optimizer, "factors", learning_rate_factor=options.factor_learning_rate_factor, **decay
+        )
         groups.add(optimizer, "dense")
         self._factors, self._dense = groups.positions("factors"), groups.positions("dense")
         self._since = steps_since_release
-        self._warmup = warmup
-        self._decay = frobenius_decay
+        self._warmup = options.release_warmup
+        self._decay = options.frobenius_decay
         self._changed: list[tuple[dict[str, Any], Any, Any]] = []
         """Groups whose learning rate is lowered, with what it was and is."""
         optimizer.register_step_pre_hook(self._before)

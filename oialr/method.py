@@ -15,8 +15,9 @@ was made before is out of date. Under DistributedDataParallel the method is give
 which must then be wrapped anew. All processes must call ``step`` alike.
 """
 
+import inspect
 import logging
-from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -24,22 +25,19 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from oialr.arguments import check_arguments
 from oialr.conversion import LayerReport, parameter_counts, survey
-from oialr.event import Event
-from oialr.events import Events
+from oialr.events import Event, Events
 from oialr.factor_steps import FactorSteps
 from oialr.gradients import GradientWatch
-from oialr.layers.attention import AttentionProjection
-from oialr.layers.cost import Execution
-from oialr.optimizer_state import UnknownState, check_loaded_state, check_optimizer
+from oialr.optimizer_state import check_loaded_state, check_optimizer
+from oialr.options import Options, Selection, part
 from oialr.parameter_groups import TwinGroups
 from oialr.placement.assignment import Factorization, Plan
 from oialr.placement.buckets import MatrixInfo
 from oialr.placement.costs import Costs
 from oialr.placement.factorization import Factorizer
 from oialr.placement.processes import Processes
-from oialr.schedule import events_due, kept_rank, layers_in_turn
+from oialr.schedule import events_due, layers_in_turn
 from oialr.sharding import check_not_sharded, check_not_sharding
 from oialr.share import little_factorized
 from oialr.stored_state import check_stored_state
@@ -56,36 +54,13 @@ class OIALR:
         self,
         model: nn.Module,
         optimizer: Optimizer,
+        options: Options | None = None,
         *,
-        delay: int,
-        update_interval: int,
-        cutoff: float = 0.1,
-        layer_fraction: float = 0.1,
-        keep_first_layer: bool = False,
-        keep_last_layer: bool = True,
-        minimum_rank_fraction: float = 0.01,
-        largest_cut: float = 0.5,
-        retained_energy: float | None = None,
-        largest_energy_cut: float = 1.0,
-        target_size: float | None = None,
-        rank_multiple: int = 16,
-        cut_at_conversion: bool = False,
-        defer_conversion: bool = False,
-        execution: Execution = "auto",
-        recompute_convolutions: bool = False,
-        include: Sequence[str] = ("*",),
-        exclude: Sequence[str] = (),
-        attention_projection: AttentionProjection = "packed",
-        core_learning_rate_factor: float = 1.0,
-        release: int | None = None,
-        release_warmup: int = 20,
-        factor_learning_rate_factor: float = 1.0,
-        frobenius_decay: float | None = None,
-        unknown_optimizer_state: UnknownState = "error",
         factorization: Factorization = "auto",
         processes: Processes | None = None,
         costs: Costs | None = None,
         measure_memory: bool = False,
+        **keywords: Any,
     ) -> None:
         """Take hold of a full-rank network and its optimizer; nothing is changed yet.
 
@@ -93,49 +68,9 @@ class OIALR:
             model: the network, not wrapped in DistributedDataParallel; master weights in float32
                 or float64, since products of half-precision bases lose their orthogonality.
             optimizer: Adam, AdamW, NAdam, RAdam, SGD or RMSprop.
-            delay: optimizer steps of full-rank training, d.
-            update_interval: optimizer steps between updates, nu.
-            cutoff: singular values below cutoff times the largest are cut, beta in (0, 1).
-            layer_fraction: share of the layers, the last first, that each update adds, alpha.
-            keep_first_layer: the network's first layer stays full-rank.
-            keep_last_layer: the layers that produce the network's outputs stay full-rank: its
-                heads by name, or its last layer (:func:`oialr.outputs.output_layers`).
-            minimum_rank_fraction: no rank falls below this share of min(m, n).
-            largest_cut: largest share of a layer's rank that one update may cut.
-            retained_energy: in place of the cutoff: keep the fewest singular values that hold this
-                share of a layer's spectral energy, the sum of their squares.
-            largest_energy_cut: largest share of the spectral energy that one update may cut.
-            target_size: in place of both: stored parameters that the network ends with, over those
-                of the full-rank one. The ranks are those that lose the least energy per parameter
-                (:mod:`oialr.allocation`), approached at the updates and met at a release.
-            rank_multiple: ranks are rounded up to a multiple of this in layers with min(m, n) of
-                at least twelve times as much; 1: not at all.
-            cut_at_conversion: cut at the conversion itself already (the paper does not).
-            defer_conversion: a layer is converted, and cut at once, only when its spectrum leaves a
-                rank with which a step takes less time than full-rank; judged at the conversion and
-                at every update (the paper converts all layers at once).
-            execution: how factorized weights are applied; "auto": the cheapest exact way for each
-                layer and rank (:mod:`oialr.layers.cost`).
-            recompute_convolutions: form the product with Vh again in backward, which saves its
-                memory and costs its time.
-            include, exclude: shell-style patterns of module names, such as "blocks.*.attn.*". A
-                layer is factorized only if it matches one of the first and none of the second.
-            attention_projection: "packed": in_proj_weight of nn.MultiheadAttention is one matrix;
-                "separate": one each for query, key and value, all cut to the same rank.
-            core_learning_rate_factor: learning rate of cores over that of full-rank weights. Other
-                than 1 it adds a parameter group for the cores of each group, so a learning-rate
-                schedule must be made after this object.
-            release: optimizer steps, at least the delay, after which both factors of W = A B are
-                trained at fixed ranks. It is a last update, of all layers; those in which the
-                factors store no less than the weight are dense from then on. None: never (paper).
-            release_warmup: steps after a release in which the learning rate of what it made rises
-                to its own, so that the first of them changes no weight more than the one before.
-            factor_learning_rate_factor: learning rate of the factors over that of full-rank
-                weights. A release adds parameter groups too.
-            frobenius_decay: decay of the factors by that of their product (arXiv 2105.01029), in
-                place of the weight decay of their parameter group.
-            unknown_optimizer_state: "reset" accepts any optimizer and drops what it knows of a
-                weight at every event where the transport of that is not known.
+            options: of the method; None: all of them are keywords.
+            **keywords: options by name, as :class:`oialr.options.Options` describes each; delay and
+                update_interval must be given.
             factorization: "owner": each layer is factorized by one process and sent; "heat": layers
                 that can be are split over as many processes as they can be; "auto": where that
                 ends an event clearly earlier; "replicated": every process factorizes every layer.
@@ -145,34 +80,27 @@ class OIALR:
             measure_memory: find out ``peak_bytes`` of every event, which slows events down.
 
         Raises:
-            ValueError: an argument out of range, a wrapped or sharded model, an unknown or sharding
+            ValueError: an option out of range, a wrapped or sharded model, an unknown or sharding
                 optimizer, a pattern that matches nothing, no layer that could be factorized.
             UserError: the processes cannot factorize in the way that was asked for.
         """
-        check_arguments(locals())  # by name, and all of them are here
+        options = Options(**keywords) if options is None else replace(options, **keywords)
         if isinstance(model, DistributedDataParallel):
             raise ValueError("OIALR takes the module inside DistributedDataParallel: model.module")
         check_not_sharded(model)
         check_not_sharding(optimizer)
-        check_optimizer(optimizer, unknown_optimizer_state)
+        check_optimizer(optimizer, options.unknown_optimizer_state)
 
         self.model = model
         self.optimizer = optimizer
-        self.delay = delay
-        self.update_interval = update_interval
-        self.layer_fraction = layer_fraction
-        self.release, self.frobenius_decay = release, frobenius_decay
+        self.options = options
         self.processes = processes or Processes.current()
         self.factorizer = Factorizer(self.processes, mode=factorization, costs=costs)
 
         self.survey: list[LayerReport] = survey(
             model,
-            keep_first_layer=keep_first_layer,
-            keep_last_layer=keep_last_layer,
-            minimum_rank_fraction=minimum_rank_fraction,
-            include=include,
-            exclude=exclude,
-            attention_projection=attention_projection,
+            **part(options, Selection),
+            minimum_rank_fraction=options.minimum_rank_fraction,
         )
         """Every multidimensional weight of the network, and why it stays dense if it does."""
         self.layers = [report for report in self.survey if report.stays_dense is None]
@@ -189,50 +117,29 @@ class OIALR:
             raise ValueError(f"{missing[0]} is not among the optimizer's parameters")
         self._gradients = GradientWatch(weights)
         groups = TwinGroups(optimizer, weights)
-        if core_learning_rate_factor != 1:
-            groups.add(optimizer, "cores", learning_rate_factor=core_learning_rate_factor)
-        if release is not None:
+        if options.core_learning_rate_factor != 1:
+            factor = options.core_learning_rate_factor
+            groups.add(optimizer, "cores", learning_rate_factor=factor)
+        if options.release is not None:
             FactorSteps(
                 optimizer,
                 groups,
+                options=options,
                 steps_since_release=lambda: self.steps_since_release,
-                warmup=release_warmup,
-                learning_rate_factor=factor_learning_rate_factor,
-                frobenius_decay=frobenius_decay,
             )
         self._transitions = Transitions(
-            model,
-            optimizer,
-            kept_rank=partial(
-                kept_rank,
-                cutoff=cutoff,
-                largest_cut=largest_cut,
-                minimum_rank_fraction=minimum_rank_fraction,
-                multiple=rank_multiple,
-                retained_energy=retained_energy,
-                largest_energy_cut=largest_energy_cut,
-            ),
-            cut_at_conversion=cut_at_conversion,
-            defer_conversion=defer_conversion,
-            execution=execution,
-            recompute_convolutions=recompute_convolutions,
-            unknown_optimizer_state=unknown_optimizer_state,
-            groups=groups,
-            gradients=self._gradients,
+            model, optimizer, options=options, groups=groups, gradients=self._gradients
         )
         self._dense_counts = parameter_counts(model)
-        self.target_size = target_size
         self._events = Events(
             self._transitions,
             self.factorizer,
             self.processes,
             target=TargetSize.of(
-                target_size,
+                options,
                 self.layers,
                 stored=self._dense_counts[1],
-                minimum_rank_fraction=minimum_rank_fraction,
-                rank_multiple=rank_multiple,
-                is_released=release is not None,
+                is_released=options.release is not None,
             ),
             measure_memory=measure_memory,
         )
@@ -274,7 +181,7 @@ class OIALR:
             event = self._events.run("convert", self.layers, self.step_count)
         elif due:
             turn = layers_in_turn(
-                int(due[-1]), len(self.layers), layer_fraction=self.layer_fraction
+                int(due[-1]), len(self.layers), layer_fraction=self.options.layer_fraction
             )
             event = self._events.run("update", self.layers[-turn:], self.step_count)
         self._handled = self.step_count
@@ -284,9 +191,9 @@ class OIALR:
         """Events that are due: 0 for the conversion, i for the i-th update, and the release."""
         return events_due(
             range(self._handled + 1, self.step_count + 1),
-            delay=self.delay,
-            update_interval=self.update_interval,
-            release=self.release,
+            delay=self.options.delay,
+            update_interval=self.options.update_interval,
+            release=self.options.release,
         )
 
     @property
@@ -310,7 +217,7 @@ class OIALR:
 
         Who wraps the network may let go of the wrapper before, which holds the full-rank weights.
         """
-        return self._handled < self.delay <= self.step_count
+        return self._handled < self.options.delay <= self.step_count
 
     @property
     def converted(self) -> bool:
@@ -337,21 +244,22 @@ class OIALR:
     def missed_target(self) -> str | None:
         """Say that the network stores more than the target size, if it does."""
         size = self.compression_percent()
-        if self.target_size is None or size <= 100 * self.target_size * (1 + 1e-9):
+        target = self.options.target_size
+        if target is None or size <= 100 * target * (1 + 1e-9):
             return None
-        return f"{size:.1f} % of the parameters are stored, above target_size, {self.target_size}"
+        return f"{size:.1f} % of the parameters are stored, above target_size, {target}"
 
     def state_dict(self) -> dict[str, Any]:
         """Return step counts and the forms of the layers, for :meth:`load_state_dict`."""
         ranks = self.ranks()
         return {
-            "release": self.release,
+            "release": self.options.release,
             "released_at": self._released_at,
             "released": self._transitions.released,
-            "frobenius_decay": self.frobenius_decay,
+            "frobenius_decay": self.options.frobenius_decay,
             "step_count": self.step_count,
             "handled": self._handled,
-            "delay": self.delay,
+            "delay": self.options.delay,
             "ranks": {
                 report.name: None if self._transitions.is_dense(report) else ranks[report.name]
                 for report in self.layers
@@ -374,9 +282,9 @@ class OIALR:
         check_stored_state(
             state,
             names=[report.name for report in self.layers],
-            delay=self.delay,
-            release=self.release,
-            frobenius_decay=self.frobenius_decay,
+            delay=self.options.delay,
+            release=self.options.release,
+            frobenius_decay=self.options.frobenius_decay,
         )
         obstacles = self._transitions.obstacles(self.layers)
         for report, obstacle in zip(self.layers, obstacles, strict=True):
@@ -392,3 +300,14 @@ class OIALR:
     def _count_step(self, *_: Any) -> None:
         self.step_count += 1
         self._gradients.look()
+
+
+def _signature() -> inspect.Signature:
+    """Return the constructor's signature with every option, for help() and editors."""
+    own = inspect.signature(OIALR.__init__).parameters
+    named = [own[name] for name in own if name not in ("self", "keywords")]
+    options = inspect.signature(Options).parameters.values()
+    return inspect.Signature([*named, *options])
+
+
+OIALR.__signature__ = _signature()  # type: ignore[attr-defined]

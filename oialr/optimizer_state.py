@@ -12,16 +12,15 @@ leading dimension g, and every matrix is transported by itself.
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Adam, AdamW, NAdam, Optimizer, RAdam, RMSprop
 
+from oialr.options import UnknownState
 from oialr.parameter_groups import TwinGroups
 from oialr.transport import Transport
-
-UnknownState = Literal["error", "reset"]
 
 KNOWN_OPTIMIZERS = (Adam, AdamW, NAdam, RAdam, torch.optim.SGD, RMSprop)
 WEIGHT_AVERAGE = "weight_average"

@@ -5,6 +5,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from oialr.options import RankRule
+
 
 def event_at(step: int, *, delay: int, update_interval: int) -> int | None:
     """Tell what happens after an optimizer step (arXiv 2401.08505, algorithm 1).
@@ -68,50 +70,44 @@ def minimum_rank(full_rank: int, fraction: float) -> int:
 
 def kept_rank(
     s: Tensor,
+    rule: RankRule,
     *,
     full_rank: int,
-    cutoff: float,
-    largest_cut: float,
-    minimum_rank_fraction: float,
-    multiple: int = 1,
     alignment: int = 1,
-    retained_energy: float | None = None,
-    largest_energy_cut: float = 1.0,
     wanted: int | None = None,
 ) -> int:
     """Rank that is left after one update.
 
-    Kept are the singular values of at least cutoff * s[0], or those that hold the retained energy,
-    or as many as are wanted;
+    Kept are the singular values of at least cutoff * s[0], or the fewest that hold the retained
+    energy, or as many as are wanted;
     never fewer than (1 - largest_cut) of the present rank, never so few that more energy is lost
     than allowed, and never fewer than :func:`minimum_rank`. Each matrix of a stack is judged by
     itself, and the one that keeps most decides for all.
 
     Args:
         s: singular values (r,), descending, or (g, r) of a stack.
+        rule: the options that decide.
         full_rank: k = min(m, n) of the layer.
-        cutoff: beta, in (0, 1).
-        largest_cut: largest share of the present rank that may be cut at once.
-        minimum_rank_fraction: share of k below which no rank falls.
-        multiple, alignment: see :func:`rounded_up`; never beyond the present rank.
-        retained_energy: keep the fewest values that hold this share of the energy, and do not look
-            at the cutoff; None: by the cutoff.
-        largest_energy_cut: largest share of the energy that may be cut at once, in (0, 1].
-        wanted: keep so many values, and look at neither; None: by the others.
+        alignment: see :func:`rounded_up`; never beyond the present rank.
+        wanted: keep so many values, as a target size asks for, and look at neither cutoff nor
+            retained energy; None: by these.
     """
     # The host waits once, and not at every question; and it adds up in an order that is fixed.
     s = s.cpu()
     rank = s.shape[-1]
     if wanted is not None:
         kept = wanted
-    elif retained_energy is None:
-        kept = int((s >= cutoff * s[..., :1]).sum(-1).max())
+    elif rule.retained_energy is None:
+        kept = int((s >= rule.cutoff * s[..., :1]).sum(-1).max())
     else:
-        kept = energy_rank(s, largest_loss=1 - retained_energy)
-    guard = math.ceil((1 - largest_cut) * rank - 1e-9)
-    bound = energy_rank(s, largest_loss=largest_energy_cut)
-    kept = max(kept, guard, bound, minimum_rank(full_rank, minimum_rank_fraction))
-    return min(rank, rounded_up(kept, full_rank=full_rank, multiple=multiple, alignment=alignment))
+        kept = energy_rank(s, largest_loss=1 - rule.retained_energy)
+    guard = math.ceil((1 - rule.largest_cut) * rank - 1e-9)
+    bound = energy_rank(s, largest_loss=rule.largest_energy_cut)
+    kept = max(kept, guard, bound, minimum_rank(full_rank, rule.minimum_rank_fraction))
+    rounded = rounded_up(
+        kept, full_rank=full_rank, multiple=rule.rank_multiple, alignment=alignment
+    )
+    return min(rank, rounded)
 
 
 def energy_rank(s: Tensor, *, largest_loss: float) -> int:

@@ -6,6 +6,7 @@ from typing import Any, Self
 
 from oialr.allocation import Choice, allocate, layer_choices
 from oialr.conversion import LayerReport
+from oialr.options import RankRule
 
 
 class TargetSize:
@@ -13,46 +14,42 @@ class TargetSize:
 
     def __init__(
         self,
-        target_size: float,
+        rule: RankRule,
         layers: Sequence[LayerReport],
         *,
         stored: int,
-        minimum_rank_fraction: float,
-        rank_multiple: int,
         is_released: bool,
     ) -> None:
         """Look at what there is to be saved.
 
         Args:
-            target_size: stored parameters of the network over those of the full-rank one.
+            rule: target size, minimum rank and multiple of ranks count.
             layers: those that the method factorizes.
             stored: parameters of the full-rank network.
-            minimum_rank_fraction, rank_multiple: as of the method.
             is_released: whether the run ends with two factors of each layer, not three.
 
         Raises:
             ValueError: the smallest ranks exceed the size.
         """
-        self.target_size = target_size
+        assert rule.target_size is not None
+        self._rule = rule
         self.layers = layers
-        self._minimum_rank_fraction = minimum_rank_fraction
-        self._rank_multiple = rank_multiple
         self.is_released = is_released
         others = stored - sum(math.prod(layer.shape) for layer in layers)
-        self._budget = math.floor(target_size * stored * (1 + 1e-12)) - others
+        self._budget = math.floor(rule.target_size * stored * (1 + 1e-12)) - others
         flat = (self._choices(layer, [1.0] * layer.full_rank) for layer in layers)
         smallest = sum(choices[0].parameters for choices in flat)
         if smallest > self._budget:
             raise ValueError(
-                f"target_size {target_size} cannot be reached: what stays full-rank takes "
+                f"target_size {rule.target_size} cannot be reached: what stays full-rank takes "
                 f"{others / stored:.3f} of the network's parameters and the smallest ranks of the "
                 f"other layers take {smallest / stored:.3f}"
             )
 
     @classmethod
-    def of(cls, target_size: float | None, *args: Any, **options: Any) -> Self | None:
+    def of(cls, rule: RankRule, *args: Any, **options: Any) -> Self | None:
         """Return what the constructor makes; None without a target."""
-        return None if target_size is None else cls(target_size, *args, **options)
+        return None if rule.target_size is None else cls(rule, *args, **options)
 
     def ranks(
         self,
@@ -99,8 +96,8 @@ class TargetSize:
         return layer_choices(
             energies,
             layer.stack_shape,
-            minimum_rank_fraction=self._minimum_rank_fraction,
-            multiple=self._rank_multiple,
+            minimum_rank_fraction=self._rule.minimum_rank_fraction,
+            multiple=self._rule.rank_multiple,
             alignment=alignment,
             has_core=not self.is_released,
             can_be_dense=self.is_released or may_stay_dense,

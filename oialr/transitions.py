@@ -1,7 +1,7 @@
 """What an event does to one layer: from full-rank to factors, and from one basis to the next."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -19,17 +19,18 @@ from oialr.conversion import (
 from oialr.gradients import GradientWatch
 from oialr.layers.base import FactoredLayer
 from oialr.layers.conv import FactoredConv
-from oialr.layers.cost import Execution, rank_pays
+from oialr.layers.cost import rank_pays
 from oialr.linalg.svd import Factors
 from oialr.memory import tensors_of
 from oialr.obstacles import Obstacles
 from oialr.optimizer_state import (
-    UnknownState,
     check_before_event,
     replace_parameter,
     rotate_parameter,
 )
+from oialr.options import Options
 from oialr.parameter_groups import TwinGroups
+from oialr.schedule import kept_rank
 from oialr.target import TargetSize
 from oialr.transport import (
     CoreToA,
@@ -58,12 +59,7 @@ class Transitions:
         model: nn.Module,
         optimizer: Optimizer,
         *,
-        kept_rank: Callable[..., int],
-        cut_at_conversion: bool,
-        defer_conversion: bool,
-        execution: Execution,
-        recompute_convolutions: bool,
-        unknown_optimizer_state: UnknownState,
+        options: Options,
         groups: TwinGroups,
         gradients: GradientWatch,
     ) -> None:
@@ -72,21 +68,15 @@ class Transitions:
         Args:
             model: the network.
             optimizer: holds the layers' weights.
-            kept_rank: :func:`oialr.schedule.kept_rank` but for ``s`` and ``full_rank``.
-            cut_at_conversion, defer_conversion, execution, recompute_convolutions,
-                unknown_optimizer_state: as of the method.
+            options: of the method.
             groups: moves what replaces the weights to parameter groups of its own.
             gradients: is told what replaces what.
         """
         self._model = model
         self._optimizer = optimizer
-        self._kept_rank = kept_rank
-        self.cuts_at_conversion = cut_at_conversion or defer_conversion
+        self._options = options
+        self.cuts_at_conversion = options.cut_at_conversion or options.defer_conversion
         """Whether a conversion needs less than all columns of the factors."""
-        self._defer_conversion = defer_conversion
-        self._execution = execution
-        self._recompute_convolutions = recompute_convolutions
-        self._unknown_optimizer_state = unknown_optimizer_state
         self._groups = groups
         self._gradients = gradients
         self.released: dict[str, Literal["factors", "dense"]] = {}
@@ -172,7 +162,7 @@ class Transitions:
         self.wanted = target.ranks(
             energies,
             fixed=fixed,
-            may_stay_dense=waiting if self._defer_conversion else frozenset(),
+            may_stay_dense=waiting if self._options.defer_conversion else frozenset(),
             alignment=TENSOR_CORE_ALIGNMENT if is_cuda else 1,
         )
 
@@ -197,7 +187,7 @@ class Transitions:
             dense={r.name: self.weight(r) for r in reports if self.is_dense(r)},
             cores={r.name: self.weight(r) for r in reports if not self.is_dense(r)},
             groups=self._groups,
-            unknown=self._unknown_optimizer_state,
+            unknown=self._options.unknown_optimizer_state,
         )
 
     def apply(self, report: LayerReport, factors: Factors, *, release: bool = False) -> int:
@@ -233,9 +223,9 @@ class Transitions:
         """
         weight = self.weight(report)
         layer = factorize_layer(self._model, report.name, *factors)
-        layer.execution = self._execution
+        layer.execution = self._options.execution
         if isinstance(layer, FactoredConv):
-            layer.recompute = self._recompute_convolutions
+            layer.recompute = self._options.recompute_convolutions
         if layer.released:
             A, B = factors
             self._replace_parameter(
@@ -336,7 +326,7 @@ class Transitions:
                 self._optimizer,
                 layer.core,
                 Projection(left, right.mT),
-                unknown=self._unknown_optimizer_state,
+                unknown=self._options.unknown_optimizer_state,
             )
 
     def columns_used(self, report: LayerReport, s: Tensor, *, release: bool = False) -> int:
@@ -351,14 +341,16 @@ class Transitions:
         m, n = report.matrix_shape
         wanted = self.wanted.get(report.name)
         if self.wanted and wanted is None and not release:
-            return None if is_dense and self._defer_conversion else s.shape[-1]
+            return None if is_dense and self._options.defer_conversion else s.shape[-1]
         if self.wanted and release:  # now or never, whatever a cut at once may be
             return wanted
         alignment = TENSOR_CORE_ALIGNMENT if s.is_cuda else 1
-        r = self._kept_rank(s, full_rank=report.full_rank, alignment=alignment, wanted=wanted)
+        r = kept_rank(
+            s, self._options, full_rank=report.full_rank, alignment=alignment, wanted=wanted
+        )
         if release:
             return r if r * (m + n) < m * n else None
-        return None if is_dense and self._defer_conversion and not rank_pays(m, n, r) else r
+        return None if is_dense and self._options.defer_conversion and not rank_pays(m, n, r) else r
 
     def _move_factors(self, report: LayerReport, layer: FactoredLayer) -> None:
         self.released[report.name] = "factors"
@@ -367,5 +359,5 @@ class Transitions:
     def _replace_parameter(
         self, report: LayerReport, old: nn.Parameter, new: Mapping[nn.Parameter, Transport]
     ) -> None:
-        replace_parameter(self._optimizer, old, new, unknown=self._unknown_optimizer_state)
+        replace_parameter(self._optimizer, old, new, unknown=self._options.unknown_optimizer_state)
         self._gradients.replace(report.name, old, next(iter(new)))

@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from app.config.data_section import DataSection
+from app.config.method_section import OIALRSection
 from app.config.search_section import SearchSection
 from app.config.section import Section
 from app.errors import UserError
@@ -155,121 +156,6 @@ class TrainingSection(Section):
         return self
 
 
-class OIALRSection(Section):
-    """The method (arXiv 2401.08505, section 4)."""
-
-    enabled: bool = Field(True, description="false: the full-rank baseline.")
-    delay: int = Field(1000, gt=0, description="Optimizer steps of full-rank training, d.")
-    update_interval: int = Field(500, gt=0, description="Optimizer steps between updates, nu.")
-    cutoff: float = Field(
-        0.1, gt=0, lt=1, description="Singular values below cutoff times the largest are cut, beta."
-    )
-    layer_fraction: float = Field(
-        0.1, gt=0, le=1, description="Share of layers, last first, that each update adds, alpha."
-    )
-    keep_first_layer: bool = Field(False, description="The network's first layer stays full-rank.")
-    keep_last_layer: bool = Field(
-        True, description="The layers that produce the network's outputs stay full-rank."
-    )
-    minimum_rank_fraction: float = Field(
-        0.01, ge=0, le=1, description="No rank falls below this share of min(m, n)."
-    )
-    largest_cut: float = Field(
-        0.5, gt=0, lt=1, description="Largest share of a layer's rank that one update may cut."
-    )
-    retained_energy: float | None = Field(
-        None,
-        gt=0,
-        lt=1,
-        description="Share of a layer's spectral energy, the sum of squared singular values, that "
-        "is kept; it takes the place of the cutoff.",
-    )
-    target_size: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="Not the paper's: stored parameters that the run ends with, over those of the "
-        "full-rank network; it takes the place of the cutoff, and is met at the release, whatever "
-        "largest_cut.",
-    )
-    largest_energy_cut: float = Field(
-        1.0, gt=0, le=1, description="Largest share of that energy that one update may cut."
-    )
-    rank_multiple: int = Field(
-        16, gt=0, description="Ranks are multiples of it where min(m, n) is at least 12 times it."
-    )
-    execution: Literal["auto", "factored", "folded", "dense"] = Field(
-        "auto", description="How factorized weights are applied; auto: the cheapest exact way."
-    )
-    cut_at_conversion: bool = Field(False, description="Cut at the conversion itself already.")
-    defer_conversion: bool = Field(
-        False,
-        description="Not the paper's: a layer is converted, and cut at once, when its spectrum "
-        "leaves a rank that is trained faster than full-rank; judged at every event.",
-    )
-    recompute_convolutions: bool = Field(
-        False, description="Form their product of r channels again in backward: less memory."
-    )
-    include: list[str] = Field(["*"], description="Patterns (blocks.*) of layers to factorize.")
-    exclude: list[str] = Field([], description="Patterns of layers that stay full-rank.")
-    attention_projection: Literal["packed", "separate"] = Field(
-        "packed", description="nn.MultiheadAttention: in_proj_weight as one, or q, k and v each."
-    )
-    core_learning_rate_factor: float = Field(
-        1.0,
-        gt=0,
-        le=1000,
-        description="Learning rate of cores over that of full-rank weights: a step on a core moves "
-        "the weight less.",
-    )
-    release: int | float | None = Field(
-        None,
-        gt=0,
-        description="Not the paper's: step, or share of the run's steps (below 1), after which "
-        "ranks are fixed and both factors of W = A B are trained; oialr.delay at the earliest.",
-    )
-    release_warmup: int = Field(
-        20,
-        ge=0,
-        description="Steps of linear warm-up of what a release makes, so that the first changes no "
-        "weight more than the step before.",
-    )
-    factor_learning_rate_factor: float = Field(
-        1.0,
-        gt=0,
-        le=1000,
-        description="Learning rate of the factors over that of full-rank weights; "
-        "core_learning_rate_factor is not for them.",
-    )
-    frobenius_decay: float | None = Field(
-        None,
-        ge=0,
-        le=1000,
-        description="Not the paper's: decay of the factors by their product, lambda / 2 |A B|^2, "
-        "in place of training.weight_decay, which is for each of them.",
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        release = self.release
-        if isinstance(release, float) and release >= 1:
-            raise ValueError(
-                f"release: {release} is no share of the run, below 1; a step is a whole number"
-            )
-        if isinstance(release, int) and release < self.delay:
-            raise ValueError(f"release: {release} must be at least delay, {self.delay}")
-        if release is None and self.frobenius_decay is not None:
-            raise ValueError(
-                "frobenius_decay: is for the factors that a release makes; set release too"
-            )
-        return self
-
-    def release_step(self, steps: int) -> int | None:
-        """Return the step of the release in a run of so many; None without one."""
-        share = self.release
-        return round(share * steps) if isinstance(share, float) else share
-
-
 class DistributedSection(Section):
     """Processes and devices."""
 
@@ -365,12 +251,13 @@ class Configuration(Section):
             UserError: the delay or the release is not less than the number of steps, or a share of
                 the run lies before the delay.
         """
-        if self.oialr.enabled and self.oialr.delay >= steps:
+        delay = self.oialr.step_of("delay", steps)
+        if self.oialr.enabled and delay is not None and delay >= steps:
             raise UserError(
                 f"oialr.delay: {self.oialr.delay} is not less than the {steps} steps of this run; "
                 f"lower it, or set oialr.enabled=false for full-rank training"
             )
-        release = self.oialr.release_step(steps)
+        release = self.oialr.step_of("release", steps)
         if not self.oialr.enabled or release is None:
             return
         if release >= steps:
@@ -378,8 +265,8 @@ class Configuration(Section):
                 f"oialr.release: {self.oialr.release} is not less than the {steps} steps of this "
                 f"run; lower it, or leave it out"
             )
-        if release < self.oialr.delay:
+        if delay is not None and release < delay:
             raise UserError(
                 f"oialr.release: {self.oialr.release} of {steps} steps is step {release}, before "
-                f"oialr.delay, {self.oialr.delay}; raise it, or lower the delay"
+                f"oialr.delay, {delay}; raise it, or lower the delay"
             )

@@ -52,7 +52,7 @@ def explain_run(configuration: Configuration, runtime: Runtime, *, resume: bool)
         ranks,
         configuration.oialr.execution,
         released=released,
-        will_release=method.release is not None,
+        will_release=method.options.release is not None,
     )
 
 

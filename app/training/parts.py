@@ -69,8 +69,7 @@ def build_method(
         return OIALR(
             model,
             optimizer,
-            **configuration.oialr.model_dump(exclude={"enabled", "release"}),
-            release=configuration.oialr.release_step(steps),
+            configuration.oialr.options(steps),
             factorization=configuration.distributed.factorization,
             processes=processes,
             costs=read_costs(calibration) if calibration else None,

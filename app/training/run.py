@@ -210,7 +210,7 @@ def _assemble(
         configuration.training,
         steps=steps,
         steps_per_epoch=task.steps_per_epoch,
-        conversion=method.delay if method else None,
+        conversion=method.options.delay if method else None,
     )
     tracker = processes.agree(lambda: build_tracker(configuration.stability, layers, processes))
     average = build_average(configuration, model, optimizer)
@@ -331,11 +331,11 @@ def _describe(trainer: Trainer, folder: Path) -> str:
     ]
     if trainer.method:
         dense = [layer for layer in trainer.method.survey if layer.stays_dense]
-        release = trainer.method.release
+        release = trainer.method.options.release
         released = f", their factors are released after step {release}" if release else ""
         lines.append(
-            f"{len(trainer.method.layers)} layers turn low-rank after step {trainer.method.delay}"
-            f"{released}; {len(dense)} weights stay full-rank:"
+            f"{len(trainer.method.layers)} layers turn low-rank after step "
+            f"{trainer.method.options.delay}{released}; {len(dense)} weights stay full-rank:"
         )
         lines += [f"  {layer.name} {layer.shape}: {layer.stays_dense}" for layer in dense]
         if runtime.process_count > 1:
@@ -350,6 +350,7 @@ def _describe(trainer: Trainer, folder: Path) -> str:
 def _summarize(trainer: Trainer, figures: dict[str, float]) -> dict[str, Any]:
     """Return the final figures; sizes and ranks are those of the tested weights."""
     method, stopwatch = trainer.method, trainer.stopwatch
+    target = method.options.target_size if method else None
     trained, stored = parameter_counts(trainer.model)
     tensors = [*trainer.model.parameters(), *trainer.model.buffers()]
     cpu_seconds = stopwatch.cpu_seconds
@@ -357,7 +358,7 @@ def _summarize(trainer: Trainer, figures: dict[str, float]) -> dict[str, Any]:
         **{f"test_{name}": value for name, value in figures.items()},
         "trainable_percent": method.trainable_percent() if method else 100.0,
         "compression_percent": method.compression_percent() if method else 100.0,
-        **({"target_size": method.target_size} if method and method.target_size else {}),
+        **({"target_size": target} if target else {}),
         "trained_parameters": trained,
         "stored_parameters": stored,
         "stored_bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),

@@ -1,7 +1,7 @@
 """Multi-head attention whose projections are factorized."""
 
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +9,6 @@ from torch.nn import functional
 
 from oialr.layers.base import FactoredLayer
 from oialr.layers.linear import ordered
-
-AttentionProjection = Literal["packed", "separate"]
-"""in_proj_weight (3 E, E) as one matrix, or as a stack of three (E, E) for query, key and value."""
 
 INPUT_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 """The weights that nn.MultiheadAttention holds itself; that of out_proj is a linear layer's."""

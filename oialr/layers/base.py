@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from oialr.layers.cost import Execution, Way, cheapest_way
+from oialr.layers.cost import Way, cheapest_way
 from oialr.layers.formed import guarded_weight
+from oialr.options import Execution
 
 FROZEN = ("U", "core", "Vh")
 """Names of the factors of which the core alone is trained."""

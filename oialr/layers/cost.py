@@ -19,7 +19,6 @@ from typing import Literal
 
 Way = Literal["factored", "folded", "dense"]
 OTHER_WAYS: tuple[Way, ...] = ("folded", "dense")
-Execution = Literal["auto", "factored", "folded", "dense"]
 
 SMALL_PRODUCT = 40
 """Columns of width that one more product of (b, r) matrices costs beyond its multiply-adds.

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -50,9 +50,12 @@ class Factorizer:
             costs: for the plan; those of process 0 count.
 
         Raises:
+            ValueError: none of these.
             UserError: "heat" is not possible.
         """
         self._processes = processes
+        if mode not in (choices := get_args(Factorization)):
+            raise ValueError(f"factorization must be one of {', '.join(choices)}, not {mode!r}")
         self._mode = mode
         self._costs = costs or Costs()
         self._nodes: list[int] | None = None

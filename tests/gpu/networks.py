@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from oialr.conversion import get_layer
-from oialr.event import Event
+from oialr.events import Event
 from oialr.layers.base import FactoredLayer
 from oialr.method import OIALR
 

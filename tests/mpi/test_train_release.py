@@ -70,7 +70,7 @@ def test_a_run_that_ends_above_its_size_says_so(tmp_path):
     ("settings", "message"),
     [
         (["oialr.release=1.5"], "oialr.release: 1.5 is no share of the run"),
-        (["oialr.release=300"], "oialr.release: 300 must be at least delay, 360"),
+        (["oialr.release=300"], "oialr.release: must be at least delay, 360, not 300"),
         (["oialr.frobenius_decay=0.1"], "oialr.frobenius_decay: is for the factors"),
         (["oialr.target_size=1.2"], "oialr.target_size: "),
     ],
@@ -100,4 +100,4 @@ def test_a_share_of_the_run_is_a_step():
     for release, step in ((0.4, 480), (0.3, 360), (500, 500), ("null", None)):
         configuration = config.load(None, ["oialr.delay=360", f"oialr.release={release}"])
         configuration.check_steps(1200)
-        assert configuration.oialr.release_step(1200) == step
+        assert configuration.oialr.step_of("release", 1200) == step

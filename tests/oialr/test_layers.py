@@ -12,6 +12,7 @@ from app import OIALR
 from oialr.conversion import factorize_layer, get_layer, survey, to_dense
 from oialr.layers.base import FactoredLayer
 from oialr.linalg.svd import economy_svd
+from oialr.options import RankRule
 from oialr.placement import factorization
 from oialr.placement.assignment import make_plan
 from oialr.placement.buckets import MatrixInfo
@@ -191,15 +192,10 @@ def test_what_stays_dense_has_a_reason(layer, reason):
 
 
 def test_a_stack_has_one_rank_the_largest_that_a_matrix_keeps():
-    options = {
-        "full_rank": 4,
-        "cutoff": 0.5,
-        "largest_cut": 0.99,
-        "minimum_rank_fraction": 0,
-    }
+    rule = RankRule(cutoff=0.5, largest_cut=0.99, minimum_rank_fraction=0, rank_multiple=1)
     s = torch.tensor([[8.0, 5, 1, 1], [1, 0.9, 0.6, 0.1]])
-    assert [kept_rank(row, **options) for row in s] == [2, 3]
-    assert kept_rank(s, **options) == 3
+    assert [kept_rank(row, rule, full_rank=4) for row in s] == [2, 3]
+    assert kept_rank(s, rule, full_rank=4) == 3
 
 
 def network():

@@ -21,6 +21,7 @@ from oialr.conversion import (
 )
 from oialr.layers.base import FactoredLayer
 from oialr.linalg.svd import economy_svd
+from oialr.options import RankRule
 from oialr.schedule import energy_rank, event_at, kept_rank, layers_in_turn, minimum_rank
 
 KEEP = {"keep_first_layer": False, "keep_last_layer": False, "minimum_rank_fraction": 0.01}
@@ -244,7 +245,7 @@ def test_the_last_layers_come_first(count, fraction, expected):
     assert turns == expected
 
 
-CUT = {"full_rank": 100, "cutoff": 0.1, "largest_cut": 0.5, "minimum_rank_fraction": 0.01}
+CUT = {"rank_multiple": 1, "cutoff": 0.1, "largest_cut": 0.5, "minimum_rank_fraction": 0.01}
 
 
 @pytest.mark.parametrize(
@@ -257,10 +258,10 @@ CUT = {"full_rank": 100, "cutoff": 0.1, "largest_cut": 0.5, "minimum_rank_fracti
         ([10, 0.1], {"minimum_rank_fraction": 0.04}, 2),  # never growing
         ([0, 0, 0], {}, 3),  # a zero matrix tells nothing
         ([1.0], {}, 1),
-        ([10] * 5 + [0.1] * 15, {"multiple": 4}, 12),  # rounded up from the guard, 10
-        ([10] * 5 + [0.1] * 15, {"multiple": 4, "largest_cut": 0.9}, 8),
-        ([10] * 5 + [0.1] * 15, {"multiple": 13, "largest_cut": 0.9}, 5),  # 8 * 13 > 100
-        ([10, 9, 8], {"multiple": 4}, 3),  # never growing
+        ([10] * 5 + [0.1] * 15, {"rank_multiple": 4}, 12),  # rounded up from the guard, 10
+        ([10] * 5 + [0.1] * 15, {"rank_multiple": 4, "largest_cut": 0.9}, 8),
+        ([10] * 5 + [0.1] * 15, {"rank_multiple": 13, "largest_cut": 0.9}, 5),  # 8 * 13 > 100
+        ([10, 9, 8], {"rank_multiple": 4}, 3),  # never growing
         # Energies 16, 4, 1, 1.
         ([4, 2, 1, 1], {"retained_energy": 0.72, "largest_cut": 0.9}, 1),
         ([4, 2, 1, 1], {"retained_energy": 0.9, "largest_cut": 0.9}, 2),
@@ -275,7 +276,8 @@ CUT = {"full_rank": 100, "cutoff": 0.1, "largest_cut": 0.5, "minimum_rank_fracti
     ],
 )
 def test_kept_rank(s, options, expected):
-    assert kept_rank(torch.tensor(s), **{**CUT, **options}) == expected
+    rule = RankRule(**{**CUT, **options})
+    assert kept_rank(torch.tensor(s), rule, full_rank=100) == expected
 
 
 @given(

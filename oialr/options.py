@@ -1,0 +1,244 @@
+"""The options of the method, each said once: default, range, meaning.
+
+:class:`Options` is all of them. Its parts are what functions below ask for: a rank rule, a
+selection of layers, and so on. The constructor of :class:`oialr.OIALR` takes them as keywords, and
+the application's section ``oialr`` has the same fields, defaults, ranges and texts. A new option is
+a field here, and its use.
+
+Options are the paper's (arXiv 2401.08505) unless their text says that they are ours.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import cache
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+Execution = Literal["auto", "factored", "folded", "dense"]
+AttentionProjection = Literal["packed", "separate"]
+UnknownState = Literal["error", "reset"]
+
+BOUNDS = ("gt", "ge", "lt", "le")
+"""Names of the bounds of a range, as pydantic has them: >, >=, <, <=."""
+
+
+def option(text: str, default: Any = MISSING, **bounds: float) -> Any:
+    """Return the field of an option.
+
+    Args:
+        text: what it means.
+        default: its value if nobody sets it; MISSING: somebody must.
+        **bounds: of its range, named as in :data:`BOUNDS`.
+    """
+    assert set(bounds) <= set(BOUNDS)
+    return field(default=default, metadata={"text": text, **bounds})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """When layers are converted and updated."""
+
+    delay: int = option("Optimizer steps of full-rank training, d.", ge=1)
+    update_interval: int = option("Optimizer steps between updates, nu.", ge=1)
+    layer_fraction: float = option(
+        "Share of the layers, the last first, that each update adds, alpha.", 0.1, gt=0, le=1
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankRule:
+    """Which rank a layer keeps."""
+
+    cutoff: float = option(
+        "Singular values below cutoff times the largest are cut, beta.", 0.1, gt=0, lt=1
+    )
+    minimum_rank_fraction: float = option(
+        "No rank falls below this share of k = min(m, n).", 0.01, ge=0, le=1
+    )
+    largest_cut: float = option(
+        "Largest share of a layer's rank that one update may cut.", 0.5, gt=0, lt=1
+    )
+    retained_energy: float | None = option(
+        "Ours: keep the fewest singular values that hold this share of a layer's spectral energy, "
+        "the sum of their squares; it takes the place of the cutoff.",
+        None,
+        gt=0,
+        lt=1,
+    )
+    largest_energy_cut: float = option(
+        "Ours: largest share of the spectral energy that one update may cut.", 1.0, gt=0, le=1
+    )
+    target_size: float | None = option(
+        "Ours: stored parameters that the network ends with, over those of the full-rank one. The "
+        "ranks are those that lose the least energy per parameter; they take the place of cutoff "
+        "and energies, are approached at the updates, and met at a release whatever largest_cut.",
+        None,
+        gt=0,
+        le=1,
+    )
+    rank_multiple: int = option(
+        "Ours: ranks are rounded up to a multiple of this in layers with min(m, n) of at least "
+        "twelve times as much; 1: not at all.",
+        16,
+        ge=1,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which layers are factorized."""
+
+    keep_first_layer: bool = option("The network's first layer stays full-rank.", False)
+    keep_last_layer: bool = option(
+        "The layers that produce the network's outputs stay full-rank: its heads by name, or its "
+        "last layer.",
+        True,
+    )
+    include: Sequence[str] = option(
+        "Ours: shell-style patterns of module names, such as blocks.*.attn.*: what matches none of "
+        "them stays full-rank.",
+        ("*",),
+    )
+    exclude: Sequence[str] = option("Ours: patterns of what stays full-rank.", ())
+    attention_projection: AttentionProjection = option(
+        "Ours: in_proj_weight of nn.MultiheadAttention is one matrix (packed), or one each for "
+        "query, key and value, all cut to the same rank (separate).",
+        "packed",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """How a layer turns low-rank, and how it is run and trained then."""
+
+    cut_at_conversion: bool = option("Ours: cut at the conversion itself already.", False)
+    defer_conversion: bool = option(
+        "Ours: a layer is converted, and cut at once, only when its spectrum leaves a rank with "
+        "which a step takes less time than full-rank; judged at the conversion and every update.",
+        False,
+    )
+    execution: Execution = option(
+        "Ours: how factorized weights are applied; auto: the cheapest exact way for each layer and "
+        "rank.",
+        "auto",
+    )
+    recompute_convolutions: bool = option(
+        "Ours: form the product with Vh again in backward, which saves its memory and costs its "
+        "time.",
+        False,
+    )
+    core_learning_rate_factor: float = option(
+        "Ours: learning rate of cores over that of full-rank weights, since a step on a core moves "
+        "the weight less. Other than 1 it adds parameter groups, so a learning-rate schedule must "
+        "be made afterwards.",
+        1.0,
+        gt=0,
+        le=1000,
+    )
+    unknown_optimizer_state: UnknownState = option(
+        "Ours: reset accepts any optimizer, and drops what it knows of a weight at every event "
+        "where the transport of that is not known.",
+        "error",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Release:
+    """When both factors are trained, and how. All of it is ours."""
+
+    release: int | None = option(
+        "Ours: optimizer steps, at least the delay, after which ranks are fixed and both factors "
+        "of W = A B are trained. It is a last update, of all layers; those in which the factors "
+        "store no less than the weight are dense from then on.",
+        None,
+        ge=1,
+    )
+    release_warmup: int = option(
+        "Ours: steps after a release in which the learning rate of what it made rises to its own, "
+        "so that the first of them changes no weight more than the one before.",
+        20,
+        ge=0,
+    )
+    factor_learning_rate_factor: float = option(
+        "Ours: learning rate of the factors over that of full-rank weights; "
+        "core_learning_rate_factor is not for them. A release adds parameter groups too.",
+        1.0,
+        gt=0,
+        le=1000,
+    )
+    frobenius_decay: float | None = option(
+        "Ours: decay of the factors by that of their product, lambda / 2 |A B|^2 (arXiv "
+        "2105.01029), in place of the weight decay of their parameter group.",
+        None,
+        ge=0,
+        le=1000,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Release, Conversion, Selection, RankRule, Schedule):  # the last one's fields first
+    """All options of the method.
+
+    Raises:
+        ValueError: one of them is out of its range, none of its choices, or contradicts another;
+            the message begins with its name.
+    """
+
+    def __post_init__(self) -> None:
+        for name in ("include", "exclude"):
+            if isinstance(patterns := getattr(self, name), str):
+                raise ValueError(f"{name} must be a list of patterns, not {patterns!r}")
+            object.__setattr__(self, name, tuple(patterns))
+        for each in fields(self):
+            check(each, getattr(self, each.name))
+        if self.release is not None and self.release < self.delay:
+            raise ValueError(f"release must be at least delay, {self.delay}, not {self.release!r}")
+        if self.release is None and self.frobenius_decay is not None:
+            raise ValueError(
+                "frobenius_decay is for the factors that a release makes: set release too"
+            )
+
+
+@cache
+def kinds() -> dict[str, Any]:
+    """Return the type of each option by name."""
+    return get_type_hints(Options)
+
+
+def part(options: Options, kind: type) -> dict[str, Any]:
+    """Return the options of one part by name, such as those of :class:`Selection`."""
+    return {each.name: getattr(options, each.name) for each in fields(kind)}
+
+
+def check(option: "Field[Any]", value: Any) -> None:
+    """Reject a value that is out of an option's range, or none of its choices.
+
+    Raises:
+        ValueError: naming the option, its value and what would be right.
+    """
+    kind = kinds()[option.name]
+    if get_origin(kind) is Literal and value not in (choices := get_args(kind)):
+        raise ValueError(f"{option.name} must be one of {', '.join(choices)}, not {value!r}")
+    if not set(BOUNDS) & set(option.metadata):
+        return
+    is_optional = type(None) in get_args(kind)
+    is_right = isinstance(value, int | float) and _is_within(option.metadata, value)
+    if not is_right and not (value is None and is_optional):
+        right = described(option.metadata) + (", or None" if is_optional else "")
+        raise ValueError(f"{option.name} must be {right}, not {value!r}")
+
+
+def described(bounds: Mapping[str, Any]) -> str:
+    """Say a range in words: "in (0, 1]", "at least 1", "positive"."""
+    low, high = bounds.get("ge", bounds.get("gt")), bounds.get("le", bounds.get("lt"))
+    if high is None:
+        return "positive" if bounds.get("gt") == 0 else f"at least {low}"
+    return f"in {'[' if 'ge' in bounds else '('}{low}, {high}{']' if 'le' in bounds else ')'}"
+
+
+def _is_within(bounds: Mapping[str, Any], value: Any) -> bool:
+    return (
+        ("gt" not in bounds or value > bounds["gt"])
+        and ("ge" not in bounds or value >= bounds["ge"])
+        and ("lt" not in bounds or value < bounds["lt"])
+        and ("le" not in bounds or value <= bounds["le"])
+    )

@@ -1,0 +1,108 @@
+"""The options are said once: dataclass, constructor, configuration and command line agree."""
+
+import dataclasses
+import inspect
+
+import pytest
+import torch
+from torch import nn
+
+from app import config
+from app.config.method_section import NOT_FOR_A_RUN, SHARES, OIALRSection
+from oialr import OIALR, Options
+from oialr.options import described, kinds
+
+FIELDS = {each.name: each for each in dataclasses.fields(Options)}
+NEEDED = {"delay": 4, "update_interval": 2}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_an_option_has_one_default_and_one_text(name):
+    each, text = FIELDS[name], FIELDS[name].metadata["text"]
+    assert text.endswith(".")
+    parameter = inspect.signature(OIALR).parameters[name]
+    assert parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    if each.default is not dataclasses.MISSING:
+        assert parameter.default == each.default
+    if name in NOT_FOR_A_RUN:
+        assert name not in OIALRSection.model_fields
+        return
+    key = OIALRSection.model_fields[name]
+    assert key.description.startswith(text)
+    if name not in NEEDED:
+        default = key.get_default()
+        assert (tuple(default) if isinstance(default, list) else default) == each.default
+    assert f"oialr.{name}=" in config.describe_keys()
+
+
+def test_the_section_has_the_options_and_a_switch():
+    assert set(OIALRSection.model_fields) == set(FIELDS) - NOT_FOR_A_RUN | {"enabled"}
+
+
+RANGES = [(name, *pair) for name, each in FIELDS.items() for pair in each.metadata.items()][:]
+
+
+@pytest.mark.parametrize(("name", "bound", "value"), [each for each in RANGES if each[1] != "text"])
+def test_a_bound_holds_for_the_library_and_the_application(name, bound, value):
+    """Just beyond it both refuse; at it both or none."""
+    step = 1 if kinds()[name] is int else 1e-3
+    beyond = value - step if bound in ("gt", "ge") else value + step
+    if bound in ("gt", "lt"):
+        beyond = value
+    with pytest.raises(ValueError, match=f"^{name} must be "):
+        Options(**{**NEEDED, name: beyond})
+    if name in SHARES:
+        beyond = -1
+    with pytest.raises(Exception, match=rf"oialr\.{name}"):
+        config.build({"oialr": {"release": 2000, name: beyond}})
+
+
+@pytest.mark.parametrize(
+    ("bounds", "words"),
+    [
+        ({"ge": 1}, "at least 1"),
+        ({"gt": 0}, "positive"),
+        ({"gt": 0, "lt": 1}, "in (0, 1)"),
+        ({"ge": 0, "le": 1}, "in [0, 1]"),
+        ({"gt": 0, "le": 1000}, "in (0, 1000]"),
+    ],
+)
+def test_a_range_in_words(bounds, words):
+    assert described(bounds) == words
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"cutoff": "0.1"}, r"cutoff must be in \(0, 1\), not '0.1'"),
+        ({"include": "blocks.*"}, "include must be a list of patterns, not 'blocks"),
+        ({"execution": "fast"}, "execution must be one of auto, factored, folded, dense"),
+    ],
+)
+def test_another_kind_of_value_is_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        Options(**NEEDED, **wrong)
+
+
+def test_keywords_replace_options():
+    options = Options(**NEEDED, cutoff=0.3)
+    model = nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 20))
+    method = OIALR(model, torch.optim.SGD(model.parameters(), lr=0.1), options, cutoff=0.4)
+    assert method.options == dataclasses.replace(options, cutoff=0.4)
+    with pytest.raises(TypeError, match="cutof"):
+        OIALR(model, torch.optim.SGD(model.parameters(), lr=0.1), **NEEDED, cutof=0.4)
+
+
+def test_shares_are_of_the_runs_steps():
+    section = config.load(
+        None, ["oialr.delay=0.2", "oialr.update_interval=0.03", "oialr.release=0.5"]
+    ).oialr
+    options = section.options(1001)
+    assert (options.delay, options.update_interval, options.release) == (200, 30, 500)
+    assert section.options(3).update_interval == 1
+    with pytest.raises(Exception, match="release: must be at least delay, 10, not 3"):
+        config.load(None, ["oialr.delay=10", "oialr.release=3", "oialr.update_interval=0.05"])
+    configuration = config.load(None, ["oialr.delay=0.5", "oialr.release=400"])
+    configuration.check_steps(800)
+    with pytest.raises(Exception, match=r"oialr\.release: 400 of 900 steps is step 400, before"):
+        configuration.check_steps(900)
