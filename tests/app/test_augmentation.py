@@ -18,9 +18,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from test_classification import digits, in_double, linear, together
-from test_image_folder import folder_task, write_images
-from test_image_folder import together as together_from_folder
+from support.digit_tasks import digits, in_double, linear, together
+from support.image_folders import folder_task, write_images
+from support.image_folders import together as together_from_folder
 from torch.nn import functional
 
 from app import config

@@ -3,55 +3,22 @@
 import random
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.digit_tasks import digits, in_double, linear, together
 from torch import Tensor, nn
 from torch.nn import functional
 
 from app import config
 from app.config.settings import DataSection
-from app.data import Batch, Task, build_task, datasets, pixels
+from app.data import Batch, build_task, datasets, pixels
 from app.data.datasets import load
 from app.data.pixels import channel_statistics, crop_and_flip
 from app.errors import UserError
-
-CPU = torch.device("cpu")
-
-
-def digits(
-    index: int = 0,
-    count: int = 1,
-    *,
-    seed: int = 0,
-    data: dict[str, Any] | None = None,
-    **training: Any,
-) -> Task:
-    """Share ``index`` of ``count`` of the task on 50 digits, 16 per global batch."""
-    configuration = config.build(
-        {
-            "run": {"seed": seed},
-            "data": {"name": "digits", "train_samples": 50, **(data or {})},
-            "training": {"batch_size": 16, **training},
-        }
-    )
-    return build_task(configuration, process_index=index, process_count=count, device=CPU)
-
-
-def together(tasks: list[Task], epoch: int, first_batch: int = 0) -> list[tuple[Tensor, Tensor]]:
-    """Inputs and targets of every global batch, put together from all processes."""
-    batches = zip(*(task.train_batches(epoch, first_batch) for task in tasks), strict=True)
-    joined = []
-    for shares in batches:
-        inputs = torch.cat([share.inputs[: share.count] for share in shares])
-        targets = torch.cat([share.targets[: share.count] for share in shares])
-        assert {share.global_count for share in shares} == {len(inputs)}
-        joined.append((inputs, targets))
-    return joined
 
 
 def assert_equal(left: list[tuple[Tensor, Tensor]], right: list[tuple[Tensor, Tensor]]) -> None:
@@ -190,21 +157,6 @@ def test_evaluation_shows_every_sample_once(split: str, count: int) -> None:
     mean, std = parts.train.images.mean(), parts.train.images.std()
     pixels = (inputs * std + mean).round().numpy()
     np.testing.assert_array_equal(pixels, part.images)
-
-
-def linear() -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).double()
-
-
-def in_double(batch: Batch) -> Batch:
-    return Batch(
-        inputs=batch.inputs.double(),
-        targets=batch.targets,
-        count=batch.count,
-        global_count=batch.global_count,
-    )
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.image_folders import write_images
+from support.image_sets import expect_small_sets, write_cifar, write_mnist
 from support.series import write_ett
-from test_datasets import small_sets, write_cifar, write_mnist  # noqa: F401 - a fixture
-from test_image_folder import write_images
 
 from app import config, models
 from app.data import ett
@@ -41,6 +41,11 @@ SMALL_NETWORKS = {
     "lenet5": "{}",
     "autoformer": "{width: 16, heads: 2, feed_forward: 32, label_length: 6}",
 }
+
+
+@pytest.fixture(autouse=True)
+def _small_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    expect_small_sets(monkeypatch)
 
 
 def test_there_are_the_named_ones() -> None:
@@ -89,7 +94,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def data_root(root: Path, small_sets: None, monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa: F811
+def data_root(root: Path, _small_sets: None, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setitem(ett.STEP_MINUTES, "ettm2", DAY)
     if not any(root.iterdir()):
         write_cifar(root)

@@ -16,22 +16,22 @@ int flock(int handle, int operation) { errno = NUMBER; return -1; }
 PROGRAM = """
 import sys
 from pathlib import Path
-sys.path[:0] = ["tests", "tests/app"]
-import test_search_store, test_store
+sys.path[:0] = ["tests"]
+from support import evaluations, metrics_rows
 from app.errors import UserError
 from app.recording.store import MetricsStore, read_rows
 from app.search.store import read_evaluations
 folder = Path(sys.argv[1])
 try:
-    with test_store.create(folder / "metrics.h5") as store:
-        store.append("train", **test_store.train_row(1))
+    with metrics_rows.create(folder / "metrics.h5") as store:
+        store.append("train", **metrics_rows.train_row(1))
         store.flush()
         assert read_rows(folder / "metrics.h5", "train")["step"].tolist() == [1]
     MetricsStore.resume(folder / "metrics.h5", counts={"train": 1}).close()
     assert read_rows(folder / "metrics.h5", "train")["step"].tolist() == [1]
     (folder / "store").mkdir()
-    store = test_search_store.create(folder / "store")
-    store.append(test_search_store.evaluation(0))
+    store = evaluations.create(folder / "store")
+    store.append(evaluations.evaluation(0))
     assert len(read_evaluations(folder / "store")) == 1
 except OSError as error:
     sys.exit(f"OSError {error.errno}")

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.launching import train
-from test_train import TINY, assert_same_run, last_checkpoint
+from support.tiny_run import TINY, assert_same_run, last_checkpoint
 from torch import Tensor, nn
 
 from app import OIALR, config, models

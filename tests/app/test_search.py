@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from support.evaluations import evaluation
 from support.launching import ROOT, launch, train
-from test_search_store import evaluation
 
 from app.config.search_section import SearchSection
 from app.config.settings import Configuration

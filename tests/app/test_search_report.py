@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
+from support.evaluations import create, evaluation
 from support.launching import launch
-from test_search_store import create, evaluation
 
 from app import config, report
 from app.search.definition import train_again

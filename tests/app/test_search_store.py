@@ -10,45 +10,13 @@ from dataclasses import asdict, replace
 import h5py
 import numpy as np
 import pytest
+from support.evaluations import PARAMETERS, create, evaluation
 from support.launching import TIMEOUT, environment
 
 from app.errors import StorageError, UserError
 from app.search.objective import FAILED
 from app.search.session import best_of
-from app.search.store import Evaluation, Store, mend, read_evaluations, sessions
-
-PARAMETERS = {"oialr.cutoff": "f8", "oialr.delay": "i8", "training.gradient_clip": "S4"}
-
-
-def evaluation(number, **changes):
-    values = {
-        "number": number,
-        "parameters": {
-            "oialr.cutoff": 0.1 + number / 7,
-            "oialr.delay": 10 * number,
-            "training.gradient_clip": None if number % 2 else 1.5,
-        },
-        "loss": 0.5 - number / 100,
-        "status": "finished",
-        "error": 0.4,
-        "trainable_percent": 12.5,
-        "step_seconds": 0.01,
-        "epochs": 3,
-        "seconds": 4.5,
-        "started": "2026-11-24T12:00:00.000+00:00",
-        "seed": 7 + number,
-        "processes": 2,
-        "worker": 0,
-        "island": 0,
-        "folder": f"evaluations/{number:05d}",
-        "traceback": "",
-        "curve": (0.9, 0.6, 0.5 + number),
-    }
-    return Evaluation(**{**values, **changes})
-
-
-def create(folder, session=0, worker=0):
-    return Store.create(folder, session=session, worker=worker, parameters=PARAMETERS)
+from app.search.store import mend, read_evaluations, sessions
 
 
 def test_what_is_written_is_read_while_others_write(tmp_path):
@@ -108,7 +76,7 @@ def test_a_killed_writer_leaves_whole_rows(tmp_path):
     program = (
         "import sys; sys.path.insert(0, 'tests')\n"
         "from pathlib import Path\n"
-        "from test_search_store import create, evaluation\n"
+        "from support.evaluations import create, evaluation\n"
         "store = create(Path(sys.argv[1]))\n"
         "for number in range(10**6):\n"
         "    store.append(evaluation(number))\n"

@@ -14,45 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.launching import ROOT, TIMEOUT, environment
+from support.metrics_rows import create, spectrum_row, train_row
 
 from app.errors import UserError
 from app.recording.store import Follower, MetricsStore, open_for_reading, read_rows
-
-LAYERS = {"conv.weight": (8, 3, 3, 3), "blocks.0.fc.weight": (16, 4)}
-
-
-def create(path, **options):
-    return MetricsStore.create(path, configuration="run: {}\n", layers=LAYERS, **options)
-
-
-def train_row(step):
-    return {
-        "step": step,
-        "epoch": 1,
-        "loss": 1 / step,
-        "learning_rate": 0.1,
-        "samples_per_second": 10.0,
-        "step_seconds": 0.5,
-    }
-
-
-def stability_row(epoch):
-    return {
-        "epoch": epoch,
-        "step": epoch,
-        "stability": round(0.3 * epoch, 1),
-        "mixing_similarity": 0.9,
-        "rank": 64,
-        "reference_rank": 64,
-        "numerical_rank": 64,
-        "effective_rank": 60.0,
-        "stable_rank": 20.0,
-        "orthonormality_error": np.nan,
-    }
-
-
-def spectrum_row(step, count):
-    return {"step": step, "singular_values": np.arange(count, 0, -1)}
 
 
 def test_schema_is_the_documented_one(tmp_path):
@@ -99,7 +64,7 @@ def test_the_examples_of_the_document_run(tmp_path, ending):
     folder.mkdir(parents=True)
     env = {
         **environment(),
-        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "app"))),
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))),
     }
     arguments = {"capture_output": True, "text": True, "timeout": 60, "cwd": tmp_path, "env": env}
     writer = subprocess.Popen(
@@ -142,7 +107,7 @@ def test_the_examples_of_the_document_run(tmp_path, ending):
 
 EXAMPLE = """
 import os, signal, sys
-from test_store import stability_row, train_row
+from support.metrics_rows import stability_row, train_row
 from app.recording.store import MetricsStore
 qkv, proj, head = "blocks.0.attn.qkv.weight", "blocks.0.attn.proj.weight", "head.weight"
 layers = {qkv: (192, 64), proj: (64, 64), head: (10, 64)}
@@ -227,7 +192,7 @@ def test_a_plain_open_of_a_running_file_fails_in_another_process(tmp_path):
 
 KILLED = """
 import os, signal, sys
-from test_store import create, train_row
+from support.metrics_rows import create, train_row
 store = create(sys.argv[1])
 for step in range(1, 8):
     store.append("train", **train_row(step))
@@ -241,7 +206,7 @@ def test_kill_9_loses_nothing_that_was_flushed(tmp_path):
     path = tmp_path / "metrics.h5"
     env = {
         **environment(),
-        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "app"))),
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))),
     }
     killed = subprocess.run(
         [sys.executable, "-c", KILLED, path], env=env, cwd=ROOT, check=False, timeout=TIMEOUT

@@ -3,8 +3,8 @@
 import itertools
 
 import torch
-from test_damage import SCHEMA, Layer, resume
-from test_store import LAYERS
+from support.metrics_rows import LAYERS
+from support.recorders import SCHEMA, Layer, resume
 
 from app.recording.store import read_rows
 from app.recording.thinning import DENSE, is_recorded

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 
 import pytest
-from accelerator import DRY_RUN
-from networks import DRY_SIZE, GPU_SIZE
+from support.gpu.accelerator import DRY_RUN
+from support.gpu.networks import DRY_SIZE, GPU_SIZE
 
 FOLDER = Path(__file__).resolve().parent
 

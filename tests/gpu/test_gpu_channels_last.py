@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from networks import batches, build, input_shape, relative_error, training
+from support.gpu.networks import batches, build, input_shape, relative_error, training
 
 from oialr.layers.conv import FactoredConv
 

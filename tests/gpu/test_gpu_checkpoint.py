@@ -2,8 +2,16 @@
 
 import pytest
 import torch
-from accelerator import random_state, set_random_state
-from networks import batches, build, input_shape, linear, relative_error, separate, training
+from support.gpu.accelerator import random_state, set_random_state
+from support.gpu.networks import (
+    batches,
+    build,
+    input_shape,
+    linear,
+    relative_error,
+    separate,
+    training,
+)
 
 from app.training.checkpoint import Checkpoints
 from app.training.precision import Precision

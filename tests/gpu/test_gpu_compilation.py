@@ -5,8 +5,8 @@ from functools import partial
 
 import pytest
 import torch
-from accelerator import skipped_graphs
-from networks import batches, build, input_shape, training
+from support.gpu.accelerator import skipped_graphs
+from support.gpu.networks import batches, build, input_shape, training
 from torch._inductor.compile_fx import compile_fx
 
 from app.training import replicas as replicas_module

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from accelerator import synchronization_is_an_error
-from networks import CLASSES, Mean, relative_error, separate, training
+from support.gpu.accelerator import synchronization_is_an_error
+from support.gpu.networks import CLASSES, Mean, relative_error, separate, training
 from torch import nn
 
 from app.data import datasets, pixels

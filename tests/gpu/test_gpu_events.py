@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from networks import NETWORKS, batches, build, input_shape, relative_error, training
+from support.gpu.networks import NETWORKS, batches, build, input_shape, relative_error, training
 
 from oialr.conversion import get_layer, to_dense
 from oialr.linalg.svd import ORTHONORMAL

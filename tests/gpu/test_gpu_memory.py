@@ -1,8 +1,8 @@
 """The memory of a conversion: what an event tells, against what the device's allocator saw."""
 
 import torch
-from accelerator import allocated_bytes, peak_memory
-from networks import training
+from support.gpu.accelerator import allocated_bytes, peak_memory
+from support.gpu.networks import training
 from torch.nn import functional
 
 from app import models

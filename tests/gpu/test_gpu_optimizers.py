@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from networks import batches, build, input_shape, relative_error, training
+from support.gpu.networks import batches, build, input_shape, relative_error, training
 
 IMPLEMENTATIONS = {
     "for-loop": {"foreach": False, "fused": False},

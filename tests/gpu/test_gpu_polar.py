@@ -5,7 +5,8 @@ from typing import get_args
 
 import pytest
 import torch
-from networks import batches, build, input_shape, training
+from support.gpu.networks import batches, build, input_shape, training
+from support.matrices import gaussian, power_law, rank_deficient
 
 from oialr.linalg.polar import Method, choose_method, polar
 from oialr.linalg.svd import economy_svd, numerical_rank, orthonormality_error
@@ -14,28 +15,6 @@ from oialr.stability.tracker import StabilityTracker
 
 METHODS = get_args(Method)
 EPS = torch.finfo(torch.float32).eps
-
-
-def random_matrix(m, n, seed=0):
-    return torch.randn(m, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def gaussian(m, n):
-    return random_matrix(m, n).float()
-
-
-def power_law(m, n):
-    """Singular values i^(-a) down to 1e-4."""
-    k = min(m, n)
-    U, V = torch.linalg.qr(random_matrix(m, k)).Q, torch.linalg.qr(random_matrix(n, k, 1)).Q
-    s = torch.arange(1, k + 1, dtype=torch.float64) ** (-4 / math.log10(k))
-    return ((U * s) @ V.T).float()
-
-
-def rank_deficient(m, n):
-    """Rank of half of the columns; what is left is rounding noise."""
-    r = min(m, n) // 2
-    return (random_matrix(m, r) @ random_matrix(r, n, 1)).float()
 
 
 @pytest.mark.parametrize("draw", [gaussian, power_law, rank_deficient])

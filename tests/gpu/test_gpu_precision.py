@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from networks import batches, build, input_shape, training
+from support.gpu.networks import batches, build, input_shape, training
 from torch.nn import functional
 
 from app.training.precision import DTYPES, Precision

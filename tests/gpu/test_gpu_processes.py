@@ -1,10 +1,10 @@
 """One process by nccl, and two by gloo that share the GPU, against one process alone."""
 
-import gpu_workers
 import pytest
 import torch
-from accelerator import backend
-from networks import relative_error
+from support.gpu import workers
+from support.gpu.accelerator import backend
+from support.gpu.networks import relative_error
 
 from oialr.placement.processes import Processes
 
@@ -16,14 +16,14 @@ def launched(request, size, device, tmp_path_factory):
     """Return the number of processes that have run, and the folder of what they left."""
     name, count = request.param
     folder = tmp_path_factory.mktemp(name)
-    gpu_workers.start(count, backend(device) if name == "nccl" else name, device, size, folder)
+    workers.start(count, backend(device) if name == "nccl" else name, device, size, folder)
     return count, folder
 
 
-@pytest.mark.parametrize("name", gpu_workers.TRAINED)
+@pytest.mark.parametrize("name", workers.TRAINED)
 def test_a_training_is_that_of_one_process_on_the_whole_batch(name, launched, size, device):
     count, folder = launched
-    alone = gpu_workers.train(name, size, device, Processes())
+    alone = workers.train(name, size, device, Processes())
     results = [torch.load(folder / f"{name}-{i}.pt", weights_only=True) for i in range(count)]
     for result in results:
         assert result["kinds"] == ["convert", "cut", "update", "update"]

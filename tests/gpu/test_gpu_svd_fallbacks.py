@@ -5,8 +5,8 @@ import sys
 
 import pytest
 import torch
-from accelerator import DRY_RUN, svd_attempts
-from networks import CLASSES, batches, training
+from support.gpu.accelerator import DRY_RUN, svd_attempts
+from support.gpu.networks import CLASSES, batches, training
 
 import oialr.linalg.svd
 from oialr.linalg.svd import economy_svd, orthonormality_error

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from accelerator import synchronization_is_an_error
-from networks import NETWORKS, batches, build, input_shape, training
+from support.gpu.accelerator import synchronization_is_an_error
+from support.gpu.networks import NETWORKS, batches, build, input_shape, training
 from torch import nn
 from torch.nn import functional
 

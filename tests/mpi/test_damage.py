@@ -7,17 +7,17 @@ import h5py
 import numpy as np
 import pytest
 from support.launching import launch, train
-from test_store import LAYERS, create, spectrum_row, stability_row, train_row
-from test_train import TINY, last_checkpoint
+from support.metrics_rows import LAYERS, create, spectrum_row, stability_row, train_row
+from support.recorders import resume
+from support.tiny_run import TINY, last_checkpoint
 
 from app.errors import UserError
 from app.recording import swmr
 from app.recording.store import Follower, MetricsStore, read_rows
 from app.reporting.runs import read_run
-from app.training.recorder import KEPT, Recorder
+from app.training.recorder import KEPT
 
 ROWS = 300  # of /train: more than a chunk of 256
-SCHEMA = {"configuration": "run: {}\n", "layers": [], "figures": ["accuracy"]}
 
 
 @pytest.fixture(autouse=True)
@@ -146,18 +146,6 @@ def test_a_run_goes_on_after_damage_to_its_metrics(tmp_path):
     assert f"WARNING: {path} is damaged (" in result.stderr
     assert (tmp_path / "metrics-damaged.h5").read_bytes() == content
     assert read_rows(path, "eval")["epoch"].tolist() == [1, 2, 3, 4, 4]
-
-
-class Layer:
-    """What a recorder asks of a layer."""
-
-    def __init__(self, name):
-        self.name, self.shape, self.is_linear_map = name, LAYERS[name], True
-
-
-def resume(path, counts, kept=None):
-    schema = {**SCHEMA, "layers": [Layer(name) for name in LAYERS]}
-    return Recorder.resume(path, counts, kept or {}, **schema)
 
 
 def test_rows_that_a_checkpoint_holds_are_not_lost(tmp_path, caplog):

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 from support.launching import ROOT, TIMEOUT, command, environment, launch, train
-from test_train import DISTURBED, TINY
+from support.tiny_run import DISTURBED, TINY
 
 from app.errors import StorageError, UserError
 from app.runtime import lease as module

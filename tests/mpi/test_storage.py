@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from support.launching import ROOT, TIMEOUT, environment, launch, train
-from test_train import DISTURBED, TINY, assert_same_run, last_checkpoint
+from support.tiny_run import DISTURBED, TINY, assert_same_run, last_checkpoint
 from torch.utils.data import DataLoader, Dataset
 
 from app.config.settings import RunSection
@@ -188,8 +188,8 @@ def test_a_full_disk_at_a_checkpoint_is_one_line_and_the_last_is_intact(tmp_path
 WRITER = """
 import sys
 from pathlib import Path
-sys.path[:0] = ["tests", "tests/app"]
-from test_store import LAYERS, create, stability_row, train_row
+sys.path[:0] = ["tests"]
+from support.metrics_rows import LAYERS, create, stability_row, train_row
 from app.errors import StorageError
 try:
     with create(Path(sys.argv[1])) as store:
@@ -221,8 +221,8 @@ def test_a_full_disk_beside_metrics_is_one_line_and_no_crash(tmp_path, full_disk
 CLOSER = """
 import os, sys
 from pathlib import Path
-sys.path[:0] = ["tests", "tests/app"]
-from test_store import create
+sys.path[:0] = ["tests"]
+from support.metrics_rows import create
 from app.errors import StorageError
 store = create(Path(sys.argv[1]))
 os.environ["ROOM_IN"] = "metrics.h5"

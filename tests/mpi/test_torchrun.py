@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 from support.launching import TIMEOUT, command, environment
-from test_train import DISTURBED, TINY, last_checkpoint
+from support.tiny_run import DISTURBED, TINY, last_checkpoint
 
 from app.recording.store import read_rows
 from app.runtime.launch import read_launch

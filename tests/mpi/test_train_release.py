@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from support.launching import launch, train
-from test_train import TINY, assert_same_run
+from support.tiny_run import TINY, assert_same_run
 
 from app import config
 from app.errors import UserError

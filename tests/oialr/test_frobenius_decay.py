@@ -4,8 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_oialr import make, train
-from test_release import CUT
+from support.method_loop import CUT, make, train
 
 DECAY = 0.3
 OPTIMIZERS = {

@@ -6,6 +6,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from support.convolutions import KEEP, OPTIONS, convolution, pull
 from torch import nn
 
 from app import OIALR
@@ -22,8 +23,6 @@ from oialr.placement.processes import Processes
 from oialr.schedule import kept_rank
 from oialr.stability.tracker import StabilityTracker
 
-KEEP = {"keep_first_layer": False, "keep_last_layer": False, "minimum_rank_fraction": 0.01}
-
 
 def twin_of(layer, rank=None):
     """Return the factorized twin of a layer, all groups cut to a rank."""
@@ -39,38 +38,6 @@ def twin_of(layer, rank=None):
         torch.diag_embed(s[..., :r]),
         Vh[..., :r, :].contiguous(),
     )
-
-
-def pull(layer, x):
-    """Return output and input gradient of a layer, after a backward of fixed weights."""
-    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
-    out = layer(x)
-    generator = torch.Generator().manual_seed(1)
-    weights = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
-    (out * weights).sum().backward()
-    return out.detach(), x.grad
-
-
-SIZES = {1: (9,), 2: (9, 8), 3: (6, 5, 7)}
-KINDS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-OPTIONS = [
-    {},
-    {"stride": 2, "padding": 1, "bias": False},
-    {"padding": "same", "dilation": 2},
-    {"padding": 1, "padding_mode": "circular"},
-    {"padding": 1, "padding_mode": "replicate", "stride": 2},
-    {"groups": 2},
-    {"groups": 4, "padding": 1, "padding_mode": "replicate", "stride": 2},
-    {"groups": 2, "bias": False, "dilation": 2, "padding": "same"},
-]
-
-
-def convolution(dimensions, **options):
-    torch.manual_seed(0)
-    layer = KINDS[dimensions](8, 24, **{"kernel_size": 3, **options}).double()
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 8, *SIZES[dimensions], generator=generator, dtype=torch.float64)
-    return layer, x
 
 
 @pytest.mark.parametrize("dimensions", [1, 2, 3])

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from test_oialr import OPTIMIZERS, batch, make, network, train, weights
+from support.method_loop import CUT, OPTIMIZERS, batch, make, network, train, weights
 from torch import nn
 
 from oialr import OIALR
@@ -14,9 +14,6 @@ from oialr.layers.base import FactoredLayer
 from oialr.optimizer_state import WEIGHT_AVERAGE
 from oialr.placement.processes import Processes
 from oialr.stability.tracker import StabilityTracker
-
-# A cut by more than half at once, so that two factors store less than the weight.
-CUT = {"cutoff": 0.6, "largest_cut": 0.8, "minimum_rank_fraction": 0.1}
 
 
 def factored(model, method):

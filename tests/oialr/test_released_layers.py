@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from test_layers import KEEP, OPTIONS, convolution, pull
+from support.convolutions import KEEP, OPTIONS, convolution, pull
 from torch import nn
 
 from oialr.conversion import densify_layer, factorize_layer, get_layer, survey, to_dense

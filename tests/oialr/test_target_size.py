@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from test_oialr import make, network, train, weights
+from support.method_loop import make, network, train, weights
 from torch import nn
 
 from oialr import OIALR

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from networks import Size, Training, batches, build, input_shape, training
+from support.gpu.networks import Size, Training, batches, build, input_shape, training
 from torch import Tensor, multiprocessing, nn
 from torch.nn import functional
 

@@ -1,0 +1,19 @@
+"""A recorder without a training."""
+
+from support.metrics_rows import LAYERS
+
+from app.training.recorder import Recorder
+
+SCHEMA = {"configuration": "run: {}\n", "layers": [], "figures": ["accuracy"]}
+
+
+class Layer:
+    """What a recorder asks of a layer."""
+
+    def __init__(self, name):
+        self.name, self.shape, self.is_linear_map = name, LAYERS[name], True
+
+
+def resume(path, counts, kept=None):
+    schema = {**SCHEMA, "layers": [Layer(name) for name in LAYERS]}
+    return Recorder.resume(path, counts, kept or {}, **schema)
