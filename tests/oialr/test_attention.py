@@ -13,8 +13,9 @@ from app import OIALR
 from oialr.conversion import factorize_layer, get_layer, survey, to_dense
 from oialr.layers.attention import FactoredAttention
 from oialr.layers.base import FactoredLayer
-from oialr.layers.cost import Execution, Way, cheapest_way, multiply_adds
+from oialr.layers.cost import Way, cheapest_way, multiply_adds
 from oialr.linalg.svd import economy_svd
+from oialr.options import Execution
 from oialr.placement.processes import Processes
 from oialr.stability.tracker import StabilityTracker
 
