@@ -38,7 +38,8 @@ def load(
 
     A file may extend another one, ``extends: other.yaml`` with a path relative to its own folder:
     keys that it does not give come from there, and those that it gives count as a whole, also where
-    a value is a mapping (model.arguments).
+    a value is a mapping (model.arguments). Of several, ``extends: [network.yaml, recipe.yaml]``,
+    each counts before those that are named ahead of it.
 
     Args:
         path: a YAML file; None: the default configuration.
@@ -110,12 +111,21 @@ def read(path: Path, reason: str, extending: tuple[Path, ...] = ()) -> dict[str,
     values = parse(text, source=name)
     if "extends" not in values:
         return values
-    other = values.pop("extends")
-    if not isinstance(other, str):
+    named_ones = values.pop("extends")
+    others = named_ones if isinstance(named_ones, list) else [named_ones]
+    if not others or not all(isinstance(other, str) for other in others):
         raise UserError(
-            f"{name}: extends: expected the path of a configuration, got {shortened(other)}"
+            f"{name}: extends: expected the path of a configuration or a list of them, got "
+            f"{shortened(named_ones)}"
         )
-    base = read(path.parent / other, f"{name}: extends", (*extending, resolved))
+    merged: dict[str, Any] = {}
+    for other in others:
+        _merge(merged, read(path.parent / other, f"{name}: extends", (*extending, resolved)))
+    return _merge(merged, values)
+
+
+def _merge(base: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Put the keys of every section over those of another configuration, which is changed."""
     for section, keys in values.items():
         is_section = isinstance(keys, dict) and isinstance(base.get(section), dict)
         base[section] = {**base[section], **keys} if is_section else keys

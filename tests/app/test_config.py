@@ -212,13 +212,24 @@ def test_a_file_may_extend_another(tmp_path):
     assert "extends" not in config.to_yaml(loaded)
 
 
+def test_a_file_may_extend_several_of_which_the_last_counts_most(tmp_path):
+    write(tmp_path, network="model: {name: a}\noialr: {delay: 9, cutoff: 0.3}")
+    write(tmp_path, recipe="oialr: {delay: 0.2, target_size: 0.3}")
+    path = write(tmp_path, top="extends: [network.yaml, recipe.yaml]\noialr: {target_size: 0.25}")
+    oialr = config.load(path).oialr
+    assert (oialr.delay, oialr.cutoff, oialr.target_size) == (0.2, 0.3, 0.25)
+    assert config.load(path).model.name == "a"
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
         ({"a": "extends: a.yaml"}, "a.yaml: extends: .*a.yaml extends itself"),
         ({"a": "extends: b.yaml", "b": "extends: a.yaml"}, "b.yaml: extends: .* extends itself"),
         ({"a": "extends: gone.yaml"}, "a.yaml: extends: cannot read .*gone.yaml: No such file"),
-        ({"a": "extends: [b]"}, r"a.yaml: extends: expected the path .* got \['b'\]"),
+        ({"a": "extends: [3]"}, r"a.yaml: extends: expected the path .* got \[3\]"),
+        ({"a": "extends: []"}, r"a.yaml: extends: expected the path .* got \[\]"),
+        ({"a": "extends: [b.yaml, a.yaml]", "b": ""}, "a.yaml: extends: .*a.yaml extends itself"),
         ({"a": "extends: b.yaml", "b": "- 3"}, "b.yaml: expected sections"),
         ({"a": "extends: b.yaml\nrun: 3", "b": "run: {seed: 1}"}, "run: expected keys below"),
     ],
