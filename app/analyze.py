@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from app.command import EXIT_USER, Parser, report_fault, run_command
+from app.command import EXIT_USER, Parser, describe_fault, run_command
 from app.errors import AgreedUserError, UserError
 from app.runtime.launch import read_launch
 
@@ -99,7 +99,7 @@ def _run(options: argparse.Namespace) -> int:
         except BaseException as error:
             if runtime.process_count == 1:
                 raise
-            report_fault(error)
+            print(describe_fault(error), file=sys.stderr, flush=True)
             runtime.abort(1)
             raise
     if read_launch().process_index == 0:

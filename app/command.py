@@ -61,12 +61,11 @@ def run_command(main: Callable[[], int]) -> None:
     sys.exit(code)
 
 
-def report_fault(error: BaseException) -> None:
-    """Print a fault of ours or of the machine with its traceback, at once."""
+def describe_fault(error: BaseException) -> str:
+    """Return a fault of ours or of the machine with its traceback."""
     launch = read_launch()
-    print(f"process {launch.process_index} of {launch.process_count} failed:", file=sys.stderr)
-    traceback.print_exception(error)
-    sys.stderr.flush()
+    which = f"process {launch.process_index} of {launch.process_count} failed:"
+    return "\n".join([which, *(part.rstrip("\n") for part in traceback.format_exception(error))])
 
 
 def stop_code() -> int:
@@ -90,8 +89,10 @@ def how_to_draw(folder: Path) -> str:
     return f"draw it: python -m app.report {shlex.quote(str(folder))}"
 
 
-def print_summary(summary: Mapping[str, Any]) -> None:
-    """Print final figures on stdout, a line each; ranks of layers are for the file alone."""
+def summary_lines(summary: Mapping[str, Any]) -> list[str]:
+    """Return final figures, a line each; ranks of layers are for the file alone."""
     figures = {key: value for key, value in summary.items() if not isinstance(value, Mapping)}
-    for key, value in figures.items():
-        print(f"{key}: {value:.4f}" if isinstance(value, float) else f"{key}: {value}")
+    return [
+        f"{key}: {value:.4f}" if isinstance(value, float) else f"{key}: {value}"
+        for key, value in figures.items()
+    ]

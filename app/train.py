@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,12 +9,12 @@ from app import config
 from app.command import (
     EXIT_USER,
     Parser,
+    describe_fault,
     how_to_draw,
     how_to_go_on,
-    print_summary,
-    report_fault,
     run_command,
     stop_code,
+    summary_lines,
 )
 from app.config.settings import Configuration
 from app.errors import (
@@ -26,7 +25,7 @@ from app.errors import (
     StorageError,
     UserError,
 )
-from app.runtime.launch import read_launch
+from app.runtime.latest import led_to
 
 EXAMPLES = """\
 examples:
@@ -73,6 +72,7 @@ def _read_configuration(options: argparse.Namespace) -> Configuration:
     """Resolve the configuration; a resumed run's own one unless --config names another."""
     path = options.config
     if options.resume is not None:
+        options.resume = str(led_to(Path(options.resume)))
         stored = Path(options.resume) / "config.yaml"
         if not stored.exists():
             raise UserError(f"--resume: {options.resume} holds no run (no config.yaml there)")
@@ -97,62 +97,67 @@ def _run(configuration: Configuration, *, resume: bool) -> int:
     """Start the processes, train, and end all of them alike."""
     from app.runtime.stop_signal import StopSignal
 
-    folders: list[Path] = []
     with StopSignal() as stop_signal:
+        from app.recording.log import Log
         from app.runtime.processes import start_runtime
         from app.training.position import Stopped
         from app.training.run import train
 
         distributed = configuration.distributed
         with start_runtime(device=distributed.device, timeout=distributed.timeout) as runtime:
+            log = Log(is_first=runtime.is_first)
             logging.basicConfig(
                 level=logging.INFO if runtime.is_first else logging.ERROR,
                 format="%(levelname)s: %(message)s",
+                handlers=[log.handler()],
             )
+
+            def tell(line: str) -> None:
+                """Say how the run ended, and where it is if it has come so far."""
+                log.warn(line)
+                if log.folder:
+                    log.warn(how_to_draw(log.folder))
+
             try:
-                outcome = train(
-                    configuration, runtime, stop_signal, resume=resume, on_folder=folders.append
-                )
-            except AgreedUserError:
+                outcome = train(configuration, runtime, stop_signal, resume=resume, log=log)
+            except AgreedUserError as error:
+                log.note(f"error: {error}")  # shown by run_command
                 raise
             except UserError as error:  # on this process alone: nobody else would report it
                 if runtime.process_count > 1:
-                    print(f"error: {error}", file=sys.stderr, flush=True)
+                    log.warn(f"error: {error}")
                     runtime.abort(EXIT_USER)
+                log.note(f"error: {error}")
                 raise
             except Stopped as stop:
                 if runtime.is_first:
-                    _tell(f"{stop}: {how_to_go_on(folders[0])}", folders)
+                    assert log.folder
+                    tell(f"{stop}: {how_to_go_on(log.folder)}")
                 return stop_code()
             except (DivergedError, DifferingReplicasError, AgreedStorageError) as error:
                 if runtime.is_first:  # on all processes alike
-                    _tell(f"error: {error}", folders)
+                    tell(f"error: {error}")
                 return 1
             except StorageError as error:  # on this process alone
-                print(f"error: {error}", file=sys.stderr, flush=True)
+                log.warn(f"error: {error}")
                 if runtime.process_count > 1:
                     runtime.abort(1)
                 return 1
             except BaseException as error:
-                if folders:
-                    error.add_note(how_to_draw(folders[0]))
+                if log.folder:
+                    error.add_note(how_to_draw(log.folder))
                 if runtime.process_count == 1:
+                    log.note(describe_fault(error))  # shown by Python
                     raise
-                report_fault(error)
+                log.warn(describe_fault(error))
                 runtime.abort(1)
                 raise
-    if read_launch().process_index == 0:
-        print_summary(outcome.summary)
-        if outcome.finished_before:
-            print(f"{folders[0]} was finished before: nothing was trained now")
-        print(how_to_draw(folders[0]))
+    for line in summary_lines(outcome.summary):
+        log.say(line)
+    if outcome.finished_before:
+        log.say(f"{outcome.folder} was finished before: nothing was trained now")
+    log.say(how_to_draw(outcome.folder))
     return 0
-
-
-def _tell(line: str, folders: Sequence[Path]) -> None:
-    """Say how a run ended, and where it is if it has come so far."""
-    lines = [line, *map(how_to_draw, folders)]
-    print("\n".join(lines), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

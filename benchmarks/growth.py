@@ -163,14 +163,14 @@ def _evaluations(options: argparse.Namespace, count: int) -> dict[str, Any]:
             _mpirun(count, *arguments),
             cwd=ROOT,
             env=_environment(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
             text=True,
         )
         seen: list[dict[str, int]] = []
-        assert process.stderr
+        assert process.stdout
         first = max(1, options.evaluations // 10)
-        for line in process.stderr:
+        for line in process.stdout:
             done = re.match(r"(\d+)/\d+  number ", line)
             if done and int(done[1]) in (first, options.evaluations - 1):
                 leader = json.loads(next((folder / "run").glob(".lease-*")).read_text())["process"]

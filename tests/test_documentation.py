@@ -96,7 +96,7 @@ READ = [
     (r"(runs/digits-[-\d]+)(/best\.yaml)?", "search"),
     (r"(?:[\w-]+=)?(runs/(?:low|full))/best\.yaml", "search"),
     (r"(runs/digits_vit-[-\d]+)", "run"),
-    (r"(runs/(?:a|b|vit|oialr-\d|full-rank-\d|seed-\*))", "run"),
+    (r"(runs/(?:a|b|vit|latest|oialr-\d|full-rank-\d|seed-\*))", "run"),
     (r"(checkpoints|gpt2)/?", "checkpoints"),
     (r"(checkpoints)/analysis", "analyzed"),
     (r"(epoch-\*\.pt)", "checkpoints/epoch-0.pt"),
@@ -227,7 +227,7 @@ def test_the_transcript_of_the_default_configuration_is_true(tmp_path):
     command, *lines = transcript.text.splitlines()
     result = shell(f"{command} run.stop_after=1", checkout(tmp_path / "checkout"))
     assert result.returncode == 75, result.stderr
-    said = re.sub(r"(runs/digits_vit-)[-\d]+", r"\1TIME", result.stderr).splitlines()
+    said = re.sub(r"(runs/digits_vit-)[-\d]+", r"\1TIME", result.stdout).splitlines()
     end = next(number for number, line in enumerate(lines) if line.startswith("epoch 1/"))
     assert lines[0].split() == said[0].split()
     assert lines[2:end] == said[2:end]  # between them the node

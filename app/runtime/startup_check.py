@@ -1,6 +1,7 @@
 """A check of all nodes before a training: what differs or is missing there, and one table of it."""
 
 import hashlib
+import logging
 import os
 import platform
 import time
@@ -17,6 +18,8 @@ from app.config.settings import Configuration, DataSection
 from app.errors import AgreedUserError
 from app.runtime.launch import node_name
 from app.runtime.processes import Runtime
+
+logger = logging.getLogger(__name__)
 
 CLOCK_TOLERANCE = 10.0
 """Seconds by which the clocks may differ: rows and files of different nodes are compared."""
@@ -49,20 +52,23 @@ def check_nodes(configuration: Configuration, runtime: Runtime) -> str:
         runtime: this process among all.
 
     Returns:
-        The table, one line per node, and what else to know; of one process, which has nothing to
-        agree on, the latter alone.
+        The table, one line per node, each with its end; of one process, which has nothing to agree
+        on, nothing.
 
     Raises:
         AgreedUserError: a check failed; it names the node and the cure.
     """
     if runtime.process_count == 1:
-        return unseen_gpus([_report(configuration, runtime, time.time())])
+        _warn_of_unseen_gpus([_report(configuration, runtime, time.time())])
+        return ""
     runtime.processes.barrier()
     clock = time.time()
     reports = runtime.processes.gather(_report(configuration, runtime, clock))
     if problem := find_problem(reports):
         raise AgreedUserError(problem)
-    return table(reports) + "\n" + unseen_gpus(reports)
+    if runtime.is_first:
+        _warn_of_unseen_gpus(reports)
+    return table(reports) + "\n"
 
 
 def check_folder(folder: Path, runtime: Runtime) -> None:
@@ -149,7 +155,7 @@ def find_problem(reports: Sequence[Report]) -> str:
 
 
 def unseen_gpus(reports: Sequence[Report]) -> str:
-    """Warn, in a line, where GPUs were granted and torch sees none; empty if nowhere.
+    """Return a warning, in a line, where GPUs were granted and torch sees none; empty if nowhere.
 
     Not an error: a site may grant GPUs with every node.
 
@@ -161,9 +167,14 @@ def unseen_gpus(reports: Sequence[Report]) -> str:
         return ""
     granted = ", ".join(f"{report.granted_gpus} on {node}" for node, report in nodes.items())
     return (
-        f"warning: Slurm granted GPUs ({granted}), but torch {torch.__version__} sees none and "
-        f"computes on CPUs: is it a build for CPUs, or does the container hide them?\n"
+        f"Slurm granted GPUs ({granted}), but torch {torch.__version__} sees none and "
+        f"computes on CPUs: is it a build for CPUs, or does the container hide them?"
     )
+
+
+def _warn_of_unseen_gpus(reports: Sequence[Report]) -> None:
+    if warning := unseen_gpus(reports):
+        logger.warning(warning)
 
 
 def table(reports: Sequence[Report]) -> str:

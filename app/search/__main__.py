@@ -12,13 +12,14 @@ from app.command import (
     EXIT_STOPPED,
     EXIT_USER,
     Parser,
+    describe_fault,
     how_to_draw,
     how_to_go_on,
-    print_summary,
-    report_fault,
     run_command,
+    summary_lines,
 )
 from app.errors import AgreedStorageError, AgreedUserError, StorageError, UserError
+from app.runtime.latest import led_to, point_to
 from app.runtime.launch import read_launch
 from app.search.definition import STORED, Definition, load
 
@@ -78,6 +79,7 @@ def _read_definition(options: argparse.Namespace) -> Definition:
         key, _ = config.parse_override(override)
         if not key.startswith("search."):
             raise UserError(f"{key}: only search.* can change when a search is resumed")
+    options.resume = str(led_to(Path(options.resume)))
     stored = Path(options.resume) / STORED
     if not stored.exists():
         raise UserError(f"--resume: {options.resume} holds no search (no {STORED} there)")
@@ -98,6 +100,12 @@ def _run(definition: Definition, *, resume: bool, start: float) -> int:
             processes_per_worker=base.search.processes_per_worker, device=base.distributed.device
         )
         logging.basicConfig(level=logging.ERROR, format="%(levelname)s: %(message)s")
+
+        def begin(folder: Path) -> None:
+            folders.append(folder)
+            if workers.world.Get_rank() == 0:
+                point_to(folder)
+
         try:
             summary = search(
                 definition,
@@ -105,7 +113,7 @@ def _run(definition: Definition, *, resume: bool, start: float) -> int:
                 stop_signal,
                 resume=resume,
                 start=start,
-                on_folder=folders.append,
+                on_folder=begin,
             )
         except AgreedUserError:
             raise
@@ -126,12 +134,11 @@ def _run(definition: Definition, *, resume: bool, start: float) -> int:
                 error.add_note(how_to_draw(folders[0]))
             if workers.world.Get_size() == 1:
                 raise
-            report_fault(error)
+            print(describe_fault(error), file=sys.stderr, flush=True)
             workers.abort(1)
             raise
     if read_launch().process_index == 0:
-        print_summary(summary)
-        print(how_to_draw(folders[0]))
+        print("\n".join([*summary_lines(summary), how_to_draw(folders[0])]))
     return 0
 
 

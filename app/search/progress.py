@@ -1,6 +1,5 @@
 """Progress of a search: one line per evaluation, from the process that finished it."""
 
-import sys
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -9,7 +8,7 @@ from app.search.store import Evaluation
 
 
 class Progress:
-    """Writes to stderr how a search comes along."""
+    """Writes to stdout how a search comes along."""
 
     def __init__(self, *, finished: int, total: int | None, deadline: float) -> None:
         """Start the clock of this session.
@@ -26,7 +25,7 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Write a line, whole: others write to the same terminal."""
-        print(line, file=sys.stderr, flush=True)
+        print(line, flush=True)
 
     def evaluation(
         self, one: Evaluation, evaluations: Sequence[Evaluation], best: Evaluation | None

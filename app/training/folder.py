@@ -253,7 +253,8 @@ def _of_earlier_attempt(run: RunSection, agents: Sequence[str]) -> Path | None:
     if run.dir is not None:
         folders = [Path(run.dir)]
     else:
-        folders = sorted(Path("runs").glob("*/"), reverse=True) if agents else []
+        found = [path for path in Path("runs").glob("*/") if not path.is_symlink()]
+        folders = sorted(found, reverse=True) if agents else []
     for folder in folders:
         if not set(agents).isdisjoint(_started_by(folder)):
             return folder

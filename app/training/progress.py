@@ -1,11 +1,15 @@
-"""Progress of a run: a bar on a terminal, plain lines otherwise. Process 0 alone."""
+"""Progress of a run: a bar on a terminal, plain lines otherwise."""
 
 import math
 import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
 from typing import Protocol
 
 from tqdm import tqdm
 
+from app.recording.log import Log
 from oialr.method import Event
 
 
@@ -17,41 +21,89 @@ class EpochObserver(Protocol):
 
 
 class Progress:
-    """Writes to stderr what is worth a look while a network is trained."""
+    """Says what is worth a look while a network is trained."""
 
     def __init__(
         self,
+        log: Log,
         *,
         steps: int,
         first_step: int,
         epochs: int,
         quiet: bool,
         on_epoch: EpochObserver | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Start at a step.
 
         Args:
+            log: where lines go.
             steps: optimizer steps of the whole run.
             first_step: steps taken already.
             epochs: epochs of the whole run.
             quiet: say nothing (all processes but the first).
             on_epoch: told of every epoch.
+            clock: gives seconds.
         """
+        self.log = log
         self._quiet = quiet
         self._on_epoch = on_epoch
         self._epochs = epochs
+        self._steps, self._first_step = steps, first_step
+        self._clock, self._start = clock, clock()
         self._bar = tqdm(
             total=steps,
             initial=first_step,
             unit="step",
             dynamic_ncols=True,
-            disable=quiet or not sys.stderr.isatty(),
+            smoothing=0,  # the time left by the pace of the whole session, as in the lines
+            file=sys.stdout,
+            disable=quiet or not sys.stdout.isatty(),
         )
 
-    def steps(self, count: int, *, loss: float, learning_rate: float) -> None:
-        """Tell that some steps were taken, with the loss and learning rate of the last."""
-        self._bar.set_postfix(loss=f"{loss:.4f}", lr=f"{learning_rate:.2e}", refresh=False)
-        self._bar.update(count)
+    def steps(
+        self,
+        step: int,
+        *,
+        epoch: int,
+        loss: float,
+        learning_rate: float,
+        samples_per_second: float,
+        line_due: bool,
+    ) -> None:
+        """Tell how far the training has come.
+
+        Args:
+            step: optimizer steps taken.
+            epoch: the present one, from 1.
+            loss: of the last step.
+            learning_rate: of the last step.
+            samples_per_second: over the steps since the last call.
+            line_due: write a line, if there is no bar.
+        """
+        self._bar.set_description(f"epoch {epoch}/{self._epochs}", refresh=False)
+        self._bar.set_postfix_str(
+            f"loss {loss:.4f}, lr {learning_rate:.2e}, {samples_per_second:.0f} samples/s",
+            refresh=False,
+        )
+        self._bar.update(step - self._bar.n)
+        if not line_due:
+            return
+        line = (
+            f"epoch {epoch}/{self._epochs}  step {step}/{self._steps}  loss {loss:.4f}  "
+            f"lr {learning_rate:.2e}  {samples_per_second:.0f} samples/s  {self._left(step)} left"
+        )
+        if self._bar.disable:
+            self.say(line)
+        elif not self._quiet:
+            self.log.note(line)
+
+    def _left(self, step: int) -> timedelta:
+        """Return the time left by the mean pace of this session, evaluations and all included."""
+        taken = max(1, step - self._first_step)
+        return timedelta(
+            seconds=round((self._clock() - self._start) / taken * (self._steps - step))
+        )
 
     def epoch(
         self,
@@ -88,7 +140,7 @@ class Progress:
     def say(self, line: str) -> None:
         """Write a line, above the bar if there is one."""
         if not self._quiet:
-            tqdm.write(line, file=sys.stderr)
+            self.log.say(line)
 
     def close(self) -> None:
         """Leave the bar as it is."""

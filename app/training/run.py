@@ -18,7 +18,9 @@ from app.config import parse, to_yaml
 from app.config.settings import Configuration
 from app.config.yaml_text import dump_value
 from app.errors import AgreedStorageError, UserError
+from app.recording.log import Log
 from app.recording.swmr import writing
+from app.runtime.latest import point_to
 from app.runtime.processes import Runtime
 from app.runtime.startup_check import check_nodes
 from app.runtime.stop_signal import StopRequest
@@ -59,6 +61,7 @@ _EXPECTED_TO_CHANGE = ("run.dir", "run.stop_after")
 class Outcome:
     """What a run has come to."""
 
+    folder: Path
     summary: dict[str, Any]
     """As in summary.json."""
     finished_before: bool
@@ -72,7 +75,7 @@ def train(
     *,
     resume: bool,
     test: bool = True,
-    on_folder: Callable[[Path], None] | None = None,
+    log: Log | None = None,
     on_epoch: EpochObserver | None = None,
 ) -> Outcome:
     """Train as configured, in the folder run.dir. A collective call.
@@ -87,7 +90,7 @@ def train(
         resume: go on from the newest checkpoint in run.dir; from the start if there is none. So
             does a run that torchrun starts anew.
         test: evaluate the test part at the end; a search leaves it to the winner.
-        on_folder: told of the run's folder as soon as there is one, on every process.
+        log: of this process; told of the run's folder as soon as there is one, on every process.
         on_epoch: told of every epoch, on every process, in place of progress lines. It ends the
             training by an exception, which it must raise on all processes alike.
 
@@ -97,10 +100,9 @@ def train(
         DivergedError: a loss or a weight is not finite.
     """
     earlier = find_folder(configuration, runtime, resume=resume)
-    tell = on_folder or (lambda folder: None)
+    log = log or Log(is_first=runtime.is_first and on_epoch is None)
     if earlier and (summary := finished(earlier, configuration)):
-        tell(earlier)
-        return Outcome(summary=summary, finished_before=True)
+        return Outcome(folder=earlier, summary=summary, finished_before=True)
     watchdog = Watchdog(
         timeout=configuration.distributed.timeout,
         alone=runtime.process_count == 1,
@@ -115,8 +117,11 @@ def train(
         trainer, folder = _assemble(
             configuration, runtime, stop_signal, watchdog, earlier, ownership=ownership
         )
-        tell(folder)
+        log.begin(folder)
+        if runtime.is_first:
+            point_to(folder)
         progress = Progress(
+            log,
             steps=configuration.training.epochs * trainer.task.steps_per_epoch,
             first_step=trainer.position.step,
             epochs=configuration.training.epochs,
@@ -142,7 +147,7 @@ def train(
         if runtime.is_first:
             ownership.check()
             finish(folder, summary)
-    return Outcome(summary=summary, finished_before=False)
+    return Outcome(folder=folder, summary=summary, finished_before=False)
 
 
 class _Ownership:

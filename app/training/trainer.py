@@ -3,7 +3,6 @@
 import math
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,21 +30,11 @@ from app.training.progress import Progress
 from app.training.recorder import Recorder
 from app.training.replicas import Replicas
 from app.training.rescue import end_without_storage
+from app.training.steps import Step, fetch
 from app.training.stopwatch import Stopwatch
 from app.training.tracking import Tracking
 from oialr.method import OIALR, Event
 from oialr.stability.tracker import StabilityTracker
-
-
-@dataclass(frozen=True)
-class _Step:
-    """What is remembered of a step until it is recorded: the loss stays on the device."""
-
-    step: int
-    loss: Tensor
-    learning_rate: float
-    seconds: float
-    samples: int
 
 
 class Trainer:
@@ -91,7 +80,7 @@ class Trainer:
         """Of the training, in all sessions."""
         self.tested_step: int | None = None
         """Step of which the tested weights are; None: nothing was tested."""
-        self._unrecorded: list[_Step] = []
+        self._unrecorded: list[Step] = []
         self._last_loss = math.nan
         self._batches = AgreedBatches(task, runtime.processes, stop_signal)
         self._agreement = StopAgreement(runtime.processes, self._batches)
@@ -152,7 +141,7 @@ class Trainer:
             self.tracking.fetch(at_step=position.step)
             self.tracking.measure(self.model, step=position.step)
             if position.step % self.configuration.run.log_interval == 0:
-                self._record_steps()
+                self._record_steps(line_due=True)
             self._stop_if_asked()
             self.watchdog.progress(f"the end of step {position.step}")
             start = time.perf_counter()
@@ -184,12 +173,12 @@ class Trainer:
             self.average.update(self.position.step)
         self.position.batch += 1
         self._unrecorded.append(
-            _Step(
-                self.position.step,
-                torch.stack(losses).sum(),
-                learning_rate,
-                time.perf_counter() - start,
-                batch.global_count,
+            Step(
+                step=self.position.step,
+                loss=torch.stack(losses).sum(),
+                learning_rate=learning_rate,
+                seconds=time.perf_counter() - start,
+                samples=batch.global_count,
             )
         )
 
@@ -215,8 +204,11 @@ class Trainer:
         )
         self.progress.event(event, percent)
 
-    def _record_steps(self) -> None:
+    def _record_steps(self, *, line_due: bool = False) -> None:
         """Fetch the losses since the last time from the device and record them. Collective.
+
+        Args:
+            line_due: tell of it in a line.
 
         Raises:
             DivergedError: a loss is not finite.
@@ -224,11 +216,10 @@ class Trainer:
         steps, self._unrecorded = self._unrecorded, []
         if not steps:
             return
-        # Behind them whether the first process can still write: what all must know.
-        problem = torch.full_like(steps[0].loss, self.recorder.problem is not None)
-        sums = torch.stack([*(step.loss for step in steps), problem]).double()
-        *losses, problems = self.runtime.processes.sum(sums).tolist()
-        for step, loss in zip(steps, losses, strict=True):
+        # All must know whether the first process can still write.
+        can_write = self.recorder.problem is None
+        fetched = fetch(steps, self.runtime.processes, problem=not can_write)
+        for step, loss in zip(steps, fetched.losses, strict=True):
             if not math.isfinite(loss):
                 raise DivergedError(f"the loss is {loss} at step {step.step}")
             self._last_loss = loss
@@ -241,9 +232,16 @@ class Trainer:
                 step_seconds=step.seconds,
             )
         self.recorder.flush()
-        if problems:
+        if fetched.problem:
             end_without_storage(self)
-        self.progress.steps(len(steps), loss=self._last_loss, learning_rate=steps[-1].learning_rate)
+        self.progress.steps(
+            self.position.step,
+            epoch=self.position.epoch + 1,
+            loss=self._last_loss,
+            learning_rate=steps[-1].learning_rate,
+            samples_per_second=fetched.samples_per_second,
+            line_due=line_due,
+        )
 
     def _finish_epoch(self) -> None:
         """Measure, evaluate, write a checkpoint."""

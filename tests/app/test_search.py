@@ -82,10 +82,10 @@ def test_a_search_from_its_start_to_the_winner(tmp_path, tiny):
     assert summary["best_number"] == best.number
     assert summary["evaluations"] == 5
     assert 0 < summary["test_accuracy"] < 1
-    assert result.stdout.startswith("evaluations: 5\n")
+    assert "\nevaluations: 5\n" in result.stdout
     assert result.stdout.splitlines()[-1] == f"draw it: python -m app.report {folder}"
-    assert result.stderr.count(" per hour ") == 5
-    assert "5/5" in result.stderr
+    assert result.stdout.count(" per hour ") == 5
+    assert "5/5" in result.stdout
 
     # The winner was trained again as it had been evaluated, this time with its test part.
     rows = read_rows(folder / "best" / "metrics.h5", "eval")
@@ -104,7 +104,7 @@ def test_a_search_from_its_start_to_the_winner(tmp_path, tiny):
 def test_a_search_makes_its_own_folder(tmp_path, tiny):
     """Without run.dir, as it is typed first."""
     search(2, "--config", tiny, "search.evaluations=1", cwd=tmp_path)
-    (folder,) = (tmp_path / "runs").iterdir()
+    (folder,) = [path for path in (tmp_path / "runs").iterdir() if not path.is_symlink()]
     assert folder.name.startswith("tiny-")
     assert [one.status for one in stored(folder)] == ["finished"]
 
@@ -130,8 +130,8 @@ def test_faults_are_results_and_the_search_goes_on(tmp_path, tiny):
     for number, message in messages.items():
         assert ones[number].loss == FAILED
         assert message in ones[number].traceback
-    assert "ValueError: a bad day" in result.stderr
-    assert "worker 0" in result.stderr
+    assert "ValueError: a bad day" in result.stdout
+    assert "worker 0" in result.stdout
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["failed"] == 4
     assert summary["best_number"] in (3, 6)
@@ -145,7 +145,7 @@ def test_a_killed_search_is_resumed_by_other_workers(tmp_path, tiny):
     assert 3 not in [one.number for one in before]
     arguments = ["search.processes_per_worker=1", "search.evaluations=8"]
     result = search(3, "--resume", folder, *arguments)
-    assert result.stderr.count(" per hour ") == 8 - len(before)  # nothing is done twice
+    assert result.stdout.count(" per hour ") == 8 - len(before)  # nothing is done twice
     after = stored(folder)
     assert [one.number for one in after] == list(range(8))
     assert [one for one in after if one.processes == 2] == before

@@ -192,11 +192,11 @@ def test_two_programs_do_not_share_a_run(tmp_path):
         command(0, DISTURBED, "sleep", 0, 3, *TINY, f"run.dir={tmp_path}", "run.log_interval=1"),
         cwd=ROOT,
         env=environment(),
-        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
     )
     try:
-        assert first.stderr.readline().startswith(f"run {tmp_path}")
+        assert first.stdout.readline().startswith(f"run {tmp_path}")
         before = {name: (tmp_path / name).stat().st_ino for name in names(tmp_path)}
         for processes in (0, 2):
             result = train(processes, "--resume", tmp_path, code=2)

@@ -43,6 +43,7 @@ def undisturbed(tmp_path_factory):
 def test_a_resumed_run_is_the_uninterrupted_run(tmp_path, undisturbed, processes, stops):
     reference = undisturbed(max(1, processes))
     arguments = [*TINY, f"run.dir={tmp_path}"]
+    said = []
     for step in stops:
         result = train(processes, *arguments, f"run.stop_after={step}", code=75)
         stopped, drawn = result.stderr.splitlines()[-2:]
@@ -51,9 +52,11 @@ def test_a_resumed_run_is_the_uninterrupted_run(tmp_path, undisturbed, processes
             == f"stopped by run.stop_after after step {step}: go on with --resume {tmp_path}"
         )
         assert drawn == f"draw it: python -m app.report {tmp_path}"
+        said += [result.stdout, result.stderr]
         arguments = ["--resume", tmp_path]
-    result = train(processes, *arguments, "run.stop_after=null")
-    assert result.stdout.splitlines()[-1] == f"draw it: python -m app.report {tmp_path}"
+    said.append(train(processes, *arguments, "run.stop_after=null").stdout)
+    assert said[-1].splitlines()[-1] == f"draw it: python -m app.report {tmp_path}"
+    assert (tmp_path / "log.txt").read_text() == "".join(said)
     assert_same_run(tmp_path, reference)
 
 
@@ -63,6 +66,7 @@ def test_a_run_leaves_everything_in_its_folder(undisturbed):
         "config.yaml",
         "metrics.h5",
         "checkpoints",
+        "log.txt",
         "summary.json",
     }
     summary = json.loads((folder / "summary.json").read_text())
@@ -120,8 +124,8 @@ def test_split_factorizations_train_like_whole_ones(tmp_path):
     whole, split = (tmp_path / name for name in ("whole", "split"))
     train(2, *HALVED, f"run.dir={whole}")
     result = train(2, *HALVED, "distributed.factorization=heat", f"run.dir={split}")
-    assert "imbalance" in result.stderr
-    assert " 7 layers split over processes" in result.stderr
+    assert "imbalance" in result.stdout
+    assert " 7 layers split over processes" in result.stdout
     for group, columns, tolerance in (
         ("train", ["loss"], 1e-3),
         ("lowrank", ["step", "trainable_parameters", "broadcast_bytes"], 0),
@@ -186,7 +190,7 @@ def test_stability_by_epochs_in_the_background_is_that_of_the_foreground(tmp_pat
         folder = tmp_path / str(steps)
         result = train(0, *options, f"stability.background_steps={steps}", f"run.dir={folder}")
         files.append(folder / "metrics.h5")
-        lines = [line for line in result.stderr.splitlines() if "  stability " in line]
+        lines = [line for line in result.stdout.splitlines() if "  stability " in line]
         shown.append([line.split("/")[0] for line in lines])
     for group in ("stability", "layers/pos_embed/stability"):
         mine, theirs = (read_rows(file, group) for file in files)
@@ -275,7 +279,7 @@ def test_a_signal_ends_an_evaluation_too(tmp_path, undisturbed):
     assert "stopped by signal 15 after step 16" in result.stderr
     assert last_checkpoint(tmp_path)["position"] == {"step": 16, "epoch": 1, "batch": 8}
     result = launch(2, DISTURBED, "evaluation", 0, 32, "--resume", tmp_path, code=75)
-    assert "epoch 2/4" in result.stderr
+    assert "epoch 2/4" in result.stdout
     train(2, "--resume", tmp_path)
     assert_same_run(tmp_path, undisturbed(2))
 
@@ -286,11 +290,12 @@ def test_a_signal_to_a_single_process(tmp_path, number):
         command(0, "-m", "app.train", "training.epochs=500", f"run.dir={tmp_path}"),
         cwd=ROOT,
         env=environment(),
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
     try:
-        for line in process.stderr:
+        for line in process.stdout:
             if line.startswith("epoch 1/"):
                 process.send_signal(number)
                 break

@@ -26,9 +26,9 @@ RELEASED = [
 def test_a_stopped_run_is_the_undisturbed_one(tmp_path, processes, stops):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     result = train(processes, *RELEASED, f"run.dir={whole}")
-    assert "their factors are released after step 22" in result.stderr
-    assert "step 22: release of 9 layers" in result.stderr
-    assert "above its size" not in result.stderr
+    assert "their factors are released after step 22" in result.stdout
+    assert "step 22: release of 9 layers" in result.stdout
+    assert "above its size" not in result.stdout
     for step in stops:
         resume = ["--resume", stopped] if stopped.exists() else [*RELEASED, f"run.dir={stopped}"]
         train(processes, *resume, f"run.stop_after={step}", code=75)
@@ -62,8 +62,8 @@ def test_the_table_of_explain_shows_steps_after_a_release():
 def test_a_run_that_ends_above_its_size_says_so(tmp_path):
     arguments = [*TINY, "oialr.target_size=0.3", f"run.dir={tmp_path}", "oialr.largest_cut=0.1"]
     result = train(0, *arguments)
-    assert "the run ends above its size: " in result.stderr
-    assert "are stored, above target_size, 0.3" in result.stderr
+    assert "the run ends above its size: " in result.stdout
+    assert "are stored, above target_size, 0.3" in result.stdout
 
 
 @pytest.mark.parametrize(
