@@ -9,6 +9,7 @@ from app.command import Parser, run_command
 from app.errors import UserError
 from app.reporting.drawing import FORMATS
 from app.reporting.reference import REFERENCE_CURVES
+from app.runtime.latest import led_to
 
 EXAMPLES = """\
 examples:
@@ -73,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="seconds between two looks with --follow (2)",
     )
     options = parser.parse_args(arguments)
+    options.runs = _distinct(options.runs)
     return _follow(options) if options.follow else _write(options)
 
 
@@ -99,6 +101,12 @@ def _write(options: argparse.Namespace) -> int:
         print(f"note: {notice}", file=sys.stderr)
     print(f"{written.page} and {len(written.figures)} files in {written.page.parent / 'figures'}")
     return 0
+
+
+def _distinct(paths: Sequence[Path]) -> list[Path]:
+    """Return where the paths lead to, without links to what is there itself: runs/* has both."""
+    others = {path.resolve() for path in paths if not path.is_symlink()}
+    return [led_to(p) for p in paths if not (p.is_symlink() and p.resolve() in others)]
 
 
 def _is_search(folder: Path) -> bool:

@@ -1,8 +1,9 @@
-"""A running job in the terminal: its last epochs, and what its layers are like."""
+"""A running job in the terminal: its curve, its last epochs, and what its layers are like."""
 
 import math
 import time
 from collections.abc import Callable, Sequence
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from rich.text import Text
 
 from app.reporting.comparison import merits
 from app.reporting.runs import Run, read_run
+from app.reporting.terminal import Curves
 
 Shown = RenderableType
 """What can be shown in the terminal."""
@@ -43,8 +45,9 @@ def follow(
     def look() -> tuple[Shown, bool]:
         if not metrics.exists():
             return Text(f"waiting for {metrics}, which a run writes when it begins"), False
+        written = metrics.stat().st_mtime
         run = read_run(path)
-        return show(run), run.is_finished
+        return show(run, written=written), run.is_finished
 
     watch(look, interval=interval, console=console, wait=wait)
 
@@ -76,19 +79,26 @@ def watch(
             return
 
 
-def tabulate(headline: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Group:
-    """Return a table below a headline, as it is shown."""
+def tabulate(
+    headline: str, columns: Sequence[str], rows: Sequence[Sequence[str]], curves: Curves
+) -> Group:
+    """Return curves and a table below a headline, as it is shown."""
     table = Table(box=None, pad_edge=False)
     for heading in columns:
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(*row)
-    return Group(Text(headline, style="bold"), table)
+    return Group(Text(headline, style="bold"), curves, table)
 
 
-def show(run: Run) -> RenderableType:
-    """Return the state of a run as it is shown."""
-    parts: list[RenderableType] = [_headline(run), _epochs(run)]
+def show(run: Run, *, written: float) -> RenderableType:
+    """Return the state of a run as it is shown.
+
+    Args:
+        run: the run.
+        written: when its metrics.h5 was last written to, in seconds since 1970.
+    """
+    parts: list[RenderableType] = [_headline(run, written), _losses(run), _epochs(run)]
     if len(run.series("stability").steps):
         parts.append(_layers(run))
     if len(run.events["step"]):
@@ -102,7 +112,46 @@ def show(run: Run) -> RenderableType:
     return Group(*parts)
 
 
-def _headline(run: Run) -> Text:
+def time_left(run: Run, *, written: float) -> timedelta | None:
+    """Return the time that a run needs from its last row on, at its last session's mean pace.
+
+    Args:
+        run: the run.
+        written: when its metrics.h5 was last written to, in seconds since 1970.
+
+    Returns:
+        None: it has finished, or has not come far enough to tell.
+    """
+    taken = run.evaluation["epoch"] > 0
+    if run.is_finished or not taken.any() or not len(run.sessions["started"]):
+        return None
+    started = datetime.fromisoformat(run.sessions["started"][-1]).timestamp()
+    step = run.train["step"][-1]
+    steps = step - run.sessions["first_step"][-1]
+    if steps <= 0:
+        return None
+    per_epoch = run.evaluation["step"][taken][0] / run.evaluation["epoch"][taken][0]
+    total = run.configuration["training"]["epochs"] * per_epoch
+    return timedelta(seconds=round(max(0.0, (total - step) * (written - started) / steps)))
+
+
+def _losses(run: Run) -> Curves:
+    """The losses of training and validation."""
+    validation = run.evaluation["split"] == "validation"
+    return Curves(
+        {
+            "training": (run.axis(run.train["step"]), run.train["loss"]),
+            "validation": (
+                run.axis(run.evaluation["step"][validation]),
+                run.evaluation["loss"][validation],
+            ),
+        },
+        axis=run.axis.label,
+        label="loss",
+    )
+
+
+def _headline(run: Run, written: float) -> Text:
     text = Text(f"{run.folder}: {run.state()}", style="bold")
     if len(run.train["step"]):
         recent = slice(-50, None)
@@ -111,6 +160,8 @@ def _headline(run: Run) -> Text:
             f"{np.median(run.train['samples_per_second'][recent]):.0f} samples/s",
             style="not bold",
         )
+    if (left := time_left(run, written=written)) is not None:
+        text.append(f", {left} left at this pace", style="not bold")
     return text
 
 

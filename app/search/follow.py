@@ -1,14 +1,21 @@
 """A running search in the terminal: how many evaluations came to what, and the best of them."""
 
 from collections import Counter
+from collections.abc import Sequence
+from datetime import datetime, timedelta
 from pathlib import Path
 
+import numpy as np
+
 from app.reporting.follow import Shown, tabulate, watch
+from app.reporting.terminal import Curves
 from app.search.definition import STORED, load
 from app.search.report import columns, row
-from app.search.store import STORE, read_evaluations
+from app.search.store import STORE, Evaluation, read_evaluations
 
 _SHOWN = 10
+_RECENT = 20
+"""Evaluations of which the pace is taken."""
 
 
 def follow_search(folder: Path, *, interval: float) -> None:
@@ -21,7 +28,8 @@ def follow_search(folder: Path, *, interval: float) -> None:
     Raises:
         UserError: the search cannot be read.
     """
-    space = load(folder / STORED).space
+    definition = load(folder / STORED)
+    space, limit = definition.space, definition.base.search.evaluations
 
     def look() -> tuple[Shown, bool]:
         finished = (folder / "summary.json").exists()  # before the evaluations: these are all then
@@ -31,6 +39,45 @@ def follow_search(folder: Path, *, interval: float) -> None:
         state = "finished" if finished else "not finished"
         best = sorted(evaluations, key=lambda one: one.loss)[:_SHOWN]
         headline = f"{folder}: a search, {state}; evaluations: {came_to}"
-        return tabulate(headline, columns(space), [row(one) for one in best]), finished
+        if not finished and (left := time_left(evaluations, limit)) is not None:
+            headline += f"; {left} left at this pace"
+        rows = [row(one) for one in best]
+        return tabulate(headline, columns(space), rows, _losses(evaluations)), finished
 
     watch(look, interval=interval)
+
+
+def time_left(evaluations: Sequence[Evaluation], limit: int | None) -> timedelta | None:
+    """Return the time that a search needs at the pace of its last evaluations.
+
+    Args:
+        evaluations: that have finished.
+        limit: search.evaluations; None: it ends otherwise.
+
+    Returns:
+        None: nothing tells.
+    """
+    if limit is None or not evaluations:
+        return None
+    times = []
+    for one in evaluations:
+        start = datetime.fromisoformat(one.started).timestamp()
+        times.append((start + one.seconds, start))
+    recent = sorted(times)[-_RECENT:]
+    each = (recent[-1][0] - min(start for _, start in recent)) / len(recent)
+    return timedelta(seconds=max(0, round((limit - len(evaluations)) * each)))
+
+
+def _losses(evaluations: Sequence[Evaluation]) -> Curves:
+    """The losses of those that came to a result, by number, and the least so far."""
+    ones = sorted((one for one in evaluations if one.succeeded), key=lambda one: one.number)
+    numbers = np.array([one.number for one in ones])
+    losses = np.array([one.loss for one in ones])
+    return Curves(
+        {
+            "of each": (numbers, losses),
+            "least so far": (numbers, np.minimum.accumulate(losses) if ones else losses),
+        },
+        axis="evaluation",
+        label="loss",
+    )

@@ -589,6 +589,19 @@ def test_following_ends_with_an_interrupt(tmp_path):
     out = io.StringIO()
     follow(tmp_path / "run", interval=1, console=Console(file=out, width=120), wait=wait)
     assert "not finished: in epoch 1 of 8, step 10" in out.getvalue()
+    assert " left at this pace" in " ".join(out.getvalue().split())
+    assert "loss over epochs: training  validation" in out.getvalue()
+
+
+def test_a_link_beside_what_it_leads_to_counts_once(tmp_path):
+    """As with runs/*, where runs/latest lies."""
+    write_run(tmp_path / "run")
+    (tmp_path / "latest").symlink_to("run")
+    for paths in ([tmp_path / "latest"], [tmp_path / "latest", tmp_path / "run"]):
+        assert report.main([*map(str, paths), "--formats", "png"]) == 0
+        page = tmp_path / "run" / "report" / "report.html"
+        assert "Run run" in page.read_text()
+        page.unlink()
 
 
 def test_help_imports_nothing_heavy():

@@ -54,6 +54,7 @@ def test_a_search_can_be_followed(folder, capsys):
     numbers = [one.number for one in sorted(ones(12), key=lambda one: one.loss)[:10]]
     rows = [line.split()[0] for line in said.splitlines() if line.strip()[:2] == "00"]
     assert rows == [f"{number:05d}" for number in numbers]
+    assert "loss over evaluations: of each  least so far" in said
 
 
 def test_a_search_is_reported(folder):
