@@ -245,10 +245,11 @@ def _blocks(language, elsewhere=()):
     return [pytest.param(block, id=block.page) for block in found]
 
 
-# Those of docs/metrics.md are run by test_store.py, on files of all kinds; docs/method.md quotes
-# lines of a file, which test_reference.py compares.
+# Those of docs/metrics.md are run by test_store.py, on files of all kinds, those of docs/loggers.md
+# by test_loggers.py; docs/method.md quotes lines of a file, which test_reference.py compares.
 @pytest.mark.parametrize(
-    "block", _blocks("python", elsewhere=("docs/metrics.md", "docs/method.md"))
+    "block",
+    _blocks("python", elsewhere=("docs/loggers.md", "docs/metrics.md", "docs/method.md")),
 )
 def test_a_program_runs(block: Block):
     torch.manual_seed(0)

@@ -10,36 +10,13 @@ from pydantic import Field, model_validator
 
 from app.config.data_section import DataSection
 from app.config.method_section import OIALRSection
+from app.config.run_section import RunSection
 from app.config.search_section import SearchSection
 from app.config.section import Section
 from app.errors import UserError
 
 LONGEST_CYCLE_EXPONENT = 9
 """Power of ten that the last cycle of the learning rate is at most longer than the first."""
-
-
-class RunSection(Section):
-    """Where a run lives and how it is reported."""
-
-    name: str = Field(
-        "run", min_length=1, description="Name of the run, part of the default run.dir."
-    )
-    dir: str | None = Field(
-        None, description="Folder of everything the run writes. Default: runs/NAME-TIME."
-    )
-    seed: int = Field(0, ge=0, lt=2**32, description="Seed of initialization, order and dropout.")
-    log_interval: int = Field(
-        50, gt=0, description="Steps between two progress lines and two writes to metrics.h5."
-    )
-    checkpoint_epochs: int = Field(
-        1, ge=0, description="Epochs between two checkpoints; 0: only at the end and when stopped."
-    )
-    keep_checkpoints: int = Field(
-        2, ge=0, description="Number of newest checkpoints that are kept; 0: none is written."
-    )
-    stop_after: int | None = Field(
-        None, gt=0, description="Stop after this step as on a signal: checkpoint, exit code 75."
-    )
 
 
 class ModelSection(Section):

@@ -15,7 +15,8 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from app.config.settings import Configuration, RunSection
+from app.config.run_section import RunSection
+from app.config.settings import Configuration
 from app.errors import StorageError, UserError
 from app.runtime.launch import read_launch
 from app.runtime.lease import Lease

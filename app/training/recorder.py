@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from app.errors import StorageError
+from app.recording.loggers.chosen import Loggers
 from app.recording.rebuilding import rebuild
 from app.recording.store import MetricsStore
 from app.recording.swmr import UnreadableFileError
@@ -39,6 +40,8 @@ class Recorder:
     def __init__(self, store: MetricsStore | None) -> None:
         """Write into a store; None: this process records nothing."""
         self._store = store
+        self.loggers = Loggers()
+        """Of the first process; told of every row that the store gets."""
         self.problem: StorageError | None = None
         """Why nothing more can be written; raised by nobody here, since only one process knows."""
 
@@ -110,13 +113,14 @@ class Recorder:
         )
         self.flush()
 
-    def step(self, **values: float) -> None:
+    def step(self, **values: Any) -> None:
         """Record a training step."""
-        self._append("train", **values)
+        self._row("train", **values)
 
     def evaluation(self, **values: Any) -> None:
         """Record an evaluation."""
         self._append("eval", **values)
+        self._log(values["split"], {k: v for k, v in values.items() if k != "split"})
         self.flush()
 
     def event(
@@ -130,7 +134,7 @@ class Recorder:
     ) -> None:
         """Record what the method did, and the ranks and spectra that it saw."""
         assert event.peak_bytes is not None, "a run's method measures memory"
-        self._append(
+        self._row(
             "lowrank",
             step=event.step,
             event=event.kind,
@@ -146,9 +150,7 @@ class Recorder:
             peak_bytes=event.peak_bytes,
         )
         for layer in event.layers:
-            self._append(
-                f"layers/{layer.name}/rank", step=event.step, rank=layer.rank, owner=layer.owner
-            )
+            self._row("rank", layer.name, step=event.step, rank=layer.rank, owner=layer.owner)
             self._spectrum(layer.name, event.step, layer.singular_values)
         self.flush()
 
@@ -156,7 +158,7 @@ class Recorder:
         self, rows: Sequence[LayerStability], *, epoch: int, step: int, seconds: float
     ) -> None:
         """Record a measurement of the bases, with the spectra that it gave."""
-        self._append(
+        self._row(
             "stability",
             epoch=epoch,
             step=step,
@@ -166,8 +168,9 @@ class Recorder:
             seconds=seconds,
         )
         for row in rows:
-            self._append(
-                f"layers/{row.name}/stability",
+            self._row(
+                "stability",
+                row.name,
                 epoch=epoch,
                 step=step,
                 stability=row.stability,
@@ -184,10 +187,12 @@ class Recorder:
 
     def flush(self) -> None:
         """Bring everything to the file, for those who read it meanwhile."""
+        self.loggers.flush()
         self._try(MetricsStore.flush)
 
     def counts(self) -> dict[str, int]:
-        """Return the rows of each group."""
+        """Return the rows of each group, which others see by then."""
+        self.loggers.flush()
         return self._try(MetricsStore.counts) or {}
 
     def move_to(self, path: Path) -> None:
@@ -217,6 +222,7 @@ class Recorder:
 
     def close(self) -> None:
         """Close the file."""
+        self.loggers.close()
         if self._store:
             try:
                 self._store.close()
@@ -241,11 +247,19 @@ class Recorder:
             return
         number = sum(self._store.length(f"layers/{layer}/{name}") for name in ("rank", "stability"))
         if is_recorded(number):
-            self._append(
-                f"layers/{layer}/spectrum",
-                step=step,
-                singular_values=singular_values.float().numpy(),
-            )
+            values = singular_values.float().numpy()
+            self._append(f"layers/{layer}/spectrum", step=step, singular_values=values)
+            self.loggers.spectrum(layer, step, values)
+
+    def _row(self, group: str, layer: str | None = None, **values: Any) -> None:
+        """Record a row of a group, of the run or of a layer, and let the loggers know of it."""
+        self._append(f"layers/{layer}/{group}" if layer else group, **values)
+        self._log(group, values, layer)
+
+    def _log(self, group: str, values: Mapping[str, Any], layer: str | None = None) -> None:
+        if self.loggers:
+            others = {name: value for name, value in values.items() if name != "step"}
+            self.loggers.scalars(group, values["step"], others, layer=layer)
 
     def _append(self, group: str, **values: Any) -> None:
         if self._store:

@@ -19,6 +19,7 @@ from app.config.settings import Configuration
 from app.config.yaml_text import dump_value
 from app.errors import AgreedStorageError, UserError
 from app.recording.log import Log
+from app.recording.loggers.chosen import Loggers, find_loggers
 from app.recording.swmr import writing
 from app.runtime.latest import point_to
 from app.runtime.processes import Runtime
@@ -217,6 +218,9 @@ def _assemble(
         steps_per_epoch=task.steps_per_epoch,
         conversion=method.options.delay if method else None,
     )
+    loggers = processes.agree(
+        lambda: find_loggers(configuration.run.loggers if runtime.is_first else [])
+    )
     tracker = processes.agree(lambda: build_tracker(configuration.stability, layers, processes))
     average = build_average(configuration, model, optimizer)
     watchdog.progress("the run's folder")
@@ -272,6 +276,12 @@ def _assemble(
         if runtime.is_first:
             with writing(metrics):
                 trainer.recorder = open_recorder()
+            trainer.recorder.loggers = Loggers.begin(
+                loggers,
+                folder,
+                configuration=configuration.model_dump(),
+                first_step=trainer.position.step if state else None,
+            )
         processes.barrier()
     trainer.recorder.session(process_count=runtime.process_count, first_step=trainer.position.step)
     return trainer, folder
