@@ -1,19 +1,14 @@
 """What --follow shows beside tables: curves, and the time left."""
 
 import io
-from datetime import datetime, timedelta
+from datetime import timedelta
 
 import numpy as np
 from rich.console import Console
-from test_report import Writer
-from test_search_store import evaluation
+from support.evaluations import evaluation
 
-from app.reporting.follow import time_left
-from app.reporting.runs import read_run
 from app.reporting.terminal import Curves, rasterize
 from app.search import follow as search
-
-STARTED = datetime.fromisoformat("2026-01-01T00:00:00+00:00").timestamp()
 
 
 def test_a_curve_is_the_mean_of_each_column_joined():
@@ -74,32 +69,6 @@ def test_of_nothing_nothing_is_shown():
 
 def test_a_flat_curve_is_shown():
     assert len(shown({"training": (np.ones(2), np.ones(2))})) == 10
-
-
-def test_the_time_that_a_run_needs(tmp_path):
-    writer = Writer(tmp_path / "run")
-    writer.epoch(0)
-    assert time_left(read_run(tmp_path / "run"), written=STARTED) is None
-    writer.epoch(1)
-    writer.epoch(2)
-    # 20 of 80 steps in 100 s.
-    run = read_run(tmp_path / "run")
-    assert time_left(run, written=STARTED + 100) == timedelta(seconds=300)
-    writer.store.append(
-        "sessions",
-        started="2026-01-01T01:00:00+00:00",
-        process_count=2,
-        first_step=20,
-        versions="",
-        command="",
-    )
-    writer.store.flush()
-    assert time_left(read_run(tmp_path / "run"), written=STARTED + 3600) is None
-    writer.epoch(3)  # 10 steps of this session in 20 s, 50 are left
-    run = read_run(tmp_path / "run")
-    assert time_left(run, written=STARTED + 3620) == timedelta(seconds=100)
-    writer.finish()
-    assert time_left(read_run(tmp_path / "run"), written=STARTED + 3620) is None
 
 
 def test_the_time_that_a_search_needs():

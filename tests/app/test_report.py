@@ -6,6 +6,7 @@ import json
 import statistics
 import subprocess
 import sys
+from datetime import datetime, timedelta
 from html.parser import HTMLParser
 
 import h5py
@@ -19,7 +20,7 @@ from app.errors import UserError
 from app.recording.schema import LOWRANK, STABILITY
 from app.recording.store import MetricsStore
 from app.reporting import comparison, curves, drawing, layer_maps
-from app.reporting.follow import follow
+from app.reporting.follow import follow, time_left
 from app.reporting.reference import REFERENCE_CURVES
 from app.reporting.runs import check_patterns, choose_layers, read_run, read_spectra
 from app.reporting.spectra import spectra
@@ -602,6 +603,33 @@ def test_a_link_beside_what_it_leads_to_counts_once(tmp_path):
         page = tmp_path / "run" / "report" / "report.html"
         assert "Run run" in page.read_text()
         page.unlink()
+
+
+def test_the_time_that_a_run_needs(tmp_path):
+    started = datetime.fromisoformat("2026-01-01T00:00:00+00:00").timestamp()
+    writer = Writer(tmp_path / "run")
+    writer.epoch(0)
+    assert time_left(read_run(tmp_path / "run"), written=started) is None
+    writer.epoch(1)
+    writer.epoch(2)
+    # 20 of 80 steps in 100 s.
+    run = read_run(tmp_path / "run")
+    assert time_left(run, written=started + 100) == timedelta(seconds=300)
+    writer.store.append(
+        "sessions",
+        started="2026-01-01T01:00:00+00:00",
+        process_count=2,
+        first_step=20,
+        versions="",
+        command="",
+    )
+    writer.store.flush()
+    assert time_left(read_run(tmp_path / "run"), written=started + 3600) is None
+    writer.epoch(3)  # 10 steps of this session in 20 s, 50 are left
+    run = read_run(tmp_path / "run")
+    assert time_left(run, written=started + 3620) == timedelta(seconds=100)
+    writer.finish()
+    assert time_left(read_run(tmp_path / "run"), written=started + 3620) is None
 
 
 def test_help_imports_nothing_heavy():
