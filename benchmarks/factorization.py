@@ -26,8 +26,8 @@ from app import OIALR
 from app.runtime.calibration import measure_costs, read_costs
 from app.runtime.processes import start_runtime
 from oialr.compatibility import import_torchvision
-from oialr.conversion import survey
 from oialr.events import Event
+from oialr.layer_survey import survey
 from oialr.placement.assignment import Plan, make_plan
 from oialr.placement.costs import Costs, split_limit
 from oialr.placement.processes import Processes

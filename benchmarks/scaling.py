@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywher
 from app.runtime.launch import read_launch
 from app.runtime.processes import Runtime, start_runtime
 from benchmarks.step_time import at_rank_fraction, vision_transformer
-from oialr.conversion import parameter_counts
+from oialr.layer_survey import parameter_counts
 from oialr.method import OIALR
 from oialr.placement.processes import Processes
 

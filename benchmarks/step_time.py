@@ -24,7 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere as a script
 
 from oialr.compatibility import import_torchvision
-from oialr.conversion import factorize_layer, get_layer, survey
+from oialr.convert import factorize_layer, get_layer
+from oialr.layer_survey import survey
 from oialr.layers.conv import FactoredConv
 from oialr.layers.cost import rank_pays
 from oialr.memory import TensorMemory, tensors_of

@@ -15,6 +15,8 @@ The library: torch and the standard library. Everything that is meant for others
   :class:`Event` and :class:`LayerEvent` tell what happened.
 - :func:`survey` lists a network's weights, and :class:`LayerReport` why one stays full-rank.
 - :func:`to_dense` puts dense layers in the place of factorized ones.
+- :func:`register_layer` adds a kind of layers by its :class:`LayerAdapter`, with a
+  :class:`FactoredTwin` and a :class:`MatrixReading` of its weight.
 - :class:`StabilityTracker` measures basis stability, :class:`LayerStability` is a row of it.
 - :class:`Processes` are those that share the work, :class:`Costs` what it costs.
 - :class:`DivergedError`, :class:`DifferingReplicasError` and :class:`UserError` are what ends it.
@@ -27,14 +29,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from oialr.conversion import LayerReport as LayerReport
-    from oialr.conversion import survey as survey
-    from oialr.conversion import to_dense as to_dense
+    from oialr.convert import to_dense as to_dense
     from oialr.errors import DifferingReplicasError as DifferingReplicasError
     from oialr.errors import DivergedError as DivergedError
     from oialr.errors import UserError as UserError
     from oialr.events import Event as Event
     from oialr.events import LayerEvent as LayerEvent
+    from oialr.layer_survey import LayerReport as LayerReport
+    from oialr.layer_survey import survey as survey
+    from oialr.layers.adapter import LayerAdapter as LayerAdapter
+    from oialr.layers.reading import MatrixReading as MatrixReading
+    from oialr.layers.registry import register_layer as register_layer
+    from oialr.layers.twin import FactoredTwin as FactoredTwin
     from oialr.method import OIALR as OIALR
     from oialr.options import Options as Options
     from oialr.placement.costs import Costs as Costs
@@ -48,15 +54,19 @@ _HOMES = {
     "DifferingReplicasError": "oialr.errors",
     "DivergedError": "oialr.errors",
     "Event": "oialr.events",
+    "FactoredTwin": "oialr.layers.twin",
+    "LayerAdapter": "oialr.layers.adapter",
     "LayerEvent": "oialr.events",
-    "LayerReport": "oialr.conversion",
+    "LayerReport": "oialr.layer_survey",
     "LayerStability": "oialr.stability.measurement",
+    "MatrixReading": "oialr.layers.reading",
     "Options": "oialr.options",
     "Processes": "oialr.placement.processes",
     "StabilityTracker": "oialr.stability.tracker",
     "UserError": "oialr.errors",
-    "survey": "oialr.conversion",
-    "to_dense": "oialr.conversion",
+    "register_layer": "oialr.layers.registry",
+    "survey": "oialr.layer_survey",
+    "to_dense": "oialr.convert",
 }
 """The module of each public name."""
 

@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from oialr.conversion import LayerReport
 from oialr.errors import DifferingReplicasError, DivergedError
+from oialr.layer_survey import LayerReport
 from oialr.linalg.checksum import checksum
 from oialr.linalg.precision import full_precision
 from oialr.linalg.svd import is_diagonal

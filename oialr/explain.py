@@ -4,16 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from oialr.conversion import LayerReport, get_layer
-from oialr.layers.attention import attention_of
-from oialr.layers.cost import (
-    cheapest_way,
-    full_rank_cost,
-    multiply_adds,
-    released_multiply_adds,
-)
+from oialr.layer_survey import LayerReport
+from oialr.layers.registry import claims, kind_of
 from oialr.options import Execution
 
 FRACTIONS = (0.1, 0.25, 0.5, 1.0)
@@ -36,19 +30,23 @@ def rows_per_sample(
     """
     rows = {layer.name: 0 for layer in layers}
     handles = []
+    claimed = claims(model)
     for layer in layers:
-        # Dense attention uses the weight of its out_proj without calling it.
-        module = get_layer(model, layer.name)
-        module = attention_of(model, module) or module
+        module = model.get_submodule(layer.name.rpartition(".")[0])
+        if module in claimed:  # it is not called: the layer around it reads its weight
+            _, module = claimed[module]
 
         def count(
-            module: nn.Module, inputs: tuple[Tensor, ...], output: Any, name: str = layer.name
+            module: nn.Module,
+            inputs: tuple[Any, ...],
+            named: dict[str, Any],
+            output: Any,
+            name: str = layer.name,
         ) -> None:
-            result = output[0] if isinstance(output, tuple) else output
-            channels = result.shape[1 if isinstance(module, nn.modules.conv._ConvNd) else -1]
-            rows[name] += result.numel() // channels // samples
+            rows_of_call = kind_of(module).rows(module, (*inputs, *named.values()), output)
+            rows[name] += rows_of_call // samples
 
-        handles.append(module.register_forward_hook(count))
+        handles.append(module.register_forward_hook(count, with_kwargs=True))
     training = model.training
     try:
         model.eval()
@@ -93,6 +91,7 @@ def explain(
             lines.append([layer.name, shape, "", "", f"dense: {layer.stays_dense}", ""])
             continue
         m, n = layer.matrix_shape
+        adapter = layer.adapter
         b = rows[layer.name] * samples
         several = {max(1, round(fraction * layer.full_rank)) for fraction in FRACTIONS}
         present = ranks[layer.name] if ranks else None
@@ -103,13 +102,14 @@ def explain(
             lines.append([layer.name, shape, str(b), str(layer.full_rank), "full-rank", "1.00"])
             continue
         for r in [present] if present else sorted(several):
-            whole = full_rank_cost(rows=b, m=m, n=n)
-            after = released_multiply_adds(rows=b, m=m, n=n, r=r) / whole
+            whole = adapter.full_rank_multiply_adds(rows=b, m=m, n=n)
+            after = adapter.released_multiply_adds(rows=b, m=m, n=n, r=r) / whole
             if layer.name in forms:
                 lines.append([layer.name, shape, str(b), str(r), "two factors", f"{after:.2f}"])
                 continue
-            way = cheapest_way(b, m, n, r) if execution == "auto" else execution
-            ratio = multiply_adds(way, rows=b, m=m, n=n, r=r) / whole
+            cheapest = adapter.cheapest_way(rows=b, m=m, n=n, r=r)
+            way = cheapest if execution == "auto" else execution
+            ratio = adapter.multiply_adds(way, rows=b, m=m, n=n, r=r) / whole
             lines.append([layer.name, shape, str(b), str(r), way, f"{ratio:.2f}"])
             if will_release:
                 lines[-1].append(f"{after:.2f}" if after < 1 else "dense")

@@ -25,10 +25,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from oialr.conversion import LayerReport, parameter_counts, survey
 from oialr.events import Event, Events
 from oialr.factor_steps import FactorSteps
 from oialr.gradients import GradientWatch
+from oialr.layer_survey import LayerReport, parameter_counts, survey
 from oialr.optimizer_state import check_loaded_state, check_optimizer
 from oialr.options import Options, Selection, part
 from oialr.parameter_groups import TwinGroups

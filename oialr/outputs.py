@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-LINEAR_MAPS = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.Bilinear)
+from oialr.layers.registry import is_linear_map
 
 HEADS = (
     *("head", "head_*", "*_head", "heads", "heads_*", "*_heads"),
@@ -37,7 +37,7 @@ def output_layers(model: nn.Module) -> list[nn.Module]:
         model: the network, not necessarily dense.
 
     Returns:
-        Modules of :data:`LINEAR_MAPS`; none for a network without any.
+        Modules that are linear maps; none for a network without any.
     """
     found = list(_told(model, "get_classifier"))
     if not found:
@@ -45,7 +45,7 @@ def output_layers(model: nn.Module) -> list[nn.Module]:
     if found:
         return found
     holders = [child for child in model.children() if _linear_maps(child)]
-    if len(holders) == 1 and not isinstance(model, LINEAR_MAPS):
+    if len(holders) == 1 and not is_linear_map(model):
         return output_layers(holders[0])
     return _linear_maps(model)[-1:]
 
@@ -76,4 +76,4 @@ def _of_heads(heads: Any) -> Iterator[nn.Module]:
 
 
 def _linear_maps(module: nn.Module) -> list[nn.Module]:
-    return [layer for layer in module.modules() if isinstance(layer, LINEAR_MAPS)]
+    return [layer for layer in module.modules() if is_linear_map(layer)]

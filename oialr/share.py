@@ -6,7 +6,7 @@ from math import prod
 
 from torch import nn
 
-from oialr.conversion import LayerReport
+from oialr.layer_survey import LayerReport
 
 LITTLE = 0.5
 """Share of the parameters below which a user may not know how little is factorized."""

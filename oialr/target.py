@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Self
 
 from oialr.allocation import Choice, allocate, layer_choices
-from oialr.conversion import LayerReport
+from oialr.layer_survey import LayerReport
 from oialr.options import RankRule
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -9,17 +10,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from oialr.allocation import Choice, stored_parameters
-from oialr.conversion import (
-    LayerReport,
-    densify_layer,
-    empty_factors,
-    factorize_layer,
-    get_layer,
-)
+from oialr.convert import densify_layer, empty_factors, factorize_layer, get_layer
 from oialr.gradients import GradientWatch
+from oialr.layer_survey import LayerReport
 from oialr.layers.base import FactoredLayer
-from oialr.layers.conv import FactoredConv
-from oialr.layers.cost import rank_pays
 from oialr.linalg.svd import Factors
 from oialr.memory import tensors_of
 from oialr.obstacles import Obstacles
@@ -39,6 +33,7 @@ from oialr.transport import (
     CoreToFactors,
     DenseToA,
     DenseToB,
+    FromDense,
     Projection,
     Transport,
 )
@@ -118,7 +113,7 @@ class Transitions:
     def matrix(self, report: LayerReport) -> Tensor:
         """Return what an event factorizes: a dense weight as matrix or stack, or the core."""
         weight = self.weight(report).detach()
-        return weight.reshape(report.stack_shape) if self.is_dense(report) else weight
+        return report.reading.to_matrix(weight) if self.is_dense(report) else weight
 
     def tensors(self, report: LayerReport) -> list[Tensor]:
         """Return what is stored of a layer's weight: factors or weight, and optimizer state."""
@@ -223,18 +218,19 @@ class Transitions:
         """
         weight = self.weight(report)
         layer = factorize_layer(self._model, report.name, *factors)
-        layer.execution = self._options.execution
-        if isinstance(layer, FactoredConv):
-            layer.recompute = self._options.recompute_convolutions
+        layer.configure(
+            execution=self._options.execution,
+            recompute_convolutions=self._options.recompute_convolutions,
+        )
+        read = partial(FromDense, report.reading)
         if layer.released:
             A, B = factors
-            self._replace_parameter(
-                report, weight, {layer.A: DenseToA(B, report.stack_shape), layer.B: DenseToB(A, B)}
-            )
+            new = {layer.A: read(DenseToA(B)), layer.B: read(DenseToB(A, B))}
+            self._replace_parameter(report, weight, new)
             self._move_factors(report, layer)
         else:
             U, _, Vh = factors
-            self._replace_parameter(report, weight, {layer.core: Projection(U, Vh.mT)})
+            self._replace_parameter(report, weight, {layer.core: read(Projection(U, Vh.mT))})
             self._groups.move(self._optimizer, "cores", report.name, layer.core)
 
     def take_form(
@@ -299,7 +295,7 @@ class Transitions:
         layer = get_layer(self._model, report.name)
         assert isinstance(layer, FactoredLayer)
         U, core, Vh = layer.U, layer.core, layer.Vh
-        transport = CoreToDense(U.detach(), Vh.detach(), report.shape)
+        transport = CoreToDense(U.detach(), Vh.detach(), report.reading)
         weight = densify_layer(self._model, report.name)
         weight.requires_grad_(core.requires_grad)
         self._replace_parameter(report, core, {weight: transport})
@@ -350,7 +346,10 @@ class Transitions:
         )
         if release:
             return r if r * (m + n) < m * n else None
-        return None if is_dense and self._options.defer_conversion and not rank_pays(m, n, r) else r
+        waits = (
+            is_dense and self._options.defer_conversion and not report.adapter.rank_pays(m, n, r)
+        )
+        return None if waits else r
 
     def _move_factors(self, report: LayerReport, layer: FactoredLayer) -> None:
         self.released[report.name] = "factors"

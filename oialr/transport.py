@@ -4,7 +4,8 @@ What an optimizer accumulates linearly in the gradient is transported exactly by
 gradient itself. What it accumulates of the squared gradient has no exact transport; of maps by
 known matrices the expectation for uncorrelated entries is taken, which has the elementwise squares
 of the matrices. Values come in the shape of the parameter that goes, and leave in that of the one
-that comes. Everything may be a stack, with a leading dimension.
+that comes; of a dense weight they are read as a matrix first, as the weight itself is. Everything
+may be a stack, with a leading dimension.
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from oialr.layers.reading import MatrixReading
 
 
 class Transport(Protocol):
@@ -28,6 +31,28 @@ class Transport(Protocol):
 
 
 @dataclass(frozen=True)
+class FromDense:
+    """From a dense weight, of which all is read as the weight is, to what takes its place."""
+
+    reading: MatrixReading
+    """Of the weight."""
+    transport: Transport
+    """From the matrix (m, n) or the stack (g, m, n)."""
+
+    def linear(self, value: Tensor) -> Tensor:
+        """Carry an average of the gradient over."""
+        return self.transport.linear(self.reading.to_matrix(value))
+
+    def squared(self, value: Tensor) -> Tensor:
+        """Carry an average of the squared gradient over."""
+        return self.transport.squared(self.reading.to_matrix(value))
+
+    def average(self, value: Tensor) -> Tensor:
+        """Carry an average of the weight itself over."""
+        return self.transport.average(self.reading.to_matrix(value))
+
+
+@dataclass(frozen=True)
 class Projection:
     """To the core L^T W R of a weight or core, whose gradient is L^T G R."""
 
@@ -38,18 +63,15 @@ class Projection:
 
     def linear(self, value: Tensor) -> Tensor:
         """L^T M R."""
-        return self.left.mT @ self._matrix(value) @ self.right
+        return self.left.mT @ value @ self.right
 
     def squared(self, value: Tensor) -> Tensor:
         """(L*L)^T v (R*R), the expectation of (L^T G R)^2 for uncorrelated entries of G."""
-        return self.left.square().mT @ self._matrix(value) @ self.right.square()
+        return self.left.square().mT @ value @ self.right.square()
 
     def average(self, value: Tensor) -> Tensor:
         """L^T W R: the closest that the bases can hold."""
         return self.linear(value)
-
-    def _matrix(self, value: Tensor) -> Tensor:
-        return value.reshape(*self.left.shape[:-1], self.right.shape[-2])
 
 
 @dataclass(frozen=True)
@@ -58,21 +80,19 @@ class DenseToA:
 
     B: Tensor
     """diag(s)^(1/2) Vh (r, n)."""
-    shape: tuple[int, ...]
-    """(m, n) of the weight as a matrix, or (g, m, n)."""
 
     def linear(self, value: Tensor) -> Tensor:
         """M B^T, exactly."""
-        return value.reshape(self.shape) @ self.B.mT
+        return value @ self.B.mT
 
     def squared(self, value: Tensor) -> Tensor:
         """Return v (B*B)^T, right in expectation for uncorrelated entries of the gradient."""
-        return value.reshape(self.shape) @ self.B.square().mT
+        return value @ self.B.square().mT
 
     def average(self, value: Tensor) -> Tensor:
         """W B^+: with B the closest product to W."""
         energy = self.B.square().sum(-1, keepdim=True)  # s, by rows
-        return value.reshape(self.shape) @ (self.B * _inverse(energy)).mT
+        return value @ (self.B * _inverse(energy)).mT
 
 
 @dataclass(frozen=True)
@@ -86,18 +106,15 @@ class DenseToB:
 
     def linear(self, value: Tensor) -> Tensor:
         """A^T M, exactly."""
-        return self.A.mT @ self._matrix(value)
+        return self.A.mT @ value
 
     def squared(self, value: Tensor) -> Tensor:
         """(A*A)^T v, right in expectation for uncorrelated entries of the gradient."""
-        return self.A.square().mT @ self._matrix(value)
+        return self.A.square().mT @ value
 
     def average(self, value: Tensor) -> Tensor:
         """B itself: A holds what is left of the average."""
         return self.B.clone()
-
-    def _matrix(self, value: Tensor) -> Tensor:
-        return value.reshape(*self.A.shape[:-1], self.B.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -187,17 +204,17 @@ class CoreToDense:
     """(m, r)."""
     Vh: Tensor
     """(r, n)."""
-    shape: tuple[int, ...]
+    reading: MatrixReading
     """Of the dense weight."""
 
     def linear(self, value: Tensor) -> Tensor:
         """U M Vh: all that the core saw."""
-        return (self.U @ value @ self.Vh).reshape(self.shape)
+        return self.reading.to_weight(self.U @ value @ self.Vh)
 
     def squared(self, value: Tensor) -> Tensor:
         """Weighted means of the core's, which is right where these are alike."""
         weighted = row_weights(self.U) @ value @ row_weights(self.Vh.mT).mT
-        return weighted.reshape(self.shape)
+        return self.reading.to_weight(weighted)
 
     def average(self, value: Tensor) -> Tensor:
         """U c Vh, exactly."""

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from app.analysis.loading import CheckpointError, load
-from oialr.layers.attention import INPUT_PROJECTIONS, FactoredAttention, FactoredProjection
-from oialr.layers.base import FROZEN, RELEASED, FactoredLayer
+from oialr.layers.base import FROZEN, RELEASED, FactoredLayer, FactoredParts
+from oialr.layers.reading import MatrixReading
+from oialr.layers.registry import adapters
 
 STATE_KEYS = ("state_dict", "model", "model_state_dict")
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -137,22 +138,27 @@ def as_module(weights: Mapping[str, Weight], device: torch.device) -> nn.Module:
         weights: by dense name. Half precision becomes float32.
         device: where they are measured.
     """
-    root = nn.Module()
+    root = _Holder()
     for name, weight in weights.items():
         path, _, key = name.rpartition(".")
+        holder = _holder(root, path)
         if isinstance(weight, StoredFactors):
             factors = [_to(factor, device) for factor in weight.factors]
-            shape = torch.Size(weight.shape)
-            if key in INPUT_PROJECTIONS:
-                projection = FactoredProjection(*factors, weight_shape=shape)
-                child = key.removesuffix("_weight")
-                _attention(root, path).add_module(child, projection)
-            else:
-                _place(root, path, FactoredLayer(*factors, weight_shape=shape))
+            reading = MatrixReading(weight.shape, groups=weight.groups)
+            holder.add_module(key, FactoredLayer(*factors, reading=reading))
         else:
             parameter = nn.Parameter(_to(weight, device), requires_grad=False)
-            _holder(root, path).register_parameter(key, parameter)
+            holder.register_parameter(key, parameter)
     return root
+
+
+class _Holder(FactoredParts):
+    """Holds weights, or their factors, without knowing what layer they belong to."""
+
+    def part(self, key: str) -> FactoredLayer | None:
+        """Return what holds the factors of a weight; None if the weight is dense."""
+        part = self._modules.get(key)
+        return part if isinstance(part, FactoredLayer) else None
 
 
 def _find_state(content: Mapping[str, Any]) -> dict[str, Tensor] | None:
@@ -248,12 +254,13 @@ def _is_text(name: str) -> bool:
 
 
 def _dense_name(path: str, state: Mapping[str, Tensor]) -> str:
-    """Return the dense parameter name of factors: attention holds its weights without a layer."""
+    """Return the dense parameter name of factors: a layer of several weights holds them itself."""
     parent, _, child = path.rpartition(".")
-    bias = f"{parent}.in_proj_bias" if parent else "in_proj_bias"
-    is_projection = f"{child}_weight" in INPUT_PROJECTIONS
-    if is_projection and (child == "in_proj" or bias in state):
-        return f"{path}_weight"
+    prefix = f"{parent}." if parent else ""
+    beside = {name.removeprefix(prefix) for name in state if name.startswith(prefix)}
+    for adapter in adapters():
+        if (key := adapter.key_of_child(child, beside)) is not None:
+            return f"{prefix}{key}"
     return f"{path}.weight"
 
 
@@ -286,23 +293,6 @@ def _holder(root: nn.Module, path: str) -> nn.Module:
     module = root
     for part in filter(None, path.split(".")):
         if not hasattr(module, part):
-            module.add_module(part, nn.Module())
+            module.add_module(part, _Holder())
         module = module.get_submodule(part)
     return module
-
-
-def _place(root: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, child = path.rpartition(".")
-    _holder(root, parent).add_module(child, module)
-
-
-def _attention(root: nn.Module, path: str) -> FactoredAttention:
-    """Return the attention at a path, that holds what was there already."""
-    module = _holder(root, path)
-    if isinstance(module, FactoredAttention):
-        return module
-    attention = FactoredAttention.from_dense(nn.MultiheadAttention(1, 1, device="meta"))
-    attention._modules = dict(module._modules)
-    attention._parameters = dict(module._parameters)
-    _place(root, path, attention)
-    return attention

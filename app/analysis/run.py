@@ -19,7 +19,7 @@ from app.analysis.selection import select_weights, shapes_of, signature
 from app.errors import AgreedUserError, UserError
 from app.runtime.processes import Runtime
 from app.training.recorder import Recorder
-from oialr.conversion import LayerReport
+from oialr.layer_survey import LayerReport
 from oialr.placement.processes import Processes
 from oialr.stability.tracker import StabilityTracker
 

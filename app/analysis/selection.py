@@ -6,7 +6,8 @@ from fnmatch import fnmatchcase
 
 from app.analysis.checkpoint import StoredFactors, Weight
 from app.errors import UserError
-from oialr.conversion import LayerReport
+from oialr.layer_survey import LayerReport
+from oialr.layers.reading import MatrixReading
 
 NOT_AVERAGED = (
     "*token",
@@ -82,10 +83,9 @@ def select_weights(
         reports.append(
             LayerReport(
                 name=name,
-                shape=shape,
+                reading=MatrixReading(shape, groups=max(groups for _, groups, _ in entries)),
                 is_linear_map=not _matches(name, not_averaged),
                 stays_dense="only measured",
-                groups=max(groups for _, groups, _ in entries),
             )
         )
     return reports

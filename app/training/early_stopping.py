@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from app.training.checkpoint import Checkpoints
-from oialr.conversion import restore
+from oialr.convert import restore
 from oialr.method import OIALR
 
 logger = logging.getLogger(__name__)

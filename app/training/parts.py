@@ -17,7 +17,7 @@ from app.training.batch_norm import check_batch_norm
 from app.training.checkpoint import Checkpoints
 from app.training.early_stopping import BEST_KEYS, EarlyStopping
 from app.training.replicas import synchronize_batch_norm
-from oialr.conversion import LayerReport
+from oialr.layer_survey import LayerReport
 from oialr.method import OIALR
 from oialr.placement.processes import Processes
 from oialr.stability.tracker import StabilityTracker, select_weights

@@ -19,7 +19,7 @@ from app.recording.rebuilding import rebuild
 from app.recording.store import MetricsStore
 from app.recording.swmr import UnreadableFileError
 from app.recording.thinning import is_recorded
-from oialr.conversion import LayerReport, parameter_counts
+from oialr.layer_survey import LayerReport, parameter_counts
 from oialr.method import Event
 from oialr.stability.measurement import LayerStability
 from oialr.stability.tracker import mean_mixing_similarity, mean_stability

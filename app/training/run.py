@@ -48,7 +48,7 @@ from app.training.position import Stopped
 from app.training.progress import EpochObserver, Progress
 from app.training.recorder import Recorder
 from app.training.trainer import Trainer
-from oialr.conversion import parameter_counts, survey
+from oialr.layer_survey import parameter_counts, survey
 
 logger = logging.getLogger(__name__)
 

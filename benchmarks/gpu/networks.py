@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oialr.conversion import LayerReport, get_layer, survey
+from oialr.convert import get_layer
+from oialr.layer_survey import LayerReport, survey
 from oialr.linalg.svd import economy_svd
 from oialr.schedule import rounded_up
 

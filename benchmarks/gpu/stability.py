@@ -20,7 +20,7 @@ from benchmarks.gpu.measuring import Results, choose_device, command_line, secon
 from benchmarks.gpu.networks import of_timm
 from benchmarks.gpu.polynomials import cubic_coefficients
 from benchmarks.stability import NETWORKS, gaussian, power_law
-from oialr.conversion import survey
+from oialr.layer_survey import survey
 from oialr.linalg.polar import Method, choose_method, polar
 from oialr.linalg.stability import DenseBasis, basis_stability, mixing_factor, mixing_similarity
 from oialr.linalg.svd import numerical_rank

@@ -93,7 +93,7 @@ def parameter_count(configuration: "Configuration", task: "Task") -> int:
     import torch
 
     from app import models
-    from oialr.conversion import parameter_counts
+    from oialr.layer_survey import parameter_counts
 
     section = configuration.model
     sizes: Any = {"input_shape": task.input_shape, "outputs": task.outputs}
@@ -106,7 +106,7 @@ def full_ranks(configuration: "Configuration", task: "Task") -> dict[str, int]:
     import torch
 
     from app import models
-    from oialr.conversion import survey
+    from oialr.layer_survey import survey
 
     section, oialr = configuration.model, configuration.oialr
     sizes: Any = {"input_shape": task.input_shape, "outputs": task.outputs}

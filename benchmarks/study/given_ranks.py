@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywher
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from oialr.conversion import LayerReport
+    from oialr.layer_survey import LayerReport
     from oialr.transitions import Transitions
 
 

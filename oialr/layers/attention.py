@@ -1,14 +1,17 @@
-"""Multi-head attention whose projections are factorized."""
+"""Multi-head attention whose projections are factorized: the layer and its adapter."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from oialr.layers.base import FactoredLayer
+from oialr.layers.adapter import LayerAdapter
+from oialr.layers.base import FactoredLayer, FactoredParts
 from oialr.layers.linear import ordered
+from oialr.layers.reading import MatrixReading
+from oialr.options import Selection
 
 INPUT_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 """The weights that nn.MultiheadAttention holds itself; that of out_proj is a linear layer's."""
@@ -64,7 +67,7 @@ class FactoredProjection(FactoredLayer):
         return torch.cat([rows[i] for i in places]), *others
 
 
-class FactoredAttention(nn.MultiheadAttention):
+class FactoredAttention(FactoredParts, nn.MultiheadAttention):
     """nn.MultiheadAttention whose input projections may be held as factors.
 
     It has the parameters of its dense twin, the same objects, but for the factorized weights: the
@@ -87,14 +90,14 @@ class FactoredAttention(nn.MultiheadAttention):
         dense = nn.MultiheadAttention.__new__(nn.MultiheadAttention)
         dense.__dict__.update(_shared(self))
         for key in INPUT_PROJECTIONS:
-            if projection := self.projection(key):
+            if projection := self.part(key):
                 dense._parameters[key] = nn.Parameter(projection.form_weight().detach())
                 del dense._modules[_child(key)]
         return dense
 
     def densify(self, key: str) -> nn.Parameter:
         """Hold a factorized input projection as the dense weight again, and return that."""
-        projection = self.projection(key)
+        projection = self.part(key)
         assert projection is not None
         weight = nn.Parameter(projection.form_weight().detach())
         del self._modules[_child(key)]
@@ -111,19 +114,19 @@ class FactoredAttention(nn.MultiheadAttention):
         """
         weight = self._parameters[key]
         assert weight is not None
-        projection = FactoredProjection(*factors, weight_shape=weight.shape)
+        projection = FactoredProjection(*factors, reading=_reading(weight, factors[0].dim() == 3))
         self._parameters[key] = None  # not deleted: keeps its place in the order of parameters
         self._modules[_child(key)] = projection.train(self.training)
         return projection
 
-    def projection(self, key: str) -> FactoredProjection | None:
+    def part(self, key: str) -> FactoredProjection | None:
         """Return the factorized input projection of a dense parameter; None if it is dense."""
         projection = self._modules.get(_child(key))
         assert projection is None or isinstance(projection, FactoredProjection)
         return projection
 
     def __getattr__(self, name: str) -> Tensor | nn.Module:
-        if name in INPUT_PROJECTIONS and (projection := self.projection(name)):
+        if name in INPUT_PROJECTIONS and (projection := self.part(name)):
             return projection.weight
         return super().__getattr__(name)
 
@@ -216,21 +219,61 @@ class FactoredAttention(nn.MultiheadAttention):
     def _apply_projection(
         self, key: str, inputs: Sequence[Tensor], biases: Sequence[Tensor] | Sequence[None]
     ) -> list[Tensor]:
-        if projection := self.projection(key):
+        if projection := self.part(key):
             return projection(inputs, biases)
         weight = getattr(self, key)
         parts = zip(inputs, weight.chunk(len(inputs)), biases, strict=True)
         return [functional.linear(x, part, bias) for x, part, bias in parts]
 
 
-def attention_of(model: nn.Module, module: nn.Module) -> nn.MultiheadAttention | None:
-    """Return the attention, of no foreign kind, whose out_proj a module is."""
-    for attention in model.modules():
-        kinds = (nn.MultiheadAttention, FactoredAttention)
-        if type(attention) in kinds and attention.out_proj is module:
-            assert isinstance(attention, nn.MultiheadAttention)
-            return attention
-    return None
+class AttentionAdapter(LayerAdapter):
+    """nn.MultiheadAttention itself, no subclass of it: it uses its weights in many ways.
+
+    The input projections are its own; that of the output is a linear layer, whose weight it reads
+    without calling it. So both are replaced together.
+    """
+
+    name = "nn.MultiheadAttention"
+    dense_types = (nn.MultiheadAttention, FactoredAttention)
+    accepts_subclasses = False
+    weights = INPUT_PROJECTIONS
+    children = ("out_proj",)
+
+    def maps_linearly(self, key: str) -> bool:
+        """bias_k and bias_v are a token each."""
+        return key not in {"bias_k", "bias_v"}
+
+    def reading(
+        self, layer: nn.Module, key: str, options: Selection | None = None
+    ) -> MatrixReading:
+        """The packed projection is a stack of three, if it is asked for."""
+        is_separate = options is not None and options.attention_projection == "separate"
+        weight = layer.get_parameter(key)
+        return _reading(weight, is_stack=is_separate and key == "in_proj_weight")
+
+    def factorize(
+        self, layer: nn.Module, key: str, factors: Sequence[Tensor]
+    ) -> tuple[nn.Module, FactoredLayer]:
+        """Hold one of the input projections as factors; they tell whether it is a stack."""
+        attention = self.opened(layer)
+        return attention, attention.factorize(key, *factors)
+
+    def opened(self, layer: nn.Module) -> FactoredAttention:
+        """Make the attention that calls its out_proj, unless it is one already."""
+        if isinstance(layer, FactoredAttention):
+            return layer
+        assert isinstance(layer, nn.MultiheadAttention)
+        return FactoredAttention.from_dense(layer)
+
+    def key_of_child(self, child: str, beside: Collection[str]) -> str | None:
+        """in_proj says enough; a q_proj may be anyone's layer, but beside an in_proj_bias."""
+        key = f"{child}_weight"
+        is_known = key in INPUT_PROJECTIONS and (child == "in_proj" or "in_proj_bias" in beside)
+        return key if is_known else None
+
+
+def _reading(weight: Tensor, is_stack: bool) -> MatrixReading:
+    return MatrixReading(tuple(weight.shape), groups=3 if is_stack else 1)
 
 
 def _child(key: str) -> str:

@@ -1,10 +1,10 @@
 """What every factorized layer has in common: a weight held as U core Vh, or as A B."""
 
-import torch
 from torch import Tensor, nn
 
 from oialr.layers.cost import Way, cheapest_way
 from oialr.layers.formed import guarded_weight
+from oialr.layers.reading import MatrixReading
 from oialr.options import Execution
 
 FROZEN = ("U", "core", "Vh")
@@ -16,6 +16,9 @@ FACTOR_NAMES = FROZEN + RELEASED
 
 class FactoredLayer(nn.Module):
     """A layer whose weight, read as a matrix W (m, n), is held as factors of rank r.
+
+    How it is read is the matter of :class:`MatrixReading`: in most kinds of layers the leading
+    dimension makes the rows.
 
     At first W = U core Vh.
 
@@ -44,21 +47,17 @@ class FactoredLayer(nn.Module):
     Vh: nn.Parameter
     A: nn.Parameter
     B: nn.Parameter
-    bias: nn.Parameter | None
-    weight_shape: torch.Size
-    """Shape of the dense weight, (m, ...)."""
+    reading: MatrixReading
+    """How the dense weight is read."""
 
-    def __init__(
-        self,
-        *factors: Tensor,
-        weight_shape: torch.Size,
-        bias: nn.Parameter | None = None,
-    ) -> None:
+    def __init__(self, *factors: Tensor, reading: MatrixReading) -> None:
         nn.Module.__init__(self)  # a twin's next base is a dense layer, whose weight it has not
-        self.weight_shape = weight_shape
+        self.reading = reading
         self.set_factors(*factors)
-        # The same object as before, so that the optimizer and everyone else keep their hold on it.
-        self.register_parameter("bias", bias)
+
+    def configure(self, *, execution: Execution, recompute_convolutions: bool) -> None:
+        """Take the method's options for the execution of layers."""
+        self.execution = execution
 
     @property
     def rank(self) -> int:
@@ -97,10 +96,9 @@ class FactoredLayer(nn.Module):
 
     def form_weight(self) -> Tensor:
         """Form the dense weight."""
-        return self._product().reshape(self.weight_shape)
-
-    def _product(self) -> Tensor:
-        return self.A @ self.B if self.released else self.U @ self.core @ self.Vh
+        return self.reading.to_weight(
+            self.A @ self.B if self.released else self.U @ self.core @ self.Vh
+        )
 
     @property
     def factors(self) -> tuple[nn.Parameter, ...]:
@@ -122,3 +120,19 @@ class FactoredLayer(nn.Module):
                 name, nn.Parameter(factor, requires_grad=name not in {"U", "Vh"})
             )
         self._parameters.update(others)  # last, in whatever way the layer came to its factors
+
+
+class FactoredParts(nn.Module):
+    """A layer of several weights, each of which may be held as factors by a child."""
+
+    def part(self, key: str) -> FactoredLayer | None:
+        """Return what holds the factors of a weight; None if the weight is dense."""
+        raise NotImplementedError
+
+    def densify(self, key: str) -> nn.Parameter:
+        """Hold a factorized weight as a dense one again, and return that."""
+        raise NotImplementedError
+
+    def to_dense(self) -> nn.Module:
+        """Make the dense module of the same function."""
+        raise NotImplementedError

@@ -1,14 +1,19 @@
-"""The factorized convolution in one, two and three dimensions, with groups."""
+"""The convolution in one, two and three dimensions, with groups: its twin and its adapter."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.conv import _ConvNd
 from torch.utils.checkpoint import checkpoint
 
+from oialr.layers.adapter import LayerAdapter
+from oialr.layers.reading import MatrixReading
 from oialr.layers.twin import FactoredTwin
+from oialr.options import Execution, Selection
 
 CONVOLVE = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 
@@ -44,6 +49,10 @@ class FactoredConv(FactoredTwin):
     _reversed_padding_repeated_twice: list[int]
     _own = FactoredTwin._own | {"recompute"}
 
+    def configure(self, *, execution: Execution, recompute_convolutions: bool) -> None:
+        """Take the method's options for the execution of layers."""
+        self.execution, self.recompute = execution, recompute_convolutions
+
     def forward(self, x: Tensor) -> Tensor:
         """Map x (b, in_channels, ...) to (b, out_channels, ...), or the same without b."""
         convolve: Any = CONVOLVE[len(self.kernel_size)]
@@ -57,7 +66,7 @@ class FactoredConv(FactoredTwin):
             result: Tensor = convolve(
                 x,
                 # In another layout than the input's it would cost up to a tenth more.
-                kernel.reshape(-1, *self.weight_shape[1:]).contiguous(memory_format=layout),
+                kernel.reshape(-1, *self.reading.shape[1:]).contiguous(memory_format=layout),
                 bias,
                 stride=self.stride,
                 padding=padding,
@@ -102,6 +111,40 @@ class FactoredConv(FactoredTwin):
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
             f"stride={self.stride}, padding={self.padding}{groups}, rank={self.rank}"
         )
+
+
+class ConvAdapter(LayerAdapter):
+    """nn.Conv1d, nn.Conv2d and nn.Conv3d: (out_channels, in_channels / g * prod(kernel))."""
+
+    name = "a convolution"
+    dense_types = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    twin = FactoredConv
+    example = (1, 1, 1)
+
+    def reading(
+        self, layer: nn.Module, key: str, options: Selection | None = None
+    ) -> MatrixReading:
+        """Every group has a matrix of its own; a depthwise kernel is one matrix."""
+        assert isinstance(layer, _ConvNd)
+        shape = tuple(layer.get_parameter(key).shape)
+        has_groups = not is_depthwise(layer) and shape[0] % layer.groups == 0
+        return MatrixReading(shape, groups=layer.groups if has_groups else 1)
+
+    def obstacle(self, layer: nn.Module, key: str) -> str | None:
+        """A depthwise kernel has nothing that could be saved."""
+        assert isinstance(layer, _ConvNd)
+        if is_depthwise(layer):
+            return f"depthwise, a grouped convolution ({layer.groups} groups) of single channels"
+        return None
+
+    def rows(self, layer: nn.Module, inputs: Sequence[Any], output: Any) -> int:
+        """Count the positions of the output, over the batch."""
+        return int(output.numel() // output.shape[1])
+
+
+def is_depthwise(layer: _ConvNd) -> bool:
+    """Whether every group of a convolution has a single channel of input."""
+    return 1 < layer.groups == layer.in_channels
 
 
 def _layout(x: Tensor, dimensions: int) -> torch.memory_format:

@@ -1,10 +1,12 @@
-"""The factorized linear layer."""
+"""The linear layer: its factorized twin and its adapter."""
 
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from oialr.layers.adapter import LayerAdapter
 from oialr.layers.cost import Way
 from oialr.layers.twin import FactoredTwin
 
@@ -30,6 +32,19 @@ class FactoredLinear(FactoredTwin):
     def extra_repr(self) -> str:
         """Describe the layer in one line."""
         return f"{self.in_features}, {self.out_features}, rank={self.rank}"
+
+
+class LinearAdapter(LayerAdapter):
+    """nn.Linear, and the output projection of an attention that is known."""
+
+    name = "nn.Linear"
+    dense_types = (nn.Linear, NonDynamicallyQuantizableLinear)
+    twin = FactoredLinear
+
+    def factorizes(self, kind: type[nn.Module], key: str, *, is_claimed: bool) -> bool:
+        """Whoever is not known, and has such an output projection, may read its weight himself."""
+        is_plain = is_claimed or not issubclass(kind, NonDynamicallyQuantizableLinear)
+        return key == "weight" and is_plain
 
 
 def ordered(x: Tensor, factors: Sequence[Tensor], way: Way) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,8 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from oialr.layers.base import FactoredLayer
+from oialr.layers.base import FACTOR_NAMES, FactoredLayer
+from oialr.layers.reading import MatrixReading
 
 _MACHINERY = frozenset(nn.Module().__dict__) - {"training"}
 """Parameters, buffers, children and hooks of a module."""
@@ -14,39 +15,45 @@ _MACHINERY = frozenset(nn.Module().__dict__) - {"training"}
 class FactoredTwin(FactoredLayer):
     """A factorized layer with the attributes of the dense module that it takes the place of.
 
+    What it holds beside the weight, a bias above all, is shared: the same objects as before, so
+    that the optimizer and everyone else keep their hold on them.
+
     It is of the dense module's type too, so that whoever asks isinstance(layer, nn.Linear), or for
     in_features or padding, gets the answer as before.
     """
 
     dense_type: ClassVar[type[nn.Module]]
     """Type of the dense module: nn.Linear, nn.Conv2d, ..., or a subclass that adds no method."""
-    _own = frozenset({"weight_shape", "execution", "released"})
+    bias: nn.Parameter | None
+    _own = frozenset({"reading", "execution", "released"})
     """Attributes that a dense module does not have."""
 
     @classmethod
-    def from_dense(cls, dense: nn.Module, *factors: Tensor) -> Self:
+    def from_dense(cls, dense: nn.Module, *factors: Tensor, reading: MatrixReading) -> Self:
         """Make the twin of a dense module from the factors of its weight.
 
         Args:
-            dense: its attributes are copied, its bias is shared.
+            dense: its attributes are copied; its parameters but for the weight, its buffers and its
+                children are shared.
             factors: U (m, r), core (r, r), Vh (r, n); or A (m, r), B (r, n). With groups as
                 described at the base class.
+            reading: of the weight, by which it was factorized.
         """
-        weight, bias = dense.weight, dense.bias
-        assert isinstance(weight, nn.Parameter)
-        assert bias is None or isinstance(bias, nn.Parameter)
-        twin: Self = _twin_type(cls, type(dense))(*factors, weight_shape=weight.shape, bias=bias)
+        twin: Self = _twin_type(cls, type(dense))(*factors, reading=reading)
         twin.__dict__.update(_attributes(dense))
+        twin._parameters.update(_others(dense))
+        _share(dense, twin)
         return twin
 
     def to_dense(self) -> nn.Module:
-        """Make the dense module with the same function and the same bias object."""
+        """Make the dense module with the same function, which shares all but the weight."""
         dense = self.dense_type.__new__(self.dense_type)
         nn.Module.__init__(dense)
         attributes = _attributes(self).items()
         dense.__dict__.update({key: value for key, value in attributes if key not in self._own})
         dense.register_parameter("weight", nn.Parameter(self.form_weight().detach()))
-        dense.register_parameter("bias", self.bias)
+        dense._parameters.update(_others(self))
+        _share(self, dense)
         return dense
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -74,3 +81,16 @@ def _new(factored: type[FactoredTwin], dense: type[nn.Module]) -> FactoredTwin:
 def _attributes(module: nn.Module) -> dict[str, Any]:
     """Return a module's attributes that are neither tensors nor modules."""
     return {key: copy(value) for key, value in module.__dict__.items() if key not in _MACHINERY}
+
+
+def _others(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """Return the parameters that are neither the weight nor its factors."""
+    own = {"weight", *FACTOR_NAMES} if isinstance(module, FactoredLayer) else {"weight"}
+    return {key: value for key, value in module._parameters.items() if key not in own}
+
+
+def _share(source: nn.Module, target: nn.Module) -> None:
+    """Let a module have the buffers and children of another."""
+    target._buffers.update(source._buffers)
+    target._non_persistent_buffers_set.update(source._non_persistent_buffers_set)
+    target._modules.update(source._modules)

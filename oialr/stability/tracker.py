@@ -8,8 +8,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from oialr.conversion import LayerReport, get_layer
+from oialr.convert import get_layer
 from oialr.errors import DivergedError, UserError
+from oialr.layer_survey import LayerReport
 from oialr.layers.base import FactoredLayer
 from oialr.placement.assignment import assign, svd_cost
 from oialr.placement.processes import Processes
@@ -248,7 +249,7 @@ def _take(model: nn.Module, report: LayerReport) -> list[Tensor]:
             factor.detach().reshape(report.groups, *factor.shape[-2:]) for factor in layer.factors
         ]
     weight = model.get_parameter(report.name).detach()
-    return [weight.reshape(report.groups, *report.matrix_shape)]
+    return [report.reading.to_matrix(weight).reshape(report.groups, *report.matrix_shape)]
 
 
 def _measure(taken: Sequence[Tensor]) -> Snapshot | None:

@@ -26,7 +26,7 @@ from app.analysis.files import Source, find_checkpoints, natural_order, number_i
 from app.analysis.loading import CheckpointError
 from app.errors import UserError
 from app.recording.store import Follower, read_rows
-from oialr.conversion import survey
+from oialr.layer_survey import survey
 from oialr.placement.processes import Processes
 from oialr.stability.tracker import StabilityTracker
 

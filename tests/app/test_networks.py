@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from app import OIALR, models
-from oialr.conversion import to_dense
+from oialr.convert import to_dense
 
 VIT = {"patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 6, "mlp_ratio": 4}
 IMAGES, SERIES = ((3, 32, 32), 10), ((24 + 16, 7 + 5), (16, 7))

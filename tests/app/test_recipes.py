@@ -27,7 +27,8 @@ from app.training.early_stopping import EarlyStopping
 from app.training.evaluation import evaluate
 from app.training.optimizer import Schedule
 from app.training.replicas import synchronize_batch_norm
-from oialr.conversion import parameter_counts, restore, survey
+from oialr.convert import restore
+from oialr.layer_survey import parameter_counts, survey
 from oialr.optimizer_state import WEIGHT_AVERAGE
 from oialr.placement.processes import Processes
 

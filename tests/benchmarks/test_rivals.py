@@ -11,7 +11,8 @@ from support.launching import ROOT
 from torch import nn
 
 from app import OIALR
-from oialr.conversion import get_layer, parameter_counts
+from oialr.convert import get_layer
+from oialr.layer_survey import parameter_counts
 from oialr.transitions import Transitions
 
 sys.path.insert(0, str(ROOT))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.gpu.networks import NETWORKS, batches, build, input_shape, relative_error, training
 
-from oialr.conversion import get_layer, to_dense
+from oialr.convert import get_layer, to_dense
 from oialr.linalg.svd import ORTHONORMAL
 
 # In relation to the norm of a weight, after eight steps of SGD. The dtype's rounding, times the

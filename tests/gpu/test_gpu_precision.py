@@ -6,7 +6,7 @@ from support.gpu.networks import batches, build, input_shape, training
 from torch.nn import functional
 
 from app.training.precision import DTYPES, Precision
-from oialr.conversion import get_layer
+from oialr.convert import get_layer
 from oialr.linalg.svd import ORTHONORMAL, orthonormality_error
 
 STEPS = 12

@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from app import OIALR
-from oialr.conversion import factorize_layer, get_layer, survey, to_dense
+from oialr.convert import factorize_layer, get_layer, to_dense
+from oialr.layer_survey import survey
 from oialr.layers.attention import FactoredAttention
 from oialr.layers.base import FactoredLayer
 from oialr.layers.cost import Way, cheapest_way, multiply_adds
@@ -286,7 +287,7 @@ def test_dense_names_stay_the_names(options, projection, names, shapes):
         layer = get_layer(twin, report.name)
         assert isinstance(layer, FactoredLayer)
         assert layer.rank == 4
-        assert layer.weight_shape == report.shape == model.get_parameter(report.name).shape
+        assert layer.reading.shape == report.shape == model.get_parameter(report.name).shape
     biases = {r.name: r for r in survey(model, **KEEP) if "bias" in r.name}
     assert set(biases) == {"attn.bias_k", "attn.bias_v"}
     assert not any(r.is_linear_map for r in biases.values())

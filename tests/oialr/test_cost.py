@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from oialr.conversion import FACTORED, survey
 from oialr.explain import explain, rows_per_sample
+from oialr.layer_survey import survey
 from oialr.layers.cost import (
     MARGIN,
     SMALL_PRODUCT,
@@ -17,6 +17,7 @@ from oialr.layers.cost import (
     multiply_adds,
     rank_pays,
 )
+from oialr.layers.registry import kind_of
 from oialr.schedule import rounded_up
 
 
@@ -32,9 +33,8 @@ def count(layer, x):
 def test_the_model_counts_what_torch_counts(m, n, way):
     rows, r = 50, 8
     dense = nn.Linear(n, m)
-    layer = FACTORED[nn.Linear].from_dense(
-        dense, torch.randn(m, r), torch.randn(r, r), torch.randn(r, n)
-    )
+    factors = torch.randn(m, r), torch.randn(r, r), torch.randn(r, n)
+    _, layer = kind_of(dense).factorize(dense, "weight", factors)
     layer.execution = way
     x = torch.randn(rows, n, requires_grad=True)
     assert count(layer, x) == pytest.approx(multiply_adds(way, rows=rows, m=m, n=n, r=r))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from app import OIALR
-from oialr.conversion import get_layer
+from oialr.convert import get_layer
 from oialr.layers.base import FactoredLayer
 from oialr.layers.cost import rank_pays
 from oialr.memory import TensorMemory, tensors_of

@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from app import OIALR
-from oialr.conversion import get_layer, survey, to_dense
+from oialr.convert import get_layer, to_dense
+from oialr.layer_survey import survey
 from oialr.layers.base import FactoredLayer
 from oialr.placement.processes import Processes
 
@@ -180,7 +181,7 @@ def test_plain_values_go_along_and_come_back():
             assert layer.count == 3
             assert {key: getattr(layer, key) for key in PLAIN} == PLAIN
         to_dense(model)
-    assert not {"weight_shape", "execution", "recompute"} & set(model.conv.__dict__)
+    assert not {"reading", "execution", "recompute"} & set(model.conv.__dict__)
     assert set(model.conv.__dict__) == set(layers[0].__dict__) - {"_replaced_name"}
 
 

@@ -10,7 +10,8 @@ from support.convolutions import KEEP, OPTIONS, convolution, pull
 from torch import nn
 
 from app import OIALR
-from oialr.conversion import factorize_layer, get_layer, survey, to_dense
+from oialr.convert import factorize_layer, get_layer, to_dense
+from oialr.layer_survey import survey
 from oialr.layers.base import FactoredLayer
 from oialr.linalg.svd import economy_svd
 from oialr.options import RankRule

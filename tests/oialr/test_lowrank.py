@@ -11,14 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from oialr.conversion import (
-    factorize_layer,
-    get_layer,
-    matrix_shape,
-    parameter_counts,
-    survey,
-    to_dense,
-)
+from oialr.convert import factorize_layer, get_layer, to_dense
+from oialr.layer_survey import parameter_counts, survey
 from oialr.layers.base import FactoredLayer
 from oialr.linalg.svd import economy_svd
 from oialr.options import RankRule
@@ -31,7 +25,7 @@ def factorized(layer, rank=None):
     """Return the factorized twin of a layer, cut to a rank."""
     holder = nn.Sequential(copy.deepcopy(layer))
     weight = holder[0].weight
-    U, s, Vh = economy_svd(weight.reshape(matrix_shape(weight.shape)))
+    U, s, Vh = economy_svd(weight.flatten(1))
     r = rank or len(s)
     return factorize_layer(
         holder, "0.weight", U[:, :r].contiguous(), torch.diag(s[:r]), Vh[:r].contiguous()

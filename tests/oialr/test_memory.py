@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from app import OIALR
-from oialr.layers.conv import FactoredConv
-from oialr.layers.linear import FactoredLinear
+from oialr.layers.registry import kind_of
 from oialr.memory import TensorMemory
 
 FLOAT = 4
@@ -67,6 +66,10 @@ def test_events_leave_nothing_behind_and_measure_memory_on_request(measured):
     assert not any(type(thing) is TensorMemory for thing in gc.get_objects())
 
 
+def twin_of(dense, factors):
+    return kind_of(dense).factorize(dense, "weight", factors)[1]
+
+
 def left_alive(layer, x):
     """Bytes that a forward pass leaves alive beside its output."""
     with TensorMemory([x, *layer.parameters()]) as memory:
@@ -80,7 +83,7 @@ def left_alive(layer, x):
 @pytest.mark.parametrize("way", ["factored", "folded"])
 def test_a_linear_layer_keeps_products_of_the_rank_and_not_its_input(way):
     rows, m, n, r = 300, 32, 48, 4
-    layer = FactoredLinear.from_dense(nn.Linear(n, m), *random_factors(m, n, r))
+    layer = twin_of(nn.Linear(n, m), random_factors(m, n, r))
     layer.execution = way
     # As the output of a layer before would be: alive only as long as backward needs it.
     with TensorMemory(layer.parameters()) as memory:
@@ -105,7 +108,7 @@ def test_a_convolution_that_recomputes_keeps_its_input_alone(execution, groups):
     x = torch.randn(5, 16, 20, 20).contiguous(memory_format=torch.channels_last).requires_grad_()
     results = {}
     for recompute in (False, True):
-        layer = FactoredConv.from_dense(dense, *factors)
+        layer = twin_of(dense, factors)
         layer.execution, layer.recompute = execution, recompute
         kept = left_alive(layer, x)
         out = layer(x)
@@ -120,7 +123,7 @@ def test_a_convolution_that_recomputes_keeps_its_input_alone(execution, groups):
 
 
 def test_a_recomputing_convolution_draws_no_random_numbers_and_needs_no_gradient():
-    layer = FactoredConv.from_dense(nn.Conv2d(4, 8, 3), *random_factors(8, 36, 3))
+    layer = twin_of(nn.Conv2d(4, 8, 3), random_factors(8, 36, 3))
     layer.recompute = True
     state = torch.get_rng_state()
     layer(torch.ones(2, 4, 5, 5)).sum().backward()

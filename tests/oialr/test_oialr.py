@@ -10,7 +10,7 @@ from torch import nn
 
 from app import OIALR
 from app.errors import DivergedError
-from oialr.conversion import get_layer
+from oialr.convert import get_layer
 from oialr.layers.base import FactoredLayer
 from oialr.transitions import Transitions
 

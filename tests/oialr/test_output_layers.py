@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from oialr.compatibility import import_torchvision
-from oialr.conversion import survey
+from oialr.layer_survey import survey
 
 import_torchvision()
 timm = pytest.importorskip("timm")

@@ -9,7 +9,8 @@ from support.method_loop import CUT, OPTIMIZERS, batch, make, network, train, we
 from torch import nn
 
 from oialr import OIALR
-from oialr.conversion import get_layer, restore, survey
+from oialr.convert import get_layer, restore
+from oialr.layer_survey import survey
 from oialr.layers.base import FactoredLayer
 from oialr.optimizer_state import WEIGHT_AVERAGE
 from oialr.placement.processes import Processes

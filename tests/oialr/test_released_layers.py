@@ -8,7 +8,8 @@ import torch
 from support.convolutions import KEEP, OPTIONS, convolution, pull
 from torch import nn
 
-from oialr.conversion import densify_layer, factorize_layer, get_layer, survey, to_dense
+from oialr.convert import densify_layer, factorize_layer, get_layer, to_dense
+from oialr.layer_survey import survey
 from oialr.layers.attention import FactoredAttention
 from oialr.linalg.svd import economy_svd
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from app.errors import DivergedError, UserError
-from oialr.conversion import get_layer, matrix_shape
+from oialr.convert import get_layer
 from oialr.linalg.svd import economy_svd
 from oialr.method import OIALR
 from oialr.placement.processes import Processes
@@ -77,7 +77,7 @@ def dense_weight(model, name):
     """The weight as a float64 matrix, whatever form it has."""
     layer = get_layer(model, name)
     weight = layer.weight if hasattr(layer, "core") else model.get_parameter(name)
-    return weight.detach().double().reshape(matrix_shape(weight.shape))
+    return weight.detach().double().flatten(1)
 
 
 def expected_stability(before, after, rank):
@@ -186,7 +186,7 @@ def test_in_the_low_rank_phase_no_product_of_the_size_of_a_weight_is_formed():
     model, optimizer, method = make()
     train(model, optimizer, method, DELAY + 5)
     names = [layer.name for layer in method.layers]
-    shapes = {name: matrix_shape(dense_weight(model, name).shape) for name in names}
+    shapes = {name: dense_weight(model, name).shape for name in names}
     reports = [report for report in method.survey if report.name in names]
     tracker = StabilityTracker(reports, Processes(), window=1)
     tracker.measure(model, 0)

@@ -10,7 +10,7 @@ from support.method_loop import make, network, train, weights
 from torch import nn
 
 from oialr import OIALR
-from oialr.conversion import get_layer
+from oialr.convert import get_layer
 from oialr.placement.processes import Processes
 from oialr.placement.spectra import gather_energies
 

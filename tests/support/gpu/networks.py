@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from oialr.conversion import get_layer
+from oialr.convert import get_layer
 from oialr.events import Event
 from oialr.layers.base import FactoredLayer
 from oialr.method import OIALR

@@ -1,0 +1,155 @@
+"""Which layers of a network can be factorized, and why each of the others cannot."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from oialr.layers.adapter import LayerAdapter
+from oialr.layers.base import FactoredLayer
+from oialr.layers.reading import MatrixReading
+from oialr.layers.registry import OTHER, is_layer, kind_of
+from oialr.obstacles import Obstacles
+from oialr.options import AttentionProjection, Selection
+from oialr.outputs import output_layers
+from oialr.schedule import minimum_rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerReport:
+    """What becomes of one layer of the network."""
+
+    name: str
+    """Dense parameter name, such as blocks.0.attn.qkv.weight; kept after a conversion."""
+    reading: MatrixReading
+    """How the dense weight is read as a matrix, or as a stack of matrices."""
+    is_linear_map: bool
+    """Whether it is the weight of a linear, convolution or attention module."""
+    stays_dense: str | None
+    """Why the layer is not factorized; None if it is."""
+    adapter: LayerAdapter = OTHER
+    """Of the kind of layers that the weight belongs to."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the dense weight."""
+        return self.reading.shape
+
+    @property
+    def groups(self) -> int:
+        """Number g of matrices that the weight is read as."""
+        return self.reading.groups
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """Shape (m, n) of the weight read as a matrix, or of each of a stack."""
+        return self.reading.matrix_shape
+
+    @property
+    def stack_shape(self) -> tuple[int, ...]:
+        """Shape in which the weight is factorized: (m, n), or (g, m, n) if g > 1."""
+        return self.reading.stack_shape
+
+    @property
+    def full_rank(self) -> int:
+        """Rank that the weight can have at most: the smaller side of its matrix."""
+        return min(self.matrix_shape)
+
+
+def survey(
+    model: nn.Module,
+    *,
+    keep_first_layer: bool = False,
+    keep_last_layer: bool = True,
+    minimum_rank_fraction: float = 0.01,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    attention_projection: AttentionProjection = "packed",
+) -> list[LayerReport]:
+    """List every multidimensional weight of a dense network, in the order of its modules.
+
+    The first and the last layer are those of the network, not of the layers that can be factorized:
+    nothing else stays full-rank for the sake of a head that is not eligible anyway.
+
+    Args:
+        model: a dense network.
+        keep_first_layer: leave the network's first layer full-rank.
+        keep_last_layer: leave the layers full-rank that produce the network's outputs
+            (:func:`oialr.outputs.output_layers`).
+        minimum_rank_fraction: share of min(m, n) below which no rank falls.
+        include, exclude: shell-style patterns of module names, such as "blocks.*.attn.*". A layer
+            is factorized only if it matches one of the first and none of the second.
+        attention_projection: whether in_proj_weight of nn.MultiheadAttention is one matrix or a
+            stack of three.
+
+    Raises:
+        ValueError: a pattern matches no module that holds a multidimensional weight.
+    """
+    found = [
+        (path, module, key, parameter)
+        for path, module in model.named_modules()
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() >= 2
+    ]
+    _check_patterns([path for path, *_ in found], include=include, exclude=exclude)
+    layers = [module for _, module, _, _ in found if is_layer(module)]
+    kept_first = layers[:1] if keep_first_layer else []
+    kept_last = output_layers(model) if keep_last_layer else []
+    obstacles = Obstacles(model)
+    options = Selection(attention_projection=attention_projection)
+    reports = []
+    for path, module, key, _ in found:
+        adapter = kind_of(module)
+        report = LayerReport(
+            name=f"{path}.{key}" if path else key,
+            reading=adapter.reading(module, key, options),
+            is_linear_map=adapter.maps_linearly(key) and not isinstance(module, FactoredLayer),
+            stays_dense=None,
+            adapter=adapter,
+        )
+        if (reason := _why_not(obstacles, report, minimum_rank_fraction)) is None:
+            if not _first_match(path, include):
+                reason = "matches no pattern of oialr.include"
+            elif pattern := _first_match(path, exclude):
+                reason = f"excluded by oialr.exclude pattern {pattern!r}"
+            elif module in kept_first:
+                reason = "the network's first layer (keep_first_layer)"
+            elif module in kept_last:
+                reason = "the network's last layer (keep_last_layer)"
+        reports.append(replace(report, stays_dense=reason))
+    return reports
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """Count the numbers in the trained parameters, and in all parameters."""
+    parameters = list(model.parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    return trained, sum(p.numel() for p in parameters)
+
+
+def _why_not(obstacles: Obstacles, report: LayerReport, minimum_rank_fraction: float) -> str | None:
+    """Say why a weight cannot be factorized, whatever the method's patterns are."""
+    if reason := obstacles.of(report.name):
+        return reason
+    m, n = report.matrix_shape
+    r = minimum_rank(report.full_rank, minimum_rank_fraction)
+    if r * (m + n) + r * r >= m * n:
+        return "too small to save anything at any rank"
+    return None
+
+
+def _first_match(path: str, patterns: Sequence[str]) -> str | None:
+    return next((pattern for pattern in patterns if fnmatchcase(path, pattern)), None)
+
+
+def _check_patterns(
+    paths: Sequence[str], *, include: Sequence[str], exclude: Sequence[str]
+) -> None:
+    """Reject a pattern that matches nothing: most likely it is misspelt."""
+    for option, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns:
+            if not any(fnmatchcase(path, pattern) for path in paths):
+                raise ValueError(
+                    f"{option}: the pattern {pattern!r} matches no module that holds a weight"
+                )
