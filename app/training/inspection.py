@@ -5,9 +5,8 @@ from pathlib import Path
 from app.config.settings import Configuration
 from app.errors import UserError
 from app.runtime.processes import Runtime
+from app.training.build import build
 from app.training.checkpoint import Checkpoints
-from app.training.optimizer import build_optimizer
-from app.training.parts import build_method, build_task_and_model
 from oialr.explain import explain, rows_per_sample
 
 
@@ -22,15 +21,8 @@ def explain_run(configuration: Configuration, runtime: Runtime, *, resume: bool)
     Raises:
         UserError: as :func:`app.training.run.train`.
     """
-    task, model = build_task_and_model(configuration, runtime)
-    training = configuration.training
-    method = build_method(
-        configuration,
-        model,
-        build_optimizer(model, training),
-        runtime.processes,
-        steps=training.epochs * task.steps_per_epoch,
-    )
+    parts = build(configuration, runtime)
+    method, model, training = parts.method, parts.model, configuration.training
     if method is None:
         raise UserError("--explain: oialr.enabled is false: no layer is factorized")
     ranks, released = None, {}
@@ -42,7 +34,7 @@ def explain_run(configuration: Configuration, runtime: Runtime, *, resume: bool)
             released = state[0]["method"].get("released", {})
         if ranks and not any(ranks.values()):
             ranks = None  # before the conversion
-    batch = task.example_batch()
+    batch = parts.task.example_batch()
     rows = rows_per_sample(model, method.layers, lambda: model(batch.inputs), len(batch.inputs))
     samples = -(-training.batch_size // (runtime.process_count * training.accumulation))
     return explain(
@@ -57,7 +49,7 @@ def explain_run(configuration: Configuration, runtime: Runtime, *, resume: bool)
 
 
 def check_run(configuration: Configuration, runtime: Runtime) -> int:
-    """Build data, network and method as a run would, and throw them away. A collective call.
+    """Build what a run is built of, and throw it away. A collective call.
 
     Returns:
         Samples of the training part.
@@ -65,15 +57,4 @@ def check_run(configuration: Configuration, runtime: Runtime) -> int:
     Raises:
         UserError: as :func:`app.training.run.train`.
     """
-    task, model = build_task_and_model(configuration, runtime)
-    optimizer = build_optimizer(model, configuration.training)
-    runtime.processes.agree(
-        lambda: build_method(
-            configuration,
-            model,
-            optimizer,
-            runtime.processes,
-            steps=configuration.training.epochs * task.steps_per_epoch,
-        )
-    )
-    return task.train_size
+    return build(configuration, runtime, check_steps=False).task.train_size

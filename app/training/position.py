@@ -1,5 +1,6 @@
 """How far a run has come, and that it has come no farther."""
 
+import math
 from dataclasses import dataclass
 
 
@@ -13,6 +14,8 @@ class Position:
     """Epochs finished, their evaluation included."""
     batch: int = 0
     """Global batches of the present epoch that were trained on."""
+    loss: float = math.nan
+    """Of the last step that was recorded."""
 
 
 class Stopped(Exception):  # noqa: N818 - it is no error

@@ -22,7 +22,7 @@ def end_without_storage(trainer: "Trainer") -> NoReturn:
     problem = trainer.recorder.problem
     if trainer.runtime.is_first:
         try:
-            trainer.checkpoints.check_owner()
+            trainer.storage.checkpoints.check_owner()
         except TakenOverError as error:
             problem = error
         except StorageError:  # the recorder says more
@@ -30,7 +30,7 @@ def end_without_storage(trainer: "Trainer") -> NoReturn:
     problem = trainer.runtime.processes.from_first(problem)
     line = str(problem)
     if isinstance(problem, LostFileError):
-        line += f"; {_rescue(trainer, trainer.folder)}"
+        line += f"; {_rescue(trainer, trainer.storage.folder)}"
     raise AgreedStorageError(line)
 
 
@@ -58,7 +58,7 @@ def _rescue(trainer: "Trainer", folder: Path) -> str:
     problem, home = processes.from_first((problem, home))
     if problem:
         return problem
-    trainer.checkpoints = Checkpoints(home / "checkpoints", processes, keep=1)
+    trainer.storage.checkpoints = Checkpoints(home / "checkpoints", processes, keep=1)
     try:
         trainer.save_checkpoint()
     except AgreedStorageError as error:

@@ -37,9 +37,9 @@ def disturb(what, process, step):
             if what == "freeze":
                 os.kill(os.getpid(), signal.SIGSTOP)
             if what == "move":
-                self.folder.rename(self.folder.with_name("moved"))
+                self.storage.folder.rename(self.storage.folder.with_name("moved"))
             if what == "unlink":
-                (self.folder / "metrics.h5").unlink()
+                (self.storage.folder / "metrics.h5").unlink()
             if what == "mpi":
                 self.runtime.communicator.Barrier()
 

@@ -14,8 +14,8 @@ from oialr.stability.measurement import LayerStability
 from oialr.stability.tracker import StabilityTracker, mean_stability
 
 
-class Tracking:
-    """Measures every so many epochs or steps, at once or beside the training."""
+class Measurements:
+    """Asks the library's tracker every so many epochs or steps, at once or beside the training."""
 
     def __init__(
         self,

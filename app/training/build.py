@@ -1,0 +1,213 @@
+"""The one builder of a run: everything that is trained with, whole and in memory.
+
+A training, ``--explain`` and the check before a search build by :func:`build`; what is built knows
+nothing of files. What a training writes is opened after it, see :mod:`app.training.storage`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from app import models
+from app.config.settings import Configuration, StabilitySection
+from app.data import Task, build_task, download
+from app.data.staging import stage, staged_root
+from app.errors import UserError
+from app.runtime.calibration import read_costs
+from app.runtime.processes import Runtime
+from app.training.average import WeightAverage
+from app.training.batch_norm import check_batch_norm
+from app.training.optimizer import Schedule, build_optimizer
+from app.training.position import Position
+from app.training.precision import Precision
+from app.training.replicas import synchronize_batch_norm
+from app.training.stopwatch import Stopwatch
+from oialr.layer_survey import LayerReport, survey
+from oialr.method import OIALR
+from oialr.placement.processes import Processes
+from oialr.stability.tracker import StabilityTracker, select_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """The parts of a run on one process, at its start or at the state of a checkpoint."""
+
+    configuration: Configuration
+    runtime: Runtime
+    task: Task
+    steps: int
+    """Optimizer steps of the whole run."""
+    model: nn.Module
+    """On the device, not wrapped."""
+    optimizer: Optimizer
+    schedule: Schedule
+    method: OIALR | None
+    """None: full-rank training."""
+    layers: Sequence[LayerReport]
+    """The multidimensional weights of the full-rank network."""
+    tracker: StabilityTracker | None
+    """None: basis stability is not measured."""
+    average: WeightAverage | None
+    precision: Precision
+    position: Position = field(default_factory=Position)
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
+    """Of the training, in all sessions."""
+
+    @property
+    def trainable_percent(self) -> float:
+        """Trained parameters over those of the full-rank network, in percent."""
+        return self.method.trainable_percent() if self.method else 100.0
+
+    @property
+    def compression_percent(self) -> float:
+        """Stored parameters over those of the full-rank network, in percent."""
+        return self.method.compression_percent() if self.method else 100.0
+
+
+def build(
+    configuration: Configuration,
+    runtime: Runtime,
+    *,
+    check_steps: bool = True,
+    tell: Callable[[str], None] = lambda what: None,
+) -> Parts:
+    """Build the parts of a run in the one order that is right. A collective call.
+
+    Nothing is written, but for data that are downloaded or staged where the configuration says so.
+
+    Args:
+        configuration: checked.
+        runtime: this process among those that train together.
+        check_steps: refuse a delay or release that the run would never reach; a search sets them
+            for each candidate.
+        tell: told of what begins now, such as :meth:`app.runtime.watchdog.Watchdog.progress`.
+
+    Raises:
+        UserError: data or network are not what the configuration says; alike on all processes.
+    """
+    processes, training = runtime.processes, configuration.training
+    tell("data and network")
+    task, model = _build_task_and_model(configuration, runtime)
+    tell("method and optimizer")
+    steps = training.epochs * task.steps_per_epoch
+    if check_steps:
+        processes.agree(lambda: configuration.check_steps(steps))
+    optimizer = build_optimizer(model, training)
+    method = processes.agree(
+        lambda: _build_method(configuration, model, optimizer, processes, steps=steps)
+    )
+    layers = method.survey if method else survey(model)
+    # After the method, which may have added parameter groups.
+    schedule = Schedule(
+        optimizer,
+        training,
+        steps=steps,
+        steps_per_epoch=task.steps_per_epoch,
+        conversion=method.options.delay if method else None,
+    )
+    decay = training.ema_decay
+    return Parts(
+        configuration=configuration,
+        runtime=runtime,
+        task=task,
+        steps=steps,
+        model=model,
+        optimizer=optimizer,
+        schedule=schedule,
+        method=method,
+        layers=layers,
+        tracker=processes.agree(lambda: _build_tracker(configuration.stability, layers, processes)),
+        average=None if decay is None else WeightAverage(model, optimizer, decay=decay),
+        precision=Precision(training.precision, runtime.device),
+    )
+
+
+def _build_task_and_model(
+    configuration: Configuration, runtime: Runtime
+) -> tuple[Task, torch.nn.Module]:
+    """Read the data and build the network on the device. A collective call."""
+    processes = runtime.processes
+    if configuration.data.download:
+        processes.agree(lambda: download(configuration) if runtime.local_index == 0 else None)
+    data = configuration.data
+    if data.stage_to:
+        processes.agree(lambda: stage(data) if runtime.local_index == 0 else None)
+    read = configuration.model_copy(
+        update={"data": data.model_copy(update={"root": staged_root(data)})}
+    )
+    task = processes.agree(
+        lambda: build_task(
+            read,
+            process_index=runtime.process_index,
+            process_count=runtime.process_count,
+            device=runtime.device,
+        )
+    )
+    model = processes.agree(lambda: _build_model(configuration, task))
+    if configuration.training.synchronize_batch_norm:
+        dense = model
+        model = processes.agree(lambda: synchronize_batch_norm(dense, processes, runtime.device))
+    model = model.to(runtime.device)
+    processes.agree(lambda: check_batch_norm(model, task, configuration, runtime.process_count))
+    return task, model
+
+
+def _build_method(
+    configuration: Configuration,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    processes: Processes,
+    *,
+    steps: int,
+) -> OIALR | None:
+    """Build the method for a run of so many steps; None for the full-rank baseline."""
+    if not configuration.oialr.enabled:
+        return None
+    calibration = configuration.distributed.calibration
+    try:
+        return OIALR(
+            model,
+            optimizer,
+            configuration.oialr.options(steps),
+            factorization=configuration.distributed.factorization,
+            processes=processes,
+            costs=read_costs(calibration) if calibration else None,
+            measure_memory=True,
+        )
+    except ValueError as error:
+        raise UserError(f"oialr: {error}") from None
+
+
+def _build_model(configuration: Configuration, task: Task) -> torch.nn.Module:
+    """Build the full-rank network, with the same bits on all processes."""
+    models.check(configuration.model, input_shape=task.input_shape, outputs=task.outputs)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(configuration.run.seed)
+        return models.build(
+            configuration.model.name,
+            configuration.model.arguments,
+            input_shape=task.input_shape,
+            outputs=task.outputs,
+        )
+
+
+def _build_tracker(
+    settings: StabilitySection, layers: Sequence[LayerReport], processes: Processes
+) -> StabilityTracker | None:
+    """Build the tracker of a configuration; None if nothing is to be measured.
+
+    Raises:
+        UserError: as :func:`select_weights`.
+    """
+    if not settings.enabled:
+        return None
+    return StabilityTracker(
+        select_weights(layers, include=settings.include, exclude=settings.exclude),
+        processes,
+        window=settings.window,
+        unit=settings.unit,
+        reference_dtype=getattr(torch, settings.reference_dtype),
+    )

@@ -1,0 +1,126 @@
+"""What a checkpoint holds of a run's parts, and how they are brought back to it."""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from app.config import parse, to_yaml
+from app.config.yaml_text import dump_value
+from app.errors import UserError
+from app.training.build import Parts
+from app.training.early_stopping import EarlyStopping
+
+logger = logging.getLogger(__name__)
+
+_FIXED = ("optimizer", "momentum", "weight_decay")
+"""Keys of the section training that are part of the optimizer's stored state."""
+_EXPECTED_TO_CHANGE = ("run.dir", "run.stop_after")
+"""Keys that a run is resumed with: they make no difference to its results."""
+
+
+def shared_state(parts: Parts, early_stopping: EarlyStopping | None) -> dict[str, Any]:
+    """Return what all processes share."""
+    position, stopwatch = parts.position, parts.stopwatch
+    return {
+        "configuration": to_yaml(parts.configuration),
+        "process_count": parts.runtime.process_count,
+        "position": {"step": position.step, "epoch": position.epoch, "batch": position.batch},
+        "last_loss": position.loss,
+        "seconds": stopwatch.seconds,
+        "cpu_seconds": stopwatch.cpu_seconds,
+        "method": parts.method.state_dict() if parts.method else None,
+        "model": parts.model.state_dict(),
+        "optimizer": parts.optimizer.state_dict(),
+        "precision": parts.precision.state_dict(),
+        "average": parts.average.state_dict() if parts.average else None,
+        "early_stopping": early_stopping.state_dict() if early_stopping else None,
+    }
+
+
+def own_state(parts: Parts) -> dict[str, Any]:
+    """Return what this process alone knows, beside the tracker's bases."""
+    own: dict[str, Any] = {"random_state": torch.get_rng_state()}
+    if parts.runtime.device.type == "cuda":
+        own["random_state_cuda"] = torch.cuda.get_rng_state(parts.runtime.device)
+    return own
+
+
+def restore(
+    parts: Parts,
+    early_stopping: EarlyStopping | None,
+    shared: Mapping[str, Any],
+    own: Sequence[Mapping[str, Any]],
+) -> None:
+    """Bring the parts to where a checkpoint was written.
+
+    Args:
+        parts: at the start.
+        early_stopping: as the run has it.
+        shared: as :func:`shared_state` returned it.
+        own: the parts of the processes; with another process count than this run's, of all, and
+            random states are not taken over.
+
+    Raises:
+        UserError: the checkpoint does not fit the configuration.
+    """
+    stored = parse(shared["configuration"], source="the checkpoint's configuration")
+    current = parse(to_yaml(parts.configuration), source="the configuration")
+    for key in _FIXED:
+        if (was := stored["training"][key]) != current["training"][key]:
+            raise UserError(f"training.{key}: cannot change when a run is resumed: it was {was}")
+    if changes := _changes(stored, current):
+        # On purpose by whoever resumes; but config.yaml may also have been damaged or mixed up.
+        logger.warning(
+            "the configuration differs from the checkpoint's: %s", ", ".join(sorted(changes))
+        )
+    try:
+        _load(parts, early_stopping, shared, own)
+    except (ValueError, RuntimeError, KeyError) as error:
+        message = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"the checkpoint does not fit the configuration (was it changed?): {message}"
+        ) from None
+
+
+def _load(
+    parts: Parts,
+    early_stopping: EarlyStopping | None,
+    shared: Mapping[str, Any],
+    own: Sequence[Mapping[str, Any]],
+) -> None:
+    if parts.method and shared["method"]:
+        parts.method.load_state_dict(shared["method"])
+    parts.model.load_state_dict(shared["model"])
+    parts.optimizer.load_state_dict(shared["optimizer"])
+    parts.precision.load_state_dict(shared["precision"])
+    if parts.average and shared["average"]:
+        parts.average.load_state_dict(shared["average"])
+    if early_stopping and shared["early_stopping"]:
+        early_stopping.load_state_dict(shared["early_stopping"])
+    position, stopwatch = parts.position, parts.stopwatch
+    for name, value in shared["position"].items():
+        setattr(position, name, value)
+    position.loss = shared["last_loss"]
+    stopwatch.seconds = shared["seconds"]
+    # Checkpoints of earlier versions do not know it, and then nobody does.
+    stopwatch.cpu_seconds = shared.get("cpu_seconds", math.nan)
+    if parts.tracker:
+        parts.tracker.load_state_dicts([part["parts"] for part in own])
+    if shared["process_count"] == parts.runtime.process_count:
+        torch.set_rng_state(own[0]["random_state"])
+        if parts.runtime.device.type == "cuda":
+            torch.cuda.set_rng_state(own[0]["random_state_cuda"], parts.runtime.device)
+
+
+def _changes(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Name the keys that have other values than in the checkpoint, but for where and how long."""
+    return [
+        f"{section}.{key} is {dump_value(value)} and was {dump_value(was)}"
+        for section, values in current.items()
+        for key, value in values.items()
+        if (was := stored.get(section, {}).get(key, value)) != value
+        and f"{section}.{key}" not in _EXPECTED_TO_CHANGE
+    ]

@@ -1,0 +1,141 @@
+"""Where a run leaves what it comes to: its folder, checkpoints, records and best weights."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from app.config import to_yaml
+from app.recording.loggers.chosen import Loggers, find_loggers
+from app.recording.swmr import writing
+from app.runtime.processes import Runtime
+from app.runtime.watchdog import Watchdog
+from app.training.build import Parts
+from app.training.checkpoint import CHECKPOINT_KEYS, Checkpoints
+from app.training.early_stopping import BEST_KEYS, EarlyStopping
+from app.training.folder import hold_folder, mark_unfinished, prepare_folder, write_text
+from app.training.recorder import Recorder
+from app.training.state import restore
+
+
+@dataclass(kw_only=True)
+class Storage:
+    """What a run writes to; on processes other than the first the recorder does nothing."""
+
+    folder: Path
+    checkpoints: Checkpoints
+    """Others than at the start where the folder was lost and the run is rescued."""
+    recorder: Recorder
+    early_stopping: EarlyStopping | None
+    """None without training.early_stopping."""
+
+
+class Ownership:
+    """Of the run's folder, from when it is known to the end of the run."""
+
+    def __init__(self, held: ExitStack, runtime: Runtime) -> None:
+        """Own nothing as yet; what is owned is given back when ``held`` ends."""
+        self._held, self._runtime = held, runtime
+        self._check: Callable[[], None] | None = None
+
+    def take(self, folder: Path) -> None:
+        """Own the folder if it is not owned already. A collective call.
+
+        Raises:
+            AgreedUserError: another program owns it.
+        """
+        if self._check is None:
+            self._check = self._held.enter_context(hold_folder(folder, self._runtime))
+
+    def check(self) -> None:
+        """Make sure, before something is written, that no other program has taken over.
+
+        Raises:
+            StorageError: one has.
+        """
+        assert self._check
+        self._check()
+
+
+def open_storage(
+    parts: Parts, watchdog: Watchdog, ownership: Ownership, *, earlier: Path | None
+) -> Storage:
+    """Make or find the run's folder, and bring the parts to its checkpoint. A collective call.
+
+    Args:
+        parts: which fit together, so that a new folder may be made.
+        watchdog: told of the progress.
+        ownership: of the folder, which is taken as soon as there is one.
+        earlier: folder of a run that goes on; None: a new one is made.
+
+    Raises:
+        UserError: the folder or the checkpoint are not what the configuration says.
+    """
+    configuration, runtime = parts.configuration, parts.runtime
+    processes = runtime.processes
+    loggers = processes.agree(
+        lambda: find_loggers(configuration.run.loggers if runtime.is_first else [])
+    )
+    watchdog.progress("the run's folder")
+    folder = prepare_folder(configuration, runtime, earlier=earlier)
+    ownership.take(folder)
+    checkpoints = Checkpoints(
+        folder / "checkpoints",
+        processes,
+        keep=configuration.run.keep_checkpoints,
+        keys=CHECKPOINT_KEYS,
+        check_owner=ownership.check,
+    )
+    with watchdog.guard("the stored state"):
+        state = checkpoints.load() if earlier else None
+    early_stopping = _build_early_stopping(parts, folder, ownership)
+    if state:
+        processes.agree(lambda: restore(parts, early_stopping, *state))
+    mark_unfinished(folder, runtime)
+    recorder = Recorder(None)
+    with watchdog.guard("metrics.h5"):
+        if runtime.is_first:
+            with writing(folder / "metrics.h5"):
+                ownership.check()
+                recorder = _open_recorder(parts, folder, state[0] if state else None)
+            recorder.loggers = Loggers.begin(
+                loggers,
+                folder,
+                configuration=configuration.model_dump(),
+                first_step=parts.position.step if state else None,
+            )
+        processes.barrier()
+    recorder.session(process_count=runtime.process_count, first_step=parts.position.step)
+    return Storage(
+        folder=folder, checkpoints=checkpoints, recorder=recorder, early_stopping=early_stopping
+    )
+
+
+def _build_early_stopping(parts: Parts, folder: Path, ownership: Ownership) -> EarlyStopping | None:
+    patience = parts.configuration.training.early_stopping
+    if patience is None:
+        return None
+    best = Checkpoints(
+        folder / "checkpoints" / "best",
+        parts.runtime.processes,
+        keep=1,
+        keys=BEST_KEYS,
+        check_owner=ownership.check,
+    )
+    return EarlyStopping(best, patience=patience)
+
+
+def _open_recorder(parts: Parts, folder: Path, state: dict[str, Any] | None) -> Recorder:
+    """Write to the run's folder, now that everything fits together."""
+    text = to_yaml(parts.configuration)
+    write_text(folder / "config.yaml", text)
+    metrics = folder / "metrics.h5"
+    schema: dict[str, Any] = {
+        "configuration": text,
+        "layers": parts.layers,
+        "figures": parts.task.figures,
+    }
+    if state:
+        return Recorder.resume(metrics, state["rows"], state.get("kept_rows", {}), **schema)
+    return Recorder.create(metrics, **schema)
