@@ -20,8 +20,8 @@ from oialr.linalg.checksum import checksum
 from oialr.linalg.precision import full_precision
 from oialr.linalg.svd import is_diagonal
 from oialr.memory import TensorMemory
-from oialr.placement.agreement import compare
 from oialr.placement.buckets import MatrixInfo
+from oialr.placement.comparison import compare
 from oialr.placement.factorization import Factorizer
 from oialr.placement.processes import Processes
 from oialr.placement.spectra import gather_energies

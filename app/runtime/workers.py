@@ -17,7 +17,7 @@ import torch
 from app.errors import UserError
 from app.runtime.launch import Launch, read_launch
 from app.runtime.processes import Runtime, choose_device, connect_mpi, join
-from oialr.placement.processes import agree_by
+from oialr.placement.processes import agree
 
 Result = TypeVar("Result")
 _POLL_SECONDS = 0.01
@@ -79,6 +79,20 @@ class Workers:
         wait(self.own, timeout=timeout)
         values: list[Result] = self.own.allgather(value)
         return values
+
+    def agree(self, function: Callable[[], Result]) -> Result:
+        """Call a function on every process of the program; a user's mistake on one is one on all.
+
+        Raises:
+            AgreedUserError: the first process's, by index, on every process.
+        """
+
+        def gather(message: str | None) -> list[str | None]:
+            wait(self.world)
+            messages: list[str | None] = self.world.allgather(message)
+            return messages
+
+        return agree(gather, function)
 
     def abort(self, code: int) -> None:
         """End all processes of the program now."""
@@ -149,18 +163,3 @@ def wait(communicator: Any, *, timeout: float | None = None) -> None:
         if end is not None and time.monotonic() > end:
             raise TimeoutError(f"a process did not answer within {timeout} s")
         time.sleep(_POLL_SECONDS)
-
-
-def agree(communicator: Any, function: Callable[[], Result]) -> Result:
-    """Call a function on every process; if it is the user's mistake on one, it is on all.
-
-    Raises:
-        AgreedUserError: the first process's, by index, on every process.
-    """
-
-    def gather(message: str | None) -> list[str | None]:
-        wait(communicator)
-        messages: list[str | None] = communicator.allgather(message)
-        return messages
-
-    return agree_by(gather, function)

@@ -20,7 +20,7 @@ from app.runtime.launch import Launch
 from app.runtime.lease import Claim, Lease
 from app.runtime.rendezvous import make_store
 from app.runtime.stop_signal import StopRequest
-from app.runtime.workers import Workers, agree, wait
+from app.runtime.workers import Workers, wait
 from app.search import objective
 from app.search.budget import Budget
 from app.search.definition import STORED, Definition, train_again
@@ -72,14 +72,14 @@ def search(
         NoResult: every evaluation failed.
     """
     section = definition.base.search
-    islands = agree(workers.world, lambda: check_islands(section, workers.count))
+    islands = workers.agree(lambda: check_islands(section, workers.count))
     _check_free(definition, workers, resume=resume)
     with ExitStack() as held:
 
         def own(folder: Path) -> Claim:
             """Let process 0 own the folder until the search ends; all may hold that against it."""
             world = workers.world
-            lease = agree(world, lambda: None if world.Get_rank() else Lease.take(folder))
+            lease = workers.agree(lambda: None if world.Get_rank() else Lease.take(folder))
             claim = world.bcast(held.enter_context(lease).claim if lease else None)
             assert isinstance(claim, Claim)
             return claim
@@ -108,8 +108,8 @@ def _check_all(definition: Definition, workers: Workers) -> None:
     if definition.base.distributed.factorization == "heat" and find_spec("heat"):
         import_heat()  # a collective call of all processes, which no worker can make later
     # The first worker before the others, so that data are downloaded once.
-    agree(workers.world, lambda: None if workers.index else _check(definition, workers))
-    agree(workers.world, lambda: _check(definition, workers) if workers.index else None)
+    workers.agree(lambda: None if workers.index else _check(definition, workers))
+    workers.agree(lambda: _check(definition, workers) if workers.index else None)
 
 
 def best_of(evaluations: Sequence[Evaluation]) -> Evaluation | None:
@@ -129,7 +129,7 @@ def _check_free(definition: Definition, workers: Workers, *, resume: bool) -> No
         if not workers.world.Get_rank():
             check_free(folder, marker=STORED, what="search")
 
-    agree(workers.world, check)
+    workers.agree(check)
 
 
 def _prepare_folder(definition: Definition, workers: Workers) -> Path:
@@ -143,7 +143,7 @@ def _prepare_folder(definition: Definition, workers: Workers) -> Path:
             (folder / STORE).mkdir(exist_ok=True)
         return folder
 
-    folder = workers.world.bcast(agree(workers.world, prepare))
+    folder = workers.world.bcast(workers.agree(prepare))
     assert isinstance(folder, Path)
     return folder
 

@@ -117,10 +117,10 @@ class Processes:
         Raises:
             AgreedUserError: the first process's, by index, on every process.
         """
-        return agree_by(self.gather, function)
+        return agree(self.gather, function)
 
 
-def agree_by(gather: Callable[[Any], list[Any]], function: Callable[[], Result]) -> Result:
+def agree(gather: Callable[[Any], list[Any]], function: Callable[[], Result]) -> Result:
     """Call a function on every process; if it is the user's mistake on one, it is on all.
 
     Args:
