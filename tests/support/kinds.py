@@ -1,0 +1,81 @@
+"""One small layer of each kind that can be factorized, with a batch for it, in float64."""
+
+import torch
+from torch import nn
+
+from oialr import OIALR
+from oialr.layers.registry import kind_of
+from oialr.linalg.svd import economy_svd
+
+
+def normal(*shape):
+    """Return a function that makes batches (b, *shape) from a seed."""
+
+    def batch(seed, rows=6):
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(rows, *shape, generator=generator, dtype=torch.float64)
+
+    return batch
+
+
+CASES = {
+    "Linear": (lambda: nn.Linear(12, 16), normal(5, 12)),
+    "Conv2d": (lambda: nn.Conv2d(8, 24, 3, stride=2, padding=1), normal(8, 6, 5)),
+    "Conv2d, groups": (lambda: nn.Conv2d(8, 24, 3, padding=1, groups=2), normal(8, 4, 5)),
+}
+"""By name: makes the dense layer, makes a batch from a seed."""
+
+
+def dense_layer(case):
+    torch.manual_seed(0)
+    return CASES[case][0]().double()
+
+
+def batch_for(case, seed=0):
+    return CASES[case][1](seed)
+
+
+def reading_of(layer):
+    return kind_of(layer).reading(layer, "weight")
+
+
+def twin_of(layer, rank=None, *, released=False):
+    """Return the factorized layer of a dense one, cut to a rank."""
+    U, s, Vh = economy_svd(reading_of(layer).to_matrix(layer.weight.detach()))
+    r = rank or s.shape[-1]
+    U, s, Vh = U[..., :r].contiguous(), s[..., :r], Vh[..., :r, :].contiguous()
+    root = s.sqrt()
+    factors = (U * root[..., None, :], root[..., :, None] * Vh)
+    if not released:
+        factors = (U, torch.diag_embed(s), Vh)
+    _, twin = kind_of(layer).factorize(layer, "weight", factors)
+    return twin
+
+
+OPTIMIZERS = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=3e-3),
+    "momentum": lambda p: torch.optim.SGD(p, lr=3e-2, momentum=0.9),
+}
+DELAY = 3
+
+
+def make(case, kind="adamw", **options):
+    """Put the layer before a head that stays full-rank; return model, optimizer and method."""
+    layer = dense_layer(case)
+    width = layer(batch_for(case)).flatten(1).shape[1]
+    model = nn.Sequential(layer, nn.Flatten(), nn.Linear(width, 3).double())
+    optimizer = OPTIMIZERS[kind](model.parameters())
+    options = {"delay": DELAY, "update_interval": 2, "cutoff": 0.3, **options}
+    return model, optimizer, OIALR(model, optimizer, layer_fraction=1, rank_multiple=1, **options)
+
+
+def train(case, model, optimizer, method, steps, *, first=0):
+    """Train and return the events; without a method there are none."""
+    events = []
+    for step in range(first, first + steps):
+        optimizer.zero_grad()
+        target = torch.arange(6) % 3
+        nn.functional.cross_entropy(model(batch_for(case, step)), target).backward()
+        optimizer.step()
+        events.append(method.step() if method else None)
+    return [event for event in events if event]
