@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +89,7 @@ class FactoredConv(FactoredTwin):
                 return pointwise(pointwise(inner, self.core), self.U, self.bias)
             return pointwise(inner, self.U @ self.core, self.bias)
 
-        layout = _layout(x, len(self.kernel_size))
+        layout = memory_layout(x, len(self.kernel_size))
         way = self.way(self._positions(x))
         if way == "dense":
             return spatial(self.form_weight(), self.bias)
@@ -117,8 +117,8 @@ class ConvAdapter(LayerAdapter):
     """nn.Conv1d, nn.Conv2d and nn.Conv3d: (out_channels, in_channels / g * prod(kernel))."""
 
     name = "a convolution"
-    dense_types = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    twin = FactoredConv
+    dense_types: ClassVar[tuple[type[nn.Module] | str, ...]] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    twin: ClassVar[type[FactoredTwin]] = FactoredConv
     example = (1, 1, 1)
 
     def reading(
@@ -147,7 +147,7 @@ def is_depthwise(layer: _ConvNd) -> bool:
     return 1 < layer.groups == layer.in_channels
 
 
-def _layout(x: Tensor, dimensions: int) -> torch.memory_format:
+def memory_layout(x: Tensor, dimensions: int) -> torch.memory_format:
     """Return how a batch lies in memory: channels first, as is usual, or last."""
     channels_last = {2: torch.channels_last, 3: torch.channels_last_3d}.get(dimensions)
     if (

@@ -15,6 +15,7 @@ from support.kinds import (
     train,
     twin_of,
 )
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from oialr import Processes, StabilityTracker
@@ -72,6 +73,28 @@ def test_a_released_twin_equals_its_dense_layer(case, execution):
     torch.testing.assert_close(twin.A.grad, G @ twin.B.mT)
     torch.testing.assert_close(twin.B.grad, twin.A.mT @ G)
     torch.testing.assert_close(others(twin), others(layer))
+
+
+@pytest.mark.parametrize("released", [False, True])
+@pytest.mark.parametrize("size", [[10, 8], [11, 9], [6, 8, 11, 8]])
+def test_a_transposed_convolution_takes_the_size_of_its_output(size, released):
+    torch.manual_seed(0)
+    layer = nn.ConvTranspose2d(12, 8, 3, stride=2, groups=2, padding=1).double()
+    x = torch.randn(6, 12, 6, 5, dtype=torch.float64)
+    twin = twin_of(layer, released=released)
+    size = [*size[:-2], size[-2] + 1, size[-1] + 1]
+    torch.testing.assert_close(twin(x, size), layer(x, output_size=size))
+    torch.testing.assert_close(twin(x[0], output_size=size[-2:]), layer(x[0], size[-2:]))
+    with pytest.raises(ValueError, match="requested an output size"):
+        twin(x, [40, 40])
+
+
+def test_a_transposed_convolution_keeps_channels_last():
+    layer = nn.ConvTranspose2d(12, 8, 3, stride=2)
+    x = torch.randn(2, 12, 6, 5).to(memory_format=torch.channels_last)
+    y = twin_of(layer)(x)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(y, layer(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("released", [False, True])

@@ -22,6 +22,16 @@ CASES = {
     "Linear": (lambda: nn.Linear(12, 16), normal(5, 12)),
     "Conv2d": (lambda: nn.Conv2d(8, 24, 3, stride=2, padding=1), normal(8, 6, 5)),
     "Conv2d, groups": (lambda: nn.Conv2d(8, 24, 3, padding=1, groups=2), normal(8, 4, 5)),
+    "ConvTranspose1d": (
+        lambda: nn.ConvTranspose1d(12, 8, 3, stride=2, padding=1, output_padding=1),
+        normal(12, 5),
+    ),
+    "ConvTranspose2d": (lambda: nn.ConvTranspose2d(12, 8, (2, 3), stride=2), normal(12, 4, 3)),
+    "ConvTranspose2d, groups": (
+        lambda: nn.ConvTranspose2d(12, 8, 3, stride=(1, 2), dilation=2, groups=2, bias=False),
+        normal(12, 4, 3),
+    ),
+    "ConvTranspose3d": (lambda: nn.ConvTranspose3d(8, 6, 2, padding=1), normal(8, 3, 4, 3)),
 }
 """By name: makes the dense layer, makes a batch from a seed."""
 
@@ -61,9 +71,9 @@ DELAY = 3
 
 def make(case, kind="adamw", **options):
     """Put the layer before a head that stays full-rank; return model, optimizer and method."""
-    layer = dense_layer(case)
-    width = layer(batch_for(case)).flatten(1).shape[1]
-    model = nn.Sequential(layer, nn.Flatten(), nn.Linear(width, 3).double())
+    layer = dense_layer(case)  # which sets the seed for both
+    head = nn.AdaptiveAvgPool1d(24), nn.Linear(24, 3).double()
+    model = nn.Sequential(layer, nn.Flatten(), *head)
     optimizer = OPTIMIZERS[kind](model.parameters())
     options = {"delay": DELAY, "update_interval": 2, "cutoff": 0.3, **options}
     return model, optimizer, OIALR(model, optimizer, layer_fraction=1, rank_multiple=1, **options)

@@ -1,0 +1,111 @@
+"""The transposed convolution in one, two and three dimensions: its twin and its adapter.
+
+Its weight is (in_channels, out_channels / g, kernel...), in and out swapped against a convolution.
+It is read by the common rule, the leading dimension makes the rows: W (in_channels, out_channels *
+prod(kernel)), or for g groups a stack of (in_channels / g, out_channels / g * prod(kernel)). So U
+meets the input, which is mixed down to r channels before it is spread, at the fewer positions; and
+whoever reads the weight of a checkpoint without knowing the layer finds the same matrices.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.conv import _ConvTransposeNd
+
+from oialr.layers.conv import CONVOLVE, ConvAdapter, memory_layout
+from oialr.layers.twin import FactoredTwin
+
+SPREAD = {
+    1: functional.conv_transpose1d,
+    2: functional.conv_transpose2d,
+    3: functional.conv_transpose3d,
+}
+
+
+class FactoredConvTranspose(FactoredTwin):
+    """A transposed convolution with W = U core Vh, (in_channels, out_channels * prod(kernel)).
+
+    U^T is applied as a convolution with a kernel of one and r output channels, core^T as another,
+    in most cases folded into one; Vh follows as a transposed convolution from r channels, with the
+    kernel, stride, padding and dilation of the dense layer. With g groups all of them have g.
+
+    After a release, W = A B, it is A^T with a kernel of one, then B.
+    """
+
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """Map x (b, in_channels, ...) to (b, out_channels, ...), or the same without b.
+
+        Args:
+            x: the input.
+            output_size: spatial size of the output where the stride leaves several; with or without
+                batch and channels.
+        """
+        d = len(self.kernel_size)
+        layout = memory_layout(x, d)
+        assert isinstance(self, _ConvTransposeNd)
+        output_padding = self._output_padding(
+            x, output_size, self.stride, self.padding, self.kernel_size, d, self.dilation
+        )
+
+        def mix(x: Tensor, matrix: Tensor) -> Tensor:
+            """Mix channels by a matrix (m, r), or (g, m / g, r), transposed, at every position."""
+            kernel = matrix.mT.reshape(-1, matrix.shape[-2], *(1 for _ in range(d)))
+            convolve: Any = CONVOLVE[d]
+            result: Tensor = convolve(x, kernel, groups=self.groups)
+            return result
+
+        def spread(x: Tensor, kernel: Tensor) -> Tensor:
+            """Apply the transposed convolution by a kernel (..., n), and add the bias."""
+            kernel = kernel.reshape(-1, *self.reading.shape[1:]).contiguous(memory_format=layout)
+            convolve: Any = SPREAD[d]
+            result: Tensor = convolve(
+                x,
+                kernel,
+                self.bias,
+                self.stride,
+                self.padding,
+                output_padding,
+                self.groups,
+                self.dilation,
+            )
+            return result
+
+        way = self.way(x.numel() // max(1, self.in_channels))
+        if way == "dense":
+            return spread(x, self.form_weight())
+        if self.released:
+            return spread(mix(x, self.A), self.B)
+        if way == "factored":
+            return spread(mix(mix(x, self.U), self.core), self.Vh)
+        return spread(mix(x, self.U @ self.core), self.Vh)
+
+    def extra_repr(self) -> str:
+        """Describe the layer in one line."""
+        groups = f", groups={self.groups}" if self.groups > 1 else ""
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, padding={self.padding}{groups}, rank={self.rank}"
+        )
+
+
+class ConvTransposeAdapter(ConvAdapter):
+    """nn.ConvTranspose1d, 2d and 3d; groups and depthwise ones are as those of a convolution."""
+
+    name = "a transposed convolution"
+    dense_types = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    twin = FactoredConvTranspose
+
+    def rows(self, layer: nn.Module, inputs: Sequence[Any], output: Any) -> int:
+        """Count the positions of the input, over the batch: each is multiplied by all of W."""
+        assert isinstance(layer, _ConvTransposeNd)
+        x = next(value for value in inputs if isinstance(value, Tensor))
+        return x.numel() // layer.in_channels
