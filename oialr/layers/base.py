@@ -50,6 +50,8 @@ class FactoredLayer(nn.Module):
     reading: MatrixReading
     """How the dense weight is read."""
 
+    __repr__ = nn.Module.__repr__  # not that of a dense layer, which knows nothing of a rank
+
     def __init__(self, *factors: Tensor, reading: MatrixReading) -> None:
         nn.Module.__init__(self)  # a twin's next base is a dense layer, whose weight it has not
         self.reading = reading

@@ -10,6 +10,7 @@ from torch import nn
 from oialr.layers.adapter import LayerAdapter
 from oialr.layers.attention import AttentionAdapter
 from oialr.layers.conv import ConvAdapter
+from oialr.layers.conv1d import Conv1DAdapter
 from oialr.layers.conv_transpose import ConvTransposeAdapter
 from oialr.layers.linear import LinearAdapter
 
@@ -136,5 +137,5 @@ def _key_name(kind: type[nn.Module] | str) -> str:
     return kind if isinstance(kind, str) else full_name(kind)
 
 
-for _adapter in (LinearAdapter(), ConvAdapter(), ConvTransposeAdapter(), AttentionAdapter()):
-    register_layer(_adapter)
+for _kind in (LinearAdapter, ConvAdapter, ConvTransposeAdapter, AttentionAdapter, Conv1DAdapter):
+    register_layer(_kind())

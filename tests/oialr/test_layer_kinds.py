@@ -2,12 +2,15 @@
 
 import copy
 import pickle
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from support.kinds import (
     CASES,
     DELAY,
+    Conv1D,
     batch_for,
     dense_layer,
     make,
@@ -98,7 +101,9 @@ def test_a_transposed_convolution_keeps_channels_last():
 
 
 @pytest.mark.parametrize("released", [False, True])
-def test_copies_pickles_and_the_way_back(case, released):
+def test_copies_pickles_and_the_way_back(case, released, monkeypatch):
+    for name in ("transformers", "transformers.pytorch_utils"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(Conv1D=Conv1D))
     layer, x = dense_layer(case), batch_for(case)
     twin = twin_of(layer, rank=2, released=released).eval()
     expected = twin(x)

@@ -7,6 +7,27 @@ from oialr import OIALR
 from oialr.layers.registry import kind_of
 from oialr.linalg.svd import economy_svd
 
+try:
+    from transformers.pytorch_utils import Conv1D
+except ImportError:
+
+    class Conv1D(nn.Module):
+        """Stands for that of transformers, where it is not installed: the same name and formula."""
+
+        def __init__(self, nf, nx):
+            super().__init__()
+            self.nf, self.nx = nf, nx
+            self.weight = nn.Parameter(torch.randn(nx, nf) / 50)
+            self.bias = nn.Parameter(torch.zeros(nf))
+
+        def __repr__(self):
+            return f"Conv1D(nf={self.nf}, nx={self.nx})"
+
+        def forward(self, x):
+            return x @ self.weight + self.bias
+
+    Conv1D.__module__, Conv1D.__qualname__ = "transformers.pytorch_utils", "Conv1D"
+
 
 def normal(*shape):
     """Return a function that makes batches (b, *shape) from a seed."""
@@ -32,6 +53,7 @@ CASES = {
         normal(12, 4, 3),
     ),
     "ConvTranspose3d": (lambda: nn.ConvTranspose3d(8, 6, 2, padding=1), normal(8, 3, 4, 3)),
+    "Conv1D": (lambda: Conv1D(16, 12), normal(5, 12)),
 }
 """By name: makes the dense layer, makes a batch from a seed."""
 
