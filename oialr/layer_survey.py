@@ -9,7 +9,7 @@ from torch import nn
 from oialr.layers.adapter import LayerAdapter
 from oialr.layers.base import FactoredLayer
 from oialr.layers.reading import MatrixReading
-from oialr.layers.registry import OTHER, is_layer, kind_of
+from oialr.layers.registry import OTHER, adapter_of, full_name, is_layer, kind_of
 from oialr.obstacles import Obstacles
 from oialr.options import AttentionProjection, Selection
 from oialr.outputs import output_layers
@@ -66,6 +66,7 @@ def survey(
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     attention_projection: AttentionProjection = "packed",
+    include_embeddings: bool = False,
 ) -> list[LayerReport]:
     """List every multidimensional weight of a dense network, in the order of its modules.
 
@@ -82,6 +83,8 @@ def survey(
             is factorized only if it matches one of the first and none of the second.
         attention_projection: whether in_proj_weight of nn.MultiheadAttention is one matrix or a
             stack of three.
+        include_embeddings: whether the weights of nn.Embedding are factorized too, where nothing
+            else stands in the way.
 
     Raises:
         ValueError: a pattern matches no module that holds a multidimensional weight.
@@ -97,7 +100,9 @@ def survey(
     kept_first = layers[:1] if keep_first_layer else []
     kept_last = output_layers(model) if keep_last_layer else []
     obstacles = Obstacles(model)
-    options = Selection(attention_projection=attention_projection)
+    options = Selection(
+        attention_projection=attention_projection, include_embeddings=include_embeddings
+    )
     reports = []
     for path, module, key, _ in found:
         adapter = kind_of(module)
@@ -108,7 +113,9 @@ def survey(
             stays_dense=None,
             adapter=adapter,
         )
-        if (reason := _why_not(obstacles, report, minimum_rank_fraction)) is None:
+        reason = _not_asked_for(module, report, options)
+        reason = reason or _why_not(obstacles, report, minimum_rank_fraction)
+        if reason is None:
             if not _first_match(path, include):
                 reason = "matches no pattern of oialr.include"
             elif pattern := _first_match(path, exclude):
@@ -126,6 +133,14 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
     parameters = list(model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     return trained, sum(p.numel() for p in parameters)
+
+
+def _not_asked_for(module: nn.Module, report: LayerReport, options: Selection) -> str | None:
+    """Say that an option is off without which a kind of layers stays full-rank, if it is."""
+    option, key = report.adapter.option, report.name.rpartition(".")[-1]
+    if option is None or getattr(options, option) or adapter_of(type(module)) is None:
+        return None
+    return f"{key} of {full_name(type(module))} is never factorized without {option}"
 
 
 def _why_not(obstacles: Obstacles, report: LayerReport, minimum_rank_fraction: float) -> str | None:

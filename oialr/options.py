@@ -104,6 +104,12 @@ class Selection:
         "query, key and value, all cut to the same rank (separate).",
         "packed",
     )
+    include_embeddings: bool = option(
+        "Ours: weights of nn.Embedding are factorized too. It saves what is stored and the "
+        "optimizer's state, and no time; so defer_conversion leaves them full-rank until a "
+        "release.",
+        False,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

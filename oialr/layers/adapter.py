@@ -36,6 +36,8 @@ class LayerAdapter:
     example: ClassVar[tuple[Any, ...]] = (1, 1)
     """Arguments that make a small layer of any of the types: whatever a layer has beyond it,
     somebody has put there, and a twin would lack it."""
+    option: ClassVar[str | None] = None
+    """Name of the method's option without which the kind stays full-rank; None: there is none."""
     accepts_subclasses: ClassVar[bool] = True
     """Whether a subclass that adds nothing but plain values is the same kind."""
     is_linear_map: ClassVar[bool] = True

@@ -57,6 +57,9 @@ class FactoredLayer(nn.Module):
         self.reading = reading
         self.set_factors(*factors)
 
+    cheapest_way = staticmethod(cheapest_way)
+    """Returns the way of the least cost for some rows and a matrix (m, n) of rank r."""
+
     def configure(self, *, execution: Execution, recompute_convolutions: bool) -> None:
         """Take the method's options for the execution of layers."""
         self.execution = execution
@@ -89,7 +92,7 @@ class FactoredLayer(nn.Module):
         if self.released:
             return "factored"
         height, n = self.matrix_shape
-        return cheapest_way(rows, height if m is None else m, n, self.rank)
+        return self.cheapest_way(rows, height if m is None else m, n, self.rank)
 
     @property
     def weight(self) -> Tensor:

@@ -12,6 +12,7 @@ from oialr.layers.attention import AttentionAdapter
 from oialr.layers.conv import ConvAdapter
 from oialr.layers.conv1d import Conv1DAdapter
 from oialr.layers.conv_transpose import ConvTransposeAdapter
+from oialr.layers.embedding import EmbeddingAdapter
 from oialr.layers.linear import LinearAdapter
 
 _adapters: dict[type[nn.Module] | str, LayerAdapter] = {}
@@ -66,7 +67,7 @@ def kind_of(layer: nn.Module) -> LayerAdapter:
 
 def is_layer(layer: nn.Module) -> bool:
     """Whether a module is a layer that the network may begin with: of a known kind."""
-    return kind_of(layer) is not OTHER or isinstance(layer, nn.Embedding)
+    return kind_of(layer) is not OTHER
 
 
 def is_linear_map(layer: nn.Module) -> bool:
@@ -137,5 +138,12 @@ def _key_name(kind: type[nn.Module] | str) -> str:
     return kind if isinstance(kind, str) else full_name(kind)
 
 
-for _kind in (LinearAdapter, ConvAdapter, ConvTransposeAdapter, AttentionAdapter, Conv1DAdapter):
+for _kind in (
+    LinearAdapter,
+    ConvAdapter,
+    ConvTransposeAdapter,
+    AttentionAdapter,
+    Conv1DAdapter,
+    EmbeddingAdapter,
+):
     register_layer(_kind())

@@ -25,7 +25,7 @@ from oialr import Processes, StabilityTracker
 from oialr.allocation import stored_parameters
 from oialr.convert import to_dense
 from oialr.explain import explain, rows_per_sample
-from oialr.layer_survey import parameter_counts
+from oialr.layer_survey import parameter_counts, survey
 from oialr.layers.base import FactoredLayer
 from oialr.layers.registry import kind_of
 from oialr.linalg.svd import economy_svd
@@ -252,11 +252,69 @@ def test_rows_and_costs_are_those_that_torch_counts(case, way):
     twin.execution = way
     counted = adapter.multiply_adds(way, rows=rows, m=m, n=n, r=r) * reading.groups
     whole = adapter.full_rank_multiply_adds(rows=rows, m=m, n=n) * reading.groups
-    if reading.groups == 1:  # torch counts the backward of groups otherwise than it is computed
+    # torch counts the backward of groups otherwise than it is computed, and no additions.
+    if reading.groups == 1 and case != "Embedding":
         assert multiply_adds(twin, x) == pytest.approx(counted)
         assert multiply_adds(layer, x) == pytest.approx(whole)
     (line,) = explain(method.layers, {"0.weight": rows}, 1, {"0.weight": r}, way).splitlines()[1:]
     assert line.split()[2:] == [str(rows), str(r), way, f"{counted / whole:.2f}"]
+
+
+def test_what_an_embedding_multiplies_is_what_torch_counts():
+    layer, x, r = dense_layer("Embedding"), batch_for("Embedding"), 2
+    twin, sizes = twin_of(layer, rank=r), {"rows": x.numel(), "m": 30, "n": 12}
+    additions = kind_of(layer).full_rank_multiply_adds(**sizes)
+    assert multiply_adds(layer, x) == 0
+    for way, added in (("factored", 0), ("folded", 0), ("dense", additions)):
+        twin.execution = way
+        counted = kind_of(layer).multiply_adds(way, **sizes, r=r)
+        assert multiply_adds(twin, x) == counted - added
+    released = twin_of(layer, rank=r, released=True)
+    assert multiply_adds(released, x) == kind_of(layer).released_multiply_adds(**sizes, r=r)
+    # Few rows are looked up first; for many of a small table it is cheaper to form the table.
+    ways = [twin.cheapest_way(rows, 30, 12, 6) for rows in (1, 10**6)]
+    assert ways == ["factored", "dense"]
+
+
+def embedding_reasons(**options):
+    model = nn.ModuleDict(
+        {
+            "plain": nn.Embedding(16, 16),
+            "capped": nn.Embedding(16, 16, max_norm=1.0),
+            "sparse": nn.Embedding(16, 16, sparse=True),
+            "scaled": nn.Embedding(16, 16, scale_grad_by_freq=True),
+            "tied": nn.Embedding(16, 16),
+            "hidden": nn.Linear(16, 16),
+            "head": nn.Linear(16, 16, bias=False),
+        }
+    )
+    model["head"].weight = model["tied"].weight
+    return {
+        report.name.removesuffix(".weight"): report.stays_dense
+        for report in survey(model, keep_last_layer=False, **options)
+    }
+
+
+def test_embeddings_are_factorized_on_request_and_others_are_refused_by_name():
+    off = embedding_reasons()
+    assert off["plain"].endswith("Embedding is never factorized without include_embeddings")
+    on = embedding_reasons(include_embeddings=True)
+    assert on["plain"] is None
+    for name, reason in {"capped": "max_norm", "sparse": "sparse", "tied": "tied"}.items():
+        assert on[name].startswith(reason)
+    assert on["scaled"].startswith("scale_grad_by_freq")
+    first = embedding_reasons(include_embeddings=True, keep_first_layer=True)
+    assert first["plain"] == "the network's first layer (keep_first_layer)"
+
+
+def test_an_embedding_that_is_deferred_waits_for_the_release():
+    model, optimizer, method = make(
+        "Embedding", defer_conversion=True, release=8, retained_energy=0.5, largest_cut=0.9
+    )
+    train("Embedding", model, optimizer, method, 7)
+    assert type(model[0]) is nn.Embedding
+    train("Embedding", model, optimizer, method, 1, first=7)
+    assert isinstance(model[0], FactoredLayer)
 
 
 def multiply_adds(layer, x):

@@ -39,6 +39,12 @@ def normal(*shape):
     return batch
 
 
+def tokens(seed):
+    """Token numbers (6, 7), some of them more than once."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(30, (6, 7), generator=generator) // 2
+
+
 CASES = {
     "Linear": (lambda: nn.Linear(12, 16), normal(5, 12)),
     "Conv2d": (lambda: nn.Conv2d(8, 24, 3, stride=2, padding=1), normal(8, 6, 5)),
@@ -54,6 +60,7 @@ CASES = {
     ),
     "ConvTranspose3d": (lambda: nn.ConvTranspose3d(8, 6, 2, padding=1), normal(8, 3, 4, 3)),
     "Conv1D": (lambda: Conv1D(16, 12), normal(5, 12)),
+    "Embedding": (lambda: nn.Embedding(30, 12, padding_idx=2), tokens),
 }
 """By name: makes the dense layer, makes a batch from a seed."""
 
@@ -98,6 +105,7 @@ def make(case, kind="adamw", **options):
     model = nn.Sequential(layer, nn.Flatten(), *head)
     optimizer = OPTIMIZERS[kind](model.parameters())
     options = {"delay": DELAY, "update_interval": 2, "cutoff": 0.3, **options}
+    options["include_embeddings"] = True
     return model, optimizer, OIALR(model, optimizer, layer_fraction=1, rank_multiple=1, **options)
 
 
