@@ -32,10 +32,14 @@ def register_layer(adapter: LayerAdapter) -> None:
         ValueError: one of its types has an adapter already.
     """
     for kind in adapter.dense_types:
-        if (taken := _adapters.get(kind) or _adapters.get(_key_name(kind))) is not None:
-            raise ValueError(
-                f"{_key_name(kind)} has an adapter already, that of {taken.name}: a type has one"
-            )
+        for other, taken in _adapters.items():
+            # Types of the same name are different ones: a cell of a notebook that ran twice.
+            same_name = isinstance(kind, str) or isinstance(other, str)
+            if kind == other or (same_name and _key_name(kind) == _key_name(other)):
+                raise ValueError(
+                    f"{_key_name(kind)} has an adapter already, that of {taken.name}: a type has "
+                    "one"
+                )
     _adapters.update(dict.fromkeys(adapter.dense_types, adapter))
 
 
