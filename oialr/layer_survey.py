@@ -25,7 +25,7 @@ class LayerReport:
     reading: MatrixReading
     """How the dense weight is read as a matrix, or as a stack of matrices."""
     is_linear_map: bool
-    """Whether it is the weight of a linear, convolution or attention module."""
+    """Whether it is the weight of a linear map, which means over the weights take in."""
     stays_dense: str | None
     """Why the layer is not factorized; None if it is."""
     adapter: LayerAdapter = OTHER

@@ -162,6 +162,16 @@ def test_the_library_needs_torch_and_the_standard_library_alone():
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
+def test_no_module_but_the_registry_knows_a_kind_of_layers():
+    infrastructure = {"adapter", "base", "cost", "formed", "reading", "registry", "twin"}
+    kinds = {path.stem for path in (LIBRARY / "layers").glob("[a-z]*.py")} - infrastructure
+    assert {"linear", "conv_transpose", "embedding"} <= kinds
+    for path in FILES:
+        if path.parent != LIBRARY / "layers":
+            for name in imports(path):
+                assert not any(name.startswith(f"oialr.layers.{kind}") for kind in kinds), path
+
+
 @pytest.mark.parametrize("path", LIBRARY_FILES, ids=name_of)
 def test_mathematics_and_layers_do_not_communicate(path):
     if part_of(path) not in COMMUNICATE | {"method", "events", "sharding", "compatibility"}:

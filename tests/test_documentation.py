@@ -246,10 +246,14 @@ def _blocks(language, elsewhere=()):
 
 
 # Those of docs/metrics.md are run by test_store.py, on files of all kinds, those of docs/loggers.md
-# by test_loggers.py; docs/method.md quotes lines of a file, which test_reference.py compares.
+# by test_loggers.py, those of docs/layers.md by test_register_layer.py; docs/method.md quotes lines
+# of a file, which test_reference.py compares.
 @pytest.mark.parametrize(
     "block",
-    _blocks("python", elsewhere=("docs/loggers.md", "docs/metrics.md", "docs/method.md")),
+    _blocks(
+        "python",
+        elsewhere=("docs/layers.md", "docs/loggers.md", "docs/metrics.md", "docs/method.md"),
+    ),
 )
 def test_a_program_runs(block: Block):
     torch.manual_seed(0)

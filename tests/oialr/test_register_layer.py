@@ -64,6 +64,23 @@ def test_it_is_surveyed_and_measured_by_its_own_reading(page):
     assert "hooks" in oialr.survey(model)[0].stays_dense
 
 
+def test_a_parameter_with_the_name_of_a_factor_is_an_obstacle(page):
+    class Named(page["HeadProjection"]):
+        pass
+
+    class Adapter(page["HeadProjectionAdapter"]):
+        dense_types = (Named,)
+
+        def attributes(self, kind):
+            return super().attributes(page["HeadProjection"]) | {"A"}
+
+    oialr.register_layer(Adapter())
+    layer = Named(20, 4, 6)
+    layer.A = nn.Parameter(torch.ones(2))
+    report = oialr.survey(nn.Sequential(layer, nn.Linear(6, 3)))[0]
+    assert report.stays_dense == "its parameter A has the name of a factor"
+
+
 def test_its_momentum_follows_exactly(page):
     model, optimizer, method = make(page)
     dense, dense_optimizer, other = make(page, delay=100)
