@@ -28,6 +28,8 @@ class LayerReport:
     """Whether it is the weight of a linear map, which means over the weights take in."""
     stays_dense: str | None
     """Why the layer is not factorized; None if it is."""
+    is_left_out: bool = False
+    """Whether it is full-rank because the patterns of include and exclude leave it out."""
     adapter: LayerAdapter = OTHER
     """Of the kind of layers that the weight belongs to."""
 
@@ -115,16 +117,14 @@ def survey(
         )
         reason = _not_asked_for(module, report, options)
         reason = reason or _why_not(obstacles, report, minimum_rank_fraction)
+        left_out = None if reason else _left_out(path, include=include, exclude=exclude)
+        reason = reason or left_out
         if reason is None:
-            if not _first_match(path, include):
-                reason = "matches no pattern of oialr.include"
-            elif pattern := _first_match(path, exclude):
-                reason = f"excluded by oialr.exclude pattern {pattern!r}"
-            elif module in kept_first:
+            if module in kept_first:
                 reason = "the network's first layer (keep_first_layer)"
             elif module in kept_last:
                 reason = "the network's last layer (keep_last_layer)"
-        reports.append(replace(report, stays_dense=reason))
+        reports.append(replace(report, stays_dense=reason, is_left_out=left_out is not None))
     return reports
 
 
@@ -152,6 +152,14 @@ def _why_not(obstacles: Obstacles, report: LayerReport, minimum_rank_fraction: f
     if r * (m + n) + r * r >= m * n:
         return "too small to save anything at any rank"
     return None
+
+
+def _left_out(path: str, *, include: Sequence[str], exclude: Sequence[str]) -> str | None:
+    """Say by which patterns a module is left out, if it is."""
+    if not _first_match(path, include):
+        return "matches no pattern of oialr.include"
+    pattern = _first_match(path, exclude)
+    return pattern and f"excluded by oialr.exclude pattern {pattern!r}"
 
 
 def _first_match(path: str, patterns: Sequence[str]) -> str | None:

@@ -28,8 +28,7 @@ def little_factorized(model: nn.Module, layers: Iterable[LayerReport]) -> str | 
     seen = set()
     for layer in layers:
         weight = model.get_parameter(layer.name)
-        is_asked_for = layer.stays_dense is not None and "oialr." in layer.stays_dense
-        if weight.requires_grad and weight not in seen and not is_asked_for:
+        if weight.requires_grad and weight not in seen and not layer.is_left_out:
             sizes[layer.stays_dense] += prod(layer.shape)
         seen.add(weight)
     total = sizes.total()
