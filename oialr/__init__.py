@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from oialr.errors import UserError as UserError
     from oialr.events import Event as Event
     from oialr.events import LayerEvent as LayerEvent
+    from oialr.inference import for_inference as for_inference
     from oialr.layer_survey import LayerReport as LayerReport
     from oialr.layer_survey import survey as survey
     from oialr.layers.adapter import LayerAdapter as LayerAdapter
@@ -64,6 +65,7 @@ _HOMES = {
     "Processes": "oialr.placement.processes",
     "StabilityTracker": "oialr.stability.tracker",
     "UserError": "oialr.errors",
+    "for_inference": "oialr.inference",
     "register_layer": "oialr.layers.registry",
     "survey": "oialr.layer_survey",
     "to_dense": "oialr.convert",

@@ -20,6 +20,7 @@ GRAPH = {
     "explain": {"layer_survey", "layers", "options"},
     "factor_steps": {"options", "parameter_groups"},
     "gradients": set(),
+    "inference": {"layers", "wrapped"},
     "layer_survey": {"layers", "obstacles", "options", "outputs", "schedule"},
     "layers": {"options"},
     "linalg": set(),
@@ -71,6 +72,7 @@ GRAPH = {
         "transport",
     },
     "transport": {"layers"},
+    "wrapped": set(),
 }
 COMMUNICATE = {"placement", "stability"}
 """Parts of the library that may know of other processes; and sharding asks for types of torch's."""

@@ -9,7 +9,9 @@ from torch.nn import functional
 
 from oialr.layers.adapter import LayerAdapter
 from oialr.layers.base import FactoredLayer, FactoredParts
-from oialr.layers.linear import ordered
+from oialr.layers.linear import FactoredLinear, ordered, plain_linear
+from oialr.layers.open_attention import OpenAttention
+from oialr.layers.plain_attention import PlainAttention
 from oialr.layers.reading import MatrixReading
 from oialr.options import Selection
 
@@ -67,7 +69,7 @@ class FactoredProjection(FactoredLayer):
         return torch.cat([rows[i] for i in places]), *others
 
 
-class FactoredAttention(FactoredParts, nn.MultiheadAttention):
+class FactoredAttention(FactoredParts, OpenAttention):
     """nn.MultiheadAttention whose input projections may be held as factors.
 
     It has the parameters of its dense twin, the same objects, but for the factorized weights: the
@@ -94,6 +96,52 @@ class FactoredAttention(FactoredParts, nn.MultiheadAttention):
                 dense._parameters[key] = nn.Parameter(projection.form_weight().detach())
                 del dense._modules[_child(key)]
         return dense
+
+    def plain(self, rows: int | None) -> nn.Module:
+        """Make a plain module with the same function, in which no projection is factorized.
+
+        It is the dense attention where no projection is faster as two layers.
+
+        Args:
+            rows: of the input (batch times tokens); None: the dense attention is wanted.
+        """
+        parts = [part for key in INPUT_PROJECTIONS if (part := self.part(key))]
+        out: nn.Module = self.out_proj
+        factored = [*parts, out] if isinstance(out, FactoredLinear) else parts
+        if not any(part.pair_pays(rows) for part in factored):
+            dense = self.to_dense()
+            if isinstance(out, FactoredLinear):
+                dense._modules["out_proj"] = out.to_dense()
+            return dense
+        shared, own = self._plain_projections(rows)
+        out = out.plain(rows) if isinstance(out, FactoredLinear) else out
+        if isinstance(out, nn.Linear):  # of the type that is passed over
+            out = plain_linear(out.weight, out.bias)
+        attention = PlainAttention.of(self, shared=shared, own=own, out_proj=out)
+        return attention.train(self.training)
+
+    def _plain_projections(self, rows: int | None) -> tuple[nn.Module | None, list[nn.Module]]:
+        """Make plain layers of the input projections: what they share, and three of their own."""
+        bias = self.in_proj_bias
+        biases = [None] * 3 if bias is None else [b.clone() for b in bias.chunk(3)]
+        packed = self.part("in_proj_weight")
+        if packed and packed.groups == 1 and packed.pair_pays(rows):
+            A, B = packed.pair()
+            own = zip(A.chunk(3), biases, strict=True)
+            return plain_linear(B), [plain_linear(left.clone(), b) for left, b in own]
+        if packed and packed.pair_pays(rows):
+            stack = zip(*packed.pair(), biases, strict=True)
+            return None, [_plain_pair(A.clone(), B.clone(), b) for A, B, b in stack]
+        if self._qkv_same_embed_dim:
+            weights = zip(self.in_proj_weight.detach().chunk(3), biases, strict=True)
+            return None, [plain_linear(weight.clone(), b) for weight, b in weights]
+        layers: list[nn.Module] = []
+        for letter, b in zip("qkv", biases, strict=True):
+            key = f"{letter}_proj_weight"
+            part = self.part(key)
+            pair = part.pair() if part and part.pair_pays(rows) else None
+            layers.append(_plain_pair(*pair, b) if pair else plain_linear(getattr(self, key), b))
+        return None, layers
 
     def densify(self, key: str) -> nn.Parameter:
         """Hold a factorized input projection as the dense weight again, and return that."""
@@ -130,81 +178,11 @@ class FactoredAttention(FactoredParts, nn.MultiheadAttention):
             return projection.weight
         return super().__getattr__(name)
 
-    def forward(  # noqa: PLR0917 - the arguments of nn.MultiheadAttention
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None = None,
-        need_weights: bool = True,
-        attn_mask: Tensor | None = None,
-        average_attn_weights: bool = True,
-        is_causal: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Compute what nn.MultiheadAttention computes.
+    def for_nested(self) -> nn.MultiheadAttention:
+        """Return the dense twin."""
+        return self.to_dense()
 
-        Args:
-            query: (L, N, E), (N, L, E) with batch_first, or unbatched (L, E). key, value: likewise,
-                of length S and widths kdim and vdim. Nested tensors only in self-attention without
-                gradients, as of nn.MultiheadAttention.
-            key_padding_mask: (N, S) or (S,), True or -inf where a key is ignored.
-            need_weights: return the attention weights too.
-            attn_mask: (L, S) or (N heads, L, S), True or -inf where a query ignores a key.
-            average_attn_weights: over the heads.
-            is_causal: hint that attn_mask is the causal mask.
-
-        Returns:
-            The output, shaped like the query; the weights (N, L, S) or (N, heads, L, S), without N
-            where the input is unbatched, or None.
-
-        Raises:
-            ValueError: is_causal without attn_mask, or a mask of the wrong shape.
-        """
-        if query.is_nested:  # known to torch's fused kernel alone, which takes dense weights
-            out, weights = self.to_dense()(
-                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights
-            )
-            return out, weights
-        if is_causal and attn_mask is None:
-            raise ValueError("is_causal is a hint about attn_mask, which is missing")
-        batched = query.dim() == 3
-        q, k, v = self._project(query, key, value)
-        if not batched:
-            q, k, v = (x[None] for x in (q, k, v))
-        elif not self.batch_first:
-            q, k, v = (x.transpose(0, 1) for x in (q, k, v))
-        if is_causal and key_padding_mask is None and not need_weights:
-            mask = None  # the kernel has a causal mask of its own
-        else:
-            is_causal = False
-            shape = (q.shape[0], self.num_heads, q.shape[1], k.shape[1])
-            mask = _additive_mask(attn_mask, key_padding_mask, shape, query.dtype)
-        if self.bias_k is not None and self.bias_v is not None:
-            k = torch.cat([k, self.bias_k.expand(k.shape[0], -1, -1)], dim=1)
-            v = torch.cat([v, self.bias_v.expand(v.shape[0], -1, -1)], dim=1)
-        if self.add_zero_attn:
-            k, v = functional.pad(k, (0, 0, 0, 1)), functional.pad(v, (0, 0, 0, 1))
-        if mask is not None:  # no mask hides the keys that were added
-            mask = functional.pad(mask, (0, k.shape[1] - mask.shape[-1]))
-        q, k, v = (
-            x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in (q, k, v)
-        )
-        dropout = self.dropout if self.training else 0.0
-        weights = None
-        if need_weights:
-            out, weights = _attend(q, k, v, mask, dropout)
-            if average_attn_weights:
-                weights = weights.mean(dim=1)
-        else:
-            out = functional.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
-        out = out.transpose(1, 2).flatten(2)
-        if not batched:
-            out, weights = out[0], weights[0] if weights is not None else None
-        elif not self.batch_first:
-            out = out.transpose(0, 1)
-        return self.out_proj(out), weights
-
-    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+    def project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         """Map query, key and value to width E, each by its projection."""
         inputs = (query, key, value)
         bias = self.in_proj_bias
@@ -276,6 +254,10 @@ def _reading(weight: Tensor, is_stack: bool) -> MatrixReading:
     return MatrixReading(tuple(weight.shape), groups=3 if is_stack else 1)
 
 
+def _plain_pair(A: Tensor, B: Tensor, bias: Tensor | None) -> nn.Sequential:
+    return nn.Sequential(plain_linear(B), plain_linear(A, bias))
+
+
 def _child(key: str) -> str:
     """Name of the child module that holds the factors of a parameter."""
     return key.removesuffix("_weight")
@@ -285,66 +267,3 @@ def _shared(module: nn.Module) -> dict[str, object]:
     """All that a module is, for a twin: the same objects, in dictionaries of its own."""
     own = {"_parameters": module._parameters.copy(), "_modules": module._modules.copy()}
     return {**module.__dict__, **own}
-
-
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float
-) -> tuple[Tensor, Tensor]:
-    """Scaled dot-product attention by its formula, which gives the weights too.
-
-    Args:
-        q: (N, heads, L, width). k, v: (N, heads, S, width).
-        mask: added to the scores, (N or 1, heads or 1, L or 1, S).
-        dropout: probability with which a weight is dropped.
-
-    Returns:
-        Output (N, heads, L, width) and weights (N, heads, L, S), after the dropout.
-    """
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    # Under autocast scores are of lower precision than the mask.
-    weights = (scores if mask is None else scores + mask.to(scores.dtype)).softmax(-1)
-    if dropout:
-        weights = functional.dropout(weights, dropout)
-    return weights @ v, weights
-
-
-def _additive_mask(
-    attn_mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    shape: tuple[int, int, int, int],
-    dtype: torch.dtype,
-) -> Tensor | None:
-    """Add both masks to one of the shape (N or 1, heads or 1, L or 1, S); None if there is none.
-
-    Args:
-        attn_mask: (L, S) or (N heads, L, S). key_padding_mask: (N, S), or (S,) where N is 1.
-            Boolean, True for -inf, or of a floating dtype.
-        shape: (N, heads, L, S).
-        dtype: of the result.
-
-    Raises:
-        ValueError: a mask has another shape.
-    """
-    N, heads, L, S = shape
-    masks = []
-    if attn_mask is not None:
-        if tuple(attn_mask.shape) not in {(L, S), (N * heads, L, S)}:
-            raise ValueError(
-                f"attn_mask has the shape {tuple(attn_mask.shape)}; "
-                f"needed is {(L, S)} or {(N * heads, L, S)}"
-            )
-        masks.append(attn_mask if attn_mask.dim() == 2 else attn_mask.reshape(N, heads, L, S))
-    if key_padding_mask is not None:
-        if key_padding_mask.shape[-1] != S or key_padding_mask.numel() != N * S:
-            raise ValueError(
-                f"key_padding_mask has the shape {tuple(key_padding_mask.shape)}; "
-                f"needed is {(N, S)}"
-            )
-        masks.append(key_padding_mask.reshape(N, 1, 1, S))
-    floating = [
-        torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
-        if mask.dtype == torch.bool
-        else mask.to(dtype)
-        for mask in masks
-    ]
-    return sum(floating[1:], floating[0]) if floating else None

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from oialr.layers.cost import Way, cheapest_way
+from oialr.layers.cost import Way, cheapest_way, pair_pays
 from oialr.layers.formed import guarded_weight
 from oialr.layers.reading import MatrixReading
 from oialr.options import Execution
@@ -110,6 +110,28 @@ class FactoredLayer(nn.Module):
         """U, core and Vh, or A and B, whose product is the weight."""
         return (self.A, self.B) if self.released else (self.U, self.core, self.Vh)
 
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """Return A (m, r), B (r, n) whose product is the weight: U core and Vh before a release.
+
+        With groups as described at the class. The core is merged in float64, so that only the
+        rounding of the result is left.
+        """
+        if self.released:
+            return self.A.detach(), self.B.detach()
+        A = self.U.detach().double() @ self.core.detach().double()
+        return A.to(self.U.dtype), self.Vh.detach()
+
+    def pair_pays(self, rows: int | None) -> bool:
+        """Whether :meth:`pair` is applied faster than the dense weight, without a backward.
+
+        Args:
+            rows: of the input (batch times tokens, or output positions); None: say no.
+        """
+        if rows is None:
+            return False
+        m, n = self.matrix_shape
+        return pair_pays(m, n, self.rank, rows=rows, groups=self.groups)
+
     def set_factors(self, *factors: Tensor) -> None:
         """Replace the factors by others of any rank: new Parameter objects.
 
@@ -140,4 +162,13 @@ class FactoredParts(nn.Module):
 
     def to_dense(self) -> nn.Module:
         """Make the dense module of the same function."""
+        raise NotImplementedError
+
+    def plain(self, rows: int | None) -> nn.Module:
+        """Make a module of the same function in which no weight is factorized, its children too.
+
+        Args:
+            rows: of the input, for which the faster of two layers and a dense one is made; None:
+                the dense one.
+        """
         raise NotImplementedError

@@ -15,6 +15,7 @@ from oialr.layers.reading import MatrixReading
 from oialr.layers.twin import FactoredTwin
 from oialr.options import Execution, Selection
 
+PLAIN = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 CONVOLVE = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 
 
@@ -98,6 +99,31 @@ class FactoredConv(FactoredTwin):
             recomputed: Tensor = checkpoint(low_rank, use_reentrant=False, preserve_rng_state=False)
             return recomputed
         return low_rank()
+
+    def plain_pair(self) -> nn.Sequential:
+        """Make two convolutions, that of r channels for each group and one with a kernel of one."""
+        A, B = self.pair()
+        kind: Any = PLAIN[len(self.kernel_size)]
+        g, r = self.groups, self.rank
+        common = {"groups": g, "device": "meta", "dtype": A.dtype}
+        spatial = kind(
+            self.in_channels,
+            g * r,
+            self.kernel_size,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            padding_mode=self.padding_mode,
+            bias=False,
+            **common,
+        )
+        has_bias = self.bias is not None
+        pointwise = kind(g * r, self.out_channels, 1, bias=has_bias, **common)
+        for layer, matrix in ((spatial, B), (pointwise, A)):
+            layer.weight = nn.Parameter(matrix.reshape(layer.weight.shape))
+        if self.bias is not None:
+            pointwise.bias = nn.Parameter(self.bias.detach())
+        return nn.Sequential(spatial, pointwise)
 
     def _positions(self, x: Tensor) -> int:
         """Positions of the output, over the batch; those of the input over the stride, about."""

@@ -37,6 +37,13 @@ Several narrow products run at a lower rate than one wide one: measured as above
 
 MANY_ROWS = 2**30
 
+CALL = 150_000
+"""Multiply-adds in whose time a plain layer is called; 3 us, measured as above, as are the next."""
+WEIGHT_READ = 4
+"""Rows in whose time a weight is read from memory."""
+WIDTH = 16
+"""Multiple up to which the width of a product is rounded, in its time."""
+
 
 def multiply_adds(way: Way, *, rows: int, m: int, n: int, r: int) -> float:
     """Multiply-adds of one training step through a factorized weight.
@@ -93,3 +100,18 @@ def rank_pays(m: int, n: int, r: int) -> bool:
     ways: tuple[Way, ...] = ("factored", "folded")
     cost = min(training_cost(way, rows=MANY_ROWS, m=m, n=n, r=r) for way in ways)
     return cost <= MARGIN * full_rank_cost(rows=MANY_ROWS, m=m, n=n)
+
+
+def pair_pays(m: int, n: int, r: int, *, rows: int = MANY_ROWS, groups: int = 1) -> bool:
+    """Tell whether two plain layers are applied faster than the dense one, without a backward.
+
+    Args:
+        m, n: shape of the weight, or of each group's, read as a matrix.
+        r: rank of its factors (m, r) and (r, n).
+        rows: of the input (batch times tokens, or output positions).
+        groups: number of matrices.
+    """
+    rows += WEIGHT_READ
+    width = -(-r // WIDTH) * WIDTH
+    pair = 2 * CALL + groups * rows * width * (m + n)
+    return pair <= MARGIN * (CALL + groups * rows * m * n)

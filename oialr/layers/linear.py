@@ -29,6 +29,11 @@ class FactoredLinear(FactoredTwin):
         inner, left = ordered(x, self.factors, way)
         return functional.linear(inner, left, self.bias)
 
+    def plain_pair(self) -> nn.Sequential:
+        """Make two linear layers, (n, r) without and (r, m) with the bias."""
+        A, B = self.pair()
+        return nn.Sequential(plain_linear(B), plain_linear(A, self.bias))
+
     def extra_repr(self) -> str:
         """Describe the layer in one line."""
         return f"{self.in_features}, {self.out_features}, rank={self.rank}"
@@ -45,6 +50,16 @@ class LinearAdapter(LayerAdapter):
         """Whoever is not known, and has such an output projection, may read its weight himself."""
         is_plain = is_claimed or not issubclass(kind, NonDynamicallyQuantizableLinear)
         return key == "weight" and is_plain
+
+
+def plain_linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    """Make a linear layer of torch's own from a weight (m, n), and a bias (m,)."""
+    m, n = weight.shape
+    layer = nn.Linear(n, m, bias=bias is not None, device="meta", dtype=weight.dtype)
+    layer.weight = nn.Parameter(weight.detach())
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach())
+    return layer
 
 
 def ordered(x: Tensor, factors: Sequence[Tensor], way: Way) -> tuple[Tensor, Tensor]:

@@ -56,6 +56,27 @@ class FactoredTwin(FactoredLayer):
         _share(self, dense)
         return dense
 
+    def plain_pair(self) -> nn.Sequential | None:
+        """Make two plain layers, one after the other, with the same function: :meth:`pair`.
+
+        They are of torch's own types, so that whoever looks for those (quantization, exporters)
+        finds them. They share memory with this layer where they can.
+
+        Returns:
+            The layers; None for a kind of layer that is not two of its kind.
+        """
+        return None
+
+    def plain(self, rows: int | None) -> nn.Module:
+        """Make a plain module with the same function: :meth:`plain_pair` or the dense layer.
+
+        Args:
+            rows: of the input (batch times tokens, or output positions), for which the faster of
+                both is made; None: the dense one.
+        """
+        pair = self.plain_pair() if self.pair_pays(rows) else None
+        return (self.to_dense() if pair is None else pair).train(self.training)
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Be pickled by what the type is made of, since it has no module to be found in."""
         factored = next(kind for kind in type(self).__mro__ if "dense_type" not in vars(kind))

@@ -1,0 +1,100 @@
+"""A trained network for its use: plain layers in the place of factorized ones."""
+
+import copy
+import logging
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from oialr.layers.base import FactoredParts
+from oialr.layers.cost import MANY_ROWS
+from oialr.layers.plain_attention import PlainAttention
+from oialr.layers.twin import FactoredTwin
+from oialr.wrapped import unwrapped
+
+logger = logging.getLogger(__name__)
+
+
+def for_inference(
+    model: nn.Module, *, rows: int = MANY_ROWS, exclude: Sequence[str] = ()
+) -> nn.Module:
+    """Make a network of plain layers with the same function; the given one stays as it is.
+
+    A factorized layer becomes an nn.Sequential of two nn.Linear or two convolutions, with the core
+    merged into the first factor, or the dense layer where that is faster or where its kind is no
+    sequence of two. Of nn.MultiheadAttention all four projections become layers of that kind, as
+    children of a module that attends by the formula; it stays nn.MultiheadAttention where dense
+    projections are faster. All types of layers are torch's own, so that quantization and exporters
+    find them, and the way of execution depends on no shape of the input.
+
+    Code that reads ``weight`` or ``in_features`` of a layer, instead of calling it, does not find
+    them in an nn.Sequential: exclude such layers.
+
+    Args:
+        model: a network with factorized layers or without; DistributedDataParallel, DataParallel or
+            torch.compile around it are left away.
+        rows: that a layer's input has (batch times tokens, or times positions in an image), for the
+            choice between two layers and a dense one; by default many.
+        exclude: shell-style patterns of module names, such as "decoder.*", that shall be dense.
+
+    Returns:
+        A copy in evaluation mode, without gradients, on the same devices.
+
+    Raises:
+        ValueError: rows is not positive, or a pattern matches no factorized layer.
+    """
+    if rows < 1:
+        raise ValueError(f"rows must be at least 1, not {rows!r}")
+    plain = copy.deepcopy(unwrapped(model)).eval().requires_grad_(False)
+    layers = _factorized(plain)
+    for pattern in exclude:
+        if not any(fnmatchcase(path, pattern) for path in layers):
+            raise ValueError(f"exclude: the pattern {pattern!r} matches no factorized layer")
+    for path, layer in layers.items():
+        is_excluded = any(fnmatchcase(path, pattern) for pattern in exclude)
+        new = layer.plain(None if is_excluded else rows)
+        if not isinstance(new, nn.Sequential | PlainAttention):
+            logger.info("%s is dense: %s", path, "excluded" if is_excluded else "faster so")
+        _replace(plain, layer, new)
+    _leave_fused_kernels(plain)
+    return plain.requires_grad_(False)
+
+
+def _factorized(model: nn.Module) -> dict[str, FactoredTwin | FactoredParts]:
+    """Find factorized layers by their paths; those inside of another are the matter of that one."""
+    layers: dict[str, FactoredTwin | FactoredParts] = {}
+    inside: set[nn.Module] = set()
+    for path, layer in model.named_modules():
+        if isinstance(layer, FactoredTwin | FactoredParts) and layer not in inside:
+            layers[path] = layer
+            inside.update(layer.modules())
+    return layers
+
+
+def _leave_fused_kernels(model: nn.Module) -> None:
+    """Let nn.TransformerEncoderLayer call its children where they are not dense any more.
+
+    In evaluation it hands their weights to one kernel otherwise, and nn.TransformerEncoder looks at
+    those of its first layer.
+    """
+    changed = set()
+    for layer in model.modules():
+        if isinstance(layer, nn.TransformerEncoderLayer) and not (
+            isinstance(layer.linear1, nn.Linear)
+            and isinstance(layer.linear2, nn.Linear)
+            and type(layer.self_attn) is nn.MultiheadAttention
+        ):
+            layer.activation_relu_or_gelu = 0
+            changed.add(layer)
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder) and changed & set(encoder.modules()):
+            encoder.use_nested_tensor = False
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put a module in the place of another, wherever the network holds it."""
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():
+            if child is old:
+                parent._modules[key] = new
