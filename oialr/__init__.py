@@ -17,6 +17,10 @@ The library: torch and the standard library. Everything that is meant for others
 - :func:`to_dense` puts dense layers in the place of factorized ones.
 - :func:`register_layer` adds a kind of layers by its :class:`LayerAdapter`, with a
   :class:`FactoredTwin` and a :class:`MatrixReading` of its weight.
+- :func:`for_inference` makes a network of plain layers; :func:`export_dense`,
+  :func:`export_factors`, :func:`export_onnx` and :func:`export_torch` write files that others read,
+  :func:`read_exported` reads them again. :func:`dense_state` and :func:`factor_state` are the
+  states alone, and :func:`load_factors` takes the latter.
 - :class:`StabilityTracker` measures basis stability, :class:`LayerStability` is a row of it.
 - :class:`Processes` are those that share the work, :class:`Costs` what it costs.
 - :class:`DivergedError`, :class:`DifferingReplicasError` and :class:`UserError` are what ends it.
@@ -32,9 +36,19 @@ if TYPE_CHECKING:
     from oialr.convert import to_dense as to_dense
     from oialr.errors import DifferingReplicasError as DifferingReplicasError
     from oialr.errors import DivergedError as DivergedError
+    from oialr.errors import ExportError as ExportError
     from oialr.errors import UserError as UserError
     from oialr.events import Event as Event
     from oialr.events import LayerEvent as LayerEvent
+    from oialr.export.files import Exported as Exported
+    from oialr.export.files import export_dense as export_dense
+    from oialr.export.files import export_factors as export_factors
+    from oialr.export.files import export_onnx as export_onnx
+    from oialr.export.files import export_torch as export_torch
+    from oialr.export.formats import read_exported as read_exported
+    from oialr.export.state import dense_state as dense_state
+    from oialr.export.state import factor_state as factor_state
+    from oialr.export.state import load_factors as load_factors
     from oialr.inference import for_inference as for_inference
     from oialr.layer_survey import LayerReport as LayerReport
     from oialr.layer_survey import survey as survey
@@ -65,7 +79,17 @@ _HOMES = {
     "Processes": "oialr.placement.processes",
     "StabilityTracker": "oialr.stability.tracker",
     "UserError": "oialr.errors",
+    "ExportError": "oialr.errors",
+    "Exported": "oialr.export.files",
+    "dense_state": "oialr.export.state",
+    "export_dense": "oialr.export.files",
+    "export_factors": "oialr.export.files",
+    "export_onnx": "oialr.export.files",
+    "export_torch": "oialr.export.files",
+    "factor_state": "oialr.export.state",
     "for_inference": "oialr.inference",
+    "load_factors": "oialr.export.state",
+    "read_exported": "oialr.export.formats",
     "register_layer": "oialr.layers.registry",
     "survey": "oialr.layer_survey",
     "to_dense": "oialr.convert",

@@ -15,3 +15,7 @@ class DivergedError(Exception):
 
 class DifferingReplicasError(Exception):
     """The processes no longer hold the same network. Exit code 1, on all processes alike."""
+
+
+class ExportError(Exception):
+    """A network cannot be written in a format, or what was written differs. No file is left."""

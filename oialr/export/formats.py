@@ -1,0 +1,223 @@
+"""How a network is written to a file of each format, and how that is run again."""
+
+import contextlib
+import copy
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from oialr.convert import to_dense
+from oialr.errors import ExportError, UserError
+from oialr.export.state import (
+    dense_state,
+    factor_state,
+    is_factors,
+    load_dense,
+    load_factors,
+    read_stored,
+    state_bytes,
+)
+from oialr.inference import for_inference
+
+Samples = Tensor | tuple[Any, ...] | Mapping[str, Any]
+"""A batch: the one argument of a network, its arguments, or those by name.
+
+The leading dimension of every tensor is the batch.
+"""
+Network = Callable[..., Any]
+LARGEST_ONNX = 2**31 - 2**20
+"""Bytes that a file of ONNX can hold, less what the graph may take."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format of files."""
+
+    suffix: str
+    """Of its files, by custom."""
+    write: Callable[[nn.Module, Path, Samples], None]
+    """Write a network, which is in evaluation mode and on the CPU, with samples of its input."""
+    read: Callable[[Path, nn.Module | None], Network]
+    """Return what is called like the network; a dense or low-rank one is given if it is known."""
+
+
+def arguments(samples: Samples) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a call, and those by name."""
+    if isinstance(samples, Tensor):
+        return (samples,), {}
+    return (samples, {}) if isinstance(samples, tuple) else ((), dict(samples))
+
+
+def read_exported(path: str | Path, network: nn.Module | None = None) -> Network:
+    """Read an exported file of any format, to be called like the network that it was made from.
+
+    Args:
+        path: the file; ``.onnx`` is read by onnxruntime and ``.pt2`` by torch.export, all else
+            holds a state_dict or factors.
+        network: the network as it is built, for the two latter. It stays as it is.
+
+    Raises:
+        ValueError: the file is of no such format, or a network is missing, or another one.
+        UserError: onnxruntime is not installed.
+        OSError: as of open.
+    """
+    path = Path(path)
+    with path.open("rb"):  # an error of the system's, whatever reads it
+        pass
+    for form in FORMATS.values():
+        if path.suffix == form.suffix and path.suffix != ".pt":
+            return form.read(path, network)
+    return FORMATS["factors" if is_factors(read_stored(path)) else "dense"].read(path, network)
+
+
+def _write_dense(model: nn.Module, path: Path, _: Samples) -> None:
+    # clone: of tensors that look at a part of another, no more than that part
+    torch.save(_compact(dense_state(model)), path)
+
+
+def _write_factors(model: nn.Module, path: Path, _: Samples) -> None:
+    state = factor_state(model)
+    torch.save({**state, "weights": _compact(state["weights"])}, path)
+
+
+def _compact(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state without views of larger storages; tied tensors stay one."""
+    clones: dict[tuple[Any, ...], Tensor] = {}
+    compact = {}
+    for name, tensor in state.items():
+        key = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape)
+        compact[name] = clones.setdefault(key, tensor.detach().clone())
+    return compact
+
+
+def _read_dense(path: Path, network: nn.Module | None) -> Network:
+    model = to_dense(copy.deepcopy(_known(network, path)))
+    return load_dense(model, read_stored(path), str(path)).eval()
+
+
+def _read_factors(path: Path, network: nn.Module | None) -> Network:
+    return load_factors(copy.deepcopy(_known(network, path)), path).eval()
+
+
+def _known(network: nn.Module | None, path: Path) -> nn.Module:
+    if network is None:
+        raise ValueError(f"{path} holds weights alone: the network must be given too")
+    return network
+
+
+def _write_program(model: nn.Module, path: Path, samples: Samples) -> None:
+    program = _program(model, samples)
+    with _quiet():
+        torch.export.save(program, path)
+
+
+def _read_program(path: Path, _: nn.Module | None) -> Network:
+    try:
+        with _quiet():
+            return torch.export.load(path).module()
+    except Exception as error:  # whatever the bytes make of it
+        raise ValueError(f"{path} is no file of torch.export: {_first_line(error)}") from error
+
+
+def _write_onnx(model: nn.Module, path: Path, samples: Samples) -> None:
+    _need_onnx()
+    if state_bytes(dense_state(model)) > LARGEST_ONNX:
+        raise UserError("a file of ONNX holds 2 GB at most: export by torch.export instead")
+    program = _program(model, samples)
+    try:
+        with _quiet():
+            torch.onnx.export(program, (), path, dynamo=True, external_data=False, verbose=False)
+    except torch.onnx.OnnxExporterError as error:
+        cause = error.__cause__ or error
+        raise ExportError(f"torch finds no ONNX for this network: {_first_line(cause)}") from error
+
+
+def _read_onnx(path: Path, _: nn.Module | None) -> Network:
+    _need_onnx()
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # whatever the bytes make of it
+        raise ValueError(f"{path} is no file of ONNX: {_first_line(error)}") from error
+    names = [node.name for node in session.get_inputs()]
+
+    def network(*args: Any, **kwargs: Any) -> list[Tensor]:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        arrays = (tensor.detach().cpu().numpy() for tensor in tensors)
+        outputs = session.run(None, dict(zip(names, arrays, strict=True)))
+        return [torch.from_numpy(output) for output in outputs]
+
+    return network
+
+
+def _need_onnx() -> None:
+    packages = ("onnx", "onnxscript", "onnxruntime")
+    if missing := [name for name in packages if not find_spec(name)]:
+        raise UserError(f"ONNX needs packages that are missing: pip install {' '.join(missing)}")
+
+
+def _program(model: nn.Module, samples: Samples) -> torch.export.ExportedProgram:
+    """Capture a network, of plain layers, for batches of any size."""
+    args, kwargs = tree_map(_at_least_two, arguments(samples))
+    batch = torch.export.Dim("batch", min=1)
+    shapes = tree_map(lambda x: {0: batch} if isinstance(x, Tensor) else None, (args, kwargs))
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # which ONNX does not know
+    try:
+        with _quiet():
+            return torch.export.export(
+                for_inference(model), args, kwargs, dynamic_shapes=shapes[1] or shapes[0]
+            )
+    except Exception as error:  # whatever the code of the network makes of it
+        raise ExportError(
+            f"torch.export cannot follow this network with a batch of any size: "
+            f"{_first_line(error)}"
+        ) from error
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+def _at_least_two(x: Any) -> Any:
+    """Return a batch of two for one: a size of one would be taken for a constant."""
+    return torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() and len(x) == 1 else x
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next((line for line in lines if line), type(error).__name__)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporters' advice to themselves: what matters is compared and told by us."""
+    loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+FORMATS: dict[str, Format] = {
+    "dense": Format(".pt", _write_dense, _read_dense),
+    "factors": Format(".pt", _write_factors, _read_factors),
+    "onnx": Format(".onnx", _write_onnx, _read_onnx),
+    "torch-export": Format(".pt2", _write_program, _read_program),
+}
+"""Each format by its name."""

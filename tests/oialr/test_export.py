@@ -1,0 +1,315 @@
+"""Out of the library: files of four formats, compared before they appear, and read again."""
+
+import copy
+import re
+
+import pytest
+import torch
+from support.low_rank import low_rank
+from torch import nn
+
+import oialr
+from oialr.compatibility import import_torchvision
+from oialr.convert import get_layer, to_dense
+from oialr.export import files, formats
+from oialr.layers.base import FactoredLayer
+
+FORMATS = ["dense", "factors", "onnx", "torch-export"]
+
+
+class Network(nn.Module):
+    """A grouped convolution, attention, tied weights, a statistic and a buffer that is not kept."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(16, 64, 3, padding=1, groups=2)
+        self.norm = nn.BatchNorm1d(64)
+        self.attention = nn.MultiheadAttention(64, 4, batch_first=True)
+        self.first = nn.Linear(64, 64, bias=False)
+        self.second = nn.Linear(64, 64)
+        self.second.weight = self.first.weight
+        self.head = nn.Linear(64, 5)
+        self.register_buffer("scale", torch.tensor(2.0), persistent=False)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.conv(x))).mT * self.scale
+        attended, _ = self.attention(x, x, x, need_weights=False)
+        x = torch.relu(self.second(self.first(x + attended)))
+        return {"logits": self.head(x.mean(1)), "features": x}
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return Network()
+
+
+def trained(fraction=0.1, **options):
+    model = low_rank(network(), fraction, **options)
+    model.norm.running_mean.uniform_(-1, 1)
+    return model
+
+
+@pytest.fixture
+def samples():
+    return torch.randn(3, 16, 9, generator=torch.Generator().manual_seed(1))
+
+
+def outputs(model, x):
+    with torch.no_grad():
+        return list(model.eval()(x).values())
+
+
+def test_the_dense_state_has_the_original_names_and_weights():
+    model = trained()
+    dense = network()
+    state = oialr.dense_state(model)
+    assert list(state) == list(dense.state_dict())
+    assert {name: x.shape for name, x in state.items()} == {
+        name: x.shape for name, x in dense.state_dict().items()
+    }
+    dense.load_state_dict(state, strict=True)
+    in_proj = model.attention.in_proj
+    expected = in_proj.U.double() @ in_proj.core.double() @ in_proj.Vh.double()
+    torch.testing.assert_close(
+        state["attention.in_proj_weight"].double(), expected, rtol=1e-5, atol=1e-6
+    )
+    assert state["first.weight"].data_ptr() == state["second.weight"].data_ptr()
+    # what was never factorized is exactly what it was, and the network is untouched
+    for name in ("first.weight", "norm.running_mean", "attention.in_proj_bias", "head.weight"):
+        assert torch.equal(state[name], model.state_dict()[name])
+    assert isinstance(model.attention.in_proj, FactoredLayer)
+    assert model.conv.U.requires_grad is False
+    assert model.conv.core.requires_grad is True
+    assert "conv.core" in model.state_dict()
+
+
+@pytest.mark.parametrize("released", [False, True])
+@pytest.mark.parametrize("projection", ["packed", "separate"])
+def test_factors_are_two_where_these_are_smaller(projection, released, samples):
+    model = trained(released=released, attention_projection=projection)
+    before = copy.deepcopy(model.state_dict())
+    state = oialr.factor_state(model)
+    assert set(state["layers"]) == {
+        "conv.weight",
+        "attention.in_proj_weight",
+        "attention.out_proj.weight",
+    }
+    assert state["weights"]["conv.A"].shape[0] == 2  # one for each group
+    assert not any(name.endswith(("U", "core", "Vh")) for name in state["weights"])
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    loaded = oialr.load_factors(network(seed=5), state)
+    assert loaded.attention.in_proj.released
+    for ours, theirs in zip(outputs(loaded, samples), outputs(model, samples), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    # once more, into a network that is low-rank already
+    torch.testing.assert_close(
+        oialr.load_factors(trained(0.3), state).state_dict(), loaded.state_dict(), rtol=0, atol=0
+    )
+
+
+def test_factors_that_are_larger_than_the_weight_are_not_written(samples):
+    model = trained(0.6)
+    state = oialr.factor_state(model)
+    # (192, 64) at rank 38 is smaller as two factors, and (64, 64) and (32, 24) are not
+    assert set(state["layers"]) == {"attention.in_proj_weight"}
+    assert state["weights"]["conv.weight"].shape == (64, 8, 3)
+    loaded = oialr.load_factors(network(), state)
+    for ours, theirs in zip(outputs(loaded, samples), outputs(model, samples), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_file_of_each_format_computes_the_same_for_any_batch(form, samples, tmp_path):
+    model = trained().train()
+    result = files.EXPORTERS[form](
+        model, tmp_path / f"model{formats.FORMATS[form].suffix}", samples
+    )
+    assert [path.name for path in tmp_path.iterdir()] == [result.path.name]
+    assert model.training
+    assert result.difference < 1e-5 < result.largest_output
+    assert result.bytes == result.path.stat().st_size
+    assert result.seconds_per_sample > 0 < result.dense_seconds_per_sample
+    assert re.fullmatch(
+        rf".*: {form}, largest difference \d\.\de-\d+ of outputs up to [\d.]+, \d+ bytes "
+        r"\([\d.]+ of dense\), [\d.]+ ms per sample \([\d.]+ of dense\)",
+        str(result),
+    )
+    read = oialr.read_exported(result.path, network(seed=3))
+    for count in (1, 3, 64):
+        x = torch.randn(count, 16, 9)
+        with torch.no_grad():
+            found = read(x)
+        found = list(found.values()) if isinstance(found, dict) else found
+        for ours, theirs in zip(found, outputs(model, x), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_factors_take_less_than_dense(samples, tmp_path):
+    model = trained(0.05)
+    dense, factors = (
+        files.EXPORTERS[form](model, tmp_path / form, samples) for form in ("dense", "factors")
+    )
+    assert factors.bytes < 0.75 * dense.bytes
+    assert dense.dense_bytes < dense.bytes < 1.2 * dense.dense_bytes  # tied weights once
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        ("timm", (3, 32, 32)),
+        ("torchvision", (3, 32, 32)),
+        ("resnet", (3, 32, 32)),
+    ],
+)
+def test_timm_and_torchvision_load_the_file_with_equal_predictions(model, shape, tmp_path):
+    import_torchvision()
+    import timm
+    import torchvision
+
+    sizes = {"patch_size": 8, "num_heads": 2, "num_classes": 10}
+    builders = {
+        "timm": lambda: timm.models.VisionTransformer(img_size=32, embed_dim=64, depth=2, **sizes),
+        "torchvision": lambda: torchvision.models.VisionTransformer(
+            image_size=32, hidden_dim=64, mlp_dim=128, num_layers=2, **sizes
+        ),
+        "resnet": lambda: timm.models.ResNet(
+            timm.models.resnet.BasicBlock, [1, 1, 1, 1], channels=(32, 32, 48, 64), num_classes=10
+        ),
+    }
+    torch.manual_seed(0)
+    dense = builders[model]()
+    for parameter in dense.parameters():  # torchvision's heads begin at 0
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    low = low_rank(dense, 0.2).eval()
+    images = torch.randn(8, *shape)
+    path = tmp_path / "model.pt"
+    oialr.export_dense(low, path, images)
+    other = builders[model]()
+    other.load_state_dict(torch.load(path, weights_only=True), strict=True)
+    with torch.no_grad():
+        ours, theirs = low(images), other.eval()(images)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert torch.equal(ours.argmax(1), theirs.argmax(1))
+
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(64, 64)
+        self.head = nn.Linear(64, 2)
+
+    def forward(self, x, *, mask=None, scale=1.0):
+        return self.head(torch.relu(self.fc(x * mask))) * scale
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_arguments_may_have_names(form, tmp_path):
+    model = low_rank(TwoInputs(), 0.2)
+    inputs = {"x": torch.randn(1, 64), "mask": torch.ones(1, 64)}
+    result = files.EXPORTERS[form](model, tmp_path / "model", inputs)
+    assert result.difference < 1e-5
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(16, 2)
+
+    def forward(self, x):
+        return self.fc(x if x.sum() > 0 else -x)
+
+
+class Noisy(Branching):
+    def forward(self, x):
+        return self.fc(x) + torch.randn(len(x), 2)
+
+
+class Infinite(Branching):
+    def forward(self, x):
+        return self.fc(x) / 0
+
+
+@pytest.mark.parametrize(
+    ("model", "form", "message"),
+    [
+        (Branching, "onnx", "torch.export cannot follow this network"),
+        (Branching, "torch-export", "torch.export cannot follow this network"),
+        (Noisy, "dense", "what was written as dense differs by"),
+        (Infinite, "dense", "the network's outputs on the samples are not finite"),
+    ],
+)
+def test_what_does_not_compute_the_same_is_no_file(model, form, message, tmp_path):
+    path = tmp_path / "model"
+    path.write_text("an older file")
+    with pytest.raises(oialr.ExportError, match=message) as raised:
+        files.EXPORTERS[form](model(), path, torch.randn(3, 16))
+    assert "\n" not in str(raised.value)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+    assert path.read_text() == "an older file"
+
+
+def test_a_wrong_writer_is_noticed(monkeypatch, samples, tmp_path):
+    """The comparison is one with the file, not with what was to be written."""
+    honest = formats.FORMATS["dense"]
+
+    def write(model, path, inputs):
+        model = copy.deepcopy(model)
+        with torch.no_grad():
+            model.head.bias[0] += 0.01
+        honest.write(model, path, inputs)
+
+    monkeypatch.setitem(formats.FORMATS, "dense", formats.Format(".pt", write, honest.read))
+    with pytest.raises(oialr.ExportError, match=r"differs by 1\.0e-02"):
+        oialr.export_dense(trained(), tmp_path / "model.pt", samples)
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_packages_are_named(monkeypatch, samples, tmp_path):
+    monkeypatch.setattr(formats, "find_spec", lambda name: name == "onnx")
+    with pytest.raises(oialr.UserError, match="pip install onnxscript onnxruntime"):
+        oialr.export_onnx(trained(), tmp_path / "model.onnx", samples)
+
+
+def test_weights_of_another_network_are_refused_and_nothing_is_changed(samples, tmp_path):
+    for form in ("dense", "factors"):
+        files.EXPORTERS[form](trained(), tmp_path / form, samples)
+    other = network(seed=7)
+    other.conv = nn.Conv1d(16, 96, 3, padding=1, groups=2)
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match=r"factors belongs to another network: .*conv.weight"):
+        oialr.load_factors(other, tmp_path / "factors")
+    torch.testing.assert_close(other.state_dict(), before, rtol=0, atol=0)
+    other = network(seed=7)
+    other.head = nn.Linear(64, 6)
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match=r"factors belongs to another network: .*head.weight"):
+        oialr.load_factors(other, tmp_path / "factors")
+    with pytest.raises(ValueError, match=r"dense belongs to another network: .*head.weight"):
+        oialr.read_exported(tmp_path / "dense", other)
+    torch.testing.assert_close(other.state_dict(), before, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="dense holds no factors"):
+        oialr.load_factors(network(), tmp_path / "dense")
+    with pytest.raises(ValueError, match="the network must be given too"):
+        oialr.read_exported(tmp_path / "dense")
+
+
+@pytest.mark.parametrize("name", ["x.onnx", "x.pt2", "x.pt"])
+def test_what_is_no_file_of_its_format_is_told_in_one_line(name, tmp_path):
+    path = tmp_path / name
+    with pytest.raises(FileNotFoundError):
+        oialr.read_exported(path, network())
+    path.write_bytes(b"nothing of that kind")
+    with pytest.raises(ValueError, match=f"{name} is no file of") as raised:
+        oialr.read_exported(path, network())
+    assert "\n" not in str(raised.value)
+
+
+def test_the_network_may_be_wrapped_and_partly_released(samples, tmp_path):
+    model = trained()
+    get_layer(model, "conv.weight").set_factors(*get_layer(model, "conv.weight").pair())
+    result = oialr.export_factors(nn.DataParallel(model), tmp_path / "model.pt", samples)
+    dense = to_dense(copy.deepcopy(model))
+    read = oialr.read_exported(result.path, network())
+    for ours, theirs in zip(outputs(read, samples), outputs(dense, samples), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
