@@ -60,8 +60,8 @@ if TYPE_CHECKING:
     from oialr.options import Options as Options
     from oialr.placement.costs import Costs as Costs
     from oialr.placement.processes import Processes as Processes
+    from oialr.stability.alone import StabilityTracker as StabilityTracker
     from oialr.stability.measurement import LayerStability as LayerStability
-    from oialr.stability.tracker import StabilityTracker as StabilityTracker
 
 _HOMES = {
     "OIALR": "oialr.method",
@@ -77,7 +77,7 @@ _HOMES = {
     "MatrixReading": "oialr.layers.reading",
     "Options": "oialr.options",
     "Processes": "oialr.placement.processes",
-    "StabilityTracker": "oialr.stability.tracker",
+    "StabilityTracker": "oialr.stability.alone",
     "UserError": "oialr.errors",
     "ExportError": "oialr.errors",
     "Exported": "oialr.export.files",

@@ -54,7 +54,16 @@ GRAPH = {
     "sharding": set(),
     "share": {"layer_survey"},
     "skeleton": {"convert", "layers"},
-    "stability": {"convert", "errors", "layer_survey", "layers", "linalg", "placement"},
+    "stability": {
+        "convert",
+        "errors",
+        "layer_survey",
+        "layers",
+        "linalg",
+        "placement",
+        "skeleton",
+        "wrapped",
+    },
     "stored_state": set(),
     "target": {"allocation", "layer_survey", "options"},
     "transitions": {
@@ -159,6 +168,7 @@ def test_the_library_needs_torch_and_the_standard_library_alone():
         "heat",
         "mpi4py",
         "onnxruntime",
+        "pandas",
         "scipy",
         "torchvision",
     }  # where somebody wants them

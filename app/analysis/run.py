@@ -21,7 +21,7 @@ from app.runtime.processes import Runtime
 from app.training.recorder import Recorder
 from oialr.layer_survey import LayerReport
 from oialr.placement.processes import Processes
-from oialr.stability.tracker import StabilityTracker
+from oialr.stability.tracker import BasisTracker
 
 
 @dataclass
@@ -107,7 +107,7 @@ def analyze(
         passed_over=passed_over + of_the_same_time,
         by_count=comparisons.by_count,
     )
-    tracker = StabilityTracker(layers, processes, window=comparisons.span)
+    tracker = BasisTracker(layers, processes, window=comparisons.span)
     try:
         recorder.session(process_count=runtime.process_count, first_step=0)
         quiet = not (runtime.is_first and sys.stderr.isatty())

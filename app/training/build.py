@@ -28,7 +28,7 @@ from app.training.stopwatch import Stopwatch
 from oialr.layer_survey import LayerReport, survey
 from oialr.method import OIALR
 from oialr.placement.processes import Processes
-from oialr.stability.tracker import StabilityTracker, select_weights
+from oialr.stability.tracker import BasisTracker, select_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class Parts:
     """None: full-rank training."""
     layers: Sequence[LayerReport]
     """The multidimensional weights of the full-rank network."""
-    tracker: StabilityTracker | None
+    tracker: BasisTracker | None
     """None: basis stability is not measured."""
     average: WeightAverage | None
     precision: Precision
@@ -196,7 +196,7 @@ def _build_model(configuration: Configuration, task: Task) -> torch.nn.Module:
 
 def _build_tracker(
     settings: StabilitySection, layers: Sequence[LayerReport], processes: Processes
-) -> StabilityTracker | None:
+) -> BasisTracker | None:
     """Build the tracker of a configuration; None if nothing is to be measured.
 
     Raises:
@@ -204,8 +204,10 @@ def _build_tracker(
     """
     if not settings.enabled:
         return None
-    return StabilityTracker(
-        select_weights(layers, include=settings.include, exclude=settings.exclude),
+    return BasisTracker(
+        select_weights(
+            layers, include=settings.include, exclude=settings.exclude, section="stability."
+        ),
         processes,
         window=settings.window,
         unit=settings.unit,

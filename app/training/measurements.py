@@ -11,7 +11,7 @@ from app.errors import DivergedError
 from app.runtime.watchdog import Watchdog
 from app.training.recorder import Recorder
 from oialr.stability.measurement import LayerStability
-from oialr.stability.tracker import StabilityTracker, mean_stability
+from oialr.stability.tracker import BasisTracker, mean_stability
 
 
 class Measurements:
@@ -19,7 +19,7 @@ class Measurements:
 
     def __init__(
         self,
-        tracker: StabilityTracker | None,
+        tracker: BasisTracker | None,
         settings: StabilitySection,
         *,
         recorder: Recorder,

@@ -25,7 +25,7 @@ from oialr.linalg.polar import Method, choose_method, polar
 from oialr.linalg.stability import DenseBasis, basis_stability, mixing_factor, mixing_similarity
 from oialr.linalg.svd import numerical_rank
 from oialr.placement.processes import Processes
-from oialr.stability.tracker import StabilityTracker
+from oialr.stability.tracker import BasisTracker
 
 SMALL = {(48, 16): 2, (16, 16): 1, (16, 64): 2}
 
@@ -216,7 +216,7 @@ def measure_tracker(options: Any, device: torch.device, results: Results) -> Non
     torch.manual_seed(0)
     small = {"img_size": 32, "embed_dim": 48, "depth": 1} if options.dry_run else {}
     model = of_timm("vit_base_patch16_224", **small).to(device)
-    tracker = StabilityTracker(survey(model), Processes(), window=1, unit="steps")
+    tracker = BasisTracker(survey(model), Processes(), window=1, unit="steps")
     for time in range(3):
         seconds = seconds_of(partial(tracker.measure, model, time), device)
         if time:  # the first has nothing to compare with, and makes handles and workspaces

@@ -1,4 +1,7 @@
-"""Measurement of basis stability while a network is trained, spread over the processes."""
+"""Measurement of basis stability while a network is trained, spread over the processes.
+
+:class:`BasisTracker` is what the application and :class:`oialr.StabilityTracker` stand on.
+"""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -28,7 +31,7 @@ from oialr.stability.measurement import (
 logger = logging.getLogger(__name__)
 
 
-class StabilityTracker:
+class BasisTracker:
     """Compares the basis of every weight with that of ``window`` epochs or steps before.
 
     Each weight has one owner, which alone remembers its bases, in host memory. The owner is a
@@ -41,7 +44,7 @@ class StabilityTracker:
         processes: Processes,
         *,
         window: int,
-        unit: Literal["epochs", "steps"] = "epochs",
+        unit: Literal["epochs", "steps", "measurements"] = "epochs",
         reference_dtype: torch.dtype = torch.float32,
     ) -> None:
         """Prepare for these weights.
@@ -198,13 +201,18 @@ class StabilityTracker:
 
 
 def select_weights(
-    layers: Sequence[LayerReport], *, include: Sequence[str], exclude: Sequence[str]
+    layers: Sequence[LayerReport],
+    *,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    section: str = "",
 ) -> list[LayerReport]:
     """Return the weights whose name matches one of the first patterns and none of the second.
 
     Args:
         layers: weights of the dense network.
         include, exclude: shell-style patterns of parameter names, such as "blocks.*.attn.*".
+        section: of a configuration, with a dot, where the patterns stand in one.
 
     Raises:
         UserError: a pattern that matches no weight: most likely it is misspelt.
@@ -212,7 +220,7 @@ def select_weights(
     for option, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns:
             if not any(fnmatchcase(layer.name, pattern) for layer in layers):
-                raise UserError(f"stability.{option}: the pattern {pattern!r} matches no weight")
+                raise UserError(f"{section}{option}: the pattern {pattern!r} matches no weight")
 
     def matches(layer: LayerReport, patterns: Sequence[str]) -> bool:
         return any(fnmatchcase(layer.name, pattern) for pattern in patterns)
@@ -244,11 +252,14 @@ class _Measured(NamedTuple):
 def _take(model: nn.Module, report: LayerReport) -> list[Tensor]:
     """Return what a measurement needs of a weight, as stacks: its factors, or the weight."""
     layer = get_layer(model, report.name)
-    if isinstance(layer, FactoredLayer):
+    if isinstance(layer, FactoredLayer) and layer.groups == report.groups:
         return [
             factor.detach().reshape(report.groups, *factor.shape[-2:]) for factor in layer.factors
         ]
-    weight = model.get_parameter(report.name).detach()
+    if isinstance(layer, FactoredLayer):  # factorized in another reading
+        weight = layer.form_weight().detach()
+    else:
+        weight = model.get_parameter(report.name).detach()
     return [report.reading.to_matrix(weight).reshape(report.groups, *report.matrix_shape)]
 
 

@@ -28,7 +28,7 @@ from app.errors import UserError
 from app.recording.store import Follower, read_rows
 from oialr.layer_survey import survey
 from oialr.placement.processes import Processes
-from oialr.stability.tracker import StabilityTracker
+from oialr.stability.tracker import BasisTracker
 
 
 class Network(nn.Module):
@@ -62,7 +62,7 @@ def train_and_save(folder, *, checkpoints=6):
         model, optimizer, delay=6, update_interval=2, cutoff=0.3, layer_fraction=1.0,
         rank_multiple=1,
     )  # fmt: skip
-    tracker = StabilityTracker(survey(model), Processes(), window=2)
+    tracker = BasisTracker(survey(model), Processes(), window=2)
     rows = []
     for epoch in range(checkpoints):
         torch.save({"model": model.state_dict(), "epoch": epoch}, folder / f"epoch-{epoch}.pt")

@@ -11,7 +11,7 @@ from support.matrices import gaussian, power_law, rank_deficient
 from oialr.linalg.polar import Method, choose_method, polar
 from oialr.linalg.svd import economy_svd, numerical_rank, orthonormality_error
 from oialr.placement.processes import Processes
-from oialr.stability.tracker import StabilityTracker
+from oialr.stability.tracker import BasisTracker
 
 METHODS = get_args(Method)
 EPS = torch.finfo(torch.float32).eps
@@ -67,7 +67,7 @@ def test_a_training_is_measured_as_on_the_cpu(name, background, size, device):
     for place in (torch.device("cpu"), device):
         model = build(name, size).to(place)
         trained = training(model)
-        tracker = StabilityTracker(trained.method.survey, Processes(), window=1, unit="steps")
+        tracker = BasisTracker(trained.method.survey, Processes(), window=1, unit="steps")
         measured = tracker.measure(model, 0)
         for time, (inputs, labels) in enumerate(
             trained.placed(batches(input_shape(name, size), size, 4)), start=1

@@ -18,7 +18,7 @@ from oialr.layers.cost import Way, cheapest_way, multiply_adds
 from oialr.linalg.svd import economy_svd
 from oialr.options import Execution
 from oialr.placement.processes import Processes
-from oialr.stability.tracker import StabilityTracker
+from oialr.stability.tracker import BasisTracker
 
 KEEP = {"keep_first_layer": False, "keep_last_layer": False, "minimum_rank_fraction": 0.01}
 E, HEADS, N, L, S = 16, 4, 3, 5, 6
@@ -292,7 +292,7 @@ def test_dense_names_stay_the_names(options, projection, names, shapes):
     assert set(biases) == {"attn.bias_k", "attn.bias_v"}
     assert not any(r.is_linear_map for r in biases.values())
     assert all("is never factorized" in r.stays_dense for r in biases.values())
-    rows = StabilityTracker(survey(model, **KEEP), Processes(), window=1).measure(model, 0)
+    rows = BasisTracker(survey(model, **KEEP), Processes(), window=1).measure(model, 0)
     assert [row.name for row in rows if row.averaged] == names
 
 
@@ -441,7 +441,7 @@ def test_the_method_on_attention(projection):
     model, optimizer, method = make(attention_projection=projection)
     names = [layer.name for layer in method.layers]
     assert names[:2] == ["0.self_attn.in_proj_weight", "0.self_attn.out_proj.weight"]
-    tracker = StabilityTracker(method.survey, Processes(), window=1)
+    tracker = BasisTracker(method.survey, Processes(), window=1)
     tracker.measure(model, 0)
     train(model, optimizer, method, 3)
     assert method.converted

@@ -21,7 +21,7 @@ from support.kinds import (
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from oialr import Processes, StabilityTracker
+from oialr import BasisTracker, Processes
 from oialr.allocation import stored_parameters
 from oialr.convert import to_dense
 from oialr.explain import explain, rows_per_sample
@@ -212,7 +212,7 @@ def test_a_resumed_training_is_the_same_over_cuts_and_release(case, steps):
 
 def test_the_stability_is_that_of_the_matrices(case):
     model, optimizer, method = make(case, cutoff=0.6)
-    tracker = StabilityTracker(method.survey, Processes(), window=1)
+    tracker = BasisTracker(method.survey, Processes(), window=1)
     reading, bases = reading_of(model[0]), []
     for time, steps in enumerate((0, DELAY + 3)):
         train(case, model, optimizer, method, steps)

@@ -22,7 +22,7 @@ from oialr.placement.costs import Costs
 from oialr.placement.factorization import Factorizer
 from oialr.placement.processes import Processes
 from oialr.schedule import kept_rank
-from oialr.stability.tracker import StabilityTracker
+from oialr.stability.tracker import BasisTracker
 
 
 def twin_of(layer, rank=None):
@@ -327,14 +327,14 @@ def test_what_is_sent_of_a_stack_arrives(monkeypatch):
 
 def test_the_stability_of_groups_is_measured_matrix_by_matrix():
     model, optimizer, method = make(cutoff=0.6)
-    tracker = StabilityTracker(method.survey, Processes(), window=1)
+    tracker = BasisTracker(method.survey, Processes(), window=1)
     tracker.measure(model, 0)
     basis = {}
     for name, shape in GROUPED.items():
         U, _, Vh = economy_svd(get_layer(model, name).weight.reshape(shape))
         basis[name] = U @ Vh
     train(model, optimizer, method, 3)
-    resumed = StabilityTracker(method.survey, Processes(), window=1)
+    resumed = BasisTracker(method.survey, Processes(), window=1)
     resumed.load_state_dicts([tracker.state_dicts()])
     rows = {row.name: row for row in resumed.measure(model, 1)}
     for name, shape in GROUPED.items():

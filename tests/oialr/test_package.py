@@ -15,19 +15,19 @@ PROGRAM = """
 import torch
 from torch import nn
 
-from oialr import OIALR, Processes, StabilityTracker
+from oialr import OIALR, StabilityTracker
 
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 2))
 optimizer = torch.optim.AdamW(model.parameters())
 method = OIALR(model, optimizer, delay=2, update_interval=2, cutoff=0.3, layer_fraction=1)
-tracker = StabilityTracker(method.survey, Processes(), window=1, unit="steps")
+tracker = StabilityTracker(model, window=1)
 for step in range(6):
     optimizer.zero_grad()
     model(torch.randn(4, 8)).square().mean().backward()
     optimizer.step()
     event = method.step()
-    rows = tracker.measure(model, step)
+    rows = tracker.measure()
 assert method.converted and 0 < rows[-1].stability <= 1.0001, rows[-1]
 import oialr
 print(oialr.__file__)

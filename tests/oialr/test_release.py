@@ -14,7 +14,7 @@ from oialr.layer_survey import survey
 from oialr.layers.base import FactoredLayer
 from oialr.optimizer_state import WEIGHT_AVERAGE
 from oialr.placement.processes import Processes
-from oialr.stability.tracker import StabilityTracker
+from oialr.stability.tracker import BasisTracker
 
 
 def factored(model, method):
@@ -323,7 +323,7 @@ def test_a_network_is_given_back_what_a_release_has_made():
 
 def test_stability_after_a_release():
     model, optimizer, method = make("sgd", release=12, layer_fraction=1, **CUT)
-    tracker = StabilityTracker(survey(network()), Processes(), window=1)
+    tracker = BasisTracker(survey(network()), Processes(), window=1)
     train(model, optimizer, method, 11)
     tracker.measure(model, 0)
     train(model, optimizer, method, 1, first=11)

@@ -19,7 +19,7 @@ from oialr.placement.processes import Processes
 from oialr.stability import measurement
 from oialr.stability import tracker as stability
 from oialr.stability.tracker import (
-    StabilityTracker,
+    BasisTracker,
     mean_mixing_similarity,
     mean_stability,
     select_weights,
@@ -70,7 +70,7 @@ def train(model, optimizer, method, steps):
 
 
 def tracker_of(method, **options):
-    return StabilityTracker(method.survey, Processes(), **{"window": 1, **options})
+    return BasisTracker(method.survey, Processes(), **{"window": 1, **options})
 
 
 def dense_weight(model, name):
@@ -188,7 +188,7 @@ def test_in_the_low_rank_phase_no_product_of_the_size_of_a_weight_is_formed():
     names = [layer.name for layer in method.layers]
     shapes = {name: dense_weight(model, name).shape for name in names}
     reports = [report for report in method.survey if report.name in names]
-    tracker = StabilityTracker(reports, Processes(), window=1)
+    tracker = BasisTracker(reports, Processes(), window=1)
     tracker.measure(model, 0)
     with Shapes() as recorded:
         rows = tracker.measure(model, 1)
@@ -385,7 +385,7 @@ def test_two_processes_share_the_weights_and_give_the_rows_of_one():
     model, optimizer, method = make()
     gathered = {}
     alone = tracker_of(method)
-    pair = [StabilityTracker(method.survey, Pair(i, gathered), window=1) for i in (0, 1)]
+    pair = [BasisTracker(method.survey, Pair(i, gathered), window=1) for i in (0, 1)]
     for time in (0, 1):
         expected = alone.measure(model, time)
         gathered.clear()
@@ -426,6 +426,6 @@ def test_weights_are_chosen_by_pattern():
     with pytest.raises(
         UserError, match=r"stability\.include: the pattern 'atention\.\*' matches no weight"
     ):
-        select_weights(method.survey, include=["atention.*"], exclude=[])
-    with pytest.raises(UserError, match=r"stability\.exclude: the pattern 'x' matches no weight"):
+        select_weights(method.survey, include=["atention.*"], exclude=[], section="stability.")
+    with pytest.raises(UserError, match=r"^exclude: the pattern 'x' matches no weight"):
         select_weights(method.survey, include=["*"], exclude=["x"])
