@@ -21,7 +21,7 @@ from support.kinds import (
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from oialr import BasisTracker, Processes
+from oialr import Processes
 from oialr.allocation import stored_parameters
 from oialr.convert import to_dense
 from oialr.explain import explain, rows_per_sample
@@ -29,6 +29,7 @@ from oialr.layer_survey import parameter_counts, survey
 from oialr.layers.base import FactoredLayer
 from oialr.layers.registry import kind_of
 from oialr.linalg.svd import economy_svd
+from oialr.stability.tracker import BasisTracker
 
 
 @pytest.fixture(params=CASES)
