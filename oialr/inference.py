@@ -9,7 +9,7 @@ from torch import nn
 
 from oialr.layers.base import FactoredParts
 from oialr.layers.cost import MANY_ROWS
-from oialr.layers.plain_attention import PlainAttention
+from oialr.layers.registry import adapter_of
 from oialr.layers.twin import FactoredTwin
 from oialr.wrapped import unwrapped
 
@@ -54,7 +54,7 @@ def for_inference(
     for path, layer in layers.items():
         is_excluded = any(fnmatchcase(path, pattern) for pattern in exclude)
         new = layer.plain(None if is_excluded else rows)
-        if not isinstance(new, nn.Sequential | PlainAttention):
+        if adapter_of(type(new)) is not None:  # as it was before the method
             logger.info("%s is dense: %s", path, "excluded" if is_excluded else "faster so")
         _replace(plain, layer, new)
     _leave_fused_kernels(plain)
