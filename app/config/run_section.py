@@ -37,6 +37,11 @@ class RunSection(Section):
         description="Who is told of everything while a run goes on: tensorboard, csv, or "
         "package.module:Class (docs/loggers.md).",
     )
+    tidy: bool = Field(
+        True,
+        description="When the run has finished, drop the bases that stability was measured against "
+        "and, if keep_checkpoints is no more than 2, all checkpoints but the newest.",
+    )
     stop_after: int | None = Field(
         None, gt=0, description="Stop after this step as on a signal: checkpoint, exit code 75."
     )

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import torch
 
 from app.errors import AgreedStorageError, AgreedUserError, StorageError
-from app.training.archive import DamagedFileError, load_verified
+from app.training.archive import DamagedFileError, load_verified, verify
 from oialr.placement.processes import Processes
 
 logger = logging.getLogger(__name__)
@@ -137,6 +137,46 @@ class Checkpoints:
         folder = self._processes.from_first(self._together(lambda: finish() if first else None))
         assert folder
         self._parts = {name: folder / _part_file(index, name) for name in parts}
+
+    def tidy(self, keep: int) -> int:
+        """Take away what only a fault of a run that goes on would need. A collective call.
+
+        The parts go, and all but some checkpoints. What stays is verified before.
+
+        Args:
+            keep: number of newest checkpoints that stay; at least one.
+
+        Returns:
+            Bytes that became free, on process 0; 0 on the others.
+
+        Raises:
+            AgreedStorageError: a checkpoint that is to stay is damaged, and then all stay; or the
+                disk failed.
+        """
+
+        def act() -> int:
+            self.check_owner()
+            complete = self.complete()
+            before = _size(self._folder)
+            for folder in complete[-keep:]:
+                try:
+                    verify(folder / "state.pt")
+                    owns = {path: load_verified(path) for path in folder.glob("process-?????.pt")}
+                except DamagedFileError as error:
+                    raise StorageError(f"{folder}: {error}") from None
+                for path, own in owns.items():
+                    rewritten = path.with_name(f"{path.name}.partial")
+                    _write(rewritten, {**own, "parts": []})
+                    rewritten.replace(path)
+                for part in folder.glob("process-?????-*.pt"):
+                    part.unlink()
+            for folder in [*complete[:-keep], *self._folder.glob("partial-*")]:
+                _remove(folder)
+            return before - _size(self._folder)
+
+        freed = self._together(lambda: act() if self._processes.index == 0 else 0)
+        self._parts = {}
+        return freed
 
     def _together(self, act: Callable[[], Result]) -> Result:
         """Do something with the disk on every process; where it fails on one, it fails on all.
@@ -316,6 +356,12 @@ class _File(io.FileIO):
             self.error = error
             raise
         return written
+
+
+def _size(folder: Path) -> int:
+    """Return the bytes of the files in a folder; of one that has several links once."""
+    files = [path.stat() for path in folder.rglob("*.pt")]
+    return sum({(file.st_dev, file.st_ino): file.st_size for file in files}.values())
 
 
 def _remove(path: Path) -> None:

@@ -26,6 +26,7 @@ from app.training.folder import find_folder, finish, finished, mark_unfinished
 from app.training.position import Stopped
 from app.training.progress import EpochObserver, Progress
 from app.training.storage import Ownership, open_storage
+from app.training.tidying import tidy
 from app.training.trainer import Trainer
 from oialr.layer_survey import parameter_counts
 
@@ -122,6 +123,7 @@ def train(
         if problem := runtime.processes.from_first(storage.recorder.problem):
             raise AgreedStorageError(str(problem))
         summary = _summarize(parts, figures, tested_step=trainer.tested_step)
+        tidy(parts, storage.checkpoints, progress)
         if runtime.is_first:
             ownership.check()
             finish(storage.folder, summary)

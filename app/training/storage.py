@@ -17,6 +17,7 @@ from app.training.early_stopping import BEST_KEYS, EarlyStopping
 from app.training.folder import hold_folder, mark_unfinished, prepare_folder, write_text
 from app.training.recorder import Recorder
 from app.training.state import restore
+from app.training.tidying import warn_of_missing_bases
 
 
 @dataclass(kw_only=True)
@@ -92,6 +93,7 @@ def open_storage(
     early_stopping = _build_early_stopping(parts, folder, ownership)
     if state:
         processes.agree(lambda: restore(parts, early_stopping, *state))
+        warn_of_missing_bases(parts, state[1])
     mark_unfinished(folder, runtime)
     recorder = Recorder(None)
     with watchdog.guard("metrics.h5"):

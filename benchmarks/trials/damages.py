@@ -15,7 +15,7 @@ from benchmarks.trials import programs
 from benchmarks.trials.comparison import difference, different, read_outcome, read_rows
 from benchmarks.trials.runs import VARIANTS, References, start
 
-TEXTS = {"config.yaml", "unfinished.json", "summary.json"}
+TEXTS = {"config.yaml", "log.txt", "unfinished.json", "summary.json"}
 """People read and change these; they have no checksums."""
 _NAMED = {"UserError", "DamagedFileError", "FileNotFoundError"}
 """What is raised of a file that cannot be used."""

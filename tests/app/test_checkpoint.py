@@ -6,7 +6,7 @@ import zipfile
 import pytest
 import torch
 
-from app.errors import UserError
+from app.errors import AgreedStorageError, UserError
 from app.training import checkpoint
 from app.training.checkpoint import Checkpoints
 from app.training.early_stopping import BEST_KEYS, EarlyStopping
@@ -195,3 +195,45 @@ def test_damaged_best_weights_let_early_stopping_begin_anew(tmp_path, caplog):
     assert "the best weights are lost: those of the last epoch are tested" in caplog.text
     assert model.weight.tolist() == [[0.0] * 3]
     assert damaged.improves(20, 0.5)
+
+
+def test_of_a_finished_run_the_newest_stays_without_parts(tmp_path):
+    checkpoints = Checkpoints(tmp_path, Processes(), keep=3)
+    for step in (10, 20, 30):
+        save(checkpoints, step, step, step + 1)
+    (tmp_path / "best" / "step-00000010").mkdir(parents=True)
+    (tmp_path / "partial-00000040").mkdir()
+    sizes = {path.stat().st_ino: path.stat().st_size for path in tmp_path.rglob("*.pt")}
+    before = sum(sizes.values())
+    freed = checkpoints.tidy(2)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "step-00000020",
+        "step-00000030",
+        "best",
+    }
+    for folder in checkpoints.complete():
+        assert files(folder).keys() == {"state.pt", "process-00000.pt"}
+    assert freed == before - sum(path.stat().st_size for path in tmp_path.rglob("*.pt"))
+    assert loaded(tmp_path) == (30, 30, {})
+    checkpoints.tidy(1)
+    assert [path.name for path in checkpoints.complete()] == ["step-00000030"]
+    save(checkpoints, 40, 30, 40)  # more epochs: parts are written anew
+    assert loaded(tmp_path) == (40, 40, {"part-30": 30.0, "part-40": 40.0})
+
+
+@pytest.mark.parametrize("name", ["state.pt", "process-00000.pt"])
+def test_where_the_newest_is_damaged_all_stay(tmp_path, name):
+    checkpoints = Checkpoints(tmp_path, Processes(), keep=2)
+    for step in (10, 20):
+        weights = {"weights": torch.full((3,), 1.5)}
+        checkpoints.save(step, {"process_count": 1, **weights}, weights, {"a": weights})
+    flip(tmp_path / "step-00000020" / name)
+    with pytest.raises(AgreedStorageError, match=f"step-00000020: {name} is damaged"):
+        checkpoints.tidy(1)
+    for folder in checkpoints.complete():
+        assert files(folder).keys() == {"state.pt", "process-00000.pt", "process-00000-a.pt"}
+    assert len(checkpoints.complete()) == 2
+
+
+def test_a_run_without_checkpoints_has_nothing_to_drop(tmp_path):
+    assert Checkpoints(tmp_path / "checkpoints", Processes(), keep=0).tidy(1) == 0

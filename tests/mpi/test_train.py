@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 from support.launching import ROOT, TIMEOUT, command, environment, launch, train
-from support.tiny_run import DISTURBED, TINY, assert_same_run, last_checkpoint
+from support.tiny_run import DISTURBED, TINY, assert_same_run, last_checkpoint, metrics
 
 from app.recording.store import read_rows
 from app.runtime.stop_signal import StopSignal
@@ -78,9 +78,12 @@ def test_a_run_leaves_everything_in_its_folder(undisturbed):
     assert summary["tested_ranks"] == last_checkpoint(folder)["method"]["ranks"]
     assert summary["cpu_seconds"] > 0
     assert yaml.safe_load((folder / "config.yaml").read_text())["oialr"]["delay"] == 15
-    before_last, last = sorted((folder / "checkpoints").iterdir())  # run.keep_checkpoints
-    part = "process-00001-stability-epochs-00000003.pt"
-    assert (before_last / part).samefile(last / part)  # written once
+    (last,) = (folder / "checkpoints").iterdir()  # run.tidy
+    assert sorted(path.name for path in last.iterdir()) == [
+        "process-00000.pt",
+        "process-00001.pt",
+        "state.pt",
+    ]
 
     rows = read_rows(folder / "metrics.h5", "lowrank")
     assert list(rows["event"]) == ["convert", "cut", "cut"]
@@ -209,6 +212,20 @@ def test_a_weight_that_diverged_is_named_with_the_step(tmp_path, background):
     assert "blocks.1.mlp.fc2.weight holds NaN or infinity" in lines[0]
     assert lines[0].endswith("(step 8)")
     assert f"draw it: python -m app.report {tmp_path}" in result.stderr
+
+
+def test_a_finished_run_goes_on_for_more_epochs(tmp_path):
+    """Tidied or not, the training is the same; tidied, the bases begin anew."""
+    for name in ("tidied", "kept"):
+        folder = tmp_path / name
+        train(0, *TINY, f"run.dir={folder}", f"run.tidy={str(name == 'tidied').lower()}")
+        assert len(list((folder / "checkpoints").glob("step-*"))) == (1 if name == "tidied" else 2)
+        result = train(0, "--resume", folder, "training.epochs=6")
+        assert ("no bases of stability" in result.stderr) == (name == "tidied")
+    mine, theirs = metrics(tmp_path / "tidied"), metrics(tmp_path / "kept")
+    np.testing.assert_array_equal(mine["train/loss"], theirs["train/loss"])
+    for known, values in ((2, mine), (4, theirs)):
+        assert np.isfinite(values["stability/mean_stability"]).sum() == known + 1
 
 
 def test_resume_on_another_number_of_processes(tmp_path):
