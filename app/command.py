@@ -11,8 +11,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+import oialr
 from app.errors import StorageError, UserError
 from app.runtime.launch import read_launch
+from app.runtime.versions import installed_versions
 
 EXIT_USER = 2
 EXIT_STOPPED = 75
@@ -22,6 +24,13 @@ EXIT_STOPPED = 75
 class Parser(argparse.ArgumentParser):
     """A parser whose complaints are those of any other mistake: one line, from one process."""
 
+    def __init__(self, **options: Any) -> None:
+        """Give every front door ``--version``, too."""
+        super().__init__(**options)
+        self.add_argument(
+            "--version", action=_Version, nargs=0, help="show the versions of program and packages"
+        )
+
     def error(self, message: str) -> NoReturn:
         """Raise what the user did wrong.
 
@@ -29,6 +38,15 @@ class Parser(argparse.ArgumentParser):
             UserError: always.
         """
         raise UserError(f"{message} (see {self.prog} --help)")
+
+
+class _Version(argparse.Action):
+    """Prints the versions and ends; no package is imported for it."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        if read_launch().process_index == 0:
+            print(f"OIALR {oialr.__version__}, {installed_versions()}")
+        parser.exit()
 
 
 def run_command(main: Callable[[], int]) -> None:

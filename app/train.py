@@ -26,6 +26,7 @@ from app.errors import (
     UserError,
 )
 from app.runtime.latest import led_to
+from app.runtime.launch import read_launch
 
 EXAMPLES = """\
 examples:
@@ -51,7 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--config", metavar="PATH", help="YAML file (configs/digits_vit.yaml)")
     parser.add_argument("--resume", metavar="DIR", help="go on with the run in this folder")
-    parser.add_argument("--keys", action="store_true", help="list all keys of the configuration")
+    parser.add_argument(
+        "--keys",
+        action="store_true",
+        help="list all keys with the values that this configuration gives them, their defaults, "
+        "and what they mean",
+    )
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the resolved configuration as YAML"
+    )
     parser.add_argument(
         "--explain",
         action="store_true",
@@ -59,10 +68,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_intermixed_args(arguments)
-    if options.keys:
-        print(config.describe_keys())
-        return 0
     configuration = _read_configuration(options)
+    if options.keys or options.print_config:
+        if read_launch().process_index == 0:
+            shown = config.describe_keys if options.keys else config.to_yaml
+            print(shown(configuration).rstrip("\n"))
+        return 0
     if options.explain:
         return _explain(configuration, resume=options.resume is not None)
     return _run(configuration, resume=options.resume is not None)

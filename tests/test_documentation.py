@@ -69,7 +69,7 @@ SEARCH = (
 )
 APPENDED = [
     # The first that matches a command is appended to it.
-    (r"app\.train .*--keys", ""),
+    (r"app\.train .*--(keys|version)", ""),
     (r"app\.train .*--resume", ""),
     (
         r"app\.train .*cifar10_vit",

@@ -202,17 +202,19 @@ def documented_keys() -> list[str]:
     ]
 
 
-def describe_keys() -> str:
-    """Return a table of every key: its default and what it means."""
+def describe_keys(configuration: Configuration) -> str:
+    """Return a table of every key: its value, its default where that is another, its meaning."""
     lines = []
     for section, field in Configuration.model_fields.items():
         section_type = _section(field.annotation)
         lines.append(f"{section}: {section_type.__doc__}")
         for key, entry in section_type.model_fields.items():
             default = entry.get_default(call_default_factory=True)
-            lines.append(
-                f"  {section}.{key}={yaml_text.dump_value(default)}\n      {entry.description}"
-            )
+            value = getattr(getattr(configuration, section), key)
+            line = f"  {section}.{key}={yaml_text.dump_value(value)}"
+            if value != default:
+                line += f"  (default: {yaml_text.dump_value(default)})"
+            lines += [line, f"      {entry.description}"]
             if choices := [c for c in get_args(entry.annotation) if isinstance(c, str)]:
                 lines.append(f"      One of {', '.join(choices)}.")
     return "\n".join(lines)

@@ -5,7 +5,6 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +18,7 @@ from app.recording.rebuilding import rebuild
 from app.recording.store import MetricsStore
 from app.recording.swmr import UnreadableFileError
 from app.recording.thinning import is_recorded
+from app.runtime.versions import installed_versions
 from oialr.layer_survey import LayerReport, parameter_counts
 from oialr.method import Event
 from oialr.stability.measurement import LayerStability
@@ -30,8 +30,6 @@ logger = logging.getLogger(__name__)
 
 KEPT = ("sessions", "eval", "lowrank", "stability")
 """Groups with a row per start, evaluation, event and measurement; small, and the results."""
-
-PACKAGES = ("torch", "numpy", "mpi4py", "timm", "h5py")
 
 
 class Recorder:
@@ -108,7 +106,7 @@ class Recorder:
             started=datetime.now(UTC).isoformat(timespec="seconds"),
             process_count=process_count,
             first_step=first_step,
-            versions=_versions(),
+            versions=installed_versions(),
             command=shlex.join(sys.orig_argv),
         )
         self.flush()
@@ -289,13 +287,3 @@ def _as_arrays(columns: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         name: values.view(f"S{values.shape[1]}")[:, 0] if values.dtype == np.uint8 else values
         for name, values in arrays.items()
     }
-
-
-def _versions() -> str:
-    found = [f"python {sys.version.split()[0]}"]
-    for package in PACKAGES:
-        try:
-            found.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            continue
-    return ", ".join(found)

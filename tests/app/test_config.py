@@ -2,10 +2,14 @@
 
 import os
 import re
+import subprocess
+import sys
 from itertools import pairwise
 
 import pytest
+from support.launching import ROOT, TIMEOUT, environment
 
+import oialr
 from app import config
 from app.errors import UserError
 
@@ -259,7 +263,40 @@ def test_a_delay_beyond_the_last_step():
 
 
 def test_every_key_is_documented():
-    text = config.describe_keys()
+    text = config.describe_keys(config.load())
     for key in config.documented_keys():
         assert f"  {key}=" in text
     assert "None\n" not in text.replace("=None", "")
+
+
+def test_keys_show_the_value_beside_the_default():
+    lines = config.describe_keys(config.load(None, ["training.epochs=7"])).splitlines()
+    assert "  training.epochs=7  (default: 20)" in lines
+    assert "  training.ema_decay=null" in lines  # as it is by default
+
+
+def run_door(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=TIMEOUT,
+    ).stdout
+
+
+def test_the_configuration_can_be_printed_and_read_again(tmp_path):
+    overrides = ["training.epochs=7", "run.name=mine", "model.arguments.depth=2"]
+    path = tmp_path / "printed.yaml"
+    path.write_text(run_door("app.train", "--print-config", *overrides))
+    assert config.load(path) == config.load(None, overrides)
+
+
+@pytest.mark.parametrize("door", ["train", "search", "report", "analyze", "calibrate"])
+def test_every_front_door_tells_versions(door):
+    said = run_door(f"app.{door}", "--version")
+    assert said.startswith(f"OIALR {oialr.__version__}, python 3.")
+    assert "torch 2." in said
+    assert said.count("\n") == 1

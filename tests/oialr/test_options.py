@@ -32,7 +32,7 @@ def test_an_option_has_one_default_and_one_text(name):
     if name not in NEEDED:
         default = key.get_default()
         assert (tuple(default) if isinstance(default, list) else default) == each.default
-    assert f"oialr.{name}=" in config.describe_keys()
+    assert f"oialr.{name}=" in config.describe_keys(config.load())
 
 
 def test_the_section_has_the_options_and_a_switch():
