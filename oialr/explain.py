@@ -1,16 +1,30 @@
 """What the execution by cost would do: a table of layers, ranks, ways and FLOPs."""
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import nn
 
+from oialr.folding import fold
 from oialr.layer_survey import LayerReport
 from oialr.layers.registry import claims, kind_of
 from oialr.options import Execution
 
 FRACTIONS = (0.1, 0.25, 0.5, 1.0)
+LEGEND = {
+    "layer": "parameter name; 0-3: those of the layers 0 to 3, which are alike",
+    "rows": "tokens or positions that a process's backward pass sees",
+    "rank": "shares of the full rank, or the present one",
+    "way": "factored: ((x Vh^T) core^T) U^T; folded: the core into a factor first; dense: the "
+    "weight first",
+    "FLOPs": "of forward and backward, over those of the full-rank layer",
+    "released": "FLOPs once both factors of W = A B are trained; dense: then W is trained",
+}
+"""What the columns say."""
 
 
 @torch.no_grad()
@@ -70,6 +84,9 @@ def explain(
 ) -> str:
     """Return the table: layer, shape, rank, way, FLOPs of a training step against full-rank.
 
+    Equal layers are folded together, totals are its last rows, and below a blank line what the
+    columns say.
+
     Args:
         layers: every multidimensional weight of the network.
         rows: per sample, by dense parameter name.
@@ -82,6 +99,7 @@ def explain(
     """
     lines = [["layer", "shape", "rows", "rank", "way", "FLOPs"]]
     forms = released or {}
+    totals: dict[str, _Total] = defaultdict(_Total)
     will_release = will_release and not forms
     if will_release:
         lines[0].append("released")
@@ -93,26 +111,63 @@ def explain(
         m, n = layer.matrix_shape
         adapter = layer.adapter
         b = rows[layer.name] * samples
-        several = {max(1, round(fraction * layer.full_rank)) for fraction in FRACTIONS}
+        several = {f"{f:.0%}": max(1, round(f * layer.full_rank)) for f in FRACTIONS}
         present = ranks[layer.name] if ranks else None
         if not b:
             lines.append([layer.name, shape, "0", "", "not called in evaluation", ""])
             continue
+        whole = adapter.full_rank_multiply_adds(rows=b, m=m, n=n)
         if ranks and present is None:
             lines.append([layer.name, shape, str(b), str(layer.full_rank), "full-rank", "1.00"])
+            totals["present"].add(whole, 1.0, 1.0)
             continue
-        for r in [present] if present else sorted(several):
-            whole = adapter.full_rank_multiply_adds(rows=b, m=m, n=n)
+        shown = set()
+        for share, r in {"present": present}.items() if present else several.items():
             after = adapter.released_multiply_adds(rows=b, m=m, n=n, r=r) / whole
-            if layer.name in forms:
-                lines.append([layer.name, shape, str(b), str(r), "two factors", f"{after:.2f}"])
-                continue
             cheapest = adapter.cheapest_way(rows=b, m=m, n=n, r=r)
             way = cheapest if execution == "auto" else execution
             ratio = adapter.multiply_adds(way, rows=b, m=m, n=n, r=r) / whole
-            lines.append([layer.name, shape, str(b), str(r), way, f"{ratio:.2f}"])
+            if layer.name in forms:
+                ratio = after
+            totals[share].add(whole, ratio, min(after, 1.0))
+            if r in shown:
+                continue
+            shown.add(r)
+            shown_way = "two factors" if layer.name in forms else way
+            lines.append([layer.name, shape, str(b), str(r), shown_way, f"{ratio:.2f}"])
             if will_release:
                 lines[-1].append(f"{after:.2f}" if after < 1 else "dense")
+    entries = [
+        (name, tuple(tuple(line[1:]) for line in group))
+        for name, group in groupby(lines[1:], key=lambda line: line[0])
+    ]
+    lines[1:] = [[name, *line] for name, content in fold(entries) for line in content]
+    for share, total in totals.items():
+        lines.append(["together", "", "", share, "", f"{total.cost / total.whole:.2f}"])
+        if will_release:
+            lines[-1].append(f"{total.released / total.whole:.2f}")
+    legend = [[column, LEGEND[column]] for column in lines[0] if column in LEGEND]
+    return f"{_aligned(lines)}\n\n{_aligned(legend)}"
+
+
+@dataclass
+class _Total:
+    """Multiply-adds of several layers."""
+
+    whole: float = 0.0
+    """At full rank."""
+    cost: float = 0.0
+    released: float = 0.0
+
+    def add(self, whole: float, ratio: float, released: float) -> None:
+        """Add a layer's, and the ratios of the other two to it."""
+        self.whole += whole
+        self.cost += ratio * whole
+        self.released += released * whole
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Put cells below each other; a text without a rank may reach beyond its column."""
     lines = [[*line, *[""] * (len(lines[0]) - len(line))] for line in lines]
     widths = [
         max(len(line[i]) for line in lines if i != 4 or line[3]) for i in range(len(lines[0]))

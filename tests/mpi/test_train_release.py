@@ -54,7 +54,7 @@ def test_a_stopped_run_is_the_undisturbed_one(tmp_path, processes, stops):
 def test_the_table_of_explain_shows_steps_after_a_release():
     head, *lines = train(0, *TINY, "oialr.release=25", "--explain").stdout.splitlines()
     assert head.split() == ["layer", "shape", "rows", "rank", "way", "FLOPs", "released"]
-    qkv = [line.split() for line in lines if line.startswith("blocks.0.attn.qkv")]
+    qkv = [line.split() for line in lines if line.startswith("blocks.0-1.attn.qkv")]
     assert [line[3] for line in qkv] == ["3", "8", "16", "32"]
     assert [line[-1] for line in qkv] == ["0.12", "0.33", "0.67", "dense"]
 

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from oialr.explain import explain, rows_per_sample
+from oialr.folding import fold
 from oialr.layer_survey import survey
 from oialr.layers.cost import (
     MARGIN,
@@ -81,18 +82,65 @@ def test_explain_counts_rows_and_names_the_cheapest_way():
     assert rows == {"0.weight": 16, "2.weight": 32, "3.weight": 32}
     assert not any(module._forward_hooks for module in model.modules())
     assert model.training
-    table = explain(layers, rows, 10, None).splitlines()
+    table, legend = map(str.splitlines, explain(layers, rows, 10, None).split("\n\n"))
     assert table[0].split() == ["layer", "shape", "rows", "rank", "way", "FLOPs"]
     # 0.1, 0.25, 0.5 and 1 of the rank 16, and no rank twice
     ranks = [line.split()[3] for line in table if line.startswith("2.weight")]
     assert ranks == ["2", "4", "8", "16"]
-    assert "the network's last layer" in table[-1]
+    assert "the network's last layer" in table[-5]
+    assert [line.split()[0] for line in legend] == ["layer", "rows", "rank", "way", "FLOPs"]
+    # Totals: each layer's cost at its share of its rank, over the sum of the full-rank ones.
+    shapes = {"0.weight": (160, 32, 27), "2.weight": (320, 64, 16)}
+    whole = sum(full_rank_cost(rows=b, m=m, n=n) for b, m, n in shapes.values())
+    for line, fraction in zip(table[-4:], (0.1, 0.25, 0.5, 1), strict=True):
+        cost = sum(
+            multiply_adds(cheapest_way(b, m, n, r), rows=b, m=m, n=n, r=r)
+            for b, m, n in shapes.values()
+            for r in [round(fraction * min(m, n))]
+        )
+        assert line.split() == ["together", f"{fraction:.0%}", f"{cost / whole:.2f}"]
     way = cheapest_way(320, 64, 16, 4)
     ratio = multiply_adds(way, rows=320, m=64, n=16, r=4) / full_rank_cost(rows=320, m=64, n=16)
     expected = ["2.weight", "64x16", "320", "4", way, f"{ratio:.2f}"]
     assert expected in [line.split() for line in table]
     present = explain(layers, rows, 10, {"0.weight": 5, "2.weight": 3}).splitlines()
     assert [line.split()[3] for line in present[1:3]] == ["5", "3"]
+
+
+def test_equal_layers_are_folded_together():
+    block = [("attn.qkv", 1), ("attn.proj", 2), ("mlp.0.fc", 3)]
+    entries = [("stem", 0)]
+    entries += [(f"blocks.{i}.{name}.weight", x) for i in range(3) for name, x in block]
+    entries += [("blocks.4.attn.qkv.weight", 1), ("blocks.5.attn.qkv.weight", 9), ("head", 0)]
+    assert fold(entries) == [
+        ("stem", 0),
+        ("blocks.0-2.attn.qkv.weight", 1),
+        ("blocks.0-2.attn.proj.weight", 2),
+        ("blocks.0-2.mlp.0.fc.weight", 3),
+        ("blocks.4.attn.qkv.weight", 1),  # a gap, and another content
+        ("blocks.5.attn.qkv.weight", 9),
+        ("head", 0),
+    ]
+
+
+def test_numbers_at_two_places_are_folded():
+    """As in hierarchical networks: stages of blocks."""
+    depths = {0: 2, 1: 2, 2: 3}
+    entries = [(f"layers.{i}.blocks.{j}.fc", 1) for i, d in depths.items() for j in range(d)]
+    assert fold(entries) == [("layers.0-1.blocks.0-1.fc", 1), ("layers.2.blocks.0-2.fc", 1)]
+    assert fold([]) == []
+
+
+def test_explain_folds_what_is_alike_at_the_present_ranks():
+    model = nn.Sequential(*[nn.Linear(16, 16) for _ in range(4)], nn.Linear(16, 3))
+    layers = survey(model)
+    rows = {layer.name: 4 for layer in layers}
+    ranks = {"0.weight": 4, "1.weight": 4, "2.weight": 3, "3.weight": None}
+    lines = [line.split() for line in explain(layers, rows, 2, ranks).splitlines()]
+    assert [line[0] for line in lines[1:5]] == ["0-1.weight", "2.weight", "3.weight", "4.weight"]
+    cost = [multiply_adds(cheapest_way(8, 16, 16, r), rows=8, m=16, n=16, r=r) for r in (4, 4, 3)]
+    whole = full_rank_cost(rows=8, m=16, n=16)
+    assert lines[5] == ["together", "present", f"{(sum(cost) + whole) / (4 * whole):.2f}"]
 
 
 @pytest.mark.parametrize("way", ["factored", "folded", "dense"])
@@ -119,7 +167,7 @@ def test_explain_of_attention_and_of_a_layer_that_evaluation_leaves_out():
     rows = rows_per_sample(model, layers, lambda: model(torch.zeros(5, 2, 16)), 2)
     names = ["attention.in_proj_weight", "attention.out_proj.weight", "auxiliary.weight"]
     assert rows == dict(zip(names, [5, 5, 0], strict=True))
-    last = explain(layers, rows, 10, None).splitlines()[-1]
+    last = explain(layers, rows, 10, None).split("\n\n")[0].splitlines()[-5]
     assert last.split(maxsplit=3) == [names[2], "16x16", "0", "not called in evaluation"]
 
 
