@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import oialr
 from app.errors import StorageError, UserError
 from app.runtime.launch import read_launch
+from app.runtime.streams import silence
 from app.runtime.versions import installed_versions
 
 EXIT_USER = 2
@@ -57,6 +58,7 @@ def run_command(main: Callable[[], int]) -> None:
     """
     try:
         code = main()
+        sys.stdout.flush()
     except UserError as error:
         if read_launch().process_index == 0:
             print(f"error: {error}", file=sys.stderr)
@@ -64,6 +66,9 @@ def run_command(main: Callable[[], int]) -> None:
     except StorageError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 1
+    except BrokenPipeError:  # whoever read it has enough, such as head
+        silence(sys.stdout)
+        code = 0
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise

@@ -96,7 +96,7 @@ ALLOWED = {
     "runtime": set(),
     "models": set(),
     "data": set(),
-    "recording": set(),
+    "recording": {"runtime"},
     "reporting": {"recording"},
     "analysis": {"training", "recording", "runtime"},
     "training": {"recording", "data", "models", "runtime"},

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from app.runtime.streams import silence
+
 LOG = "log.txt"
 
 
@@ -84,7 +86,13 @@ class _Handler(logging.Handler):
 
 
 def _show(line: str, *, error: bool) -> None:
-    """Write a line at once and whole: others write to the same terminal."""
+    """Write a line at once and whole: others write to the same terminal.
+
+    Where nobody reads any more, as behind ``head``, the run goes on.
+    """
     stream = sys.stderr if error else sys.stdout
-    tqdm.write(f"{line}\n", file=stream, end="")
-    stream.flush()
+    try:
+        tqdm.write(f"{line}\n", file=stream, end="")
+        stream.flush()
+    except OSError:
+        silence(stream)

@@ -3,8 +3,10 @@
 import io
 import logging
 import os
+import subprocess
 
 import pytest
+from support.launching import TIMEOUT, command, environment
 
 from app.recording.log import Log
 from app.runtime.latest import led_to, point_to
@@ -61,6 +63,40 @@ def test_a_log_that_cannot_be_written_ends_nothing(tmp_path, capsys):
     folder.mkdir()
     log.say("three")
     assert (folder / "log.txt").read_text() == "one\ntwo\nthree\n"
+
+
+def test_where_nobody_reads_any_more_the_run_goes_on(tmp_path):
+    program = (
+        "import sys\nfrom pathlib import Path\nfrom app.recording.log import Log\n"
+        "log = Log(is_first=True)\nlog.begin(Path(sys.argv[1]))\n"
+        "sys.stdin.readline()\nlog.say('one')\nlog.say('two')\n"
+    )
+    done = behind_a_closed_pipe("-c", program, str(tmp_path))
+    assert done == (0, "")
+    assert (tmp_path / "log.txt").read_text() == "one\ntwo\n"
+
+
+def test_a_reader_that_has_enough_is_no_fault():
+    program = (
+        "import sys\nfrom app.command import run_command\nfrom app.train import main\n"
+        "sys.stdin.readline()\nrun_command(lambda: main(['--keys']))"
+    )
+    assert behind_a_closed_pipe("-c", program) == (0, "")
+
+
+def behind_a_closed_pipe(*arguments):
+    """Run a program that waits for a line until its stdout is closed; its exit code and stderr."""
+    process = subprocess.Popen(
+        command(0, *arguments),
+        env=environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.close()
+    errors = process.communicate("\n", timeout=TIMEOUT)[1]
+    return process.returncode, errors
 
 
 class Terminal(io.StringIO):
