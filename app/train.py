@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from app.errors import (
 from app.runtime.latest import led_to
 from app.runtime.launch import read_launch
 
+LOG_FORMAT = "%(levelname)s: %(message)s"
 EXAMPLES = """\
 examples:
   python -m app.train
@@ -66,16 +68,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="print for each layer how it is applied and what that costs; train nothing",
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="build everything, take a few steps, and tell parameters, memory, sizes and time; "
+        "leave nothing",
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_intermixed_args(arguments)
+    if options.dry_run and options.resume is not None:
+        raise UserError("--dry-run: looks at a run that is to begin; leave out --resume")
     configuration = _read_configuration(options)
     if options.keys or options.print_config:
         if read_launch().process_index == 0:
             shown = config.describe_keys if options.keys else config.to_yaml
             print(shown(configuration).rstrip("\n"))
         return 0
-    if options.explain:
-        return _explain(configuration, resume=options.resume is not None)
+    if options.explain or options.dry_run:
+        return _look(configuration, options)
     return _run(configuration, resume=options.resume is not None)
 
 
@@ -91,16 +101,30 @@ def _read_configuration(options: argparse.Namespace) -> Configuration:
     return config.load(path, options.overrides, folder=options.resume)
 
 
-def _explain(configuration: Configuration, *, resume: bool) -> int:
-    """Print the table of ways and costs."""
+def _look(configuration: Configuration, options: argparse.Namespace) -> int:
+    """Print what a run would be; nothing is trained or written."""
     from app.runtime.processes import start_runtime
-    from app.training.inspection import explain_run
 
     distributed = configuration.distributed
     with start_runtime(device=distributed.device, timeout=distributed.timeout) as runtime:
-        table = explain_run(configuration, runtime, resume=resume)
+        logging.basicConfig(
+            level=logging.INFO if runtime.is_first else logging.ERROR, format=LOG_FORMAT
+        )
+        if options.explain:
+            from app.training.inspection import explain_run
+
+            text = explain_run(configuration, runtime, resume=options.resume is not None)
+        else:
+            from app.training.dry_run import dry_run
+
+            try:
+                text = dry_run(configuration, runtime)
+            except DivergedError as error:  # on all processes alike
+                if runtime.is_first:
+                    print(f"error: {error}", file=sys.stderr)
+                return 1
         if runtime.is_first:
-            print(table)
+            print(text)
     return 0
 
 
@@ -119,7 +143,7 @@ def _run(configuration: Configuration, *, resume: bool) -> int:
             log = Log(is_first=runtime.is_first)
             logging.basicConfig(
                 level=logging.INFO if runtime.is_first else logging.ERROR,
-                format="%(levelname)s: %(message)s",
+                format=LOG_FORMAT,
                 handlers=[log.handler()],
             )
 
