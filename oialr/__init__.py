@@ -14,6 +14,8 @@ The library: torch and the standard library. Everything that is meant for others
 - :class:`OIALR` decides when layers are factorized, updated and cut, as its :class:`Options` say;
   :class:`Event` and :class:`LayerEvent` tell what happened.
 - :func:`survey` lists a network's weights, and :class:`LayerReport` why one stays full-rank.
+- :func:`prepare` lets a network take stored weights of whatever ranks by its load_state_dict;
+  :func:`save` and :func:`load` store a network with its ranks, without an optimizer.
 - :func:`to_dense` puts dense layers in the place of factorized ones.
 - :func:`register_layer` adds a kind of layers by its :class:`LayerAdapter`, with a
   :class:`FactoredTwin` and a :class:`MatrixReading` of its weight.
@@ -50,6 +52,8 @@ if TYPE_CHECKING:
     from oialr.export.state import factor_state as factor_state
     from oialr.export.state import load_factors as load_factors
     from oialr.inference import for_inference as for_inference
+    from oialr.files import load as load
+    from oialr.files import save as save
     from oialr.layer_survey import LayerReport as LayerReport
     from oialr.layer_survey import survey as survey
     from oialr.layers.adapter import LayerAdapter as LayerAdapter
@@ -61,6 +65,7 @@ if TYPE_CHECKING:
     from oialr.placement.costs import Costs as Costs
     from oialr.placement.processes import Processes as Processes
     from oialr.stability.alone import StabilityTracker as StabilityTracker
+    from oialr.preparation import prepare as prepare
     from oialr.stability.measurement import LayerStability as LayerStability
 
 _HOMES = {
@@ -91,6 +96,9 @@ _HOMES = {
     "load_factors": "oialr.export.state",
     "read_exported": "oialr.export.formats",
     "register_layer": "oialr.layers.registry",
+    "load": "oialr.files",
+    "prepare": "oialr.preparation",
+    "save": "oialr.files",
     "survey": "oialr.layer_survey",
     "to_dense": "oialr.convert",
 }

@@ -1,10 +1,7 @@
 """A layer's replacement by its twin of the same function, and the way back."""
 
-from collections.abc import Mapping, Sequence
-
 from torch import Tensor, nn
 
-from oialr.layer_survey import LayerReport
 from oialr.layers.base import FACTOR_NAMES, FactoredLayer, FactoredParts
 from oialr.layers.registry import adapter_of, claims, kind_of
 from oialr.layers.twin import FactoredTwin
@@ -70,43 +67,6 @@ def to_dense(model: nn.Module) -> nn.Module:
         if isinstance(module, FactoredTwin | FactoredParts):
             _replace(model, module, module.to_dense(), path)
     return model
-
-
-def restore(
-    model: nn.Module,
-    layers: Sequence[LayerReport],
-    ranks: Mapping[str, int | None],
-    weights: Mapping[str, Tensor],
-    released: Mapping[str, str] | None = None,
-) -> None:
-    """Give a network stored weights, whatever ranks it had then and has now.
-
-    Args:
-        model: the network, dense or factorized; changed in place.
-        layers: those that may be factorized.
-        ranks: of each of them by name; None: it was dense.
-        weights: the network's state_dict of then.
-        released: of those that a release has changed, by name, "factors" or "dense".
-    """
-    to_dense(model)
-    forms = released or {}
-    for report in layers:
-        if (rank := ranks[report.name]) is not None:
-            factors = empty_factors(
-                model, report, rank, released=forms.get(report.name) == "factors"
-            )
-            factorize_layer(model, report.name, *factors)
-    model.load_state_dict(weights)
-
-
-def empty_factors(
-    model: nn.Module, report: LayerReport, rank: int, *, released: bool = False
-) -> tuple[Tensor, ...]:
-    """Return U, core, Vh, or A, B, of a rank for a dense layer, with undefined values."""
-    like = model.get_parameter(report.name)
-    *batch, m, n = report.stack_shape
-    core = [] if released else [(rank, rank)]
-    return tuple(like.new_empty(*batch, *shape) for shape in [(m, rank), *core, (rank, n)])
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module, path: str) -> None:

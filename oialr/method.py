@@ -17,19 +17,20 @@ which must then be wrapped anew. All processes must call ``step`` alike.
 
 import inspect
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from oialr.events import Event, Events
 from oialr.factor_steps import FactorSteps
+from oialr.forms import DENSE, Form, check_can_take, form_of
 from oialr.gradients import GradientWatch
 from oialr.layer_survey import LayerReport, parameter_counts, survey
-from oialr.optimizer_state import check_loaded_state, check_optimizer
+from oialr.optimizer_state import check_optimizer, check_stored_optimizer
 from oialr.options import Options, Selection, part
 from oialr.parameter_groups import TwinGroups
 from oialr.placement.assignment import Factorization, Plan
@@ -37,12 +38,15 @@ from oialr.placement.buckets import MatrixInfo
 from oialr.placement.costs import Costs
 from oialr.placement.factorization import Factorizer
 from oialr.placement.processes import Processes
+from oialr.preparation import follow_stored_forms
 from oialr.schedule import events_due, layers_in_turn
 from oialr.sharding import check_not_sharded, check_not_sharding
 from oialr.share import little_factorized
+from oialr.start import LowRankLayers
 from oialr.stored_state import check_stored_state
 from oialr.target import TargetSize
 from oialr.transitions import Transitions
+from oialr.wrappers import unwrapped, unwrapped_optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -62,12 +66,15 @@ class OIALR:
         measure_memory: bool = False,
         **keywords: Any,
     ) -> None:
-        """Take hold of a full-rank network and its optimizer; nothing is changed yet.
+        """Take hold of a network and its optimizer; nothing is changed yet.
 
         Args:
-            model: the network, not wrapped in DistributedDataParallel; master weights in float32
-                or float64, since products of half-precision bases lose their orthogonality.
-            optimizer: Adam, AdamW, NAdam, RAdam, SGD or RMSprop.
+            model: the network, full-rank or with stored weights of other ranks; taken out of
+                DistributedDataParallel, torch.compile's OptimizedModule or DataParallel. Master
+                weights in float32 or float64, since products of half-precision bases lose their
+                orthogonality.
+            optimizer: Adam, AdamW, NAdam, RAdam, SGD or RMSprop; taken out of accelerate's
+                AcceleratedOptimizer.
             options: of the method; None: all of them are keywords.
             **keywords: options by name, as :class:`oialr.options.Options` describes each; delay and
                 update_interval must be given.
@@ -80,13 +87,13 @@ class OIALR:
             measure_memory: find out ``peak_bytes`` of every event, which slows events down.
 
         Raises:
-            ValueError: an option out of range, a wrapped or sharded model, an unknown or sharding
+            ValueError: an option out of range, a sharded model, an unknown or sharding
                 optimizer, a pattern that matches nothing, no layer that could be factorized.
             UserError: the processes cannot factorize in the way that was asked for.
         """
         options = Options(**keywords) if options is None else replace(options, **keywords)
-        if isinstance(model, DistributedDataParallel):
-            raise ValueError("OIALR takes the module inside DistributedDataParallel: model.module")
+        check_not_sharded(model)
+        model, optimizer = unwrapped(model), unwrapped_optimizer(optimizer)
         check_not_sharded(model)
         check_not_sharding(optimizer)
         check_optimizer(optimizer, options.unknown_optimizer_state)
@@ -97,6 +104,7 @@ class OIALR:
         self.processes = processes or Processes.current()
         self.factorizer = Factorizer(self.processes, mode=factorization, costs=costs)
 
+        low_rank = LowRankLayers(model, optimizer)
         self.survey: list[LayerReport] = survey(
             model,
             **part(options, Selection),
@@ -114,7 +122,10 @@ class OIALR:
         weights = {report.name: model.get_parameter(report.name) for report in self.layers}
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if missing := [name for name, weight in weights.items() if id(weight) not in held]:
-            raise ValueError(f"{missing[0]} is not among the optimizer's parameters")
+            raise ValueError(
+                f"{missing[0]} is not among the optimizer's parameters; where weights of other "
+                "ranks have been loaded since the optimizer was made, make it afterwards"
+            )
         self._gradients = GradientWatch(weights)
         groups = TwinGroups(optimizer, weights)
         if options.core_learning_rate_factor != 1:
@@ -149,7 +160,9 @@ class OIALR:
         self._handled = 0
         self._released_at: int | None = None
         optimizer.register_step_post_hook(self._count_step)
-        optimizer.register_load_state_dict_post_hook(partial(check_loaded_state, model=model))
+        low_rank.put_back(self._transitions, self.layers)
+        optimizer.register_load_state_dict_pre_hook(partial(check_stored_optimizer, model=model))
+        follow_stored_forms(model, self._take_stored_forms)
 
     def step(self) -> Event | None:
         """Convert, update, release, or do nothing, as the number of optimizer steps says.
@@ -171,6 +184,15 @@ class OIALR:
         self._gradients.check()
         due = self._due()
         event = None
+        if (
+            due
+            and self._released_at is None
+            and any(map(self._transitions.is_released, self.layers))
+        ):
+            raise ValueError(
+                "the network's weights are those of after a release, and the method does not know "
+                "of it: load the method's state too, or give OIALR the full-rank network"
+            )
         if due:
             check_not_sharded(self.model)  # nor meanwhile
             self._gradients.end_interval()
@@ -267,18 +289,18 @@ class OIALR:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Give a full-rank network and its optimizer the shapes of a stored state.
+        """Go on where a stored state was.
 
-        To be called before the network's and the optimizer's own load_state_dict, which then find
-        the shapes that they expect; the optimizer's raises ValueError where it does not find them.
-        The values of the factors are undefined until then.
+        The network's own load_state_dict gives it and its optimizer the shapes of the stored
+        weights, and this method does the same where it comes before: the values of the factors are
+        NaN until the weights are loaded. The optimizer's load_state_dict comes after either, and
+        raises ValueError where it does not find its shapes.
 
         Raises:
-            ValueError: the state belongs to another network, or this network is low-rank already,
-                or cannot be, or the delay is another one and either of them is over.
+            ValueError: the state belongs to another network, or this network is low-rank already at
+                other ranks, or cannot be low-rank, or the delay is another one and either of them
+                is over.
         """
-        if self.converted:
-            raise ValueError("load_state_dict needs the full-rank network")
         check_stored_state(
             state,
             names=[report.name for report in self.layers],
@@ -286,16 +308,46 @@ class OIALR:
             release=self.options.release,
             frobenius_decay=self.options.frobenius_decay,
         )
-        obstacles = self._transitions.obstacles(self.layers)
-        for report, obstacle in zip(self.layers, obstacles, strict=True):
-            if obstacle and state["ranks"][report.name] is not None:
-                raise ValueError(f"{report.name} cannot turn low-rank as it was stored: {obstacle}")
-        for report in self.layers:
-            self._transitions.take_form(
-                report, state["ranks"][report.name], released=state.get("released", {})
-            )
+        released = state.get("released", {})
+        forms = {
+            layer.name: Form(rank, released.get(layer.name) == "factors", layer.groups)
+            if (rank := state["ranks"][layer.name]) is not None
+            else DENSE
+            for layer in self.layers
+        }
+        for name, form in forms.items() if self.converted else ():
+            if form != (present := form_of(self.model, name)):
+                raise ValueError(
+                    f"load_state_dict needs the full-rank network, or the weights that belong to "
+                    f"the state: {name} is {present}, and was {form} when the state was stored"
+                )
+        check_can_take(self.model, forms, to_train=True)
+        returned = [name for name, form in released.items() if form == "dense"]
+        self._transitions.take_forms(self.layers, forms, returned=returned)
         self.step_count, self._handled = state["step_count"], state["handled"]
         self._released_at = state.get("released_at")
+
+    def _take_stored_forms(self, stored: Mapping[str, Form]) -> None:
+        """Give the network, whose weights are about to be loaded, the forms that they have.
+
+        Raises:
+            ValueError: a weight cannot have its form here. Nothing has been changed then.
+        """
+        forms = {layer.name: form_of(self.model, layer.name) for layer in self.layers}
+        reports = {report.name: report for report in self.survey}
+        for name, form in stored.items():
+            if name not in forms and form != form_of(self.model, name):
+                why = reports[name].stays_dense if name in reports else "no layer of the method"
+                raise ValueError(f"{name} is stored {form}, and stays full-rank here: {why}")
+            if name in forms and form.rank is not None and form.groups != reports[name].groups:
+                raise ValueError(
+                    f"{name} is stored {form}, and is read as {reports[name].groups} matrices "
+                    "here: does attention_projection differ?"
+                )
+        forms |= {name: form for name, form in stored.items() if name in forms}
+        check_can_take(self.model, forms, to_train=True)
+        returned = [name for name, form in self._transitions.released.items() if form == "dense"]
+        self._transitions.take_forms(self.layers, forms, returned=returned)
 
     def _count_step(self, *_: Any) -> None:
         self.step_count += 1

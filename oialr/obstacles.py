@@ -24,11 +24,12 @@ class Obstacles:
         )
         self._claims = claims(model)
 
-    def of(self, name: str) -> str | None:
+    def of(self, name: str, *, to_train: bool = True) -> str | None:
         """Say why a weight cannot be factorized; None if it can be.
 
         Args:
             name: dense parameter name of a weight that is not factorized.
+            to_train: the factors are to be trained, and not only to hold stored values.
         """
         path, _, key = name.rpartition(".")
         module = self._model.get_submodule(path)
@@ -46,9 +47,9 @@ class Obstacles:
             return reason
         if self._model in replaced:
             return "the model itself is this layer, and nothing holds it"
-        if not weight.requires_grad:
+        if to_train and not weight.requires_grad:
             return "not trained"
-        if weight.dtype not in MASTER_DTYPES:
+        if to_train and weight.dtype not in MASTER_DTYPES:
             return f"{weight.dtype}; weights must be float32 or float64 (try autocast)"
         if weight._backward_hooks or weight._post_accumulate_grad_hooks:
             return "has hooks, which its replacement would lose"

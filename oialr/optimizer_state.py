@@ -45,29 +45,46 @@ def check_optimizer(optimizer: Optimizer, unknown: UnknownState) -> None:
         )
 
 
-def check_loaded_state(optimizer: Optimizer, model: nn.Module) -> None:
+def check_stored_optimizer(
+    optimizer: Optimizer, state: Mapping[str, Any], *, model: nn.Module
+) -> None:
     """Reject optimizer state that was stored at other ranks than the network has.
 
     torch's own load_state_dict takes it, and a fused step then writes beyond the parameters' end.
 
     Args:
-        optimizer: after its load_state_dict.
+        optimizer: before its load_state_dict.
+        state: what it is to load.
         model: knows the parameters' names.
 
     Raises:
-        ValueError: an average of the gradient, or of its square, has not its parameter's shape.
+        ValueError: a group has another number of parameters; or an average of the gradient, or of
+            its square, has not its parameter's shape.
     """
+    groups, stored = optimizer.param_groups, state["param_groups"]
+    if len(groups) != len(stored):
+        return  # torch's own message is the right one
     names = {parameter: name for name, parameter in model.named_parameters()}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            for key, value in optimizer.state.get(parameter, {}).items():
-                is_average = key in LINEAR | SQUARED and isinstance(value, Tensor)
+    order = (
+        "It was stored at other ranks: call load_state_dict of the network (or that of OIALR) "
+        "before that of the optimizer"
+    )
+    for i, (group, theirs) in enumerate(zip(groups, stored, strict=True)):
+        sizes = len(group["params"]), len(theirs["params"])
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"the optimizer state does not fit the network: group {i} has {sizes[0]} "
+                f"parameters, and was stored with {sizes[1]}. {order}; after a release OIALR's "
+                "state too"
+            )
+        for parameter, key in zip(group["params"], theirs["params"], strict=True):
+            for what, value in state["state"].get(key, {}).items():
+                is_average = what in LINEAR | SQUARED and isinstance(value, Tensor)
                 if is_average and value.shape != parameter.shape:
                     raise ValueError(
-                        f"the loaded optimizer state does not fit the network: {key} "
+                        f"the optimizer state does not fit the network: {what} "
                         f"{tuple(value.shape)} of {names.get(parameter, 'a parameter')} "
-                        f"{tuple(parameter.shape)}. It was stored at other ranks: call "
-                        "load_state_dict of OIALR before that of the optimizer"
+                        f"{tuple(parameter.shape)}. {order}"
                     )
 
 

@@ -2,7 +2,7 @@
 
 import weakref
 from bisect import bisect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from torch import nn
@@ -32,9 +32,22 @@ class TwinGroups:
         self._origin: dict[str, int] = {}
         self._order = {name: i for i, name in enumerate(weights)}
         self._weights = {name: weakref.ref(weight) for name, weight in weights.items()}
+        names = {id(weight): name for name, weight in weights.items()}
+        self._places: dict[int, list[str | weakref.ref[nn.Parameter]]] = {}
+        """Of each group with weights: names of these and other parameters, in their order."""
+        self._stored_names: dict[str, str] = {}
+        """Names of weights in the groups, where these have names."""
         for i, group in enumerate(optimizer.param_groups):
-            members = {id(parameter) for parameter in group["params"]}
-            self._origin |= {name: i for name, w in weights.items() if id(w) in members}
+            found = [names.get(id(parameter)) for parameter in group["params"]]
+            if any(found):
+                self._origin |= {name: i for name in found if name}
+                self._places[i] = [
+                    name or weakref.ref(parameter)
+                    for name, parameter in zip(found, group["params"], strict=True)
+                ]
+                stored = group.get("param_names", [])
+                pairs = zip(found, stored, strict=False)
+                self._stored_names |= {name: key for name, key in pairs if name}
         self._twins: dict[tuple[Kind, int], int] = {}
         self._keys: dict[int, list[tuple[int, int]]] = {}
 
@@ -96,6 +109,82 @@ class TwinGroups:
             target["params"].insert(place, parameter)
             if stored_name is not None:
                 target["param_names"].insert(place, stored_name)
+
+    def arrange(
+        self,
+        optimizer: Optimizer,
+        homes: Mapping[str, tuple[Kind | None, Sequence[nn.Parameter]]],
+        *,
+        dead: Sequence[nn.Parameter],
+    ) -> None:
+        """Put what stands for all weights where the events that led there would have put it.
+
+        Args:
+            optimizer: changed in place.
+            homes: of each weight by name, of which kind it is now (None: as at first), and its
+                parameters.
+            dead: parameters that leave the optimizer.
+        """
+        leaving = {id(p) for p in dead} | {id(p) for _, ps in homes.values() for p in ps}
+        names = {
+            id(parameter): name
+            for group in optimizer.param_groups
+            for parameter, name in zip(group["params"], group.get("param_names", ()), strict=False)
+        }
+        twins: dict[int, list[str]] = {twin: [] for twin in self._keys}
+        for name in sorted(homes, key=self._order.__getitem__):
+            kind, held = homes[name]
+            if kind is None:
+                self._weights[name] = weakref.ref(held[0])
+            if kind and (twin := self._twins.get((kind, self._origin[name]))) is not None:
+                twins[twin].append(name)
+            stored = self._stored_names.get(name, "")
+            several = len(held) > 1
+            for j, parameter in enumerate(held):
+                names[id(parameter)] = f"{stored}.{j}" if several else stored
+        moved = {name for members in twins.values() for name in members}
+        for i in (*self._places, *twins):
+            group = optimizer.param_groups[i]
+            others = {id(p): p for p in group["params"] if id(p) not in leaving}
+            parameters: list[nn.Parameter] = []
+            for place in self._places[i] if i in self._places else twins[i]:
+                if isinstance(place, str):
+                    if i in twins or place not in moved:
+                        parameters += homes[place][1]
+                elif (other := others.pop(id(place()), None)) is not None:
+                    parameters.append(other)
+            group["params"][:] = [*parameters, *others.values()]
+            if "param_names" in group:
+                group["param_names"][:] = [names[id(parameter)] for parameter in group["params"]]
+            if i in twins:
+                self._keys[i] = [
+                    (self._order[name], j) for name in twins[i] for j in range(len(homes[name][1]))
+                ]
+
+
+def exchange(
+    optimizer: Optimizer, old: Sequence[nn.Parameter], new: Sequence[nn.Parameter]
+) -> None:
+    """Put parameters at the place of the first of some others, of which all leave the optimizer.
+
+    Args:
+        optimizer: changed in place, but for its state.
+        old: of which one group holds one or several.
+        new: what comes.
+    """
+    leaving = {id(parameter) for parameter in old}
+    for group in optimizer.param_groups:
+        found = [i for i, parameter in enumerate(group["params"]) if id(parameter) in leaving]
+        if not found:
+            continue
+        names = group.get("param_names")
+        for i in reversed(found):
+            del group["params"][i]
+            name = names.pop(i) if names else ""
+        group["params"][found[0] : found[0]] = new
+        if names is not None:
+            names[found[0] : found[0]] = [name] * len(new)
+        return
 
 
 def _remove(

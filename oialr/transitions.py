@@ -1,7 +1,7 @@
 """What an event does to one layer: from full-rank to factors, and from one basis to the next."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Literal
 
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from oialr.allocation import Choice, stored_parameters
-from oialr.convert import densify_layer, empty_factors, factorize_layer, get_layer
+from oialr.convert import densify_layer, factorize_layer, get_layer
+from oialr.forms import Form, form_of, take_form
 from oialr.gradients import GradientWatch
 from oialr.layer_survey import LayerReport
 from oialr.layers.base import FactoredLayer
@@ -23,7 +24,7 @@ from oialr.optimizer_state import (
     rotate_parameter,
 )
 from oialr.options import Options
-from oialr.parameter_groups import TwinGroups
+from oialr.parameter_groups import Kind, TwinGroups
 from oialr.schedule import kept_rank
 from oialr.target import TargetSize
 from oialr.transport import (
@@ -218,10 +219,7 @@ class Transitions:
         """
         weight = self.weight(report)
         layer = factorize_layer(self._model, report.name, *factors)
-        layer.configure(
-            execution=self._options.execution,
-            recompute_convolutions=self._options.recompute_convolutions,
-        )
+        self._equip(layer)
         read = partial(FromDense, report.reading)
         if layer.released:
             A, B = factors
@@ -233,27 +231,64 @@ class Transitions:
             self._replace_parameter(report, weight, {layer.core: read(Projection(U, Vh.mT))})
             self._groups.move(self._optimizer, "cores", report.name, layer.core)
 
-    def take_form(
+    def take_forms(
         self,
-        report: LayerReport,
-        rank: int | None,
+        reports: Sequence[LayerReport],
+        forms: Mapping[str, Form],
         *,
-        released: Mapping[str, Literal["factors", "dense"]],
+        returned: Collection[str] = (),
+        factors: Mapping[str, Sequence[nn.Parameter]] | None = None,
     ) -> None:
-        """Give a dense layer the form of a stored one; the values of factors are undefined.
+        """Give layers the forms of stored ones, and let the optimizer hold what is trained then.
+
+        What the optimizer knew of a weight that changes its form is dropped: its own state is
+        loaded afterwards.
 
         Args:
-            report: the layer.
-            rank: that it had; None: it was dense.
-            released: what :attr:`released` was.
+            reports: all layers.
+            forms: of each by name.
+            returned: names of dense layers that a release has brought back.
+            factors: of layers that are dense now, by name; otherwise they are NaN, to be loaded.
         """
-        form = released.get(report.name)
-        if rank is not None:
-            is_released = form == "factors"
-            factors = empty_factors(self._model, report, rank, released=is_released)
-            self.put_factors(report, *factors)
-        elif form == "dense":
-            self.put_dense(report)
+        dead: list[nn.Parameter] = []
+        released = {report.name: self.released.get(report.name) for report in reports}
+        for report in reports:
+            name, form = report.name, forms[report.name]
+            if form_of(self._model, name) != form:
+                old = self.weight(report)
+                layer = get_layer(self._model, name)
+                dead += layer.factors if isinstance(layer, FactoredLayer) else [old]
+                take_form(self._model, name, form, (factors or {}).get(name))
+                self._equip(get_layer(self._model, name))
+                self._gradients.replace(name, old, self.weight(report))
+            if form.released:
+                self.released[name] = "factors"
+            elif name in returned and form.rank is None:
+                self.released[name] = "dense"
+            else:
+                self.released.pop(name, None)
+        for parameter in dead:
+            self._optimizer.state.pop(parameter, None)
+            parameter.grad = None
+        if dead or released != {name: self.released.get(name) for name in released}:
+            homes = {report.name: self._home(report) for report in reports}
+            self._groups.arrange(self._optimizer, homes, dead=dead)
+
+    def _home(self, report: LayerReport) -> tuple[Kind | None, list[nn.Parameter]]:
+        """Return what is trained of a layer, and which twin of its group it belongs to."""
+        layer = get_layer(self._model, report.name)
+        if not isinstance(layer, FactoredLayer):
+            kind: Kind | None = "dense" if report.name in self.released else None
+            return kind, [self.weight(report)]
+        return ("factors", [layer.A, layer.B]) if layer.released else ("cores", [layer.core])
+
+    def _equip(self, layer: nn.Module) -> None:
+        """Tell a factorized layer how it is to be applied."""
+        if isinstance(layer, FactoredLayer):
+            layer.configure(
+                execution=self._options.execution,
+                recompute_convolutions=self._options.recompute_convolutions,
+            )
 
     def put_dense(self, report: LayerReport) -> None:
         """Let a dense weight be one that a release has brought back, for the optimizer."""

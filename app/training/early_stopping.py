@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from app.training.checkpoint import Checkpoints
-from oialr.convert import restore
 from oialr.method import OIALR
+from oialr.preparation import prepare
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class EarlyStopping:
         self._checkpoints.save(step, shared, {})
         self._best_step = step
 
-    def restore_best(self, model: nn.Module, method: OIALR | None) -> int | None:
+    def restore_best(self, model: nn.Module) -> int | None:
         """Give the network the best weights, at the ranks that it had then. A collective call.
 
         The optimizer does not follow: nothing can be trained after it.
@@ -94,8 +94,7 @@ class EarlyStopping:
             logger.warning("the best weights are lost: those of the last epoch are tested")
             return None
         best, _ = loaded
-        layers = method.layers if method else []
-        restore(model, layers, best["ranks"], best["model"], best.get("released"))
+        prepare(model).load_state_dict(best["model"])
         # Of a killed session they may be later ones than it knew.
         step: int | None = best.get("step", self._best_step)
         return step

@@ -223,7 +223,7 @@ class Trainer:
             Stopped: by a signal; the checkpoint of the last epoch is there.
         """
         stopping = self.early_stopping
-        best_step = stopping.restore_best(self.model, self.method) if stopping else None
+        best_step = stopping.restore_best(self.model) if stopping else None
         with self._evaluated_weights() if best_step is None else nullcontext():
             figures = self._evaluate("test")
         if not figures:

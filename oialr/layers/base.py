@@ -137,14 +137,17 @@ class FactoredLayer(nn.Module):
 
         Args:
             factors: U (m, r), core (r, r), Vh (r, n); or A (m, r), B (r, n), which release the
-                layer. With groups as described at the class.
+                layer. With groups as described at the class. What is a Parameter already stays the
+                object that it is.
         """
         others = {k: p for k, p in self._parameters.items() if k not in FACTOR_NAMES}
         self._parameters.clear()
         self.released = len(factors) == len(RELEASED)
         for name, factor in zip(RELEASED if self.released else FROZEN, factors, strict=True):
+            is_trained = name not in {"U", "Vh"}
             self.register_parameter(
-                name, nn.Parameter(factor, requires_grad=name not in {"U", "Vh"})
+                name,
+                factor if isinstance(factor, nn.Parameter) else nn.Parameter(factor, is_trained),
             )
         self._parameters.update(others)  # last, in whatever way the layer came to its factors
 

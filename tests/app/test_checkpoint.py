@@ -191,7 +191,7 @@ def test_damaged_best_weights_let_early_stopping_begin_anew(tmp_path, caplog):
     assert "state.pt is damaged" in caplog.text
     assert "early stopping begins anew: the best weights are damaged" in caplog.text
     torch.nn.init.zeros_(model.weight)
-    damaged.restore_best(model, None)
+    damaged.restore_best(model)
     assert "the best weights are lost: those of the last epoch are tested" in caplog.text
     assert model.weight.tolist() == [[0.0] * 3]
     assert damaged.improves(20, 0.5)

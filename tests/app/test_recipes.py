@@ -27,8 +27,8 @@ from app.training.early_stopping import EarlyStopping
 from app.training.evaluation import evaluate
 from app.training.optimizer import Schedule
 from app.training.replicas import synchronize_batch_norm
-from oialr.convert import restore
-from oialr.layer_survey import parameter_counts, survey
+from oialr import prepare
+from oialr.layer_survey import parameter_counts
 from oialr.optimizer_state import WEIGHT_AVERAGE
 from oialr.placement.processes import Processes
 
@@ -270,8 +270,8 @@ def test_stored_ranks_are_restored() -> None:
         model.train()
     assert snapshots[0][0]["square.weight"] is None
     assert snapshots[1][0]["square.weight"] > snapshots[2][0]["square.weight"]
-    for ranks, state, outputs, percent in (snapshots[1], snapshots[2], snapshots[0]):
-        restore(model, method.layers, ranks, state)
+    for _, state, outputs, percent in (snapshots[1], snapshots[2], snapshots[0]):
+        model.load_state_dict(state)
         torch.testing.assert_close(model.eval()(inputs), outputs)
         assert method.trainable_percent() == percent
 
@@ -342,7 +342,7 @@ def test_early_stopping_goes_on_after_a_kill(
     resumed.load_state_dict(state)
     assert not resumed.improves(20, 1.5)
     model.reset_parameters()
-    assert resumed.restore_best(model, None) == 30
+    assert resumed.restore_best(model) == 30
     assert (model.weight == 7).all()
 
     # Without its weights a loss is worth nothing.
@@ -375,7 +375,7 @@ def test_early_stopping_begins_anew_where_the_network_turns_into_another_one(
     before = model.weight.clone()
     for one in (stopping, resumed):
         assert not one.improves(30, 0.4)
-        assert one.restore_best(model, None) is None  # not those of step 10
+        assert one.restore_best(model) is None  # not those of step 10
         assert one.improves(40, 2.0)
     with torch.no_grad():
         model.weight.fill_(7)
@@ -385,7 +385,7 @@ def test_early_stopping_begins_anew_where_the_network_turns_into_another_one(
     assert not resumed.exhausted
     assert not resumed.improves(60, 2.5)
     assert resumed.exhausted
-    assert resumed.restore_best(model, None) == 40
+    assert resumed.restore_best(model) == 40
     assert (model.weight == 7).all()
 
 
@@ -428,8 +428,7 @@ def test_early_stopping_tests_the_best_low_rank_weights(tmp_path: Path) -> None:
     section = configuration.model
     sizes = {"input_shape": task.input_shape, "outputs": task.outputs}
     model = models.build(section.name, section.arguments, **sizes)
-    layers = [report for report in survey(model) if report.stays_dense is None]
-    restore(model, layers, kept["ranks"], kept["model"])
+    prepare(model).load_state_dict(kept["model"])
     assert summary["tested_ranks"] == kept["ranks"]
     assert None not in kept["ranks"].values()
     assert summary["stored_parameters"] == parameter_counts(model)[1]

@@ -279,8 +279,10 @@ def test_state_of_another_network_is_refused():
     model, optimizer, method = make(delay=1)
     train(model, optimizer, method, 1)
     state = method.state_dict()
-    with pytest.raises(ValueError, match="full-rank network"):
-        method.load_state_dict(state)
+    method.load_state_dict(state)  # as it is
+    ranks = {**state["ranks"], "2.weight": 3}
+    with pytest.raises(ValueError, match=r"full-rank network.*2\.weight is low-rank of rank 32"):
+        method.load_state_dict({**state, "ranks": ranks})
     other = nn.Sequential(nn.Linear(20, 32), nn.Linear(32, 5))
     other_optimizer = torch.optim.SGD(other.parameters())
     other_method = OIALR(other, other_optimizer, delay=1, update_interval=1)

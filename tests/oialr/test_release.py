@@ -8,8 +8,8 @@ import torch
 from support.method_loop import CUT, OPTIMIZERS, batch, make, network, train, weights
 from torch import nn
 
-from oialr import OIALR
-from oialr.convert import get_layer, restore
+from oialr import OIALR, prepare
+from oialr.convert import get_layer
 from oialr.layer_survey import survey
 from oialr.layers.base import FactoredLayer
 from oialr.optimizer_state import WEIGHT_AVERAGE
@@ -313,11 +313,10 @@ def test_a_release_that_is_not_over_may_be_moved():
 def test_a_network_is_given_back_what_a_release_has_made():
     model, optimizer, method = make("adamw", release=12, layer_fraction=1, **CUT)
     train(model, optimizer, method, 14)
-    state, x = method.state_dict(), batch(0)[0]
+    x = batch(0)[0]
     expected, stored = model(x), copy.deepcopy(model.state_dict())
     other = network(seed=1)
-    layers = [layer for layer in survey(other) if layer.stays_dense is None]
-    restore(other, layers, state["ranks"], stored, state["released"])
+    prepare(other).load_state_dict(stored)
     torch.testing.assert_close(other(x), expected)
 
 

@@ -1,0 +1,199 @@
+"""Networks as files that describe themselves: safetensors with the forms of the layers beside.
+
+The file holds the network's state_dict, without an optimizer. Its metadata, under "oialr", are a
+JSON object: the layout's number, the library's version, for each low-rank layer its dense shape,
+rank, and whether it was released; names of tensors that are stored once for several; a checksum.
+Whoever reads safetensors reads the tensors.
+"""
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from oialr.forms import (
+    DENSE,
+    check_can_take,
+    factor_path,
+    form_of,
+    state_keys,
+    stored_forms,
+    weight_shapes,
+)
+from oialr.layers.base import FACTOR_NAMES
+from oialr.linalg.checksum import checksum
+from oialr.preparation import prepare
+from oialr.wrappers import unwrapped
+
+Model = TypeVar("Model", bound=nn.Module)
+
+KEY = "oialr"
+"""Of the metadata."""
+LAYOUT = 1
+"""Number of the layout of the metadata."""
+
+
+def save(model: nn.Module, file: str | os.PathLike[str]) -> None:
+    """Store a network, with the ranks of its layers.
+
+    The file appears under its name when it is complete; one that is there stays until then.
+
+    Args:
+        model: the network, whichever wrappers are around it.
+        file: such as "network.safetensors".
+
+    Raises:
+        ImportError: the package safetensors is not installed.
+        ValueError: the state of the network holds something that is no tensor.
+        OSError: the file cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    from oialr import __version__
+
+    network = unwrapped(model)
+    tensors, same = _tensors_of(network)
+    forms = {name: form_of(network, name) for name in weight_shapes(network)}
+    description = {
+        "layout": LAYOUT,
+        "version": __version__,
+        "layers": {
+            name: {"shape": shape, "rank": forms[name].rank, "released": forms[name].released}
+            for name, shape in weight_shapes(network).items()
+            if forms[name] != DENSE
+        },
+        "same": same,
+        "checksum": _checksum(tensors),
+    }
+    target = Path(file).absolute()
+    handle, partial = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
+    os.close(handle)
+    try:
+        try:
+            save_file(tensors, partial, {"format": "pt", KEY: json.dumps(description)})
+        except SafetensorError as error:
+            raise OSError(f"{target}: cannot be written: {error}") from None
+        with open(partial, "rb+") as written:
+            os.fsync(written.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        Path(partial).chmod(0o666 & ~mask)  # a temporary file is for its owner alone
+        os.replace(partial, target)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(partial)
+        raise
+
+
+def load(model: Model, file: str | os.PathLike[str]) -> Model:
+    """Give a network stored weights, and its layers the ranks that they had.
+
+    The network is prepared (:func:`oialr.prepare`); where :class:`oialr.OIALR` has it, the
+    optimizer follows. Nothing is changed unless all fits.
+
+    Args:
+        model: dense or low-rank, of whatever ranks, whichever wrappers are around it.
+        file: written by :func:`save`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ImportError: the package safetensors is not installed.
+        ValueError: the file is damaged, or none of ours, or of another network.
+        OSError: the file cannot be read.
+    """
+    state = _read(Path(file))
+    network = unwrapped(prepare(model))
+    try:
+        _check_fits(network, state)
+    except ValueError as error:
+        raise ValueError(f"{file} does not fit the network: {error}") from None
+    network.load_state_dict(state)
+    return model
+
+
+def _tensors_of(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return what is stored, on the CPU, and the names of what is stored under another name."""
+    tensors: dict[str, Tensor] = {}
+    same: dict[str, str] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+    for name, value in network.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} of the network's state is no tensor, and cannot be stored")
+        place = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
+        if value.numel() and place in seen:
+            same[name] = seen[place]
+            continue
+        seen[place] = name
+        tensor = value.detach().cpu().contiguous()
+        whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+        tensors[name] = tensor if whole else tensor.clone()
+    return tensors, same
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> int:
+    with torch.no_grad():
+        ordered = [tensors[name] for name in sorted(tensors)]
+        return int(checksum(ordered, torch.device("cpu")))
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as stored:
+            metadata = stored.metadata() or {}
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file}: there is no such file") from None
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged, or no safetensors file: {error}") from None
+    if KEY not in metadata:
+        raise ValueError(f"{file} was not written by oialr.save: it does not tell of any ranks")
+    try:
+        description = json.loads(metadata[KEY])
+        layout, same, expected = (description[key] for key in ("layout", "same", "checksum"))
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{file} is damaged: its metadata cannot be read") from None
+    if layout != LAYOUT:
+        raise ValueError(
+            f"{file} has layout {layout} (oialr {description.get('version')}), and this version "
+            f"reads {LAYOUT}"
+        )
+    if _checksum(tensors) != expected or not set(same.values()) <= set(tensors):
+        raise ValueError(f"{file} is damaged: its tensors are not those that were written")
+    return tensors | {name: tensors[other] for name, other in same.items()}
+
+
+def _check_fits(network: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Find whatever torch would find only after it has loaded a part."""
+    forms = stored_forms(network, state)
+    check_can_take(network, forms, to_train=False)
+    shapes = {name: value.shape for name, value in network.state_dict().items()}
+    for name, form in forms.items():
+        for key in (name, *(factor_path(network, name) + factor for factor in FACTOR_NAMES)):
+            shapes.pop(key, None)
+        shapes |= {key: state[key].shape for key in state_keys(network, name, form)}
+    for name, shape in weight_shapes(network).items():
+        if forms.get(name) == DENSE:
+            shapes[name] = torch.Size(shape)
+    if missing := sorted(set(shapes) - set(state)):
+        raise ValueError(f"the file lacks {_some(missing)}")
+    if unknown := sorted(set(state) - set(shapes)):
+        raise ValueError(f"the network has no {_some(unknown)}")
+    for name, shape in shapes.items():
+        if state[name].shape != shape:
+            raise ValueError(f"{name} is {tuple(state[name].shape)}, and {tuple(shape)} there")
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
