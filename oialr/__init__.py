@@ -16,6 +16,7 @@ The library: torch and the standard library. Everything that is meant for others
 - :func:`survey` lists a network's weights, and :class:`LayerReport` why one stays full-rank.
 - :func:`prepare` lets a network take stored weights of whatever ranks by its load_state_dict;
   :func:`save` and :func:`load` store a network with its ranks, without an optimizer.
+- :class:`WeightAverage` is a moving average of the weights that follows their ranks.
 - :func:`to_dense` puts dense layers in the place of factorized ones.
 - :func:`register_layer` adds a kind of layers by its :class:`LayerAdapter`, with a
   :class:`FactoredTwin` and a :class:`MatrixReading` of its weight.
@@ -51,9 +52,9 @@ if TYPE_CHECKING:
     from oialr.export.state import dense_state as dense_state
     from oialr.export.state import factor_state as factor_state
     from oialr.export.state import load_factors as load_factors
-    from oialr.inference import for_inference as for_inference
     from oialr.files import load as load
     from oialr.files import save as save
+    from oialr.inference import for_inference as for_inference
     from oialr.layer_survey import LayerReport as LayerReport
     from oialr.layer_survey import survey as survey
     from oialr.layers.adapter import LayerAdapter as LayerAdapter
@@ -64,9 +65,10 @@ if TYPE_CHECKING:
     from oialr.options import Options as Options
     from oialr.placement.costs import Costs as Costs
     from oialr.placement.processes import Processes as Processes
-    from oialr.stability.alone import StabilityTracker as StabilityTracker
     from oialr.preparation import prepare as prepare
+    from oialr.stability.alone import StabilityTracker as StabilityTracker
     from oialr.stability.measurement import LayerStability as LayerStability
+    from oialr.weight_average import WeightAverage as WeightAverage
 
 _HOMES = {
     "OIALR": "oialr.method",
@@ -83,6 +85,7 @@ _HOMES = {
     "Options": "oialr.options",
     "Processes": "oialr.placement.processes",
     "StabilityTracker": "oialr.stability.alone",
+    "WeightAverage": "oialr.weight_average",
     "UserError": "oialr.errors",
     "ExportError": "oialr.errors",
     "Exported": "oialr.export.files",

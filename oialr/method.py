@@ -46,7 +46,7 @@ from oialr.start import LowRankLayers
 from oialr.stored_state import check_stored_state
 from oialr.target import TargetSize
 from oialr.transitions import Transitions
-from oialr.wrappers import unwrapped, unwrapped_optimizer
+from oialr.wrappers import Wrappers, unwrapped, unwrapped_optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +127,9 @@ class OIALR:
                 "ranks have been loaded since the optimizer was made, make it afterwards"
             )
         self._gradients = GradientWatch(weights)
-        groups = TwinGroups(optimizer, weights)
+        self._groups = groups = TwinGroups(optimizer, weights)
+        self._wrappers = Wrappers(model)
+        self._schedule_checked = False
         if options.core_learning_rate_factor != 1:
             factor = options.core_learning_rate_factor
             groups.add(optimizer, "cores", learning_rate_factor=factor)
@@ -177,11 +179,14 @@ class OIALR:
             DivergedError: a weight to be factorized holds NaN or infinity; on all processes.
             DifferingReplicasError: the processes hold different bits; on all processes.
             ValueError: the optimizer could not follow: it does not hold a weight, or knows of it
-                what nobody can carry over; or the network has been sharded meanwhile. No layer has
-                been changed then.
+                what nobody can carry over; or the network has been sharded meanwhile; or a schedule
+                passes over a factor of the learning rate. No layer has been changed then.
             RuntimeError: somebody trains a parameter that an earlier event has replaced.
         """
         self._gradients.check()
+        if not self._schedule_checked and self.step_count:
+            self._groups.check_schedule(self.optimizer)
+            self._schedule_checked = True
         due = self._due()
         event = None
         if (
@@ -207,6 +212,8 @@ class OIALR:
             )
             event = self._events.run("update", self.layers[-turn:], self.step_count)
         self._handled = self.step_count
+        if event and event.shapes_changed:
+            self._wrappers.tell()
         return event
 
     def _due(self) -> list[int | Literal["release"]]:
@@ -250,6 +257,26 @@ class OIALR:
     def steps_since_release(self) -> int | None:
         """Optimizer steps taken since the release; None before it."""
         return None if self._released_at is None else self.step_count - self._released_at
+
+    @property
+    def learning_rate_factors(self) -> list[float]:
+        """Of each group of the optimizer: its learning rate over that of the full-rank weights.
+
+        For schedules that take a rate for each group, such as OneCycleLR.
+        """
+        return self._groups.rate_factors(self.optimizer)
+
+    def follow(self, averaged: nn.Module) -> None:
+        """Let an averaged copy of the network change its layers with the network, from now on.
+
+        Args:
+            averaged: torch's AveragedModel, timm's ModelEmaV3, another module that holds a copy of
+                the network as its ``module``, or a copy itself. It is not kept alive.
+
+        Raises:
+            ValueError: there is no copy of this network in it, or it has other ranks.
+        """
+        self._transitions.followers.add(averaged, [layer.name for layer in self.layers])
 
     def ranks(self) -> dict[str, int]:
         """Return the present rank of each layer; the full rank of a dense one."""
@@ -347,7 +374,8 @@ class OIALR:
         forms |= {name: form for name, form in stored.items() if name in forms}
         check_can_take(self.model, forms, to_train=True)
         returned = [name for name, form in self._transitions.released.items() if form == "dense"]
-        self._transitions.take_forms(self.layers, forms, returned=returned)
+        if self._transitions.take_forms(self.layers, forms, returned=returned):
+            self._wrappers.tell()
 
     def _count_step(self, *_: Any) -> None:
         self.step_count += 1

@@ -49,6 +49,7 @@ class TwinGroups:
                 pairs = zip(found, stored, strict=False)
                 self._stored_names |= {name: key for name, key in pairs if name}
         self._twins: dict[tuple[Kind, int], int] = {}
+        self._rate_factors: dict[int, float] = {}
         self._keys: dict[int, list[tuple[int, int]]] = {}
 
     def add(
@@ -76,6 +77,28 @@ class TwinGroups:
             rate = origin["lr"] * learning_rate_factor
             optimizer.add_param_group({**origin, **names, "params": [], "lr": rate, **options})
             self._twins[kind, i], self._keys[twin] = twin, []
+            self._rate_factors[twin] = learning_rate_factor
+
+    def rate_factors(self, optimizer: Optimizer) -> list[float]:
+        """Return the learning rate of each group over that of its origin; 1 of any other group."""
+        return [self._rate_factors.get(i, 1.0) for i in range(len(optimizer.param_groups))]
+
+    def check_schedule(self, optimizer: Optimizer) -> None:
+        """Reject a learning-rate schedule that gives all groups the same rate.
+
+        Raises:
+            ValueError: it does, such as OneCycleLR with one number, and a twin has a factor.
+        """
+        for (kind, i), twin in self._twins.items():
+            factor = self._rate_factors[twin]
+            rates = [optimizer.param_groups[j].get("initial_lr") for j in (i, twin)]
+            if factor != 1 and rates[0] and rates[0] == rates[1]:
+                raise ValueError(
+                    f"the learning-rate schedule starts the group of {kind} at the same rate as "
+                    f"that of the weights, and not at {factor:g} times it, as OIALR's options say: "
+                    "give it a list, such as OneCycleLR(optimizer, max_lr=[rate * factor for "
+                    "factor in method.learning_rate_factors], ...)"
+                )
 
     def positions(self, kind: Kind) -> list[int]:
         """Return the positions of the twins of a kind among the optimizer's groups."""

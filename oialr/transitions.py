@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from oialr.allocation import Choice, stored_parameters
 from oialr.convert import densify_layer, factorize_layer, get_layer
+from oialr.followers import Followers
 from oialr.forms import Form, form_of, take_form
 from oialr.gradients import GradientWatch
 from oialr.layer_survey import LayerReport
@@ -18,11 +19,7 @@ from oialr.layers.base import FactoredLayer
 from oialr.linalg.svd import Factors
 from oialr.memory import tensors_of
 from oialr.obstacles import Obstacles
-from oialr.optimizer_state import (
-    check_before_event,
-    replace_parameter,
-    rotate_parameter,
-)
+from oialr.optimizer_state import check_before_event, replace_parameter, rotate_parameter
 from oialr.options import Options
 from oialr.parameter_groups import Kind, TwinGroups
 from oialr.schedule import kept_rank
@@ -75,6 +72,7 @@ class Transitions:
         """Whether a conversion needs less than all columns of the factors."""
         self._groups = groups
         self._gradients = gradients
+        self.followers = Followers(model)
         self.released: dict[str, Literal["factors", "dense"]] = {}
         """What a release has made of each low-rank layer: two factors, or dense again."""
         self.wanted: dict[str, int | None] = {}
@@ -238,7 +236,7 @@ class Transitions:
         *,
         returned: Collection[str] = (),
         factors: Mapping[str, Sequence[nn.Parameter]] | None = None,
-    ) -> None:
+    ) -> bool:
         """Give layers the forms of stored ones, and let the optimizer hold what is trained then.
 
         What the optimizer knew of a weight that changes its form is dropped: its own state is
@@ -249,6 +247,9 @@ class Transitions:
             forms: of each by name.
             returned: names of dense layers that a release has brought back.
             factors: of layers that are dense now, by name; otherwise they are NaN, to be loaded.
+
+        Returns:
+            Whether a layer has changed its form.
         """
         dead: list[nn.Parameter] = []
         released = {report.name: self.released.get(report.name) for report in reports}
@@ -273,6 +274,7 @@ class Transitions:
         if dead or released != {name: self.released.get(name) for name in released}:
             homes = {report.name: self._home(report) for report in reports}
             self._groups.arrange(self._optimizer, homes, dead=dead)
+        return bool(dead)
 
     def _home(self, report: LayerReport) -> tuple[Kind | None, list[nn.Parameter]]:
         """Return what is trained of a layer, and which twin of its group it belongs to."""
@@ -353,12 +355,9 @@ class Transitions:
             layer.U.copy_(U)
             layer.core.copy_(core)
             layer.Vh.copy_(Vh)
-            rotate_parameter(
-                self._optimizer,
-                layer.core,
-                Projection(left, right.mT),
-                unknown=self._options.unknown_optimizer_state,
-            )
+            rotation, unknown = Projection(left, right.mT), self._options.unknown_optimizer_state
+            rotate_parameter(self._optimizer, layer.core, rotation, unknown=unknown)
+            self.followers.follow(report.name, [rotation])
 
     def columns_used(self, report: LayerReport, s: Tensor, *, release: bool = False) -> int:
         """Return how many singular vectors :meth:`apply` uses, given the singular values."""
@@ -395,3 +394,4 @@ class Transitions:
     ) -> None:
         replace_parameter(self._optimizer, old, new, unknown=self._options.unknown_optimizer_state)
         self._gradients.replace(report.name, old, next(iter(new)))
+        self.followers.follow(report.name, list(new.values()))

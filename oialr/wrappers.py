@@ -3,10 +3,17 @@
 Wrappers are told by the names of their types, since none of the packages needs to be there.
 """
 
+import gc
+import logging
+import sys
+import weakref
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
+
+logger = logging.getLogger(__name__)
 
 INSIDE = {
     "DistributedDataParallel": "module",
@@ -29,6 +36,68 @@ def unwrapped_optimizer(optimizer: Optimizer) -> Optimizer:
         inside: Any = optimizer
         optimizer = inside.optimizer
     return optimizer
+
+
+class Wrappers:
+    """Those around a network, where its parameters are replaced: some must be made anew."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Take hold of the network; its wrappers are looked for when something happens to it."""
+        self._model = model
+        self._stale: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._changes: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+
+    def tell(self) -> None:
+        """Let every wrapper that the network has outgrown say so, at its next call.
+
+        To be called when the network has new parameters. DistributedDataParallel from before would
+        average gradients of the old ones, and torch's own message comes a step later and names
+        nobody. torch.compile compiles again, but not for ever.
+        """
+        for wrapper in self._find():
+            if "DistributedDataParallel" in _names(wrapper):
+                if wrapper not in self._stale:
+                    self._stale.add(wrapper)
+                    wrapper.register_forward_pre_hook(_refuse)
+            elif "OptimizedModule" in _names(wrapper):
+                self._count(wrapper)
+        if getattr(self._model, "_compiled_call_impl", None) is not None:  # by its compile method
+            self._count(self._model)
+
+    def _find(self) -> list[nn.Module]:
+        """Return what is around the network; nobody tells it of its wrappers."""
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if not distributed and "torch._dynamo" not in sys.modules:
+            return []
+        found = [thing for thing in gc.get_objects() if _wraps(thing)]
+        return [wrapper for wrapper in found if unwrapped(wrapper) is self._model]
+
+    def _count(self, compiled: nn.Module) -> None:
+        changes = self._changes[compiled] = self._changes.get(compiled, 0) + 1
+        limit = torch._dynamo.config.recompile_limit
+        if changes == limit:
+            logger.warning(
+                "the compiled network has changed its shapes %d times, and torch.compile compiles "
+                "it no more than %d times: from now on it runs without compilation. Write "
+                "torch.compiler.reset() where event.shapes_changed, or raise "
+                "torch._dynamo.config.recompile_limit",
+                changes,
+                limit,
+            )
+
+
+def _wraps(thing: object) -> bool:
+    return issubclass(type(thing), nn.Module) and any(name in INSIDE for name in _names(thing))
+
+
+def _refuse(wrapper: nn.Module, _: Any) -> None:
+    if torch.is_grad_enabled():  # an evaluation is right
+        raise RuntimeError(
+            "this DistributedDataParallel was made before layers of its network changed their "
+            "form, and would average gradients of parameters that are there no more. Make it anew "
+            "where event.shapes_changed: model = DistributedDataParallel(method.model), with the "
+            "same device_ids"
+        )
 
 
 def _name_inside(model: nn.Module) -> str | None:

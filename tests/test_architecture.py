@@ -22,6 +22,7 @@ GRAPH = {
     "factor_steps": {"options", "parameter_groups"},
     "files": {"forms", "layers", "linalg", "preparation", "wrappers"},
     "folding": set(),
+    "followers": {"convert", "forms", "layers", "preparation", "transport", "wrappers"},
     "forms": {"convert", "layers", "obstacles"},
     "gradients": set(),
     "inference": {"layers", "wrapped"},
@@ -78,6 +79,7 @@ GRAPH = {
     "transitions": {
         "allocation",
         "convert",
+        "followers",
         "forms",
         "gradients",
         "layer_survey",
@@ -93,6 +95,7 @@ GRAPH = {
         "transport",
     },
     "transport": {"layers"},
+    "weight_average": {"optimizer_state", "wrappers"},
     "wrapped": set(),
     "wrappers": set(),
 }

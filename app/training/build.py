@@ -18,7 +18,6 @@ from app.data.staging import stage, staged_root
 from app.errors import UserError
 from app.runtime.calibration import read_costs
 from app.runtime.processes import Runtime
-from app.training.average import WeightAverage
 from app.training.batch_norm import check_batch_norm
 from app.training.optimizer import Schedule, build_optimizer
 from app.training.position import Position
@@ -29,6 +28,7 @@ from oialr.layer_survey import LayerReport, survey
 from oialr.method import OIALR
 from oialr.placement.processes import Processes
 from oialr.stability.tracker import BasisTracker, select_weights
+from oialr.weight_average import WeightAverage
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,6 @@ from app.config.settings import TrainingSection
 from app.data import build_task
 from app.errors import UserError
 from app.recording.store import read_rows
-from app.training.average import WeightAverage
 from app.training.checkpoint import Checkpoints
 from app.training.early_stopping import EarlyStopping
 from app.training.evaluation import evaluate
@@ -31,6 +30,7 @@ from oialr import prepare
 from oialr.layer_survey import parameter_counts
 from oialr.optimizer_state import WEIGHT_AVERAGE
 from oialr.placement.processes import Processes
+from oialr.weight_average import WeightAverage
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,8 @@ from support.gpu.networks import NETWORKS, batches, build, input_shape, training
 from torch import nn
 from torch.nn import functional
 
-from app.training.average import WeightAverage
 from app.training.precision import Precision
+from oialr.weight_average import WeightAverage
 
 OPTIMIZERS = {
     "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9),

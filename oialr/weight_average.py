@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from oialr.optimizer_state import WEIGHT_AVERAGE as KEY
+from oialr.wrappers import unwrapped, unwrapped_optimizer
 
 
 class WeightAverage:
@@ -27,13 +28,13 @@ class WeightAverage:
         """Start with the weights after the first step.
 
         Args:
-            model: the network.
+            model: the network, whichever wrappers are around it.
             optimizer: of its parameters; its state holds their averages.
             decay: share of the average that remains at a step; less in the first steps, at most
                 (1 + step) / (10 + step), so that the random start is forgotten.
         """
-        self._model = model
-        self._optimizer = optimizer
+        self._model = unwrapped(model)
+        self._optimizer = unwrapped_optimizer(optimizer)
         self._decay = decay
         self._buffers: dict[str, Tensor] = {}
 

@@ -1,0 +1,196 @@
+"""What frameworks put around a network and its optimizer, its averages and its schedules."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+from oialr import OIALR, WeightAverage
+from oialr.compatibility import import_torchvision
+from oialr.forms import form_of
+from tests.support.method_loop import CUT, batch, make, network, train
+
+SCHEDULE = {"delay": 5, "update_interval": 3}
+
+
+class AcceleratedOptimizer(torch.optim.Optimizer):
+    """As of accelerate, by what it is known by: it has the optimizer, and passes on."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    def __getattr__(self, name):
+        return getattr(self.__dict__["optimizer"], name)
+
+    def step(self):
+        self.optimizer.step()
+
+    def zero_grad(self):
+        self.optimizer.zero_grad()
+
+
+@pytest.fixture
+def group():
+    """A group of this process alone."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_wrappers_of_network_and_optimizer_are_taken_off():
+    plain = make(cutoff=0.4)
+    train(*plain, 12)
+    model = network()
+    compiled = torch.compile(nn.DataParallel(model), backend="eager")
+    optimizer = AcceleratedOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-2))
+    optimizer.optimizer.param_groups[0]["weight_decay"] = 0.1
+    method = OIALR(compiled, optimizer, cutoff=0.4, **SCHEDULE)
+    assert method.model is model
+    train(model, optimizer, method, 12)
+    assert method.ranks() == plain[2].ranks()
+    assert all(map(torch.equal, model.parameters(), plain[0].parameters()))
+
+
+def test_a_wrapper_from_before_an_event_says_so(group):
+    model, optimizer, _ = make()
+    old = DistributedDataParallel(model)
+    method = OIALR(old, optimizer, **SCHEDULE)
+    train(old, optimizer, method, 5)
+    with torch.no_grad():
+        old(batch(0)[0])
+    with pytest.raises(RuntimeError, match=r"Make it anew.*DistributedDataParallel\(method\.model"):
+        train(old, optimizer, method, 1)
+    new = DistributedDataParallel(method.model)
+    train(new, optimizer, method, 2)
+
+    state = new.state_dict()
+    other = DistributedDataParallel(network(1))
+    OIALR(other, torch.optim.SGD(other.parameters()), **SCHEDULE)
+    other.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="Make it anew"):
+        other(batch(0)[0])
+
+
+def test_a_compiled_network_is_told_when_it_is_compiled_no_more(caplog, monkeypatch):
+    import torch._dynamo
+
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    model, optimizer, method = make(cutoff=0.5, layer_fraction=1)
+    compiled = torch.compile(model, backend="eager")
+    with caplog.at_level(logging.WARNING, "oialr"):
+        changes = 0
+        for step in range(12):
+            events = train(model, optimizer, method, 1, first=step)
+            changes += sum(event.shapes_changed for event in events)
+            told = [r for r in caplog.records if "torch.compiler.reset()" in r.getMessage()]
+            assert len(told) == (changes >= 2)
+    assert changes >= 2
+    assert compiled is not None
+
+
+def constant_average(average, weight, _):
+    return average.lerp(weight, 0.2)
+
+
+@pytest.mark.parametrize("options", [{"cutoff": 0.4}, {**CUT, "release": 12, "layer_fraction": 1}])
+@pytest.mark.parametrize("first", [0, 6])
+def test_averaged_copies_follow_as_the_average_does(options, first):
+    import_torchvision()
+    from timm.utils import ModelEmaV3
+
+    model, optimizer, method = make(**options)
+    train(model, optimizer, method, first)
+    average = WeightAverage(model, optimizer, decay=0.8)
+    copies = AveragedModel(model, avg_fn=constant_average), ModelEmaV3(model, decay=0.8)
+    for averaged in copies:
+        method.follow(averaged)
+    for step in range(first, 20):
+        train(model, optimizer, method, 1, first=step)
+        average.update(10**9)
+        copies[0].update_parameters(model)
+        if step == first:
+            copies[1].set(model)
+        else:
+            copies[1].update(model)
+    assert list(copies[0].module.state_dict()) == list(model.state_dict())
+    with average.applied():
+        for averaged in copies:
+            for mine, theirs in zip(model.parameters(), averaged.module.parameters(), strict=True):
+                torch.testing.assert_close(mine, theirs)
+    copies[0].load_state_dict(copy.deepcopy(copies[0].state_dict()))
+
+
+def test_what_holds_no_copy_of_the_network_does_not_follow():
+    model, optimizer, method = make()
+    averaged = AveragedModel(model)
+    for wrong in (model, nn.Linear(2, 2), AveragedModel(nn.Linear(2, 2))):
+        with pytest.raises(ValueError, match="holds no copy of the network"):
+            method.follow(wrong)
+    train(model, optimizer, method, 5)
+    with pytest.raises(
+        ValueError, match=r"0\.weight is low-rank of rank 20 .* dense in its average"
+    ):
+        method.follow(averaged)
+    averaged.load_state_dict({f"module.{k}": v for k, v in model.state_dict().items()}, False)
+    method.follow(averaged)
+    assert form_of(averaged.module, "0.weight").rank == 20
+
+
+def timm_cosine(optimizer, _):
+    import_torchvision()
+    from timm.scheduler import CosineLRScheduler
+
+    schedule = CosineLRScheduler(optimizer, 20, warmup_t=2, t_in_epochs=False)
+    return lambda step: schedule.step_update(step + 1)
+
+
+def one_cycle(optimizer, method):
+    rates = [0.01 * factor for factor in method.learning_rate_factors]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rates, total_steps=20)
+    return lambda _: schedule.step()
+
+
+def cosine(optimizer, _):
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
+    return lambda _: schedule.step()
+
+
+@pytest.mark.parametrize("schedule", [cosine, one_cycle, timm_cosine])
+def test_schedules_made_after_keep_the_factor_of_the_cores(schedule):
+    model, optimizer, method = make(core_learning_rate_factor=3.0)
+    advance = schedule(optimizer, method)
+    rates = set()
+    for step in range(10):
+        train(model, optimizer, method, 1, first=step)
+        advance(step)
+        dense, cores = (group["lr"] for group in optimizer.param_groups)
+        assert cores == pytest.approx(3 * dense)
+        rates.add(dense)
+    assert len(rates) > 5
+    assert len(optimizer.param_groups[1]["params"]) == 2
+
+
+def test_schedules_that_would_pass_over_the_factor_are_refused():
+    model, optimizer, method = make(core_learning_rate_factor=3.0)
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=20)
+    with pytest.raises(ValueError, match=r"not at 3 times it.*max_lr=\[rate \* factor for"):
+        train(model, optimizer, method, 1)
+    with pytest.raises(ValueError, match="make the schedule after OIALR"):
+        OIALR(model, optimizer, core_learning_rate_factor=3.0, **SCHEDULE)
+
+
+def test_schedules_made_before_go_on_where_there_is_no_factor():
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=20)
+    method = OIALR(model, optimizer, **SCHEDULE)
+    for step in range(8):
+        train(model, optimizer, method, 1, first=step)
+        schedule.step()
+    assert optimizer.param_groups[0]["lr"] == schedule.get_last_lr()[0]
+    assert method.converted
