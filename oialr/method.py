@@ -11,8 +11,8 @@ optimizer steps in anyone's training loop::
         event = method.step()
 
 Where ``event.shapes_changed`` the network has new Parameter objects: a list of its parameters that
-was made before is out of date. Under DistributedDataParallel the method is given the module inside,
-which must then be wrapped anew. All processes must call ``step`` alike.
+was made before is out of date, and ``method.model`` must be wrapped in DistributedDataParallel
+anew; a wrapper from before says so. All processes must call ``step`` alike.
 """
 
 import inspect

@@ -29,7 +29,7 @@ def check_not_sharded(model: nn.Module) -> None:
     if split:
         raise ValueError(
             f"{split} splits the weights over the processes, and OIALR factorizes whole ones: use "
-            "DistributedDataParallel instead, and give OIALR the module inside"
+            "DistributedDataParallel instead"
         )
 
 
