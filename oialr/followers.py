@@ -44,14 +44,27 @@ class Followers:
                 f"{type(averaged).__name__} holds no copy of the network that OIALR has: make it "
                 "from this network, and give it to follow as it is"
             )
-        for name in names:
-            forms = form_of(copy, name), form_of(self._model, name)
-            if forms[0] != forms[1]:
-                raise ValueError(
-                    f"{name} is {forms[1]} in the network and {forms[0]} in its average: let the "
-                    "average follow from before the conversion, or load its own state first"
-                )
+        self._check(copy, names)
         self._copies.append(weakref.ref(prepare(copy)))
+
+    def check(self, names: Sequence[str]) -> None:
+        """Find, before an event, an average that could not follow.
+
+        Raises:
+            ValueError: its layers have other forms, since one of both has been loaded meanwhile.
+        """
+        for reference in self._copies:
+            if (copy := reference()) is not None:
+                self._check(copy, names)
+
+    def _check(self, copy: nn.Module, names: Sequence[str]) -> None:
+        for name in names:
+            present, averaged = form_of(self._model, name), form_of(copy, name)
+            if present != averaged:
+                raise ValueError(
+                    f"{name} is {present} in the network and {averaged} in its average: let the "
+                    "average follow from before the conversion, or load its own state too"
+                )
 
     @torch.no_grad()
     def follow(self, name: str, transports: Sequence[Transport]) -> None:

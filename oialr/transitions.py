@@ -174,8 +174,9 @@ class Transitions:
         obstacles = Obstacles(self._model)
         return [obstacles.of(r.name) if self.is_dense(r) else None for r in reports]
 
-    def check_optimizer(self, reports: Iterable[LayerReport]) -> None:
-        """Raise ValueError if the optimizer could not follow an event of these layers."""
+    def check_optimizer(self, reports: Collection[LayerReport]) -> None:
+        """Raise ValueError if the optimizer or an average could not follow an event of layers."""
+        self.followers.check([report.name for report in reports])
         check_before_event(
             self._optimizer,
             dense={r.name: self.weight(r) for r in reports if self.is_dense(r)},

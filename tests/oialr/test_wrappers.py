@@ -139,6 +139,10 @@ def test_what_holds_no_copy_of_the_network_does_not_follow():
     averaged.load_state_dict({f"module.{k}": v for k, v in model.state_dict().items()}, False)
     method.follow(averaged)
     assert form_of(averaged.module, "0.weight").rank == 20
+    averaged.load_state_dict({f"module.{k}": v for k, v in network().state_dict().items()}, False)
+    with pytest.raises(ValueError, match="load its own state too"):
+        train(model, optimizer, method, 3)
+    assert method.ranks()["0.weight"] == 20
 
 
 def timm_cosine(optimizer, _):
