@@ -11,7 +11,7 @@ from oialr.layers.base import FactoredParts
 from oialr.layers.cost import MANY_ROWS
 from oialr.layers.registry import adapter_of
 from oialr.layers.twin import FactoredTwin
-from oialr.wrapped import unwrapped
+from oialr.wrappers import unwrapped
 
 logger = logging.getLogger(__name__)
 

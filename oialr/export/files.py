@@ -17,7 +17,7 @@ from oialr.convert import to_dense
 from oialr.errors import ExportError
 from oialr.export.formats import FORMATS, Network, Samples, arguments
 from oialr.export.state import dense_state, state_bytes
-from oialr.wrapped import unwrapped
+from oialr.wrappers import unwrapped
 
 ROUNDS = 5
 """Measurements of time, of which the median counts."""

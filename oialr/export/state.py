@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from oialr.convert import densify_layer, factorize_layer, to_dense
 from oialr.skeleton import dense_skeleton, factored_weights
-from oialr.wrapped import unwrapped
+from oialr.wrappers import unwrapped
 
 FACTORS, VERSION = "oialr-factors", 1
 """What a file of factors says of itself."""

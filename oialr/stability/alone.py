@@ -12,7 +12,7 @@ from oialr.placement.processes import Processes
 from oialr.skeleton import dense_skeleton
 from oialr.stability.measurement import LayerStability
 from oialr.stability.tracker import BasisTracker, select_weights
-from oialr.wrapped import unwrapped
+from oialr.wrappers import unwrapped
 
 if TYPE_CHECKING:
     import pandas

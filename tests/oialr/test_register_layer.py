@@ -56,8 +56,8 @@ def test_it_is_surveyed_and_measured_by_its_own_reading(page):
     report, scale, _ = method.survey
     assert (report.name, report.matrix_shape, report.stays_dense) == ("0.weight", (20, 24), None)
     assert scale.stays_dense == "scale of page.HeadProjection is never factorized"
-    tracker = oialr.StabilityTracker([report], oialr.Processes(), window=1)
-    (row,) = tracker.measure(model, 0)
+    rows = oialr.StabilityTracker(model, window=1).measure()
+    row = next(row for row in rows if row.name == report.name)
     matrix = model[0].weight.transpose(0, 1).reshape(20, 24)
     torch.testing.assert_close(row.singular_values, torch.linalg.svdvals(matrix.detach()))
     model[0].register_forward_hook(lambda *_: None)
