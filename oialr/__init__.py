@@ -26,6 +26,7 @@ The library: torch and the standard library. Everything that is meant for others
   states alone, and :func:`load_factors` takes the latter.
 - :class:`StabilityTracker` measures basis stability, :class:`LayerStability` is a row of it.
 - :class:`Processes` are those that share the work, :class:`Costs` what it costs.
+- :func:`register_optimizer` tells by an :class:`OptimizerRule` how an optimizer's state follows.
 - :class:`DivergedError`, :class:`DifferingReplicasError` and :class:`UserError` are what ends it.
 
 The names are handed out lazily, so that a program which needs an error or an option alone does not
@@ -62,6 +63,8 @@ if TYPE_CHECKING:
     from oialr.layers.registry import register_layer as register_layer
     from oialr.layers.twin import FactoredTwin as FactoredTwin
     from oialr.method import OIALR as OIALR
+    from oialr.optimizers import OptimizerRule as OptimizerRule
+    from oialr.optimizers import register_optimizer as register_optimizer
     from oialr.options import Options as Options
     from oialr.placement.costs import Costs as Costs
     from oialr.placement.processes import Processes as Processes
@@ -82,6 +85,7 @@ _HOMES = {
     "LayerReport": "oialr.layer_survey",
     "LayerStability": "oialr.stability.measurement",
     "MatrixReading": "oialr.layers.reading",
+    "OptimizerRule": "oialr.optimizers",
     "Options": "oialr.options",
     "Processes": "oialr.placement.processes",
     "StabilityTracker": "oialr.stability.alone",
@@ -102,6 +106,7 @@ _HOMES = {
     "load": "oialr.files",
     "prepare": "oialr.preparation",
     "save": "oialr.files",
+    "register_optimizer": "oialr.optimizers",
     "survey": "oialr.layer_survey",
     "to_dense": "oialr.convert",
 }

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
+from oialr.optimizers.registry import full_name, rule_of
+from oialr.optimizers.rule import OptimizerRule
 from oialr.options import Release
 from oialr.parameter_groups import TwinGroups
 
@@ -44,10 +46,22 @@ class FactorSteps:
             groups: get the twins.
             options: of the release.
             steps_since_release: optimizer steps taken since; None before it.
+
+        Raises:
+            ValueError: a decay of an optimizer that is not known.
         """
-        decay = {} if options.frobenius_decay is None else {"weight_decay": 0.0}
+        rule, has_decay = rule_of(optimizer), options.frobenius_decay is not None
+        if rule is None and has_decay:
+            raise ValueError(
+                f"frobenius_decay: it is not known how weights decay by "
+                f"{full_name(type(optimizer))}: oialr.register_optimizer tells"
+            )
+        self._rule = rule or OptimizerRule()
         groups.add(
-            optimizer, "factors", learning_rate_factor=options.factor_learning_rate_factor, **decay
+            optimizer,
+            "factors",
+            learning_rate_factor=options.factor_learning_rate_factor,
+            change=self._rule.without_decay if has_decay else None,
         )
         groups.add(optimizer, "dense")
         self._factors, self._dense = groups.positions("factors"), groups.positions("dense")
@@ -88,21 +102,25 @@ class FactorSteps:
                 continue  # the optimizer leaves out what has no gradient
             terms = A @ (B @ B.mT), (A.mT @ A) @ B
             for parameter, term in zip((A, B), terms, strict=True):
-                _apply_decay(optimizer, group, parameter, decay * term)
+                _apply_decay(optimizer, group, parameter, decay * term, self._rule)
 
 
 def _apply_decay(
-    optimizer: Optimizer, group: dict[str, Any], parameter: nn.Parameter, term: Tensor
+    optimizer: Optimizer,
+    group: dict[str, Any],
+    parameter: nn.Parameter,
+    term: Tensor,
+    rule: OptimizerRule,
 ) -> None:
     """Let a parameter decay by a term, as the optimizer would by weight decay.
 
     A fused optimizer under GradScaler is given scaled gradients, with the scale and whether one of
     them is infinite, in which case it takes no step.
     """
-    if isinstance(optimizer, AdamW) or group.get("decoupled_weight_decay"):
+    if (rate := rule.decay_rate(group)) is not None:
         if (found := getattr(optimizer, "found_inf", None)) is not None:
             term = term * (1 - found)
-        parameter.sub_(group["lr"] * term)
+        parameter.sub_(rate * term)
         return
     assert parameter.grad is not None
     if (scale := getattr(optimizer, "grad_scale", None)) is not None:

@@ -30,7 +30,7 @@ from oialr.factor_steps import FactorSteps
 from oialr.forms import DENSE, Form, check_can_take, form_of
 from oialr.gradients import GradientWatch
 from oialr.layer_survey import LayerReport, parameter_counts, survey
-from oialr.optimizer_state import check_optimizer, check_stored_optimizer
+from oialr.optimizer_state import check_forms, check_optimizer, check_stored_optimizer
 from oialr.options import Options, Selection, part
 from oialr.parameter_groups import TwinGroups
 from oialr.placement.assignment import Factorization, Plan
@@ -126,6 +126,7 @@ class OIALR:
                 f"{missing[0]} is not among the optimizer's parameters; where weights of other "
                 "ranks have been loaded since the optimizer was made, make it afterwards"
             )
+        check_forms(optimizer, {report.name: report.stack_shape for report in self.layers})
         self._gradients = GradientWatch(weights)
         self._groups = groups = TwinGroups(optimizer, weights)
         self._wrappers = Wrappers(model)

@@ -5,28 +5,34 @@ an optimizer accumulates linearly in the gradient (first moments, momentum, a pe
 transported exactly by the same map. What it accumulates of the squared gradient has no exact
 transport; E[(L^T G R)^2] = (L*L)^T E[G*G] (R*R), elementwise squares, holds for uncorrelated
 entries of G and is the best of what was measured. Step counts belong to the moments and stay with
-them. The maps are in :mod:`oialr.transport`.
+them. The maps are in :mod:`oialr.transport`, and what is what in the state of an optimizer says its
+rule in :mod:`oialr.optimizers`.
 
 A weight may be read as a stack of g matrices, one above the other: then L, R and the core have a
 leading dimension g, and every matrix is transported by itself.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Adam, AdamW, NAdam, Optimizer, RAdam, RMSprop
+from torch.optim import Optimizer
 
+from oialr.optimizers.registry import (
+    full_name,
+    known_averages,
+    known_base,
+    known_names,
+    rule_of,
+)
+from oialr.optimizers.rule import Group, OptimizerRule
 from oialr.options import UnknownState
 from oialr.parameter_groups import TwinGroups
 from oialr.transport import Transport
 
-KNOWN_OPTIMIZERS = (Adam, AdamW, NAdam, RAdam, torch.optim.SGD, RMSprop)
 WEIGHT_AVERAGE = "weight_average"
 """Not an optimizer's own: an average of the weight itself, which is linear in it."""
-LINEAR = frozenset({"exp_avg", "momentum_buffer", "grad_avg", WEIGHT_AVERAGE})
-SQUARED = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg"})
 
 
 def check_optimizer(optimizer: Optimizer, unknown: UnknownState) -> None:
@@ -37,12 +43,36 @@ def check_optimizer(optimizer: Optimizer, unknown: UnknownState) -> None:
     """
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError("LBFGS keeps one state for all parameters and cannot follow a conversion")
-    if unknown == "error" and not isinstance(optimizer, KNOWN_OPTIMIZERS):
-        known = ", ".join(kind.__name__ for kind in KNOWN_OPTIMIZERS)
+    if unknown == "error" and rule_of(optimizer) is None:
+        base = known_base(optimizer)
+        known = f"known: {', '.join(known_names())}"
+        reason = f"it is derived from {base}, and may keep other state" if base else known
         raise ValueError(
-            f"the state of {type(optimizer).__name__} cannot be carried over to the cores (known: "
-            f"{known}); unknown_optimizer_state='reset' drops it at every event instead"
+            f"the state of {full_name(type(optimizer))} cannot be carried over to the cores "
+            f"({reason}): oialr.register_optimizer tells how it can, and "
+            "unknown_optimizer_state='reset' drops it at every event instead"
         )
+
+
+def check_forms(optimizer: Optimizer, stacks: Mapping[str, Sequence[int]]) -> None:
+    """Reject weights whose cores would be stacks of matrices, if the optimizer takes none.
+
+    Args:
+        optimizer: trains the weights.
+        stacks: the shape that each weight is read in, by name: (m, n) or (g, m, n).
+
+    Raises:
+        ValueError: it would refuse them itself at the first step after the conversion.
+    """
+    rule = rule_of(optimizer)
+    if rule is None or not rule.matrices_only:
+        return
+    for name, shape in stacks.items():
+        if len(shape) > 2:
+            raise ValueError(
+                f"{type(optimizer).__name__} takes matrices alone, and {name} would be a stack of "
+                f"{shape[0]}: exclude it, or read it as one matrix (attention_projection='packed')"
+            )
 
 
 def check_stored_optimizer(
@@ -65,6 +95,8 @@ def check_stored_optimizer(
     if len(groups) != len(stored):
         return  # torch's own message is the right one
     names = {parameter: name for name, parameter in model.named_parameters()}
+    rule = rule_of(optimizer)
+    averages = (rule.averages if rule else known_averages()) | {WEIGHT_AVERAGE}
     order = (
         "It was stored at other ranks: call load_state_dict of the network (or that of OIALR) "
         "before that of the optimizer"
@@ -79,7 +111,7 @@ def check_stored_optimizer(
             )
         for parameter, key in zip(group["params"], theirs["params"], strict=True):
             for what, value in state["state"].get(key, {}).items():
-                is_average = what in LINEAR | SQUARED and isinstance(value, Tensor)
+                is_average = what in averages and isinstance(value, Tensor)
                 if is_average and value.shape != parameter.shape:
                     raise ValueError(
                         f"the optimizer state does not fit the network: {what} "
@@ -113,9 +145,10 @@ def check_before_event(
     for name, weight in dense.items():
         if id(weight) not in held or not groups.awaits(name, weight):
             raise ValueError(f"{name} is not among the optimizer's parameters any more")
+    rule = rule_of(optimizer)
     for name, weight in {**dense, **cores}.items():
         for key, value in optimizer.state.get(weight, {}).items():
-            if unknown == "error" and not _is_known(key, value, weight):
+            if unknown == "error" and not _is_known(rule, key, value, weight):
                 raise ValueError(f"optimizer state {key!r} of {name} is of no known kind")
 
 
@@ -139,21 +172,23 @@ def replace_parameter(
     Raises:
         ValueError: state of unknown meaning and ``unknown`` is "error".
     """
-    for group in optimizer.param_groups:
-        for i, parameter in enumerate(group["params"]):
-            if parameter is old:
-                group["params"][i : i + 1] = list(new)
-                if "param_names" in group:
-                    name = group["param_names"][i]
-                    names = [name] if len(new) == 1 else [f"{name}.{j}" for j in range(len(new))]
-                    group["param_names"][i : i + 1] = names
-                break
-    state = optimizer.state.pop(old, None)
+    group = _group_of(optimizer, old)
+    if group is not None:
+        i = next(i for i, parameter in enumerate(group["params"]) if parameter is old)
+        group["params"][i : i + 1] = list(new)
+        if "param_names" in group:
+            name = group["param_names"][i]
+            names = [name] if len(new) == 1 else [f"{name}.{j}" for j in range(len(new))]
+            group["param_names"][i : i + 1] = names
+    rule = rule_of(optimizer)
+    state = optimizer.state.pop(old, None) if group is not None else None
     for parameter, transport in new.items():
         if old.grad is not None:
             parameter.grad = transport.linear(old.grad)
-        if state and (moved := transported(state, old, transport, unknown=unknown)):
-            optimizer.state[parameter] = moved
+        if state and group is not None:
+            moved = transported(state, old, transport, rule=rule, group=group, unknown=unknown)
+            if moved:
+                optimizer.state[parameter] = moved
     old.grad = None  # a list of parameters from before would clip by its norm
 
 
@@ -177,14 +212,24 @@ def rotate_parameter(
     """
     if parameter.grad is not None:
         parameter.grad = transport.linear(parameter.grad)
-    if state := optimizer.state.pop(parameter, None):
-        moved = transported(state, parameter, transport, unknown=unknown)
+    group = _group_of(optimizer, parameter)
+    state = optimizer.state.pop(parameter, None)
+    if state and group is not None:
+        moved = transported(
+            state, parameter, transport, rule=rule_of(optimizer), group=group, unknown=unknown
+        )
         if moved:
             optimizer.state[parameter] = moved
 
 
 def transported(
-    state: dict[str, Any], parameter: Tensor, transport: Transport, *, unknown: UnknownState
+    state: dict[str, Any],
+    parameter: Tensor,
+    transport: Transport,
+    *,
+    rule: OptimizerRule | None,
+    group: Group,
+    unknown: UnknownState,
 ) -> dict[str, Any]:
     """Return the state that belongs to what takes a parameter's place.
 
@@ -192,8 +237,10 @@ def transported(
         state: the optimizer's entry for the parameter.
         parameter: the one that goes.
         transport: from it to the one that comes.
-        unknown: "reset" drops all of the state where a part of it has an unknown meaning: moments
-            and step counts go together.
+        rule: of the optimizer; None: it is not known.
+        group: options of the parameter that goes.
+        unknown: "reset" drops all of the state where a part of it has an unknown meaning, or the
+            optimizer is not known: moments and step counts go together.
 
     Returns:
         The new entry, which shares no tensor with the old one; empty after a reset.
@@ -203,7 +250,7 @@ def transported(
     """
     moved: dict[str, Any] = {}
     for key, value in state.items():
-        if not _is_known(key, value, parameter):
+        if rule is None or not _is_known(rule, key, value, parameter):
             if unknown == "reset":
                 return {}
             raise ValueError(f"optimizer state {key!r} is of no known kind")
@@ -213,18 +260,32 @@ def transported(
             moved[key] = value.clone()  # a step count, which is counted up in place
         elif key == WEIGHT_AVERAGE:
             moved[key] = transport.average(value)
+        elif key in rule.linear:
+            moved[key] = transport.linear(value)
+        elif key in rule.squared:
+            moved[key] = transport.squared(value)
         else:
-            moved[key] = (transport.linear if key in LINEAR else transport.squared)(value)
-    if "grad_avg" in moved:
-        # Centered RMSprop divides by the root of a variance, square_avg - grad_avg^2. Carrying that
-        # over, and not square_avg, keeps it from becoming negative.
-        variance = (state["square_avg"] - state["grad_avg"].square()).clamp_min(0)
-        moved["square_avg"] = transport.squared(variance) + moved["grad_avg"].square()
-    return moved
+            moved[key] = transport.squared(value.square()).sqrt()
+    if rule is None or rule.finish is None:
+        return moved
+    return rule.finish(state, moved, transport, group)
 
 
-def _is_known(key: str, value: Any, parameter: Tensor) -> bool:
+def _is_known(rule: OptimizerRule | None, key: str, value: Any, parameter: Tensor) -> bool:
     """Whether an entry of a parameter's state is a plain value, or an average as large as it."""
-    if not isinstance(value, Tensor) or value.dim() == 0:
-        return True
-    return key in LINEAR | SQUARED and value.shape == parameter.shape
+    if rule is None:
+        return False
+    if not isinstance(value, Tensor):
+        return value is None or isinstance(value, int | float)
+    is_average = key == WEIGHT_AVERAGE or key in rule.averages
+    return value.dim() == 0 or (is_average and value.shape == parameter.shape)
+
+
+def _group_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any] | None:
+    """Return the group that holds a parameter; None: somebody has taken it out."""
+    held = (
+        group
+        for group in optimizer.param_groups
+        if any(each is parameter for each in group["params"])
+    )
+    return next(held, None)

@@ -1,8 +1,9 @@
 """Groups of the optimizer for what takes the place of full-rank weights."""
 
+import copy
 import weakref
 from bisect import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import nn
@@ -53,7 +54,12 @@ class TwinGroups:
         self._keys: dict[int, list[tuple[int, int]]] = {}
 
     def add(
-        self, optimizer: Optimizer, kind: Kind, *, learning_rate_factor: float = 1.0, **options: Any
+        self,
+        optimizer: Optimizer,
+        kind: Kind,
+        *,
+        learning_rate_factor: float = 1.0,
+        change: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
     ) -> None:
         """Add the twins of a kind.
 
@@ -61,7 +67,7 @@ class TwinGroups:
             optimizer: changed in place.
             kind: of what they are for.
             learning_rate_factor: learning rate of a twin over that of its origin.
-            options: of the twins, in place of the origin's.
+            change: tells by the origin's options which of them are others in its twin; None: no.
 
         Raises:
             ValueError: a learning-rate schedule already holds the optimizer's groups.
@@ -73,9 +79,11 @@ class TwinGroups:
             )
         for i in sorted(set(self._origin.values())):
             origin, twin = optimizer.param_groups[i], len(optimizer.param_groups)
-            names: dict[str, Any] = {"param_names": []} if "param_names" in origin else {}
-            rate = origin["lr"] * learning_rate_factor
-            optimizer.add_param_group({**origin, **names, "params": [], "lr": rate, **options})
+            lists: dict[str, Any] = {key: [] for key in ("params", "param_names") if key in origin}
+            # A copy: what an optimizer counts up in the group itself may not be counted up twice.
+            options = copy.deepcopy({key: origin[key] for key in origin if key not in lists})
+            options["lr"] = origin["lr"] * learning_rate_factor
+            optimizer.add_param_group({**options, **(change(origin) if change else {}), **lists})
             self._twins[kind, i], self._keys[twin] = twin, []
             self._rate_factors[twin] = learning_rate_factor
 

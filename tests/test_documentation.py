@@ -246,14 +246,16 @@ def _blocks(language, elsewhere=()):
 
 
 # Those of docs/metrics.md are run by test_store.py, on files of all kinds, those of docs/loggers.md
-# by test_loggers.py, those of docs/layers.md by test_register_layer.py; docs/method.md quotes lines
-# of a file, which test_reference.py compares.
+# by test_loggers.py, those of docs/layers.md by test_register_layer.py, that of docs/optimizers.md
+# by test_optimizers.py; docs/method.md quotes lines of a file, which test_reference.py compares.
+TESTED_ELSEWHERE = [
+    f"docs/{page}.md" for page in ("layers", "loggers", "metrics", "method", "optimizers")
+]
+
+
 @pytest.mark.parametrize(
     "block",
-    _blocks(
-        "python",
-        elsewhere=("docs/layers.md", "docs/loggers.md", "docs/metrics.md", "docs/method.md"),
-    ),
+    _blocks("python", elsewhere=TESTED_ELSEWHERE),
 )
 def test_a_program_runs(block: Block):
     torch.manual_seed(0)
