@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from app.config.data_section import DataSection
 from app.config.method_section import OIALRSection
+from app.config.optimizers import OptimizerName
 from app.config.run_section import RunSection
 from app.config.search_section import SearchSection
 from app.config.section import Section
@@ -50,8 +51,9 @@ class TrainingSection(Section):
     compile: bool = Field(
         False, description="torch.compile, anew after events that changed shapes."
     )
-    optimizer: Literal["adamw", "adam", "sgd", "rmsprop"] = Field(
-        "adamw", description="adamw, adam, sgd (Nesterov if momentum > 0) or rmsprop."
+    optimizer: OptimizerName = Field(
+        "adamw",
+        description="torch's, and lion and lamb of timm; sgd is Nesterov's if momentum > 0.",
     )
     learning_rate: float = Field(1e-3, gt=0, le=1000, description="Peak learning rate.")
     weight_decay: float = Field(
@@ -60,7 +62,9 @@ class TrainingSection(Section):
         le=1000,
         description="Not applied to biases, normalization weights, tokens and positions.",
     )
-    momentum: float = Field(0.9, ge=0, lt=1, description="Of sgd and rmsprop; adam's first beta.")
+    momentum: float = Field(
+        0.9, ge=0, lt=1, description="Of sgd and rmsprop; the first beta of those that have one."
+    )
     schedule: Literal["cosine", "constant"] = Field(
         "cosine",
         description="After the warm-up: cosine to the minimum at the last step, or constant.",

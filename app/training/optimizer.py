@@ -1,11 +1,12 @@
 """The optimizer and the learning-rate schedule, by configuration."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from app.config.optimizers import OPTIMIZERS
 from oialr.compatibility import import_torchvision
 
 if TYPE_CHECKING:
@@ -23,16 +24,11 @@ def build_optimizer(model: nn.Module, section: "TrainingSection") -> Optimizer:
 
     names: Any = getattr(model, "no_weight_decay", tuple)
     groups = param_groups_weight_decay(model, section.weight_decay, no_weight_decay_list=names())
-    rate, momentum = section.learning_rate, section.momentum
-    match section.optimizer:
-        case "adamw":
-            return torch.optim.AdamW(groups, lr=rate, betas=(momentum, 0.999))
-        case "adam":
-            return torch.optim.Adam(groups, lr=rate, betas=(momentum, 0.999))
-        case "sgd":
-            return torch.optim.SGD(groups, lr=rate, momentum=momentum, nesterov=momentum > 0)
-        case "rmsprop":
-            return torch.optim.RMSprop(groups, lr=rate, momentum=momentum)
+    choice = OPTIMIZERS[section.optimizer]
+    kind = getattr(import_module(choice.module), choice.name)
+    optimizer = kind(groups, lr=section.learning_rate, **choice.options(section.momentum))
+    assert isinstance(optimizer, Optimizer)
+    return optimizer
 
 
 class Schedule:

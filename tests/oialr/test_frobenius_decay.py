@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from support.method_loop import CUT, make, train
+from support.method_loop import CUT, make, muon, of_timm, train
 
 DECAY = 0.3
 OPTIMIZERS = {
@@ -16,8 +16,12 @@ OPTIMIZERS = {
     "nadam": lambda p: torch.optim.NAdam(p, lr=1e-2, decoupled_weight_decay=True),
     "radam": lambda p: torch.optim.RAdam(p, lr=1e-2, decoupled_weight_decay=True),
     "fused": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
+    "adamax": lambda p: torch.optim.Adamax(p, lr=1e-2),
+    "lion": lambda p: of_timm("Lion", p, lr=1e-2, weight_decay=0.2),
+    "lamb": lambda p: of_timm("Lamb", p, lr=1e-2, weight_decay=0.2),
+    "muon": muon,
 }
-DECOUPLED = {"adamw", "nadam", "radam", "fused"}
+DECOUPLED = {"adamw", "nadam", "radam", "fused", "lion", "lamb", "muon"}
 
 
 @pytest.fixture(params=OPTIMIZERS)
@@ -67,7 +71,7 @@ def test_the_weight_decay_of_the_others_stays(released):
     assert decays[False] == (
         0.2
         if kind in {"sgd", "adam"}
-        else OPTIMIZERS[kind]([torch.ones(1)]).param_groups[0]["weight_decay"]
+        else OPTIMIZERS[kind]([torch.ones(1, 1)]).param_groups[0]["weight_decay"]
     )
 
 

@@ -70,7 +70,9 @@ def test_every_optimizer_trains_across_conversion_and_cuts(kind):
                 assert value.shape == core.shape, key
 
 
-@pytest.mark.parametrize("kind", ["adam", "amsgrad", "adamw", "momentum", "rmsprop", "centered"])
+# Without RAdam, whose first steps are those of gradient descent: it is where gradients are alike
+# from step to step, and the step after is up to 1.15 times as large.
+@pytest.mark.parametrize("kind", [kind for kind in OPTIMIZERS if kind != "radam"])
 @pytest.mark.parametrize("seed", range(3))
 def test_first_step_after_conversion_is_no_larger_than_the_full_rank_step(kind, seed):
     """Zeroed moments with a kept step count, or moments of another basis, make it larger."""

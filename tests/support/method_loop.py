@@ -1,9 +1,23 @@
 """The method in a training loop that is not ours: a small network, its data and every optimizer."""
 
+import pytest
 import torch
 from torch import nn
 
 from oialr import OIALR
+from oialr.compatibility import import_torchvision
+
+
+def of_timm(name, *arguments, **options):
+    """Return an optimizer of timm, which the library knows by name and does not import."""
+    import_torchvision()
+    return getattr(pytest.importorskip("timm.optim"), name)(*arguments, **options)
+
+
+def muon(parameters):
+    """Return torch's Muon over all matrices; it takes nothing else, so that biases stay."""
+    return torch.optim.Muon([p for p in parameters if p.ndim == 2], lr=1e-2)
+
 
 OPTIMIZERS = {
     "adam": lambda p: torch.optim.Adam(p, lr=1e-2),
@@ -15,6 +29,11 @@ OPTIMIZERS = {
     "momentum": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, nesterov=True),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3),
     "centered": lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.9, centered=True),
+    "adamax": lambda p: torch.optim.Adamax(p, lr=1e-2),
+    "lion": lambda p: of_timm("Lion", p, lr=1e-3, weight_decay=0.1),
+    "lamb": lambda p: of_timm("Lamb", p, lr=1e-2, weight_decay=0.1),
+    "plain lamb": lambda p: of_timm("Lamb", p, lr=1e-2, weight_decay=0.0),
+    "muon": muon,
 }
 
 

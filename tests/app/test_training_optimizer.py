@@ -1,0 +1,75 @@
+"""The optimizers that a training takes by name."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from app import OIALR, config
+from app.config.optimizers import OPTIMIZERS
+from app.config.settings import TrainingSection
+from app.errors import UserError
+from app.training.average import WeightAverage
+from app.training.optimizer import build_optimizer
+from oialr.convert import get_layer
+from oialr.optimizer_state import WEIGHT_AVERAGE
+from oialr.optimizers.registry import rule_of
+
+
+def network() -> nn.Sequential:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(12, 24), nn.Tanh(), nn.Linear(24, 24), nn.Linear(24, 3))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_each_is_trained_low_rank_and_released_by_what_the_library_knows_of_it(name: str) -> None:
+    section = TrainingSection(optimizer=name, weight_decay=0.05, momentum=0.8)
+    model = network()
+    optimizer = build_optimizer(model, section)
+    assert type(optimizer).__name__.lower() == name
+    assert rule_of(optimizer) is not None
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0, 0.05]
+    for group in optimizer.param_groups:
+        assert group["lr"] == section.learning_rate
+        for key, value in OPTIMIZERS[name].options(0.8).items():
+            assert group.get(key, value) == value  # but for what is no option of a group
+    method = OIALR(
+        model,
+        optimizer,
+        delay=3,
+        update_interval=2,
+        release=9,
+        cutoff=0.6,
+        largest_cut=0.9,
+        layer_fraction=1,
+        rank_multiple=1,
+        core_learning_rate_factor=2,
+        frobenius_decay=0.1,
+    )
+    average = WeightAverage(model, optimizer, decay=0.9)
+    x = torch.randn(32, 12, generator=torch.Generator().manual_seed(0))
+    kinds, losses = [], []
+    for step in range(14):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), x[:, :3].argmax(1))
+        loss.backward()
+        optimizer.step()
+        average.update(step)
+        event = method.step()
+        kinds += [event.kind] if event else []
+        losses.append(loss.item())
+    assert kinds[0] == "convert"
+    assert "cut" in kinds
+    assert kinds[-1] == "release"
+    assert all(map(math.isfinite, losses))
+    for report in method.layers:
+        for parameter in get_layer(model, report.name).factors:
+            assert optimizer.state[parameter][WEIGHT_AVERAGE].shape == parameter.shape
+
+
+def test_the_names_are_the_choices_of_the_configuration() -> None:
+    with pytest.raises(UserError, match=r"training\.optimizer: .*adamax") as caught:
+        config.load(None, ["training.optimizer=muon"])
+    assert all(name in str(caught.value) for name in OPTIMIZERS)
