@@ -26,6 +26,7 @@ OPTIMIZERS = {
     "adam": Choice("torch.optim", "Adam", lambda momentum: {"betas": (momentum, 0.999)}),
     "nadam": Choice("torch.optim", "NAdam", lambda momentum: {"betas": (momentum, 0.999)}),
     "radam": Choice("torch.optim", "RAdam", lambda momentum: {"betas": (momentum, 0.999)}),
+    "adagrad": Choice("torch.optim", "Adagrad", lambda _: {}),
     "adamax": Choice("torch.optim", "Adamax", lambda momentum: {"betas": (momentum, 0.999)}),
     "sgd": Choice(
         "torch.optim", "SGD", lambda momentum: {"momentum": momentum, "nesterov": momentum > 0}

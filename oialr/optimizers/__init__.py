@@ -3,11 +3,11 @@
 A new one is a file and its name in the list below; docs/optimizers.md says what a rule is.
 """
 
-from oialr.optimizers import adam, adamax, lamb, lion, muon, rmsprop, sgd
+from oialr.optimizers import adagrad, adam, adamax, lamb, lion, muon, rmsprop, sgd
 from oialr.optimizers.registry import register_optimizer as register_optimizer
 from oialr.optimizers.rule import OptimizerRule as OptimizerRule
 
-FAMILIES = (adam, adamax, lamb, lion, muon, rmsprop, sgd)
+FAMILIES = (adagrad, adam, adamax, lamb, lion, muon, rmsprop, sgd)
 
 for _family in FAMILIES:
     for _kind, _rule in _family.RULES.items():

@@ -15,6 +15,7 @@ from oialr.optimizers.registry import rule_of
 from oialr.transport import Projection
 
 NEW = {
+    "adagrad": {"sum": "squared"},
     "adamax": {"exp_avg": "linear", "exp_inf": "absolute"},
     "lamb": {"exp_avg": "linear", "exp_avg_sq": "squared"},
     "lion": {"exp_avg": "linear"},

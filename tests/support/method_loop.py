@@ -29,6 +29,7 @@ OPTIMIZERS = {
     "momentum": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, nesterov=True),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3),
     "centered": lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.9, centered=True),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2, initial_accumulator_value=1e-3),
     "adamax": lambda p: torch.optim.Adamax(p, lr=1e-2),
     "lion": lambda p: of_timm("Lion", p, lr=1e-3, weight_decay=0.1),
     "lamb": lambda p: of_timm("Lamb", p, lr=1e-2, weight_decay=0.1),
