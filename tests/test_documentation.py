@@ -88,6 +88,7 @@ APPENDED = [
         r"benchmarks/accuracy\.py --study",
         "--table data.name=digits data.train_samples=128 data.augmentation=none",
     ),
+    (r"benchmarks/release_state\.py", "--quick"),
     (r"benchmarks/accuracy\.py", f"--seeds 1 {TRAIN} training.batch_size=16"),
     (r"^(export|source) ", ""),
 ]
