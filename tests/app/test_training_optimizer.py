@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
+from app.training.average import WeightAverage
 from torch import nn
 
 from app import OIALR, config
 from app.config.optimizers import OPTIMIZERS
 from app.config.settings import TrainingSection
 from app.errors import UserError
-from app.training.average import WeightAverage
 from app.training.optimizer import build_optimizer
 from oialr.convert import get_layer
 from oialr.optimizer_state import WEIGHT_AVERAGE
