@@ -1,5 +1,6 @@
 """Progress of a search: one line per evaluation, from the process that finished it."""
 
+import sys
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -8,7 +9,7 @@ from app.search.store import Evaluation
 
 
 class Progress:
-    """Writes to stdout how a search comes along."""
+    """Writes to stdout how a search comes along, and warnings to stderr."""
 
     def __init__(self, *, finished: int, total: int | None, deadline: float) -> None:
         """Start the clock of this session.
@@ -26,6 +27,10 @@ class Progress:
     def say(self, line: str) -> None:
         """Write a line, whole: others write to the same terminal."""
         print(line, flush=True)
+
+    def warn(self, line: str) -> None:
+        """Write a warning, on stderr."""
+        print(line, file=sys.stderr, flush=True)
 
     def evaluation(
         self, one: Evaluation, evaluations: Sequence[Evaluation], best: Evaluation | None

@@ -233,7 +233,7 @@ class _Session:
         if self._workers.world.Get_rank() == 0:
             base, count = self._definition.base, self._workers.count
             for line in self._mended:
-                self._progress.say(line)
+                self._progress.warn(line)
             self._progress.say(
                 f"search {self._folder}: {count} workers of {base.search.processes_per_worker} "
                 f"processes on {self._workers.device.type}, {len(self._earlier)} evaluations done"

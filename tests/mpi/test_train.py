@@ -434,7 +434,7 @@ def test_help_imports_nothing_heavy():
 
 def test_explain_prints_a_table_and_trains_nothing(tmp_path, undisturbed):
     result = train(0, *TINY, "--explain", f"run.dir={tmp_path / 'run'}")
-    assert "blocks.1.mlp.fc2.weight" in result.stdout
+    assert "blocks.0-1.mlp.fc2.weight" in result.stdout
     assert not (tmp_path / "run").exists()
     folder = undisturbed(1)
     lines = train(0, "--explain", "--resume", folder).stdout.splitlines()
