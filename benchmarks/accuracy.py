@@ -1,15 +1,17 @@
-r"""Trainings held against each other: accuracy, size and time of several methods and seeds.
+r"""How do several methods compare over seeds, in accuracy, size and time of training?
 
 A study names networks with data, methods and seeds; docs/accuracy.md describes its file:
 
-  python benchmarks/accuracy.py --study benchmarks/accuracy/screening.yaml --jobs 2 data.root=DATA
-  python benchmarks/accuracy.py --study benchmarks/accuracy/screening.yaml --time data.root=DATA
+  python -m benchmarks.accuracy --study benchmarks/accuracy/digits.yaml --jobs 2
+  python -m benchmarks.accuracy --study benchmarks/accuracy/screening.yaml --jobs 2 data.root=DATA
+  python -m benchmarks.accuracy --study benchmarks/accuracy/screening.yaml --time data.root=DATA
 
 Without one, a configuration and its full-rank twin are compared, or any others, such as the best of
-two searches, over seeds that those have not seen:
+two searches, over seeds that those have not seen. Twins on the digits take two minutes a seed:
 
-  python benchmarks/accuracy.py --config configs/fashion_mnist_vit.yaml --seeds 3 data.root=DATA
-  python benchmarks/accuracy.py --first-seed 1000 \
+  python -m benchmarks.accuracy --seeds 5
+  python -m benchmarks.accuracy --config configs/fashion_mnist_vit.yaml --seeds 3 data.root=DATA
+  python -m benchmarks.accuracy --first-seed 1000 \
       --compare full-rank=runs/a/best.yaml --compare OIALR=runs/b/best.yaml
 
 Every cell is a program of its own, ``python -m app.train``, in a folder of its own. One that is
@@ -26,8 +28,6 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere as a script
 
 from app.errors import UserError
 from benchmarks.study import definition

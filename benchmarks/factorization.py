@@ -1,6 +1,7 @@
-"""Conversion and update of real networks' layers on the processes that run it, and a simulation.
+"""How long do conversion and update of real networks' layers take, shared over the processes?
 
-    mpirun -n 2 python benchmarks/factorization.py --networks vit
+  mpirun -n 2 python -m benchmarks.factorization --networks vit    # minutes on two cores
+  mpirun -n 2 python -m benchmarks.factorization --quick           # ten seconds
 
 Measured: all layers of a network's shapes are converted (and updated at a quarter of their rank) as
 in a training, but for the training. "alone" is process 0 by itself while the others wait,
@@ -12,15 +13,11 @@ Simulated, and named so: the seconds that the plan predicts for 1 to 1,024 proce
 import argparse
 import json
 import statistics
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere as a script
 
 from app import OIALR
 from app.runtime.calibration import measure_costs, read_costs

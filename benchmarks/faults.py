@@ -1,8 +1,8 @@
-"""Kills, damages and full disks: what becomes of runs that they meet, bit for bit.
+"""What becomes of runs that meet kills, damages and full disks, bit for bit?
 
-  python benchmarks/faults.py                       # half an hour on two cores
-  python benchmarks/faults.py --hours 8 --seed 100  # again and again, with other seeds
-  python benchmarks/faults.py --quick               # two minutes
+  python -m benchmarks.faults                       # half an hour on two cores
+  python -m benchmarks.faults --hours 8 --seed 100  # again and again, with other seeds
+  python -m benchmarks.faults --quick               # two minutes
 
 A run that was killed at random moments, stopped by signals, or that met a full disk is gone on
 with, and must come to the checkpoint and the rows of the run that nothing disturbed, in every bit.
@@ -27,7 +27,6 @@ from random import Random
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # run from anywhere as a script
 
 PRELOADED = "OIALR_FAULTS_PRELOADED"
 """Set in the environment of the second start of this program: its folder."""
@@ -105,7 +104,7 @@ def _start_anew(folder: Path) -> None:
         source = ROOT / "tests" / "support" / "full_disk.c"
         subprocess.run([compiler, "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
         variables["LD_PRELOAD"] = str(library)
-    arguments = [sys.executable, __file__, *sys.argv[1:]]
+    arguments = [sys.executable, "-m", "benchmarks.faults", *sys.argv[1:]]
     os.execve(sys.executable, arguments, {**os.environ, **variables})
 
 

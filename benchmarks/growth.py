@@ -1,4 +1,7 @@
-"""What grows in a long run: memory, handles and threads over events and evaluations, metrics.h5.
+"""What grows in a long run: memory, handles, threads, metrics.h5?
+
+  python -m benchmarks.growth            # half an hour on two cores; evaluations are the most
+  python -m benchmarks.growth --quick    # half a minute
 
 Events: the method on a small network, alone and under mpirun, with an event after every step.
 Evaluations: a search of short trainings, whose processes are looked at from outside. Both are
@@ -19,8 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere as a script
 
 from app.recording.store import Follower, MetricsStore
 from app.recording.thinning import is_recorded
@@ -110,7 +111,7 @@ def _growth(early: dict[str, int], late: dict[str, int], number: int) -> dict[st
 
 
 def _events(options: argparse.Namespace, count: int) -> dict[str, Any]:
-    command = _mpirun(count, __file__, "--events", str(options.events))
+    command = _mpirun(count, "-m", "benchmarks.growth", "--events", str(options.events))
     output = subprocess.run(
         command, env=_environment(), stdout=subprocess.PIPE, check=True, text=True
     ).stdout

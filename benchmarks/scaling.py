@@ -1,9 +1,13 @@
-"""Strong and weak scaling of a training step: full-rank against OIALR, over several process counts.
+"""How does a training step scale over processes, full-rank against OIALR?
 
-Started alone, it starts itself under mpirun for each process count and puts the figures together:
-time of a step with and without the exchange of gradients, bytes of gradients that
-DistributedDataParallel hands to its all-reduce, and time of the method's events. Both variants take
-their steps in turn in one run, so that a disturbance of the machine meets both alike.
+  python -m benchmarks.scaling            # some minutes on two cores
+  python -m benchmarks.scaling --quick    # half a minute
+
+Started alone, it starts itself under mpirun for each process count and puts the figures together,
+of strong scaling and of weak: time of a step with and without the exchange of gradients, bytes of
+gradients that DistributedDataParallel hands to its all-reduce, and time of the method's events.
+Both variants take their steps in turn in one run, so that a disturbance of the machine meets both
+alike.
 
 To the all-reduces of several sizes that are timed beside them it fits a ring's latency and
 bandwidth (Patarasuk and Yuan, J. Parallel Distrib. Comput. 69, 2009):
@@ -32,8 +36,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere as a script
 
 from app.runtime.launch import read_launch
 from app.runtime.processes import Runtime, start_runtime
@@ -100,7 +102,7 @@ def _measure_under_mpirun(count: int, options: argparse.Namespace) -> dict[str, 
     mpirun = str(beside) if beside.exists() else shutil.which("mpirun") or "mpirun"
     arguments = ["--rounds", str(options.rounds), "--device", options.device]
     output = subprocess.run(
-        [mpirun, "-n", str(count), sys.executable, __file__, *arguments],
+        [mpirun, "-n", str(count), sys.executable, "-m", "benchmarks.scaling", *arguments],
         stdout=subprocess.PIPE,
         check=True,
         text=True,

@@ -1,4 +1,7 @@
-"""Time and error of the polar factor by each method, against U Vh of torch.linalg.svd.
+"""How fast and how exact is the polar factor by each method, against U Vh of torch.linalg.svd?
+
+  python -m benchmarks.stability            # a minute on one core
+  python -m benchmarks.stability --quick    # some seconds
 
 For the weights of whole networks, Gaussian or with a power-law spectrum of condition 1e4. Times are
 the best of several rounds, in milliseconds; errors are ||B - B64||_F / sqrt(r), B64 by the singular
@@ -11,16 +14,12 @@ comparison with the reference and the mixing add.
 import argparse
 import json
 import math
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere as a script
 
 from oialr.linalg.polar import Method, choose_method, polar
 from oialr.linalg.stability import DenseBasis, basis_stability, mixing_factor, mixing_similarity

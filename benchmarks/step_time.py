@@ -1,27 +1,27 @@
-"""Time, memory and FLOPs of a training step: full-rank against low-rank at several rank fractions.
+"""What does a low-rank training step cost at several ranks, in time, memory and FLOPs?
 
-All variants of a model live in one process and take their steps in turn, so that a disturbance of
-the machine meets all alike; the figures are medians over rounds and ratios to full-rank. The
-prediction is that of the FLOP model: floor + (1 - floor) * FLOP ratio, where floor is the step's
-time at rank fraction 0.01, that is of everything which does not scale with the rank.
+  python -m benchmarks.step_time            # half an hour on one core
+  python -m benchmarks.step_time --quick    # half a minute
+
+All variants of a model, the full-rank one among them, live in one process and take their steps in
+turn, so that a disturbance of the machine meets all alike; the figures are medians over rounds and
+ratios to full-rank. The prediction is that of the FLOP model: floor + (1 - floor) * FLOP ratio,
+where floor is the step's time at rank fraction 0.01, that is of everything which does not scale
+with the rank.
 """
 
 import argparse
 import copy
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import cast, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere as a script
 
 from oialr.compatibility import import_torchvision
 from oialr.convert import factorize_layer, get_layer

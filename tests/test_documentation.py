@@ -35,10 +35,10 @@ NOT_EXECUTED = {
     "conda run -n oialr pip install --no-deps -r requirements-nodeps.txt": "needs conda",
     "$EDITOR slurm/env.sh": "needs somebody who edits",
     "tail -f seeds-*.out": "ends by Ctrl-C only",
-    "python benchmarks/faults.py --quick": "is run by test_faults.py",
-    "python benchmarks/faults.py": "takes half an hour",
-    "python benchmarks/faults.py --hours 8 --seed 100": "takes hours",
-    "python benchmarks/growth.py": "takes half an hour",
+    "python -m benchmarks.faults --quick": "is run by test_faults.py",
+    "python -m benchmarks.faults": "takes half an hour",
+    "python -m benchmarks.faults --hours 8 --seed 100": "takes hours",
+    "python -m benchmarks.growth": "takes half an hour",
     "torchrun --nproc-per-node 8 -m app.train "
     "--config configs/imagenet_vit_b16.yaml data.root=DATA": "needs eight GPUs and ImageNet",
     "python -m benchmarks.gpu.pack DATA packed": "needs CIFAR-10; see test_gpu_dry_run.py",
@@ -85,11 +85,11 @@ APPENDED = [
     (r"app\.analyze", ""),
     # A study takes hours; test_accuracy.py runs a small one.
     (
-        r"benchmarks/accuracy\.py --study",
+        r"benchmarks\.accuracy --study",
         "--table data.name=digits data.train_samples=128 data.augmentation=none",
     ),
-    (r"benchmarks/release_state\.py", "--quick"),
-    (r"benchmarks/accuracy\.py", f"--seeds 1 {TRAIN} training.batch_size=16"),
+    (r"benchmarks\.release_state", "--quick"),
+    (r"benchmarks\.accuracy", f"--seeds 1 {TRAIN} training.batch_size=16"),
     (r"^(export|source) ", ""),
 ]
 READ = [

@@ -27,7 +27,6 @@ PROGRAM = ("app", "oialr")
 """Folders of the program."""
 IDLE = 0.5
 """Load above which the machine is not idle, and CPU time not that of a run alone."""
-GIVEN_RANKS = Path(__file__).with_name("given_ranks.py")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,7 +216,7 @@ class Runner:
         if cell.ranks is not None:
             ranks = place / "ranks.json"
             ranks.write_text(json.dumps(cell.ranks))
-            program = [str(GIVEN_RANKS), str(ranks)]
+            program = ["-m", "benchmarks.study.given_ranks", str(ranks)]
         with (place / "log.txt").open("a+") as log:
             code = self._call([sys.executable, *program, *arguments], log)
             if code == 0 or (code == EXIT_STOPPED and not self._stopped):

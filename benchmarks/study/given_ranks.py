@@ -1,6 +1,6 @@
 """Train as app.train does, with the rank that each layer is converted to given by name.
 
-  python benchmarks/study/given_ranks.py RANKS.json [arguments of app.train]
+  python -m benchmarks.study.given_ranks RANKS.json [arguments of app.train]
 
 For rivals that find their ranks in another way than by a cutoff, such as Cuttlefish by stable
 ranks. A conversion cuts at once where ``oialr.cut_at_conversion`` is set.
@@ -11,8 +11,6 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere as a script
 
 if TYPE_CHECKING:
     from torch import Tensor

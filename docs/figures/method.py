@@ -1,13 +1,12 @@
 """Draw docs/figures/method.png: a weight of a small network on its way through algorithm 1.
 
-    python docs/figures/method.py [--output docs/figures/method.png]
+    python -m docs.figures.method [--output docs/figures/method.png]
 
 It trains a network by oialr/reference.py for 300 steps and takes a second or two. Every cell of the
 figure is a number of that training.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -15,8 +14,6 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from anywhere as a script
 
 from oialr.reference import OIALR
 

@@ -10,14 +10,11 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from support.launching import ROOT, launch
+from support.launching import ROOT, environment, launch
 
 from app import config
 from app.errors import UserError
 from app.recording.store import MetricsStore
-
-sys.path.insert(0, str(ROOT))
-
 from benchmarks.study import derived
 from benchmarks.study.cell import (
     FINGERPRINT_STEPS,
@@ -475,8 +472,8 @@ def test_a_study_is_run_once_and_read_ever_after(tmp_path):
     short = {**TINY, "set": {**TINY["set"], "training.epochs": 2}}
     path.write_text(json.dumps(study(seeds=1, networks={"tiny": short}).model_dump()))
     arguments = ("--study", path, "--folder", tmp_path / "runs", "--json")
-    benchmark = ROOT / "benchmarks" / "accuracy.py"
-    document = json.loads(launch(0, benchmark, *arguments, cwd=tmp_path).stdout)
+    command = ("-m", "benchmarks.accuracy", *arguments)
+    document = json.loads(launch(0, *command, cwd=tmp_path).stdout)
     full, paper = document["tiny"]["rows"]
     assert 0 < paper["mean"] <= 100
     assert full["stored"] == 100
@@ -486,14 +483,15 @@ def test_a_study_is_run_once_and_read_ever_after(tmp_path):
         assert found == fingerprint(place)
     for name in ("table.md", "table.json", "fronts.png"):
         assert (tmp_path / "runs" / "small" / name).stat().st_size
-    again = launch(0, benchmark, *arguments, cwd=tmp_path)
+    again = launch(0, *command, cwd=tmp_path)
     assert json.loads(again.stdout) == document
     assert again.stderr == ""
 
 
 def test_a_mistake_is_a_line_and_exit_code_2(tmp_path):
     done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "accuracy.py", "--compare", "nothing"],
+        [sys.executable, "-m", "benchmarks.accuracy", "--compare", "nothing"],
+        env=environment(),
         capture_output=True,
         text=True,
         check=False,

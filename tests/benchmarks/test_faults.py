@@ -3,18 +3,18 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 from random import Random
 
 import numpy as np
 import pytest
 import torch
-from support.launching import ROOT, environment
+from support.launching import environment
 from support.machine import need
 
 from benchmarks.trials.comparison import Outcome, difference
 from benchmarks.trials.damages import damage
 
+FAULTS = (sys.executable, "-m", "benchmarks.faults")
 TIMEOUT = 1500  # seconds; two minutes on two cores that nobody else uses
 
 
@@ -64,9 +64,8 @@ def test_damages_are_of_every_kind_and_follow_from_the_seed(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="kills by /proc")
 def test_nothing_is_unexplained(tmp_path):
     need("cc")
-    script = Path(ROOT) / "benchmarks" / "faults.py"
     ended = subprocess.run(
-        [sys.executable, script, "--quick", "--json", "--folder", tmp_path / "faults"],
+        [*FAULTS, "--quick", "--json", "--folder", tmp_path / "faults"],
         env=environment(),
         capture_output=True,
         text=True,

@@ -1,14 +1,11 @@
 """The scaling benchmark: its model of an all-reduce, and the gradient bytes that it measures."""
 
 import json
-import sys
 
 import pytest
-from support.launching import ROOT, launch
+from support.launching import launch
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import scaling
+from benchmarks import scaling
 
 
 def test_the_fit_finds_latency_and_bandwidth():
@@ -42,7 +39,7 @@ def test_the_prediction_is_that_of_the_formula():
 
 
 def test_gradient_bytes_are_those_of_the_trained_parameters():
-    result = json.loads(launch(2, ROOT / "benchmarks" / "scaling.py", "--rounds", "1").stdout)
+    result = json.loads(launch(2, "-m", "benchmarks.scaling", "--rounds", "1").stdout)
     assert 0.15 < result["trainable"] <= 0.16
     for mode in ("strong", "weak"):
         full, low = (result["steps"][mode][name]["gradient_bytes"] for name in scaling.VARIANTS)
