@@ -8,9 +8,10 @@
 # export SBATCH_PARTITION=gpu
 # export SBATCH_ACCOUNT=my_project
 
-# The software: the site's modules and a conda environment, or the .venv of `make setup`.
+# The software: the site's modules and a conda environment, or the .venv of `make setup`. A batch
+# shell has read no .bashrc, so that conda's shell hook comes before its activation.
 # module load cuda mpich
-# conda activate oialr
+# eval "$(conda shell.bash hook)" && conda activate oialr
 if [ -f .venv/bin/activate ]; then
     # shellcheck source=/dev/null
     source .venv/bin/activate
@@ -28,7 +29,8 @@ export SRUN_MPI="${SRUN_MPI:-pmi2}"
 # export GLOO_SOCKET_IFNAME=ib0
 # export NCCL_SOCKET_IFNAME=ib0
 
-# Folder of the data sets, each in its official layout, and that of ImageNet-2012 (train/ and val/).
+# Folder of the data sets, each in its official layout, and that of ImageNet-2012 (train/ and val/),
+# which the configurations take whose names begin with imagenet_.
 export DATA_ROOT="${DATA_ROOT:-data}"
 export IMAGENET_ROOT="${IMAGENET_ROOT:-$DATA_ROOT/imagenet}"
 

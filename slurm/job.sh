@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # What the batch scripts share; each sources this file from the repository root.
 #
+#   choose_config DEFAULT [CONFIG] [section.key=value ...]   what a job was asked for
 #   train NAME CONFIG [section.key=value ...]   a training, started or gone on with
 #   supervise PROGRAM ...                       a step that may be stopped and requeued
 
@@ -13,9 +14,6 @@ set -euo pipefail # only now: modules and conda are not written for it
 
 export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # srun does not take it over from sbatch
-
-# shellcheck disable=SC2034  # read by the scripts
-imagenet=("data.root=$IMAGENET_ROOT" ${STAGE_TO:+"data.stage_to=$STAGE_TO"})
 
 # A requeued job keeps its id, an element of an array those of the array and its own. RUN_DIR lets
 # another job go on with a run.
@@ -50,15 +48,34 @@ name_run() {
     run_dir="${RUN_DIR:-$RUNS_ROOT/$name-$job}"
 }
 
+# Tell a script's configuration from the overrides behind it: config, overrides.
+choose_config() {
+    config=$1
+    shift
+    if [ $# -gt 0 ] && [[ "$1" != *=* ]]; then
+        config=$1
+        shift
+    fi
+    # shellcheck disable=SC2034  # read by the scripts
+    overrides=("$@")
+    if [ ! -f "$config" ]; then
+        echo "${config:-CONFIG}: not found; name a configuration, such as configs/cifar10_vit.yaml" >&2
+        exit 2
+    fi
+}
+
 # Train in run_dir; a run that was started before has its configuration there, with a checkpoint.
 train() {
-    local name=$1 from=(--config "$2")
+    local name=$1 from=(--config "$2") data=("data.root=$DATA_ROOT")
+    if [[ "$(basename "$2")" == imagenet_* ]]; then
+        data=("data.root=$IMAGENET_ROOT" ${STAGE_TO:+"data.stage_to=$STAGE_TO"})
+    fi
     shift 2
     name_run "$name" "$@"
     if [ -f "$run_dir/config.yaml" ]; then
         from=(--resume "$run_dir")
     fi
-    supervise "${launch[@]}" app.train "${from[@]}" "$@" "run.dir=$run_dir"
+    supervise "${launch[@]}" app.train "${from[@]}" "${data[@]}" "$@" "run.dir=$run_dir"
 }
 
 # What the run has brought so far: checkpoints, or finished evaluations of a search.

@@ -3,8 +3,7 @@
 #
 #   sbatch slurm/oialr_resnet.sh [section.key=value ...]
 #
-# Options of sbatch given before the script win over those below. Two minutes before the time limit
-# the training writes a checkpoint and leaves with exit code 75; the job is then requeued and goes on.
+# It is slurm/train.sh with this configuration; what is said there holds here.
 #SBATCH --job-name=oialr-resnet
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=4
@@ -23,4 +22,4 @@ if [ ! -f slurm/job.sh ]; then
 fi
 source slurm/job.sh
 
-train oialr_resnet configs/imagenet_resnetrs101.yaml "${imagenet[@]}" "$@"
+train oialr_resnet configs/imagenet_resnetrs101.yaml "$@"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Search for hyperparameters, several trainings side by side: the paper's space, or another one.
 #
-#   [CONFIG=PATH] sbatch slurm/search.sh [section.key=value ...]
+#   sbatch slurm/search.sh [CONFIG] [section.key=value ...]
 #SBATCH --job-name=search
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=4
@@ -20,10 +20,11 @@ if [ ! -f slurm/job.sh ]; then
 fi
 source slurm/job.sh
 
-name_run search "$@"
+choose_config configs/search/cifar10_vit.yaml "$@"
+name_run search "${overrides[@]}"
 if [ -f "$run_dir/search.yaml" ]; then # with everything that it was started with
     supervise "${launch[@]}" app.search --resume "$run_dir"
 else
-    supervise "${launch[@]}" app.search --config "${CONFIG:-configs/search/cifar10_vit.yaml}" \
-        "data.root=$DATA_ROOT" "$@" "run.dir=$run_dir"
+    supervise "${launch[@]}" app.search --config "$config" \
+        "data.root=$DATA_ROOT" "${overrides[@]}" "run.dir=$run_dir"
 fi

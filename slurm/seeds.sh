@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Train one configuration with several seeds: a job array, whose indices are the seeds.
+# Train one configuration with several seeds: a job array, whose indices are the seeds. Table and
+# figures of all of them follow by slurm/submit_with_report.sh.
 #
-#   [CONFIG=PATH] sbatch [--array=0-9] slurm/seeds.sh [section.key=value ...]
+#   sbatch [--array=0-9] slurm/seeds.sh [CONFIG] [section.key=value ...]
 #SBATCH --job-name=seeds
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -21,4 +22,5 @@ if [ ! -f slurm/job.sh ]; then
 fi
 source slurm/job.sh
 
-train seed "${CONFIG:-configs/digits_vit.yaml}" "data.root=$DATA_ROOT" "$@" "run.seed=$SLURM_ARRAY_TASK_ID"
+choose_config configs/digits_vit.yaml "$@"
+train seed "$config" "${overrides[@]}" "run.seed=$SLURM_ARRAY_TASK_ID"

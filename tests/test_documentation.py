@@ -43,7 +43,7 @@ NOT_EXECUTED = {
     "--config configs/imagenet_vit_b16.yaml data.root=DATA": "needs eight GPUs and ImageNet",
     "python -m benchmarks.gpu.pack DATA packed": "needs CIFAR-10; see test_gpu_dry_run.py",
 }
-SLURM = ("sbatch ", "source slurm/env.sh && sbatch ", "srun ")
+SLURM = ("sbatch ", "slurm/submit_with_report.sh ", "source slurm/env.sh && sbatch ", "srun ")
 """Beginnings of what needs a site's Slurm; test_slurm.py submits these scripts to a real one."""
 GPU = ("benchmarks/gpu.sh",)
 """Beginnings of what needs a GPU; test_gpu_dry_run.py runs every part of it on the CPU."""
@@ -212,6 +212,7 @@ def results(templates, tmp_path_factory, request):
         pool.shutdown(cancel_futures=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", executed())
 def test_a_command_does_what_it_says(command, results):
     result = results[command].result()
@@ -220,6 +221,7 @@ def test_a_command_does_what_it_says(command, results):
     assert "unfinished" not in result.stderr
 
 
+@pytest.mark.slow
 def test_the_transcript_of_the_default_configuration_is_true(tmp_path):
     """As far as it is the same on all machines: up to the first epoch."""
     transcript = next(

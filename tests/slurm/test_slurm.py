@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(
     path.relative_to(ROOT)
     for path in (ROOT / "slurm").glob("*.sh")
-    if path.name not in ("env.sh", "job.sh")
+    if path.name not in ("env.sh", "job.sh", "submit_with_report.sh")
 )
 EPOCHS = 24  # several seconds remain after the second, for disturbances to come in time
 # Over the configuration for ImageNet: a tiny network on digits, epochs of 20 steps.
@@ -191,8 +191,18 @@ def test_a_killed_process_ends_the_step_and_the_job_goes_on(slurm):
     assert last_checkpoint(run_dir(slurm, job))["position"]["epoch"] == EPOCHS
 
 
-def test_the_array_trains_every_seed(slurm):
-    job = train(slurm, script="slurm/seeds.sh", options=["--array=0-1", "--cpus-per-task=1"])
+def test_one_command_leads_from_an_array_of_seeds_to_their_table(slurm):
+    """The report waits for all of them, also for one that is stopped and requeued."""
+    said = slurm.run(
+        *("slurm/submit_with_report.sh", "--array=0-1", "--cpus-per-task=1"),
+        *("slurm/seeds.sh", "configs/digits_vit.yaml", *TINY),
+        RUNS_ROOT=str(slurm.folder / "runs"),
+        SBATCH_OUTPUT=str(slurm.folder / "%x-%j.out"),
+    )
+    job, report = re.search(r"^job (\d+), and after it job (\d+): ", said, re.M).groups()
+    slurm.wait_for_line(f"{job}_0", r"epoch 2/")
+    slurm.run("scancel", "--signal=USR1", "--batch", f"{job}_0")
+    slurm.wait_for_line(f"{job}_0", "requeueing job")
     losses = []
     for seed in (0, 1):
         slurm.wait_for_state(f"{job}_{seed}", "COMPLETED")
@@ -200,6 +210,11 @@ def test_the_array_trains_every_seed(slurm):
         folder = run_dir(slurm, f"{job}_{seed}", "seed")
         losses.append(last_checkpoint(folder)["last_loss"])
     assert losses[0] != losses[1]
+    assert slurm.show(f"{job}_0")["Restarts"] == "1"
+    slurm.wait_for_state(report, "COMPLETED")
+    page = (slurm.folder / "runs" / f"report_of_{job}" / "report.html").read_text()
+    assert all(f"seed-{job}_{seed}" in page for seed in (0, 1))
+    assert "2 runs, finished" in page
 
 
 def test_a_search_runs_on_both_nodes(slurm):
@@ -207,11 +222,11 @@ def test_a_search_runs_on_both_nodes(slurm):
     arguments = ["search.evaluations=2", "search.trainable_bound=null", "training.epochs=13"]
     job = slurm.submit(
         "slurm/search.sh",
+        "configs/search/digits.yaml",
         network,
         *arguments,
         options=["--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1"],
         RUNS_ROOT=str(slurm.folder / "runs"),
-        CONFIG="configs/search/digits.yaml",
     )
     slurm.wait_for_state(job, "COMPLETED", timeout=240)
     assert (run_dir(slurm, job, "search") / "best.yaml").exists()

@@ -20,7 +20,9 @@ from app.config import load
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
-BATCH_SCRIPTS = [path for path in SCRIPTS if path.name not in ("env.sh", "job.sh")]
+OTHERS = ("env.sh", "job.sh", "submit_with_report.sh")
+BATCH_SCRIPTS = [path for path in SCRIPTS if path.name not in OTHERS]
+TRAININGS = [path for path in BATCH_SCRIPTS if path.name != "report.sh"]
 CONFIGURATION = ROOT / "configs" / "imagenet_resnetrs101.yaml"
 JOB = "4711"
 
@@ -49,6 +51,7 @@ exit {exit_code}
 def site(tmp_path: Path) -> Path:
     """A folder to submit from: the launcher's files, and an srun that succeeds."""
     shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "bin").mkdir()
     install(tmp_path, "srun", FAKE_SRUN.format(body="exit 0"))
     install(tmp_path, "scontrol", FAKE_SCONTROL.format(exit_code=0))
@@ -292,8 +295,10 @@ def test_a_signal_before_the_step_requeues_the_job(site: Path) -> None:
 
 
 def test_a_signal_after_the_step_does_no_harm(site: Path) -> None:
-    install(site, "python", f"#!/usr/bin/env bash\necho drawing; {GATE}\n")
-    options = {"line": "drawing", "script": "stability_study.sh"}
+    """In a script of one's own that goes on after the training."""
+    text = (site / "slurm" / "oialr_resnet.sh").read_text()
+    (site / "slurm" / "own.sh").write_text(f"{text}echo drawing; {GATE}\n")
+    options = {"line": "drawing", "script": "own.sh"}
     assert signalled(site, signal.SIGUSR1, **options) == (0, "")
     assert not (site / "scontrol_arguments").exists()
 
@@ -323,33 +328,61 @@ def header(path: Path) -> dict[str, str]:
     return dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?$", path.read_text(), re.MULTILINE))
 
 
-@pytest.mark.parametrize("path", BATCH_SCRIPTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", TRAININGS, ids=lambda path: path.name)
 def test_every_header_allows_to_go_on(path: Path) -> None:
     options = header(path)
     assert options["signal"] == "B:USR1@120"
     assert {"requeue", "open-mode", "output"} <= set(options)
     assert options["gres"] == f"gpu:{options['ntasks-per-node']}"
     assert ("%A_%a" if "array" in options else "%j") in options["output"]
-    assert os.access(path, os.X_OK)
 
 
-@pytest.mark.parametrize("path", BATCH_SCRIPTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_every_configuration_exists(path: Path) -> None:
-    named = re.findall(r"configs/[\w/]+\.yaml", path.read_text())
-    assert named
-    for name in named:
+    for name in re.findall(r"configs/[\w/]+\.yaml", path.read_text()):
         assert (ROOT / name).exists()
+    assert os.access(path, os.X_OK) == (path.name not in ("env.sh", "job.sh"))
 
 
-def test_seeds_are_the_indices_of_the_array(site: Path) -> None:
+@pytest.mark.parametrize("config", [None, "configs/cifar10_vit.yaml"])
+def test_seeds_are_the_indices_of_the_array(site: Path, config: str | None) -> None:
     arguments = ["run.seed=7", "training.epochs=3"]
     variables = {"SLURM_ARRAY_JOB_ID": "90", "SLURM_ARRAY_TASK_ID": "3"}
-    assert submit(site, *arguments, script="seeds.sh", **variables)[0] == 0
-    assert program(site)[-4:] == [*arguments, "run.seed=3", "run.dir=runs/seed-90_3"]
+    asked = [config, *arguments] if config else arguments
+    assert submit(site, *asked, script="seeds.sh", **variables)[0] == 0
+    assert program(site)[3:] == [
+        *("--config", config or "configs/digits_vit.yaml", "data.root=data", *arguments),
+        *("run.seed=3", "run.dir=runs/seed-90_3"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("config", "data"),
+    [
+        ("configs/ettm2_autoformer.yaml", ["data.root=sets"]),
+        ("configs/imagenet_vit_b16.yaml", ["data.root=sets/imagenet", "data.stage_to=/local/a b"]),
+    ],
+)
+def test_any_configuration_is_trained_on_its_data(site: Path, config: str, data: list[str]) -> None:
+    variables = {"DATA_ROOT": "sets", "STAGE_TO": "/local/a b"}
+    assert submit(site, config, "training.epochs=3", script="train.sh", **variables)[0] == 0
+    assert program(site)[3:] == [
+        *("--config", config, *data, "training.epochs=3"),
+        f"run.dir=runs/{Path(config).stem}-{JOB}",
+    ]
+
+
+@pytest.mark.parametrize("arguments", [[], ["training.epochs=3"], ["configs/nothing.yaml"]])
+def test_a_configuration_that_is_not_there_is_one_line(site: Path, arguments: list[str]) -> None:
+    exit_code, _, errors = submit(site, *arguments, script="train.sh")
+    assert exit_code == 2
+    assert re.fullmatch(r"(configs/nothing\.yaml|CONFIG): not found; name a .*\n", errors)
+    assert not (site / "srun_arguments").exists()
 
 
 def test_a_search_is_resumed_as_it_was_started(site: Path) -> None:
-    submit(site, "search.evaluations=4", script="search.sh", CONFIG="mine.yaml")
+    (site / "mine.yaml").touch()
+    submit(site, "mine.yaml", "search.evaluations=4", script="search.sh")
     run_dir = f"runs/search-{JOB}"
     assert program(site) == [
         *("python", "-m", "app.search", "--config", "mine.yaml"),
@@ -364,19 +397,33 @@ def test_a_search_is_resumed_as_it_was_started(site: Path) -> None:
     assert (site / "scontrol_arguments").exists()  # an evaluation was finished
 
 
-def test_the_study_ends_in_a_report(site: Path) -> None:
+@pytest.mark.parametrize(
+    ("made", "variables", "reported"),
+    [
+        (["seed-90_0", "seed-90_10", "seed-9_0", "vit-190"], {}, ["seed-90_0", "seed-90_10"]),
+        (["vit-90", "report_of_90"], {}, ["vit-90"]),
+        (["vit-90"], {"RUN_DIR": "runs/vit-7"}, ["vit-7"]),
+        (["vit-9"], {}, None),
+    ],
+)
+def test_the_report_is_of_all_that_a_job_has_brought(
+    site: Path, made: list[str], variables: dict[str, str], reported: list[str] | None
+) -> None:
     install(site, "python", '#!/usr/bin/env bash\nprintf "%s " "$@" >report_arguments\n')
-    submit(site, script="stability_study.sh")
-    run_dir = f"runs/stability_study-{JOB}"
-    assert (site / "report_arguments").read_text().split() == ["-m", "app.report", run_dir]
-    assert "oialr.enabled=false" in srun_arguments(site)
-    (site / "report_arguments").unlink()
-    install(site, "srun", FAKE_SRUN.format(body="exit 75"))
-    submit(site, script="stability_study.sh")
-    assert not (site / "report_arguments").exists()
+    for name in made:
+        (site / "runs" / name).mkdir(parents=True)
+    exit_code, _, errors = submit(site, "90", "--formats", "png", script="report.sh", **variables)
+    if reported is None:
+        assert (exit_code, errors) == (1, "runs: job 90 has left no run here\n")
+        return
+    assert (exit_code, errors) == (0, "")
+    assert (site / "report_arguments").read_text().split() == [
+        *("-m", "app.report", *(f"runs/{name}" for name in reported)),
+        *("--output", "runs/report_of_90", "--formats", "png"),
+    ]
 
 
-@pytest.mark.parametrize("name", ["oialr_resnet.sh", "full_rank_resnet.sh", "stability_study.sh"])
+@pytest.mark.parametrize("name", ["oialr_resnet.sh", "train.sh"])
 def test_configuration_fits_the_header(name: str) -> None:
     configuration = load(CONFIGURATION, ["data.root=imagenet"])
     options = header(ROOT / "slurm" / name)

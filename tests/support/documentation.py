@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 _PROGRAMS = (
-    r"\$EDITOR|benchmarks/gpu\.sh|conda|export|git|make|mpirun|python|sbatch|source|srun|tail"
+    r"\$EDITOR|benchmarks/gpu\.sh|slurm/submit_with_report\.sh|conda|export|git|make|mpirun|python|sbatch|source|srun|tail"
     r"|torchrun"
 )
 _COMMAND = re.compile(rf"([A-Z_]+=\S+ )*(\.venv/bin/)?({_PROGRAMS})( |$)")
