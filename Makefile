@@ -9,10 +9,10 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := .venv/installed
 
-.PHONY: help setup train test lint clean
+.PHONY: help setup train test test-fast lint clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP) ## Create .venv and install the requirements (PYTHON=python3), if they changed
 
@@ -21,6 +21,10 @@ train: $(STAMP) ## Train the default configuration (PROCESSES=2 ARGS="training.e
 
 test: $(STAMP) ## Run the tests (ARGS="-k linalg")
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+test-fast: $(STAMP) ## Run the fast tests, two at a time; every module must be entered
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --every-module \
+		-m "not (mpi or slurm or gpu or slow)" $(ARGS)
 
 lint: $(STAMP) ## Check style, format and types
 	$(BIN)/ruff check

@@ -1,6 +1,14 @@
-"""What all tests share: one thread per process, and hypothesis without clocks or chance."""
+"""What all tests share: markers by folder, one thread, and hypothesis without clocks or chance."""
 
 import os
+from pathlib import Path
+
+import pytest
+from support.entered import Entered
+
+TESTS = Path(__file__).resolve().parent
+MARKED = ("mpi", "slurm")
+"""Folders whose tests have a marker of the folder's name."""
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -17,3 +25,34 @@ else:
         suppress_health_check=[HealthCheck.too_slow],
     )
     settings.load_profile("tests")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--every-module",
+        action="store_true",
+        help="fail where a module of app/ or oialr/ is left out",
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("--every-module"):
+        config.pluginmanager.register(Entered())
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        folder = item.path.relative_to(TESTS).parts[0]
+        if folder in MARKED:
+            item.add_marker(folder)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    """Let a test that skips itself fail where nothing may be skipped, but for those of GPUs."""
+    report = yield
+    asked = os.environ.get("NO_SKIPPED_TESTS") and "gpu" not in item.keywords
+    if asked and report.skipped and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped where nothing may be: {report.longrepr[2]}"
+    return report

@@ -104,6 +104,7 @@ def test_timm_posterizes_at_any_strength() -> None:
     assert result.stdout == "(128, 0, 128)\n"
 
 
+@pytest.mark.slow
 def test_no_killed_process_leaves_shared_memory_of_mpich_behind(tmp_path: Path) -> None:
     """The processes end by a signal, and tell before what names are left of what they share."""
     report = tmp_path / "report"

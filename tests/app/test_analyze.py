@@ -606,6 +606,7 @@ def test_names_are_drawn_and_shown_as_they_stand(tmp_path):
     assert 'b&"' not in page
 
 
+@pytest.mark.slow
 def test_two_processes_measure_what_one_does(tmp_path):
     folder = save_series(tmp_path / "run")
     (folder / "model-9.pt").write_text("x")

@@ -82,6 +82,7 @@ def test_the_fewest_samples_are_those_of_the_real_shares():
     assert global_batches(7, 8, drop_last=False) == [7]
 
 
+@pytest.mark.slow
 def test_a_training_says_it_before_it_starts(tmp_path):
     place = tmp_path / "run"
     arguments = ["model.name=resnet10t", "model.arguments={}", "data.train_samples=129"]

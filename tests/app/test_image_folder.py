@@ -500,6 +500,7 @@ def test_too_few_images(own_images: Path) -> None:
         folder_task(own_images)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["train", "val"])
 def test_a_damaged_image_that_one_process_meets_ends_all_of_them_alike(
     own_images: Path, tmp_path: Path, part: str

@@ -46,6 +46,7 @@ def logged(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_tables_are_those_of_the_metrics(logged):
     for group in ("train", "lowrank", "stability"):
         theirs = read_rows(logged / "metrics.h5", group)
@@ -65,6 +66,7 @@ def test_tables_are_those_of_the_metrics(logged):
         )
 
 
+@pytest.mark.slow
 def test_tables_hold_every_layer(logged):
     for group, column in (("rank", "rank"), ("stability", "stability")):
         rows = table(logged / "csv" / f"layers-{group}.csv")

@@ -120,6 +120,7 @@ def test_batch_norm_is_synchronized_on_gpus_only() -> None:
 AVERAGED = [*TINY, "training.ema_decay=0.9", "training.warmup_after_conversion=3"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_resumed_run_with_an_average_is_the_uninterrupted_run(
     tmp_path: Path, processes: int
@@ -213,6 +214,7 @@ def test_early_stopping_begins_anew_where_the_network_turns_into_another_one(
     assert (model.weight == 7).all()
 
 
+@pytest.mark.slow
 def test_early_stopping_tests_the_best_low_rank_weights(tmp_path: Path) -> None:
     """Cores learn far too fast, so that it gets worse from the conversion on.
 

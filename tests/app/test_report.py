@@ -185,6 +185,7 @@ def test_layers_are_chosen_by_pattern_or_at_even_distances(tmp_path):
         check_patterns([run], ["blocks.*", "x*"])
 
 
+@pytest.mark.slow
 def test_a_pattern_may_be_of_one_of_two_networks(tmp_path):
     runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", layers={"patch.weight": (8, 4)})]
     output = tmp_path / "out"
@@ -338,6 +339,7 @@ def test_the_largest_singular_values_are_in_sight(tmp_path):
     assert axes.get_title() == "patch"
 
 
+@pytest.mark.slow
 def test_a_reference_beside_another_window_is_noted(tmp_path, capsys):
     folders = [write_run(tmp_path / str(n), f"stability.window={n}") for n in (5, 2)]
     for folder in folders:
@@ -406,6 +408,7 @@ class Page(HTMLParser):
         self.addresses += [attributes[key] for key in ("src", "href") if key in attributes]
 
 
+@pytest.mark.slow
 def test_the_page_of_two_configurations_needs_nothing_else(tmp_path, capsys):
     import matplotlib as mpl
 
@@ -442,6 +445,7 @@ def test_the_page_of_two_configurations_needs_nothing_else(tmp_path, capsys):
     assert (output / "figures" / "means.pdf").read_bytes().startswith(b"%PDF")
 
 
+@pytest.mark.slow
 def test_a_run_without_an_evaluation_puts_all_on_steps(tmp_path):
     finished = write_run(tmp_path / "finished")
     writer = Writer(tmp_path / "young", "run.seed=1")

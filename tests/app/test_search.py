@@ -54,6 +54,7 @@ def stored(folder):
     return read_evaluations(folder / "store")
 
 
+@pytest.mark.slow
 def test_a_search_from_its_start_to_the_winner(tmp_path, tiny):
     folder = tmp_path / "run"
     result = search(4, "--config", tiny, f"run.dir={folder}", "search.train_best=true")
@@ -101,6 +102,7 @@ def test_a_search_from_its_start_to_the_winner(tmp_path, tiny):
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
+@pytest.mark.slow
 def test_a_search_makes_its_own_folder(tmp_path, tiny):
     """Without run.dir, as it is typed first."""
     search(2, "--config", tiny, "search.evaluations=1", cwd=tmp_path)
@@ -109,6 +111,7 @@ def test_a_search_makes_its_own_folder(tmp_path, tiny):
     assert [one.status for one in stored(folder)] == ["finished"]
 
 
+@pytest.mark.slow
 def test_faults_are_results_and_the_search_goes_on(tmp_path, tiny):
     folder = tmp_path / "run"
     plan = {"0": "raise", "1": "memory", "2": "diverge", "4": "slow", "5": "hopeless"}
@@ -137,6 +140,7 @@ def test_faults_are_results_and_the_search_goes_on(tmp_path, tiny):
     assert summary["best_number"] in (3, 6)
 
 
+@pytest.mark.slow
 def test_a_killed_search_is_resumed_by_other_workers(tmp_path, tiny):
     folder = tmp_path / "run"
     disturbed(4, {"3": "kill"}, "--config", tiny, f"run.dir={folder}", code=9)
@@ -166,6 +170,7 @@ def test_what_earlier_sessions_found_is_known_to_the_next(tiny):
     assert (known.loss, known.worker, known.island) == (0.25, 2, 1)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_workers(tmp_path, tiny):
     folder = tmp_path / "run"
     arguments = ["--config", tiny, f"run.dir={folder}", "search.evaluations=30"]
@@ -180,6 +185,7 @@ def test_a_signal_to_one_process_stops_all_workers(tmp_path, tiny):
     assert [one.number for one in stored(folder)] == list(range(total))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "each", "message"),
     [
@@ -199,6 +205,7 @@ def test_a_folder_that_is_not_the_searchs_any_more_is_one_line(tmp_path, tiny, w
     assert not (folder / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_store_is_set_aside_and_what_is_lost_is_done_again(tmp_path, tiny):
     folder = tmp_path / "run"
     one = "search.processes_per_worker=1"
@@ -212,6 +219,7 @@ def test_a_damaged_store_is_set_aside_and_what_is_lost_is_done_again(tmp_path, t
     assert len(path.with_name(f"{path.stem}-damaged.h5").read_bytes()) == 100
 
 
+@pytest.mark.slow
 def test_a_search_without_a_result_says_so(tmp_path, tiny):
     folder = tmp_path / "run"
     plan = {"0": "diverge", "1": "diverge"}
@@ -253,12 +261,14 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, tiny, arguments, messag
     assert not (tmp_path / "run").exists()  # made when everything fits together
 
 
+@pytest.mark.slow
 def test_a_mistake_is_reported_by_one_process(tmp_path, tiny):
     result = search(3, "--config", tiny, f"run.dir={tmp_path / 'run'}", code=2)
     assert result.stderr.count("error: search.processes_per_worker: 2 does not divide the 3") == 1
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_a_folder_that_holds_a_search_is_kept(tmp_path, tiny):
     folder = tmp_path / "run"
     folder.mkdir()

@@ -25,6 +25,9 @@ RESUMED = [
 CASES = [*PROPAGATORS, *ISLANDS, *RESUMED]
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def results():
     """What three workers make of every case, in one start."""

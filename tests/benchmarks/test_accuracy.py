@@ -466,6 +466,7 @@ def test_a_table_of_errors_counts_downwards():
 # The whole
 
 
+@pytest.mark.slow
 def test_a_study_is_run_once_and_read_ever_after(tmp_path):
     """Shorter than the steps of a fingerprint, so that each cell is one program."""
     path = tmp_path / "small.yaml"

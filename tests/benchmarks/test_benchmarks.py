@@ -21,6 +21,7 @@ def test_a_benchmark_says_its_question_its_command_and_its_time(name):
     assert re.search(r"\b(seconds|minutes?|hours?)\b", rest)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_benchmark_tells_its_options(name, tmp_path):
     said = launch(0, "-m", f"benchmarks.{name}", "--help", cwd=tmp_path).stdout

@@ -61,6 +61,7 @@ def test_damages_are_of_every_kind_and_follow_from_the_seed(tmp_path):
     assert set(seen[0]) == {"bit", "zeros", "noise", "end", "moved", "empty", "gone"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="kills by /proc")
 def test_nothing_is_unexplained(tmp_path):
     need("cc")

@@ -43,6 +43,7 @@ def measure(part, output, **variables):
     )
 
 
+@pytest.mark.slow
 def test_every_gpu_test_runs_on_the_cpu_with_little_more_than_torch(tmp_path):
     # A cache of its own: what was compiled before on this machine counts for nothing.
     result = measure("tests", tmp_path, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
@@ -51,6 +52,7 @@ def test_every_gpu_test_runs_on_the_cpu_with_little_more_than_torch(tmp_path):
     assert "skipped" not in result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "rows"),
     [
