@@ -213,6 +213,16 @@ def test_setup_names_what_the_machine_lacks(
     assert not (project / ".venv").exists()
 
 
+def test_the_hooks_before_a_commit_check_what_make_lint_checks() -> None:
+    rule = re.search(r"^lint: .*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert rule
+    commands = [line.strip().replace("$(BIN)", ".venv/bin") for line in rule[1].splitlines()]
+    (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert repository["repo"] == "local"
+    assert [hook["entry"] for hook in repository["hooks"]] == commands
+    assert all(hook["language"] == "system" for hook in repository["hooks"])
+
+
 def logs_of_the_batch_scripts() -> list[str]:
     """Names of the files that the jobs of slurm/ write their output into."""
     names = []
