@@ -77,6 +77,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--kills", type=int, default=7, help="at most, of each run")
     parser.add_argument("--mpirun-runs", type=int, default=3, help="more runs, under mpirun")
     parser.add_argument("--damages", type=int, default=1200, help="damages to files")
+    parser.add_argument("--data-damages", type=int, default=210, help="damages to data files")
     parser.add_argument("--full-disks", type=int, default=60, help="runs with too little room")
     parser.add_argument("--hours", type=float, help="repeat with the following seeds so long")
     parser.add_argument(
@@ -87,7 +88,7 @@ def _parse() -> argparse.Namespace:
     options = parser.parse_args()
     if options.quick:
         options.runs, options.kills, options.mpirun_runs = 4, 4, 0
-        options.damages, options.full_disks = 60, 4
+        options.damages, options.data_damages, options.full_disks = 60, 7, 4
     return options
 
 
@@ -116,7 +117,7 @@ def _trials(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Tr
         home = folder / f"seed-{seed}"
         home.mkdir()
         yield from _round(options, home, seed)
-        shutil.rmtree(home / "references")
+        shutil.rmtree(home / "references", ignore_errors=True)
         seed += 1
         if time.monotonic() > end:
             return
@@ -125,12 +126,13 @@ def _trials(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Tr
 def _round(options: argparse.Namespace, home: Path, seed: int) -> Iterator[tuple[str, Trial]]:
     """Give all trials of a seed, the kinds evenly mixed."""
     from benchmarks.trials.damages import Damages
+    from benchmarks.trials.data_damages import DataDamages
     from benchmarks.trials.full_disks import full_disk_run
     from benchmarks.trials.kills import kill_run
     from benchmarks.trials.runs import References
 
     references = References(home / "references")
-    damages = Damages(home, references)
+    damages, data_damages = Damages(home, references), DataDamages(home)
     trials: list[tuple[float, str, Trial]] = []
 
     def add(kind: str, count: int, make: Callable[[int, Random], Trial]) -> None:
@@ -152,6 +154,11 @@ def _round(options: argparse.Namespace, home: Path, seed: int) -> Iterator[tuple
     add("kills", options.runs, partial(killed, mpirun=False))
     add("kills under mpirun", options.mpirun_runs, partial(killed, mpirun=True))
     add("damages", options.damages, lambda _, chance: partial(damages.next, chance))
+    add(
+        "damaged data",
+        options.data_damages,
+        lambda _, chance: partial(data_damages.next, chance),
+    )
     if "LD_PRELOAD" in os.environ:
         add(
             "full disks",
