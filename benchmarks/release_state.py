@@ -1,5 +1,8 @@
 """What should a weight know of its squared gradients when a release makes it dense again?
 
+  python -m benchmarks.release_state            # two minutes on one core
+  python -m benchmarks.release_state --quick    # seconds
+
 The core that it comes from saw a part of the gradient only. A small network on the handwritten
 digits of scikit-learn is trained low-rank and released where all of its layers return to dense;
 then the mean training loss of the 50 steps after the release is compared between what its
@@ -11,17 +14,13 @@ optimizer goes on with:
 - no squares or counts: the same with the count at 0.
 
 Cores of full rank, and of ranks that were cut to 0.61 of it. Differences to "means" are paired by
-seed, with their standard error; about two minutes on a core.
+seed, with their standard error.
 """
 
 import argparse
 import json
 import statistics
-import sys
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from anywhere as a script
 
 import torch
 from torch import Tensor, nn

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from app.training.average import WeightAverage
 from torch import nn
 
 from app import OIALR, config
@@ -15,6 +14,7 @@ from app.training.optimizer import build_optimizer
 from oialr.convert import get_layer
 from oialr.optimizer_state import WEIGHT_AVERAGE
 from oialr.optimizers.registry import rule_of
+from oialr.weight_average import WeightAverage
 
 
 def network() -> nn.Sequential:
