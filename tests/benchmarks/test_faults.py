@@ -13,6 +13,8 @@ from support.machine import need
 
 from benchmarks.trials.comparison import Outcome, difference
 from benchmarks.trials.damages import damage
+from benchmarks.trials.data_damages import DataDamages, Format
+from benchmarks.trials.programs import End
 
 FAULTS = (sys.executable, "-m", "benchmarks.faults")
 TIMEOUT = 1500  # seconds; two minutes on two cores that nobody else uses
@@ -61,6 +63,25 @@ def test_damages_are_of_every_kind_and_follow_from_the_seed(tmp_path):
     assert set(seen[0]) == {"bit", "zeros", "noise", "end", "moved", "empty", "gone"}
 
 
+@pytest.mark.parametrize(
+    ("codes", "output", "judged"),
+    [
+        ((2, 2), "error: data.root: /data/ant-1.png is damaged\n", "refused in one line"),
+        ((2,), "error: data.root: /data cannot be read\n", "unexplained"),
+        ((2,), "error: ant-1.png\nerror: ant-1.png\n", "unexplained"),
+        ((2, 1), "error: data.root: /data/ant-1.png is damaged\n", "unexplained"),
+        ((1,), "Traceback ...\nerror: ant-1.png\n", "unexplained"),
+        ((0,), "", "a file less"),
+    ],
+)
+def test_a_damaged_data_file_is_named_in_one_line_by_all(tmp_path, codes, output, judged):
+    form = Format(name="PNG", write=print, arguments=(), may_lack_files=True)
+    end = End(codes=codes, output=output, hung=False, orphans=0)
+    found, problem = DataDamages(tmp_path)._judge(form, tmp_path / "ant-1.png", end, tmp_path)
+    assert found == judged
+    assert bool(problem) == (judged == "unexplained")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="kills by /proc")
 def test_nothing_is_unexplained(tmp_path):
@@ -78,4 +99,5 @@ def test_nothing_is_unexplained(tmp_path):
     assert document["unexplained"] == []
     assert document["kills"]["runs"] == 4
     assert document["damages"]["damages"] == 60
+    assert document["damaged data"]["damages"] == 7
     assert document["full disks"]["runs"] == 4
