@@ -112,6 +112,26 @@ def how_to_draw(folder: Path) -> str:
     return f"draw it: python -m app.report {shlex.quote(str(folder))}"
 
 
+def how_to_use(folder: Path) -> str:
+    """Return the line that names what is done with the trained network of a run."""
+    run = shlex.quote(str(folder))
+    return (
+        f"use it: python -m app.export {run} --format dense|factors|onnx|torch-export; "
+        f"python -m app.evaluate {run}"
+    )
+
+
+def how_to_evaluate(file: Path, run: Path | None) -> str:
+    """Return the line that names the command for an exported file.
+
+    Args:
+        file: that was exported.
+        run: its run's folder, where the file does not lie in it.
+    """
+    of_run = "" if run is None else f" --run {shlex.quote(str(run))}"
+    return f"evaluate it: python -m app.evaluate {shlex.quote(str(file))}{of_run}"
+
+
 def summary_lines(summary: Mapping[str, Any]) -> list[str]:
     """Return final figures, a line each; ranks of layers are for the file alone."""
     figures = {key: value for key, value in summary.items() if not isinstance(value, Mapping)}

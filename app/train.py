@@ -13,6 +13,7 @@ from app.command import (
     describe_fault,
     how_to_draw,
     how_to_go_on,
+    how_to_use,
     run_command,
     stop_code,
     summary_lines,
@@ -191,6 +192,7 @@ def _run(configuration: Configuration, *, resume: bool) -> int:
         log.say(line)
     if outcome.finished_before:
         log.say(f"{outcome.folder} was finished before: nothing was trained now")
+    log.say(how_to_use(outcome.folder))
     log.say(how_to_draw(outcome.folder))
     return 0
 

@@ -102,7 +102,7 @@ GRAPH = {
 COMMUNICATE = {"placement", "stability"}
 """Parts of the library that may know of other processes; and sharding asks for types of torch's."""
 
-FRONT_DOORS = {"train", "report", "analyze", "export", "calibrate"}
+FRONT_DOORS = {"train", "report", "analyze", "export", "evaluate", "calibrate"}
 COMMON = {"errors", "config", "compatibility"}
 # What the modules of a package may import of app, beside their own package and COMMON.
 ALLOWED = {

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from app.config import to_yaml
+from app.config.settings import Configuration
 from app.recording.loggers.chosen import Loggers, find_loggers
 from app.recording.swmr import writing
 from app.runtime.processes import Runtime
@@ -18,6 +19,7 @@ from app.training.folder import hold_folder, mark_unfinished, prepare_folder, wr
 from app.training.recorder import Recorder
 from app.training.state import restore
 from app.training.tidying import warn_of_missing_bases
+from oialr.placement.processes import Processes
 
 
 @dataclass(kw_only=True)
@@ -90,7 +92,7 @@ def open_storage(
     )
     with watchdog.guard("the stored state"):
         state = checkpoints.load() if earlier else None
-    early_stopping = _build_early_stopping(parts, folder, ownership)
+    early_stopping = early_stopping_of(configuration, folder, processes, ownership.check)
     if state:
         processes.agree(lambda: restore(parts, early_stopping, *state))
         warn_of_missing_bases(parts, state[1])
@@ -114,16 +116,29 @@ def open_storage(
     )
 
 
-def _build_early_stopping(parts: Parts, folder: Path, ownership: Ownership) -> EarlyStopping | None:
-    patience = parts.configuration.training.early_stopping
+def early_stopping_of(
+    configuration: Configuration,
+    folder: Path,
+    processes: Processes,
+    check_owner: Callable[[], None] = lambda: None,
+) -> EarlyStopping | None:
+    """Return what keeps a run's best weights; None without training.early_stopping. Collective.
+
+    Args:
+        configuration: of the run.
+        folder: of the run.
+        processes: who writes and reads together.
+        check_owner: as of :class:`Checkpoints`.
+    """
+    patience = configuration.training.early_stopping
     if patience is None:
         return None
     best = Checkpoints(
         folder / "checkpoints" / "best",
-        parts.runtime.processes,
+        processes,
         keep=1,
         keys=BEST_KEYS,
-        check_owner=ownership.check,
+        check_owner=check_owner,
     )
     return EarlyStopping(best, patience=patience)
 

@@ -104,11 +104,10 @@ def read_stored(path: str | Path) -> Any:
     with open(path, "rb") as file:
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
-        except (
-            Exception
-        ) as error:  # of the unpickler, of the archive: whatever the bytes make of it
-            first = str(error).strip().partition("\n")[0]
-            raise ValueError(f"{path} is no file of weights: {first}") from error
+        except Exception as error:  # whatever the bytes make of it
+            raise ValueError(
+                f"{path} is no file of weights: torch.load finds no tensors and names alone in it"
+            ) from error
 
 
 def is_factors(stored: Any) -> bool:

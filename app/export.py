@@ -1,0 +1,97 @@
+"""Write the trained network of a run to a file that others read, and compare it before."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from app.command import Parser, how_to_evaluate, run_command
+from app.errors import UserError
+
+FORMATS = {
+    "dense": ".pt",
+    "factors": ".pt",
+    "onnx": ".onnx",
+    "torch-export": ".pt2",
+}
+"""Suffixes of the files, as in :mod:`oialr.export.formats`, which takes torch to import."""
+SAMPLES = 16
+EXAMPLES = """\
+examples:
+  python -m app.export runs/digits_vit-TIME
+  python -m app.export runs/digits_vit-TIME --format onnx --output digits.onnx
+  python -m app.export runs/imagenet --format factors data.root=/data
+
+formats:
+  dense         a state_dict of the full-rank network, under its own parameter names (torch.save)
+  factors       two factors for each low-rank weight, for oialr.load_factors
+  onnx          for batches of any size
+  torch-export  a program of torch.export, for batches of any size
+
+The weights are those that the run tests: with early stopping the best ones, with an average that.
+The file is compared with the network on samples of the validation part, and appears when it agrees;
+differences, bytes and times are printed.
+
+exit codes: 0 done, 1 the network cannot be written so, 2 a mistake in what was asked for.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line, export, return the exit code."""
+    parser = Parser(
+        prog="python -m app.export",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run")
+    parser.add_argument("--format", choices=FORMATS, default="dense", help="(dense)")
+    parser.add_argument(
+        "--output", metavar="FILE", type=Path, help="(RUN/exported/FORMAT with its suffix)"
+    )
+    parser.add_argument(
+        "--samples",
+        metavar="N",
+        type=int,
+        default=SAMPLES,
+        help=f"of the validation part, on which outputs and times are compared ({SAMPLES})",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    options = parser.parse_intermixed_args(arguments)
+    if options.samples < 1:
+        raise UserError(f"--samples: {options.samples} is not a positive number of samples")
+    if not options.run.is_dir():
+        raise UserError(f"{options.run} is no folder of a run")
+    return _export(options)
+
+
+def _export(options: argparse.Namespace) -> int:
+    """Read the run, write the file, tell of it."""
+    from app.errors import StorageError
+    from app.runtime.processes import start_runtime
+    from app.training.trained import read_configuration, samples_of, trained
+    from oialr.errors import ExportError
+    from oialr.export.files import EXPORTERS
+
+    configuration = read_configuration(options.run, options.overrides)
+    output = options.output or options.run / "exported" / (options.format + FORMATS[options.format])
+    with start_runtime(device="cpu", timeout=1800) as runtime:
+        if runtime.process_count > 1:
+            raise UserError("app.export runs as one process: leave mpirun out")
+        with trained(configuration, runtime) as (parts, step):
+            samples = samples_of(parts, options.samples)
+            print(f"{options.run}: weights after step {step}, {len(samples)} samples to compare")
+            try:
+                result = EXPORTERS[options.format](parts.model, output, samples)
+            except ExportError as error:
+                print(f"error: {error}", file=sys.stderr)
+                return 1
+            except OSError as error:
+                raise StorageError(f"cannot write {output}: {error.strerror}") from error
+    print(result)
+    print(how_to_evaluate(output, None if options.output is None else options.run))
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,152 @@
+"""A run's trained network out of its folder: the weights that were tested, for their use."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from app import config
+from app.config.settings import Configuration
+from app.errors import UserError
+from app.runtime.processes import Runtime
+from app.training.build import Parts, build
+from app.training.checkpoint import CHECKPOINT_KEYS, Checkpoints
+from app.training.evaluation import evaluate
+from app.training.state import restore
+from app.training.storage import early_stopping_of
+from oialr.export.formats import read_exported
+
+PROGRAMS = (".onnx", ".pt2")
+"""Suffixes of files that hold a whole network, for the CPU."""
+
+
+def read_configuration(run: Path, overrides: Iterable[str] = ()) -> Configuration:
+    """Return the configuration of a run's folder, or of a YAML file.
+
+    Raises:
+        UserError: there is none, or a mistake in it.
+    """
+    if not run.is_dir():
+        return config.load(run, overrides)
+    if not (run / "config.yaml").exists():
+        raise UserError(f"{run} holds no run (no config.yaml there)")
+    return config.load(run / "config.yaml", overrides, folder=str(run))
+
+
+def run_of(file: Path) -> Path:
+    """Return the folder of the run that an exported file lies in.
+
+    Raises:
+        UserError: it lies in none.
+    """
+    for folder in file.resolve().parents[:2]:
+        if (folder / "config.yaml").exists():
+            return folder
+    raise UserError(f"{file} lies in the folder of no run: name its run or configuration by --run")
+
+
+@contextmanager
+def trained(configuration: Configuration, runtime: Runtime) -> Iterator[tuple[Parts, int]]:
+    """Bring the parts of a run to the weights that it tests. A collective call.
+
+    They are those of the best epoch with early stopping, the average with training.ema_decay, and
+    else those of the newest checkpoint. The run need not be finished.
+
+    Args:
+        configuration: of the run, with its folder as run.dir.
+        runtime: this process among those that read.
+
+    Yields:
+        The parts, of which the model has these weights within the context, and their step.
+
+    Raises:
+        UserError: there is no checkpoint, or it does not fit.
+    """
+    folder = Path(configuration.run.dir or "")
+    processes = runtime.processes
+    parts = build(configuration, runtime, check_steps=False)
+    checkpoints = Checkpoints(folder / "checkpoints", processes, keep=1, keys=CHECKPOINT_KEYS)
+    state = checkpoints.load()
+    if state is None:
+        raise UserError(f"{folder} has no checkpoint: there are no weights as yet")
+    early_stopping = early_stopping_of(configuration, folder, processes)
+    processes.agree(lambda: restore(parts, early_stopping, *state))
+    step = None
+    if early_stopping:
+        step = early_stopping.restore_best(parts.model, parts.method)
+    average = parts.average if step is None else None
+    with average.applied() if average else nullcontext():
+        yield parts, parts.position.step if step is None else step
+
+
+def samples_of(parts: Parts, count: int) -> Tensor:
+    """Return the first samples of the validation part, at most so many: (b, ...) on the device."""
+    for batch in parts.task.evaluation_batches("validation"):
+        if batch.count:
+            return batch.inputs[:count]
+    raise UserError("data: the validation part has no samples to compare with")
+
+
+def evaluate_run(
+    configuration: Configuration, runtime: Runtime, part: str
+) -> tuple[dict[str, float], int]:
+    """Return the figures of a run's weights on a part of the data, and the step of the weights."""
+    with trained(configuration, runtime) as (parts, step), parts.precision.autocast():
+        return _figures(parts, parts.model, part), step
+
+
+def evaluate_file(
+    file: Path, configuration: Configuration, runtime: Runtime, part: str
+) -> dict[str, float]:
+    """Return the figures of an exported file on a part of the data. A collective call.
+
+    Args:
+        file: of any format of :mod:`oialr.export`.
+        configuration: tells the data, and the network of a file of weights.
+        runtime: this process; on the CPU for a file that holds a whole network.
+        part: "validation" or "test".
+
+    Raises:
+        UserError: the file cannot be read, or belongs to another network.
+    """
+    parts = build(configuration, runtime, check_steps=False)
+
+    def read() -> Any:
+        try:
+            return read_exported(file, parts.model)
+        except OSError as error:
+            raise UserError(f"cannot read {file}: {error.strerror}") from None
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+    network = runtime.processes.agree(read)
+    if isinstance(network, nn.Module) and file.suffix not in PROGRAMS:
+        return _figures(parts, network.to(runtime.device), part)
+    return _figures(parts, _Called(network), part)
+
+
+def _figures(parts: Parts, model: nn.Module, part: str) -> dict[str, float]:
+    if part not in parts.task.splits:
+        raise UserError(f"--part: the data have no part {part}: {', '.join(parts.task.splits)}")
+    runtime = parts.runtime
+    figures = evaluate(model, parts.task, part, runtime.processes, runtime.device)
+    assert figures is not None  # nobody asks for a stop
+    return figures
+
+
+class _Called(nn.Module):
+    """A network that is no module, or one that knows no modes."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self._network = [network]  # in a list, which hides it from the module
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return the one output."""
+        output = self._network[0](inputs)
+        (tensor,) = output if isinstance(output, list) else (output,)
+        assert isinstance(tensor, torch.Tensor)
+        return tensor

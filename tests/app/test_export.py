@@ -1,0 +1,124 @@
+"""The front doors to a run's trained network: app.export and app.evaluate."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from support.launching import train
+from support.tiny_run import TINY
+
+from app import evaluate, export
+from app.command import how_to_use
+from app.errors import UserError
+from oialr.errors import ExportError
+from oialr.export import files
+
+FILES = {
+    "dense": "dense.pt",
+    "factors": "factors.pt",
+    "onnx": "onnx.onnx",
+    "torch-export": "torch-export.pt2",
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """An averaged training that converts and cuts: what is tested is not what was trained last."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    said = train(0, *TINY, "training.ema_decay=0.9", f"run.dir={folder}").stdout
+    assert said.splitlines()[-2] == how_to_use(folder)
+    return folder
+
+
+def figures(folder, part="test"):
+    summary = json.loads((folder / "summary.json").read_text())
+    return [f"{part}_{name}: {summary[f'{part}_{name}']:.4f}" for name in ("loss", "accuracy")]
+
+
+def test_a_run_gives_the_figures_of_its_test(run, capsys):
+    assert evaluate.main([str(run)]) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == f"{run}: weights after step 32"
+    assert lines == figures(run)
+    assert evaluate.main([str(run), "--part", "validation"]) == 0
+    names = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert names == ["validation_loss", "validation_accuracy"]
+
+
+@pytest.mark.parametrize("form", FILES)
+def test_a_file_gives_the_figures_of_the_run(run, form, capsys):
+    assert export.main([str(run), "--format", form, "--samples", "5"]) == 0
+    first, told, how = capsys.readouterr().out.splitlines()
+    path = run / "exported" / FILES[form]
+    assert first == f"{run}: weights after step 32, 5 samples to compare"
+    assert re.match(rf"{path}: {form}, largest difference \d\.\de-\d+ of outputs", told)
+    assert how == f"evaluate it: python -m app.evaluate {path}"
+    assert evaluate.main([str(path)]) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == str(path)
+    assert lines == figures(run)
+
+
+def test_a_file_elsewhere_is_evaluated_by_its_run(run, tmp_path, capsys):
+    path = tmp_path / "model of mine.pt"
+    assert export.main([str(run), "--output", str(path)]) == 0
+    how = capsys.readouterr().out.splitlines()[-1]
+    assert how == f"evaluate it: python -m app.evaluate '{path}' --run {run}"
+    assert evaluate.main([str(path), "--run", str(run)]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == figures(run)
+    assert evaluate.main([str(path), "--run", str(run / "config.yaml")]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == figures(run)
+    with pytest.raises(UserError, match=r"lies in the folder of no run: .* by --run"):
+        evaluate.main([str(path)])
+    state = torch.load(path, weights_only=True)
+    assert "blocks.0.attn.qkv.weight" in state
+    assert not any(name.endswith((".U", ".core", ".Vh", ".A", ".B")) for name in state)
+
+
+def test_the_best_weights_are_those_that_were_tested(tmp_path, capsys):
+    stopped = [*TINY, "training.early_stopping=1", "training.learning_rate=0.05"]
+    train(0, *stopped, "training.epochs=6", f"run.dir={tmp_path / 'run'}")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["tested_step"] < summary["steps"]
+    assert evaluate.main([str(tmp_path / "run")]) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.endswith(f"weights after step {summary['tested_step']}")
+    assert lines == figures(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("door", "arguments", "message"),
+    [
+        (export, ["{}/nothing"], "nothing is no folder of a run"),
+        (export, ["{}/empty"], r"empty holds no run \(no config.yaml there\)"),
+        (export, ["{}/begun"], "begun has no checkpoint: there are no weights as yet"),
+        (export, ["{}/tiny", "--samples", "0"], "--samples: 0 is not a positive number"),
+        (export, ["{}/tiny", "--format", "onx"], "invalid choice: 'onx'"),
+        (export, ["{}/tiny", "oialr.cutof=1"], "oialr.cutof"),
+        (evaluate, ["{}/nothing"], "there is no such folder or file"),
+        (evaluate, ["{}/tiny", "--run", "{}/tiny"], "--run is for a file"),
+        (evaluate, ["{}/tiny/metrics.h5"], "metrics.h5 is no file of weights"),
+        (evaluate, ["{}/tiny/other.pt"], "other.pt belongs to another network: "),
+    ],
+)
+def test_a_mistake_is_one_line(run, door, arguments, message):
+    folder = run.parent
+    (folder / "empty").mkdir(exist_ok=True)
+    (folder / "begun").mkdir(exist_ok=True)
+    shutil.copy(run / "config.yaml", folder / "begun")
+    torch.save({"weight": torch.ones(3)}, run / "other.pt")
+    with pytest.raises(UserError, match=message) as raised:
+        door.main([argument.format(folder) for argument in arguments])
+    assert "\n" not in str(raised.value)
+
+
+def test_a_network_that_cannot_be_written_ends_with_one(run, monkeypatch, capsys):
+    def fail(*_):
+        raise ExportError("torch finds no ONNX for this network: x")
+
+    monkeypatch.setitem(files.EXPORTERS, "onnx", fail)
+    assert export.main([str(run), "--format", "onnx", "--output", str(run / "no.onnx")]) == 1
+    assert capsys.readouterr().err == "error: torch finds no ONNX for this network: x\n"
+    assert not (run / "no.onnx").exists()
