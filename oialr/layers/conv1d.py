@@ -4,11 +4,11 @@ It is known by its name, so that transformers need not be there. The weight is r
 the leading dimension makes the rows: W (in, out), so that U meets the input.
 """
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from oialr.layers.adapter import LayerAdapter
-from oialr.layers.linear import ordered
+from oialr.layers.linear import ordered, plain_linear
 from oialr.layers.twin import FactoredTwin
 
 
@@ -25,6 +25,11 @@ class FactoredConv1D(FactoredTwin):
             return functional.linear(x, self.form_weight().mT, self.bias)
         inner, left = ordered(x, [factor.mT for factor in reversed(self.factors)], way)
         return functional.linear(inner, left, self.bias)
+
+    def plain_pair(self) -> nn.Sequential:
+        """Make two linear layers of torch's own, (m, r) without and (r, n) with the bias."""
+        A, B = (factor.mT.contiguous() for factor in self.pair())
+        return nn.Sequential(plain_linear(A), plain_linear(B, self.bias))
 
     def extra_repr(self) -> str:
         """Describe the layer in one line."""

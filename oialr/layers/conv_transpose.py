@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from oialr.layers.conv import CONVOLVE, ConvAdapter, memory_layout
+from oialr.layers.conv import CONVOLVE, PLAIN, ConvAdapter, memory_layout
 from oialr.layers.twin import FactoredTwin
 
+TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 SPREAD = {
     1: functional.conv_transpose1d,
     2: functional.conv_transpose2d,
@@ -40,6 +41,7 @@ class FactoredConvTranspose(FactoredTwin):
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
+    output_padding: tuple[int, ...]
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Map x (b, in_channels, ...) to (b, out_channels, ...), or the same without b.
@@ -87,6 +89,34 @@ class FactoredConvTranspose(FactoredTwin):
         if way == "factored":
             return spread(mix(mix(x, self.U), self.core), self.Vh)
         return spread(mix(x, self.U @ self.core), self.Vh)
+
+    def plain_pair(self) -> nn.Sequential:
+        """Make a convolution with a kernel of one and a transposed one of r channels in each group.
+
+        Neither takes an ``output_size`` in its call.
+        """
+        A, B = self.pair()
+        d, channels = len(self.kernel_size), self.groups * self.rank
+        common = {"groups": self.groups, "device": "meta", "dtype": A.dtype}
+        kind: Any = PLAIN[d]
+        pointwise = kind(self.in_channels, channels, 1, bias=False, **common)
+        kind = TRANSPOSED[d]
+        spatial = kind(
+            channels,
+            self.out_channels,
+            self.kernel_size,
+            stride=self.stride,
+            padding=self.padding,
+            output_padding=self.output_padding,
+            dilation=self.dilation,
+            bias=self.bias is not None,
+            **common,
+        )
+        for layer, matrix in ((pointwise, A.mT), (spatial, B)):
+            layer.weight = nn.Parameter(matrix.reshape(layer.weight.shape))
+        if self.bias is not None:
+            spatial.bias = nn.Parameter(self.bias.detach())
+        return nn.Sequential(pointwise, spatial)
 
     def extra_repr(self) -> str:
         """Describe the layer in one line."""

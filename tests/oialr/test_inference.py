@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from support.kinds import Conv1D
 from support.low_rank import low_rank
 from torch import nn
 from torch.nn.parallel import DataParallel
@@ -43,12 +44,23 @@ def convolutions(**options):
     ]
 
 
+def transposed(**options):
+    kinds = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    return [
+        (kind(96, 64, 3, stride=2, padding=1, output_padding=1, **options), (2, 96, *[5] * d))
+        for d, kind in enumerate(kinds, start=1)
+    ]
+
+
 LAYERS = [
     (nn.Linear(48, 64), (5, 7, 48)),
     (nn.Linear(48, 64, bias=False), (5, 48)),
     *convolutions(),
     *convolutions(groups=2, dilation=2, padding_mode="reflect"),
     *convolutions(groups=2, bias=False),
+    *transposed(),
+    *transposed(groups=2, dilation=2, bias=False),
+    (Conv1D(64, 48), (5, 7, 48)),
 ]
 
 
@@ -59,7 +71,11 @@ def test_a_layer_becomes_two_of_torchs_own_type(layer, shape, released):
     model = low_rank(model, 0.25, released=released)
     factored = model["layer"]
     plain = oialr.for_inference(model)["layer"]
-    assert [type(part) for part in plain] == [type(layer)] * 2
+    kind, dimensions = type(layer), len(shape) - 2
+    kinds = [nn.Linear] * 2 if kind is Conv1D else [kind] * 2
+    if "Transpose" in kind.__name__:
+        kinds[0] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]
+    assert [type(part) for part in plain] == kinds
     assert plain[0].weight.numel() + plain[1].weight.numel() == sum(
         factor.numel() for factor in factored.pair()
     )
