@@ -10,7 +10,7 @@ from app.errors import UserError
 
 FORMATS = {
     "dense": ".pt",
-    "factors": ".pt",
+    "factors": ".safetensors",
     "onnx": ".onnx",
     "torch-export": ".pt2",
 }
@@ -24,7 +24,7 @@ examples:
 
 formats:
   dense         a state_dict of the full-rank network, under its own parameter names (torch.save)
-  factors       two factors for each low-rank weight, for oialr.load_factors
+  factors       two factors for each low-rank weight (safetensors), for oialr.load
   onnx          for batches of any size
   torch-export  a program of torch.export, for batches of any size
 

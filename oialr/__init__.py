@@ -22,8 +22,8 @@ The library: torch and the standard library. Everything that is meant for others
   :class:`FactoredTwin` and a :class:`MatrixReading` of its weight.
 - :func:`for_inference` makes a network of plain layers; :func:`export_dense`,
   :func:`export_factors`, :func:`export_onnx` and :func:`export_torch` write files that others read,
-  :func:`read_exported` reads them again. :func:`dense_state` and :func:`factor_state` are the
-  states alone, and :func:`load_factors` takes the latter.
+  :func:`read_exported` reads them again. :func:`dense_state` is the state_dict alone, and
+  :func:`two_factors` the network with the core merged.
 - :class:`StabilityTracker` measures basis stability, :class:`LayerStability` is a row of it.
 - :class:`Processes` are those that share the work, :class:`Costs` what it costs.
 - :func:`register_optimizer` tells by an :class:`OptimizerRule` how an optimizer's state follows.
@@ -51,8 +51,7 @@ if TYPE_CHECKING:
     from oialr.export.files import export_torch as export_torch
     from oialr.export.formats import read_exported as read_exported
     from oialr.export.state import dense_state as dense_state
-    from oialr.export.state import factor_state as factor_state
-    from oialr.export.state import load_factors as load_factors
+    from oialr.export.state import two_factors as two_factors
     from oialr.files import load as load
     from oialr.files import save as save
     from oialr.inference import for_inference as for_inference
@@ -98,9 +97,7 @@ _HOMES = {
     "export_factors": "oialr.export.files",
     "export_onnx": "oialr.export.files",
     "export_torch": "oialr.export.files",
-    "factor_state": "oialr.export.state",
     "for_inference": "oialr.inference",
-    "load_factors": "oialr.export.state",
     "read_exported": "oialr.export.formats",
     "register_layer": "oialr.layers.registry",
     "load": "oialr.files",
@@ -108,6 +105,7 @@ _HOMES = {
     "save": "oialr.files",
     "register_optimizer": "oialr.optimizers",
     "survey": "oialr.layer_survey",
+    "two_factors": "oialr.export.state",
     "to_dense": "oialr.convert",
 }
 """The module of each public name."""

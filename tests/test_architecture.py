@@ -18,7 +18,7 @@ GRAPH = {
     "errors": set(),
     "events": {"errors", "layer_survey", "linalg", "memory", "placement", "target", "transitions"},
     "explain": {"folding", "layer_survey", "layers", "options"},
-    "export": {"convert", "errors", "inference", "skeleton", "wrappers"},
+    "export": {"convert", "errors", "files", "inference", "skeleton", "wrappers"},
     "factor_steps": {"optimizers", "options", "parameter_groups"},
     "files": {"forms", "layers", "linalg", "preparation", "wrappers"},
     "folding": set(),

@@ -22,6 +22,7 @@ from support.documentation import ROOT, Block, blocks
 from support.launching import TIMEOUT, environment
 from torch import nn
 
+import oialr
 from app import OIALR, config
 from app.search.definition import load
 from benchmarks.study.definition import read_study
@@ -278,6 +279,8 @@ def test_a_program_runs(block: Block, tmp_path, monkeypatch):
         "loss": nn.CrossEntropyLoss(),
         "epochs": 2,
         "samples": torch.randn(5, 6),
+        "state": model.state_dict(),
+        "oialr": oialr,  # imported by the first block of a page
         "train": lambda model: None,
         "batches": [(torch.randn(5, 6), torch.tensor([0, 1, 2, 0, 1]))] * 12,
     }

@@ -76,7 +76,7 @@ def trained(configuration: Configuration, runtime: Runtime) -> Iterator[tuple[Pa
     processes.agree(lambda: restore(parts, early_stopping, *state))
     step = None
     if early_stopping:
-        step = early_stopping.restore_best(parts.model, parts.method)
+        step = early_stopping.restore_best(parts.model)
     average = parts.average if step is None else None
     with average.applied() if average else nullcontext():
         yield parts, parts.position.step if step is None else step

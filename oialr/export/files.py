@@ -81,9 +81,10 @@ def export_dense(
 def export_factors(
     model: nn.Module, path: str | Path, samples: Samples, *, tolerance: float = 1e-4
 ) -> Exported:
-    """Write two factors for each factorized weight, for :func:`oialr.load_factors`.
+    """Write two factors for each factorized weight by :func:`oialr.save`: safetensors.
 
-    Where two factors store no less than the dense weight, that is written.
+    Where two factors store no less than the dense weight, that is written. :func:`oialr.load` gives
+    them to the network as it is built.
 
     Args:
         model, path, samples, tolerance: as of :func:`export_dense`.

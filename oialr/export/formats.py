@@ -16,15 +16,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from oialr.convert import to_dense
 from oialr.errors import ExportError, UserError
-from oialr.export.state import (
-    dense_state,
-    factor_state,
-    is_factors,
-    load_dense,
-    load_factors,
-    read_stored,
-    state_bytes,
-)
+from oialr.export.state import dense_state, load_dense, read_stored, state_bytes, two_factors
+from oialr.files import load, save
 from oialr.inference import for_inference
 
 Samples = Tensor | tuple[Any, ...] | Mapping[str, Any]
@@ -33,6 +26,8 @@ Samples = Tensor | tuple[Any, ...] | Mapping[str, Any]
 The leading dimension of every tensor is the batch.
 """
 Network = Callable[..., Any]
+ONNX = ("onnx", "onnxscript", "onnxruntime")
+"""Packages that it takes."""
 LARGEST_ONNX = 2**31 - 2**20
 """Bytes that a file of ONNX can hold, less what the graph may take."""
 
@@ -61,21 +56,26 @@ def read_exported(path: str | Path, network: nn.Module | None = None) -> Network
 
     Args:
         path: the file; ``.onnx`` is read by onnxruntime and ``.pt2`` by torch.export, all else
-            holds a state_dict or factors.
+            holds a state_dict of the dense network or is of :func:`oialr.save`.
         network: the network as it is built, for the two latter. It stays as it is.
 
     Raises:
         ValueError: the file is of no such format, or a network is missing, or another one.
-        UserError: onnxruntime is not installed.
+        UserError: a package that it takes is not installed.
         OSError: as of open.
     """
     path = Path(path)
-    with path.open("rb"):  # an error of the system's, whatever reads it
-        pass
-    for form in FORMATS.values():
-        if path.suffix == form.suffix and path.suffix != ".pt":
-            return form.read(path, network)
-    return FORMATS["factors" if is_factors(read_stored(path)) else "dense"].read(path, network)
+    with path.open("rb") as file:
+        head = file.read(9)
+    if path.suffix in (".onnx", ".pt2"):
+        form = "onnx" if path.suffix == ".onnx" else "torch-export"
+    elif head[:2] == b"PK":
+        form = "dense"  # an archive of torch.save
+    elif head[8:] == b"{":
+        form = "factors"  # a header of safetensors behind its length
+    else:
+        raise ValueError(f"{path} is no file of weights: neither of torch.save nor safetensors")
+    return FORMATS[form].read(path, network)
 
 
 def _write_dense(model: nn.Module, path: Path, _: Samples) -> None:
@@ -84,8 +84,8 @@ def _write_dense(model: nn.Module, path: Path, _: Samples) -> None:
 
 
 def _write_factors(model: nn.Module, path: Path, _: Samples) -> None:
-    state = factor_state(model)
-    torch.save({**state, "weights": _compact(state["weights"])}, path)
+    _need("safetensors")
+    save(two_factors(model), path)
 
 
 def _compact(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -104,7 +104,8 @@ def _read_dense(path: Path, network: nn.Module | None) -> Network:
 
 
 def _read_factors(path: Path, network: nn.Module | None) -> Network:
-    return load_factors(copy.deepcopy(_known(network, path)), path).eval()
+    _need("safetensors")
+    return load(copy.deepcopy(_known(network, path)), path).eval()
 
 
 def _known(network: nn.Module | None, path: Path) -> nn.Module:
@@ -128,7 +129,7 @@ def _read_program(path: Path, _: nn.Module | None) -> Network:
 
 
 def _write_onnx(model: nn.Module, path: Path, samples: Samples) -> None:
-    _need_onnx()
+    _need(*ONNX)
     if state_bytes(dense_state(model)) > LARGEST_ONNX:
         raise UserError("a file of ONNX holds 2 GB at most: export by torch.export instead")
     program = _program(model, samples)
@@ -141,7 +142,7 @@ def _write_onnx(model: nn.Module, path: Path, samples: Samples) -> None:
 
 
 def _read_onnx(path: Path, _: nn.Module | None) -> Network:
-    _need_onnx()
+    _need(*ONNX)
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -161,10 +162,9 @@ def _read_onnx(path: Path, _: nn.Module | None) -> Network:
     return network
 
 
-def _need_onnx() -> None:
-    packages = ("onnx", "onnxscript", "onnxruntime")
+def _need(*packages: str) -> None:
     if missing := [name for name in packages if not find_spec(name)]:
-        raise UserError(f"ONNX needs packages that are missing: pip install {' '.join(missing)}")
+        raise UserError(f"packages are missing for this: pip install {' '.join(missing)}")
 
 
 def _program(model: nn.Module, samples: Samples) -> torch.export.ExportedProgram:
@@ -216,7 +216,7 @@ def _quiet() -> Iterator[None]:
 
 FORMATS: dict[str, Format] = {
     "dense": Format(".pt", _write_dense, _read_dense),
-    "factors": Format(".pt", _write_factors, _read_factors),
+    "factors": Format(".safetensors", _write_factors, _read_factors),
     "onnx": Format(".onnx", _write_onnx, _read_onnx),
     "torch-export": Format(".pt2", _write_program, _read_program),
 }

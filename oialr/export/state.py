@@ -1,4 +1,4 @@
-"""States of a network for others: dense under the original names, or as two factors each."""
+"""A network for others: dense under the original names, or with two factors for each weight."""
 
 import copy
 import math
@@ -9,12 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from oialr.convert import densify_layer, factorize_layer, to_dense
+from oialr.convert import densify_layer, to_dense
 from oialr.skeleton import dense_skeleton, factored_weights
 from oialr.wrappers import unwrapped
-
-FACTORS, VERSION = "oialr-factors", 1
-"""What a file of factors says of itself."""
 
 
 def dense_state(model: nn.Module) -> dict[str, Tensor]:
@@ -34,58 +31,26 @@ def dense_state(model: nn.Module) -> dict[str, Tensor]:
     return to_dense(copy.deepcopy(model, copied)).state_dict()
 
 
-def factor_state(model: nn.Module) -> dict[str, Any]:
-    """Return the state of a network with two factors for each factorized weight.
+def two_factors(model: nn.Module) -> nn.Module:
+    """Make a copy of a network that holds two factors of each factorized weight.
 
     The core is merged into the first of them. Where two factors store no less than the weight, that
-    is in the state.
+    is held instead.
 
     Args:
         model: the network; it stays as it is. Wrappers around it are left away.
 
     Returns:
-        A dictionary that torch.save stores and :func:`load_factors` takes: ``format`` and
-        ``version``; ``layers``, which has, by dense parameter name, the ``module`` that holds the
-        factors and the dense ``shape``; ``weights``, the state_dict with the factors A
-        (m, r) and B (r, n) of that module, with a leading dimension for groups.
+        A network as a release makes it, on the same devices, which :func:`oialr.save` stores.
     """
     model = copy.deepcopy(unwrapped(model))
-    layers = {}
     for name, layer in factored_weights(model).items():
         pair = layer.pair()
-        shape = layer.form_weight().shape
-        if sum(factor.numel() for factor in pair) < math.prod(shape):
+        if sum(factor.numel() for factor in pair) < math.prod(layer.reading.shape):
             layer.set_factors(*pair)
-            layers[name] = {"module": _path(model, layer), "shape": list(shape)}
         else:
             densify_layer(model, name)
-    return {"format": FACTORS, "version": VERSION, "layers": layers, "weights": model.state_dict()}
-
-
-def load_factors(model: nn.Module, source: str | Path | Mapping[str, Any]) -> nn.Module:
-    """Give a network the factors and all other numbers that :func:`factor_state` returned.
-
-    Nothing is changed where they do not fit.
-
-    Args:
-        model: the network as it is built, or with layers of any ranks; changed in place.
-        source: a file, or what is in it.
-
-    Returns:
-        The network. Its factorized layers are those that a release makes: both factors are
-        parameters, and it can be trained on.
-
-    Raises:
-        ValueError: the file is none of factors, or belongs to another network.
-    """
-    named = str(source) if isinstance(source, str | Path) else "the state"
-    stored = read_stored(source) if isinstance(source, str | Path) else source
-    if not is_factors(stored):
-        raise ValueError(f"{named} holds no factors")
-    if stored["version"] > VERSION:
-        raise ValueError(f"{named} is of version {stored['version']}; known is {VERSION}")
-    _load(dense_skeleton(model), {**stored, "weights": _shapes_of(stored["weights"])}, named)
-    return _load(to_dense(model), stored, named)
+    return model
 
 
 def state_bytes(state: Mapping[str, Tensor]) -> int:
@@ -110,11 +75,6 @@ def read_stored(path: str | Path) -> Any:
             ) from error
 
 
-def is_factors(stored: Any) -> bool:
-    """Whether what :func:`read_stored` returned is a state of factors."""
-    return isinstance(stored, Mapping) and stored.get("format") == FACTORS
-
-
 def load_dense(model: nn.Module, stored: Any, named: str) -> nn.Module:
     """Give a dense network a state_dict, all of it or nothing.
 
@@ -132,24 +92,6 @@ def load_dense(model: nn.Module, stored: Any, named: str) -> nn.Module:
     return _load_strictly(model, stored, named)
 
 
-def _load(model: nn.Module, stored: Mapping[str, Any], named: str) -> nn.Module:
-    shapes = {
-        name: list(parameter.shape)
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-    }
-    weights = stored["weights"]
-    for name, layer in stored["layers"].items():
-        if shapes.get(name) != layer["shape"]:
-            raise ValueError(
-                f"{named} belongs to another network: it holds {name} {tuple(layer['shape'])}, and "
-                f"this one has {tuple(shapes[name]) if name in shapes else 'none of that name'}"
-            )
-        device = model.get_parameter(name).device
-        factors = [torch.empty_like(weights[f"{layer['module']}.{x}"], device=device) for x in "AB"]
-        factorize_layer(model, name, *factors)
-    return _load_strictly(model, weights, named)
-
-
 def _load_strictly(model: nn.Module, weights: Mapping[str, Tensor], named: str) -> nn.Module:
     try:
         model.load_state_dict(weights)
@@ -162,7 +104,3 @@ def _load_strictly(model: nn.Module, weights: Mapping[str, Tensor], named: str) 
 def _shapes_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a state without numbers, for a skeleton."""
     return {name: tensor.to("meta") for name, tensor in state.items()}
-
-
-def _path(model: nn.Module, layer: nn.Module) -> str:
-    return next(path for path, module in model.named_modules() if module is layer)

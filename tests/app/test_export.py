@@ -17,7 +17,7 @@ from oialr.export import files
 
 FILES = {
     "dense": "dense.pt",
-    "factors": "factors.pt",
+    "factors": "factors.safetensors",
     "onnx": "onnx.onnx",
     "torch-export": "torch-export.pt2",
 }

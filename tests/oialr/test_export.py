@@ -13,6 +13,7 @@ from oialr.compatibility import import_torchvision
 from oialr.convert import get_layer, to_dense
 from oialr.export import files, formats
 from oialr.layers.base import FactoredLayer
+from oialr.skeleton import factored_weights
 
 FORMATS = ["dense", "factors", "onnx", "torch-export"]
 
@@ -88,33 +89,28 @@ def test_the_dense_state_has_the_original_names_and_weights():
 def test_factors_are_two_where_these_are_smaller(projection, released, samples):
     model = trained(released=released, attention_projection=projection)
     before = copy.deepcopy(model.state_dict())
-    state = oialr.factor_state(model)
-    assert set(state["layers"]) == {
+    merged = oialr.two_factors(model)
+    assert set(factored_weights(merged)) == {
         "conv.weight",
         "attention.in_proj_weight",
         "attention.out_proj.weight",
     }
-    assert state["weights"]["conv.A"].shape[0] == 2  # one for each group
-    assert not any(name.endswith(("U", "core", "Vh")) for name in state["weights"])
+    state = merged.state_dict()
+    assert state["conv.A"].shape[0] == 2  # one for each group
+    assert not any(name.endswith(("U", "core", "Vh")) for name in state)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
-    loaded = oialr.load_factors(network(seed=5), state)
-    assert loaded.attention.in_proj.released
-    for ours, theirs in zip(outputs(loaded, samples), outputs(model, samples), strict=True):
+    assert model.conv.released is released
+    for ours, theirs in zip(outputs(merged, samples), outputs(model, samples), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-    # once more, into a network that is low-rank already
-    torch.testing.assert_close(
-        oialr.load_factors(trained(0.3), state).state_dict(), loaded.state_dict(), rtol=0, atol=0
-    )
 
 
 def test_factors_that_are_larger_than_the_weight_are_not_written(samples):
     model = trained(0.6)
-    state = oialr.factor_state(model)
+    merged = oialr.two_factors(model)
     # (192, 64) at rank 38 is smaller as two factors, and (64, 64) and (32, 24) are not
-    assert set(state["layers"]) == {"attention.in_proj_weight"}
-    assert state["weights"]["conv.weight"].shape == (64, 8, 3)
-    loaded = oialr.load_factors(network(), state)
-    for ours, theirs in zip(outputs(loaded, samples), outputs(model, samples), strict=True):
+    assert set(factored_weights(merged)) == {"attention.in_proj_weight"}
+    assert merged.state_dict()["conv.weight"].shape == (64, 8, 3)
+    for ours, theirs in zip(outputs(merged, samples), outputs(model, samples), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
@@ -277,19 +273,19 @@ def test_weights_of_another_network_are_refused_and_nothing_is_changed(samples, 
     other = network(seed=7)
     other.conv = nn.Conv1d(16, 96, 3, padding=1, groups=2)
     before = copy.deepcopy(other.state_dict())
-    with pytest.raises(ValueError, match=r"factors belongs to another network: .*conv.weight"):
-        oialr.load_factors(other, tmp_path / "factors")
+    with pytest.raises(ValueError, match=r"factors does not fit the network: .*conv"):
+        oialr.load(other, tmp_path / "factors")
     torch.testing.assert_close(other.state_dict(), before, rtol=0, atol=0)
     other = network(seed=7)
     other.head = nn.Linear(64, 6)
     before = copy.deepcopy(other.state_dict())
-    with pytest.raises(ValueError, match=r"factors belongs to another network: .*head.weight"):
-        oialr.load_factors(other, tmp_path / "factors")
+    with pytest.raises(ValueError, match=r"factors does not fit the network: head\."):
+        oialr.load(other, tmp_path / "factors")
     with pytest.raises(ValueError, match=r"dense belongs to another network: .*head.weight"):
         oialr.read_exported(tmp_path / "dense", other)
     torch.testing.assert_close(other.state_dict(), before, rtol=0, atol=0)
-    with pytest.raises(ValueError, match="dense holds no factors"):
-        oialr.load_factors(network(), tmp_path / "dense")
+    with pytest.raises(ValueError, match="dense is damaged, or no safetensors file"):
+        oialr.load(network(), tmp_path / "dense")
     with pytest.raises(ValueError, match="the network must be given too"):
         oialr.read_exported(tmp_path / "dense")
 
