@@ -1,31 +1,29 @@
 """The section of the configuration that says what is learned from."""
 
-from typing import Literal, Self
+import difflib
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from app.config.import_path import is_import_path
 from app.config.section import Section
+from app.data.data_set import COMMON_KEYS, DataSet
+from app.data.sets import DATA_SETS
 
-DataName = Literal[
-    "digits",
-    "mnist",
-    "fashion_mnist",
-    "cifar10",
-    "cifar100",
-    "image_folder",
-    "etth1",
-    "etth2",
-    "ettm1",
-    "ettm2",
-]
+OWN = DataSet(name="", keys=frozenset({"arguments"}), has_classes=False, in_root=False)
+"""What holds for a class by import path: the rest it says itself."""
 
 
 class DataSection(Section):
     """What is learned from."""
 
-    name: DataName = Field(
+    name: str = Field(
         "digits",
-        description="Data set. digits ships with scikit-learn, the others lie under data.root.",
+        description=f"{', '.join(DATA_SETS)}; or a class of your own by its import path, "
+        "package.module:Class. digits ships with scikit-learn, the others lie under data.root.",
+    )
+    arguments: dict[str, Any] = Field(
+        default_factory=dict, description="Keyword arguments of a class of your own."
     )
     root: str = Field("data", description="Folder that holds the data set in its official layout.")
     download: bool = Field(False, description="Let torchvision download what is missing.")
@@ -92,12 +90,26 @@ class DataSection(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        unused = {"random_augment", "random_erasing", "stage_to", "check_images", "image_bits"}
-        if self.name == "image_folder":
-            unused = {"augmentation"}
-        elif self.name.startswith("ett"):
-            unused |= {"augmentation", "mixup", "cutmix"}
-        for key in sorted(unused):
-            if getattr(self, key) != type(self).model_fields[key].default:
+        if not self.by_import_path and self.name not in DATA_SETS:
+            near = difflib.get_close_matches(self.name, DATA_SETS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(
+                f"name: {self.name[:200]!r} is not one of {', '.join(DATA_SETS)}, nor a "
+                f"package.module:Class{hint}"
+            )
+        usable = COMMON_KEYS | self.data_set.keys
+        for key, field in sorted(type(self).model_fields.items()):
+            default = field.get_default(call_default_factory=True)
+            if key not in usable and getattr(self, key) != default:
                 raise ValueError(f"{key}: is not for data.name={self.name}; leave it out")
         return self
+
+    @property
+    def by_import_path(self) -> bool:
+        """Whether the name is that of a class of the user's own."""
+        return is_import_path(self.name)
+
+    @property
+    def data_set(self) -> DataSet:
+        """What is known of the data set before it is read."""
+        return OWN if self.by_import_path else DATA_SETS[self.name]

@@ -26,7 +26,8 @@ class ModelSection(Section):
     name: str = Field(
         "vision_transformer",
         description="vision_transformer, cifar_resnet, lenet5, autoformer (for time series), or a "
-        "name of timm, such as resnetrs101.",
+        "name of timm, such as resnetrs101; or a function of your own by its import path, "
+        "package.module:function.",
     )
     arguments: dict[str, Any] = Field(
         default_factory=dict, description="Keyword arguments of the network's constructor."
@@ -219,7 +220,7 @@ class Configuration(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.data.name.startswith("ett") and self.training.label_smoothing:
+        if not self.data.data_set.has_classes and self.training.label_smoothing:
             raise ValueError(
                 f"training.label_smoothing: is not for data.name={self.data.name}; leave it out"
             )

@@ -4,125 +4,27 @@ A task hands out batches on the device, each process its own share, and knows no
 but that it is called with a batch's inputs. It never communicates.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
-
-import torch
-from torch import Tensor, nn
-
-from app.data.datasets import download as download
-from app.data.ett import is_series
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from app.config.settings import Configuration
+    from app.data.building import build_task as build_task
+    from app.data.datasets import download as download
+    from app.data.task import Batch as Batch
+    from app.data.task import Task as Task
+    from app.data.tensors import TensorTask as TensorTask
+
+_PLACES = {
+    "Batch": "app.data.task",
+    "Task": "app.data.task",
+    "TensorTask": "app.data.tensors",
+    "build_task": "app.data.building",
+    "download": "app.data.datasets",
+}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """This process's share of a global batch."""
-
-    inputs: Tensor
-    """(b, ...) on the device. Where the share is empty, one padding sample, so that forward and
-    backward work all the same."""
-    targets: Tensor
-    """(b,) or (b, ...)."""
-    count: int
-    """True samples in it: b, or 0 where the share is empty."""
-    global_count: int
-    """Samples of the whole global batch, over all processes."""
-
-    def split(self, parts: int) -> "list[Batch]":
-        """Cut into at most ``parts`` consecutive micro-batches, none of them without a sample."""
-        sizes = max(1, min(parts, self.count))
-        return [
-            Batch(
-                inputs=inputs,
-                targets=targets,
-                count=len(inputs) if self.count else 0,
-                global_count=self.global_count,
-            )
-            for inputs, targets in zip(
-                self.inputs.tensor_split(sizes), self.targets.tensor_split(sizes), strict=True
-            )
-        ]
-
-
-class Task(Protocol):
-    """What the trainer needs to know of a task."""
-
-    train_size: int
-    """Samples of the training part."""
-    steps_per_epoch: int
-    """Global batches of an epoch."""
-    input_shape: tuple[int, ...]
-    """Of one sample: (channels, height, width) for images, (steps, columns) for time series."""
-    outputs: int | tuple[int, ...]
-    """Outputs of the network per sample: classes, or the (horizon, variables) of a forecast."""
-    figures: tuple[str, ...]
-    """Names of the figures of merit, beside the loss."""
-    splits: tuple[str, ...]
-    """Parts to evaluate on: "validation", "test"."""
-
-    def train_batches(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
-        """Yield this process's share of each global batch of an epoch, from ``first_batch`` on."""
-
-    def evaluation_batches(self, split: str) -> Iterator[Batch]:
-        """Yield this process's samples of a part: over all processes, every sample once.
-
-        Processes may have different numbers of batches.
-        """
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the sum of the loss over the true samples, divided by ``global_count`` (scalar).
-
-        The sum over the processes is the mean over the global batch. A padding sample counts
-        nothing, but stays in the graph.
-        """
-
-    def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, float | Tensor]:
-        """Return sums over the batch: "loss", every figure of merit, and "count", the samples.
-
-        Scalars of dtype float64 on the device, which nobody has waited for. The caller chooses the
-        model's evaluation mode.
-        """
-
-    def example_batch(self) -> Batch:
-        """Return two samples of zeros, for a forward and backward that nobody looks at."""
-
-
-def build_task(
-    configuration: "Configuration",
-    *,
-    process_index: int,
-    process_count: int,
-    device: torch.device,
-) -> Task:
-    """Read the data and build the task of a configuration. Nothing is downloaded here.
-
-    Args:
-        configuration: data, training and run.seed are read.
-        process_index: of this process, in [0, process_count).
-        process_count: processes that share every global batch.
-        device: where batches are put, and data sets that fit into memory are kept.
-
-    Raises:
-        UserError: the data is missing or damaged, or does not fit the configuration.
-    """
-    if configuration.data.name == "image_folder":
-        from app.data.image_folder import ImageFolderClassification
-
-        return ImageFolderClassification(
-            configuration, process_index=process_index, process_count=process_count, device=device
-        )
-    if is_series(configuration.data.name):
-        from app.data.forecasting import Forecasting
-
-        return Forecasting(
-            configuration, process_index=process_index, process_count=process_count, device=device
-        )
-    from app.data.classification import InMemoryClassification
-
-    return InMemoryClassification(
-        configuration, process_index=process_index, process_count=process_count, device=device
-    )
+def __getattr__(name: str) -> Any:
+    """Import a name where it is asked for: a configuration needs app.data.sets, and no torch."""
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_PLACES[name]), name)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from app.data import Batch, ett, sharding
+from app.data import Batch, datasets, sharding
 from app.data.base import ShardedTask
 from app.data.splitting import limit_training_part
 
@@ -35,11 +35,11 @@ class Forecasting(ShardedTask):
         """Read the series that the configuration names.
 
         Raises:
-            UserError: as in :func:`app.data.ett.load` and :class:`ShardedTask`; or a larger
+            UserError: as in :func:`app.data.sets.ett.load` and :class:`ShardedTask`; or a larger
                 ``data.train_samples`` than there are.
         """
         data = configuration.data
-        series = ett.load(data)
+        series = datasets.load(data)
         self._input_length = data.input_length
         self._length = data.input_length + data.horizon
         starts = {

@@ -1,4 +1,4 @@
-"""Networks by name: our own, and those of timm. Built full-rank, with random weights."""
+"""Networks by name: our own, those of timm, and any by import path. Built full-rank, at random."""
 
 import difflib
 from collections.abc import Callable, Mapping
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from app.config.import_path import import_by_path, is_import_path
 from app.errors import UserError
 from oialr.compatibility import import_torchvision
 
@@ -50,10 +51,12 @@ def build(
 
     Args:
         name: "vision_transformer" (timm's, of any size), "cifar_resnet", "lenet5", "autoformer", or
-            a name of timm.
+            a name of timm; or the import path of a function of one's own, which gets the arguments
+            and what the task decides: ``input_shape`` and ``outputs``.
         arguments: keyword arguments of the network's constructor.
-        input_shape: (channels, height, width), or (steps, variables + time features).
-        outputs: classes, or (horizon, variables).
+        input_shape: (channels, height, width), or (steps, variables + time features); of own data
+            any.
+        outputs: classes, or (horizon, variables); of own data any shape.
 
     Returns:
         The network, on the CPU unless the caller chose another default device.
@@ -61,11 +64,27 @@ def build(
     Raises:
         UserError: the name is unknown, or the network cannot be built with these arguments.
     """
+    if "pretrained" in arguments:
+        raise UserError(
+            "model.arguments: pretrained is not taken, since nothing is downloaded here; leave it "
+            "out, and name a file of weights by model.initial"
+        )
+    if is_import_path(name):
+        return _build_own(name, arguments, input_shape=input_shape, outputs=outputs)
     constructor, depends_on_size = _find(name)
     is_forecast = isinstance(outputs, tuple)
     if is_forecast != (name == "autoformer"):
         needed, given = ("time series", "images") if name == "autoformer" else ("images", "series")
         raise UserError(f"model.name: {name} is for {needed}, and data.name gives {given}")
+    fits = len(input_shape) == 3
+    if isinstance(outputs, tuple):
+        fits = len(input_shape) == len(outputs) == 2
+    if not fits:
+        raise UserError(
+            f"model.name: {name} is for {'series' if is_forecast else 'images'}, and data.name "
+            f"gives samples of shape {tuple(input_shape)}; name a network of your own by its "
+            f"import path"
+        )
     if isinstance(outputs, tuple):
         filled_in = _of_a_forecast(input_shape, outputs)
     else:
@@ -80,20 +99,51 @@ def build(
         ) from None
 
 
-def check(section: "ModelSection", *, input_shape: tuple[int, ...], outputs: Outputs) -> None:
+def _build_own(
+    name: str, arguments: Mapping[str, Any], *, input_shape: tuple[int, ...], outputs: Outputs
+) -> nn.Module:
+    """Build a network of the user's own."""
+    function = import_by_path("model.name", name)
+    try:
+        model = function(**{"input_shape": input_shape, "outputs": outputs, **arguments})
+    except _CONSTRUCTION_ERRORS as error:
+        raise UserError(
+            f"model.arguments: {name} cannot be built with input_shape={tuple(input_shape)}, "
+            f"outputs={outputs} and {dict(arguments)}: {_one_line(error)}"
+        ) from None
+    if not isinstance(model, nn.Module):
+        raise UserError(
+            f"model.name: {name} gives a {type(model).__name__}, expected a torch.nn.Module"
+        )
+    return model
+
+
+def check(
+    section: "ModelSection",
+    *,
+    input_shape: tuple[int, ...],
+    outputs: Outputs,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Find out early, without memory or computation, whether a network can be built and fits.
 
     It is built on the meta device and given a batch there, which draws no random numbers.
+
+    Args:
+        section: names the network.
+        input_shape: of a sample.
+        outputs: expected of it.
+        dtype: of the inputs.
 
     Raises:
         UserError: as in :func:`build`; or the network cannot take these inputs, or gives other
             outputs.
     """
-    inputs = "images" if isinstance(outputs, int) else "series"
+    inputs = {1: "samples", 2: "series", 3: "images"}.get(len(input_shape), "samples")
     with torch.device("meta"), torch.no_grad():
         model = build(section.name, section.arguments, input_shape=input_shape, outputs=outputs)
         try:
-            result = model.eval()(torch.empty(2, *input_shape))
+            result = model.eval()(torch.empty(2, *input_shape, dtype=dtype))
         except _CONSTRUCTION_ERRORS as error:
             raise UserError(
                 f"model.name: {section.name} with {section.arguments} cannot take {inputs} of "

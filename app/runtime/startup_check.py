@@ -237,7 +237,7 @@ def _digest(content: bytes) -> str:
 
 
 def _data_problem(data: DataSection) -> str:
-    if data.name == "digits" or data.download:
+    if not data.data_set.in_root or data.download:
         return ""
     try:
         next(os.scandir(data.root), None)

@@ -183,7 +183,12 @@ def _build_method(
 
 def _build_model(configuration: Configuration, task: Task) -> torch.nn.Module:
     """Build the full-rank network, with the same bits on all processes."""
-    models.check(configuration.model, input_shape=task.input_shape, outputs=task.outputs)
+    models.check(
+        configuration.model,
+        input_shape=task.input_shape,
+        outputs=task.outputs,
+        dtype=task.example_batch().inputs.dtype,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(configuration.run.seed)
         return models.build(

@@ -10,7 +10,7 @@ from support.image_sets import expect_small_sets, write_cifar, write_mnist
 from support.series import write_ett
 
 from app import config, models
-from app.data import ett
+from app.data.sets import ett
 from app.recording.store import read_rows
 from app.runtime.processes import start_runtime
 from app.runtime.stop_signal import StopSignal
@@ -64,7 +64,7 @@ def test_configuration_fits_its_data(path: Path) -> None:
     """
     configuration = config.load(path)
     data, training = configuration.data, configuration.training
-    if ett.is_series(data.name):
+    if data.name in ett.STEP_MINUTES:
         length = data.input_length + data.horizon
         part = ett.split(ett.STEP_MINUTES[data.name], data.input_length)["train"]
         size = part.stop - length + 1
@@ -133,7 +133,7 @@ def test_small_run_converts_and_cuts(path: Path, data_root: Path, tmp_path: Path
         ]
     elif plain.data.name == "digits":
         options += ["data.train_samples=36"]
-    elif ett.is_series(plain.data.name):
+    elif plain.data.name in ett.STEP_MINUTES:
         options += ["data.input_length=12", "data.horizon=20", "data.train_samples=36"]
     configuration = config.load(path, options)
     with start_runtime(device="cpu", timeout=60) as runtime:

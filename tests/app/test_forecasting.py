@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from app import config
 from app.config.settings import Configuration
-from app.data import Task, build_task, download, ett
+from app.data import Task, build_task, download
+from app.data.sets import ett
 from app.errors import UserError
 from app.training.evaluation import evaluate
 from oialr.placement.processes import Processes

@@ -9,16 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from app.data import datasets
+from app.data.official import OfficialSet
+from app.data.sets import DATA_SETS
 
 TRAIN, TEST = 40, 20
 
 
 def expect_small_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the official layouts have fewer samples."""
-    for name, source in datasets._SOURCES.items():
-        small = dataclasses.replace(source, train_size=TRAIN, test_size=TEST)
-        monkeypatch.setitem(datasets._SOURCES, name, small)
+    for name, source in DATA_SETS.items():
+        if isinstance(source, OfficialSet):
+            small = dataclasses.replace(source, train_size=TRAIN, test_size=TEST)
+            monkeypatch.setitem(DATA_SETS, name, small)
 
 
 def labels_of(size: int, classes: int) -> np.ndarray:
@@ -82,7 +84,8 @@ def python2_pickle(entries: dict[str, Any]) -> bytes:
 
 
 def write_cifar(root: Path, name: str = "cifar10") -> Path:
-    source = datasets._SOURCES[name]
+    source = DATA_SETS[name]
+    assert isinstance(source, OfficialSet)
     folder = root / source.folder
     folder.mkdir(parents=True)
     for files, size in ((source.train_files, TRAIN), (source.test_files, TEST)):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from app.data.data_set import DataSet
 from app.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,11 +39,6 @@ class Series:
     parts: dict[str, slice]
     """Steps of train, validation and test; the last two begin with the input of their first
     forecast, so that the steps to be forecast are exactly those of the published split."""
-
-
-def is_series(name: str) -> bool:
-    """Tell whether a data set is one of these."""
-    return name in STEP_MINUTES
 
 
 def series_path(data: "DataSection") -> Path:
@@ -204,3 +200,29 @@ def _outlier(values: np.ndarray) -> tuple[int, int] | None:
     typical = np.where(typical > 0, typical, distance.mean(axis=0))
     outliers = np.argwhere(distance > LARGEST_DEVIATION * typical)
     return (int(outliers[0][0]), int(outliers[0][1])) if len(outliers) else None
+
+
+class ETT(DataSet):
+    """One of the series; there is no official place to download from."""
+
+    def load(self, data: "DataSection") -> Series:
+        """Read the series."""
+        return load(data)
+
+    def download(self, data: "DataSection") -> None:
+        """Say that there is no official place."""
+        raise UserError(
+            f"data.download: {data.name} has no official place to download from; put "
+            f"{series_path(data).name} into {series_path(data).parent}"
+        )
+
+
+DATA_SETS = tuple(
+    ETT(
+        name=name,
+        task="app.data.forecasting:Forecasting",
+        keys=frozenset({"input_length", "horizon"}),
+        has_classes=False,
+    )
+    for name in STEP_MINUTES
+)

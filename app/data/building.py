@@ -1,0 +1,58 @@
+"""From a configuration to its task."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from app.config.import_path import import_by_path
+from app.data.sets import DATA_SETS
+from app.data.task import Task
+from app.errors import UserError
+
+if TYPE_CHECKING:
+    from app.config.settings import Configuration
+
+_MEMBERS = (
+    *("train_size", "steps_per_epoch", "input_shape", "outputs", "figures", "splits"),
+    *("train_batches", "evaluation_batches", "loss", "evaluate", "example_batch"),
+)
+"""What a task must have: :class:`app.data.Task`."""
+
+
+def build_task(
+    configuration: "Configuration",
+    *,
+    process_index: int,
+    process_count: int,
+    device: torch.device,
+) -> Task:
+    """Read the data and build the task of a configuration. Nothing is downloaded here.
+
+    Args:
+        configuration: data, training and run.seed are read.
+        process_index: of this process, in [0, process_count).
+        process_count: processes that share every global batch.
+        device: where batches are put, and data sets that fit into memory are kept.
+
+    Raises:
+        UserError: the data is missing or damaged, or does not fit the configuration.
+    """
+    data = configuration.data
+    path = data.name if data.by_import_path else DATA_SETS[data.name].task
+    kind = import_by_path("data.name", path)
+    place = {"process_index": process_index, "process_count": process_count, "device": device}
+    if not data.by_import_path:
+        task: Task = kind(configuration, **place)
+        return task
+    try:
+        own = kind(configuration, **data.arguments, **place)
+    except TypeError as error:
+        raise UserError(
+            f"data.arguments: {data.name} cannot be built with {data.arguments}: {error}"
+        ) from None
+    if missing := [name for name in _MEMBERS if not hasattr(own, name)]:
+        raise UserError(
+            f"data.name: {data.name} is no task: it lacks {', '.join(missing)} "
+            f"(docs/own_networks_and_data.md)"
+        )
+    return own

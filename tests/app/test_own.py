@@ -1,0 +1,221 @@
+"""Networks and data by import path: from outside the packages, and what can go wrong with them."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from app import config, models
+from app.config.settings import Configuration
+from app.data import TensorTask, build_task
+from app.data.building import _MEMBERS
+from app.errors import UserError
+from app.recording.store import read_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLE = ROOT / "examples" / "language_model.yaml"
+TINY = (
+    "data.arguments={length: 12, characters: 3000}",
+    "model.arguments={width: 16, depth: 1, heads: 2}",
+    *("training.epochs=2", "training.batch_size=32", "training.warmup_epochs=0"),
+    *("oialr.delay=3", "oialr.release=3", "oialr.target_size=0.8", "oialr.update_interval=4"),
+)
+
+
+class Ramp(TensorTask):
+    """Numbers whose sign is to be told."""
+
+    figures = ("distance",)
+
+    def __init__(self, configuration: Configuration, *, size: int = 11, **place: Any) -> None:
+        parts = {}
+        for name, start in (("train", 0), ("validation", 100), ("test", 200)):
+            inputs = torch.arange(start, start + size, dtype=torch.float64)[:, None]
+            parts[name] = (inputs, inputs[:, 0] * 2)
+        super().__init__(configuration, parts, outputs=1, **place)
+
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs[:, 0] - targets).square()
+
+    def measures(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        return {"distance": (outputs[:, 0] - targets).abs()}
+
+
+class NoTask:
+    def __init__(self, configuration: Configuration, **place: Any) -> None:
+        self.train_size = 3
+
+
+def no_network(**arguments: Any) -> int:
+    return 3
+
+
+def line(*, input_shape: tuple[int, ...], outputs: int, bias: bool = True) -> nn.Module:
+    return nn.Linear(input_shape[0], outputs, bias=bias)
+
+
+number = 3
+
+
+def configured(name: str, **settings: Any) -> Configuration:
+    data = {"name": f"{__name__}:{name}", **settings.pop("data", {})}
+    return config.build({"data": data, "training": {"batch_size": 4}, **settings})
+
+
+def tasks(processes: int, **data: Any) -> list[Any]:
+    place = {"process_count": processes, "device": torch.device("cpu")}
+    configuration = configured("Ramp", data=data)
+    return [build_task(configuration, process_index=i, **place) for i in range(processes)]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_a_task_of_tensors_counts_every_sample_once(processes: int) -> None:
+    """Sums of losses and measures over the processes are those of the whole, in float64."""
+    shares = tasks(processes, arguments={"size": 10}, train_samples=9)
+    model = nn.Linear(1, 1).double()
+    nn.init.constant_(model.weight, 1.5)
+    nn.init.constant_(model.bias, 0.25)
+    for epoch in (0, 1):
+        seen, losses = [], []
+        for batches in zip(*(task.train_batches(epoch) for task in shares), strict=True):
+            true = [batch.inputs[: batch.count, 0] for batch in batches]
+            assert {batch.global_count for batch in batches} == {sum(map(len, true))}
+            values = torch.cat(true)
+            seen += values.tolist()
+            total = sum(task.loss(model, b).item() for task, b in zip(shares, batches, strict=True))
+            assert total == pytest.approx((0.5 * values - 0.25).square().mean().item(), rel=1e-12)
+            losses.append(total)
+        assert sorted(seen) == list(range(9))
+        assert len(losses) == shares[0].steps_per_epoch == 3
+    sums = [task.evaluate(model, b) for task in shares for b in task.evaluation_batches("test")]
+    whole = torch.arange(200, 210).double() * 0.5 - 0.25
+    assert sum(float(s["count"]) for s in sums) == 10
+    assert sum(float(s["loss"]) for s in sums) == pytest.approx(whole.square().sum().item())
+    assert sum(float(s["distance"]) for s in sums) == pytest.approx(whole.abs().sum().item())
+    example = shares[0].example_batch()
+    assert example.inputs.dtype == torch.float64
+    assert example.inputs.shape == (2, 1)
+    assert example.targets.shape == (2,)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        (
+            "Nothing",
+            {},
+            r"^data\.name: .*:Nothing cannot be imported \(AttributeErr",
+        ),
+        ("number", {}, r"^data\.name: .*:number is a int, expected what can be called$"),
+        ("NoTask", {}, r"^data\.name: .*:NoTask is no task: it lacks steps_per_epoch, inp"),
+        (
+            "Ramp",
+            {"arguments": {"sise": 3}},
+            r"^data\.arguments: .*:Ramp cannot be built w.*sise",
+        ),
+        (
+            "Ramp",
+            {"train_samples": 12},
+            r"^data\.train_samples: 12 exceeds the 11 train",
+        ),
+    ],
+)
+def test_what_is_wrong_with_data_is_told(name: str, data: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_task(
+            configured(name, data=data),
+            process_index=0,
+            process_count=1,
+            device=torch.device("cpu"),
+        )
+
+
+def test_the_protocol_is_what_is_asked_for() -> None:
+    from app.data.task import Task
+
+    own = {name for name in vars(Task) if not name.startswith("_")} | set(Task.__annotations__)
+    assert own == set(_MEMBERS)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"augmentation": "crop"}, "data.augmentation: is not for data.name=.*:Ramp"),
+        ({"name": "digits", "arguments": {"a": 1}}, "data.arguments: is not for data.name=digits"),
+        ({"name": "digit"}, "data.name: 'digit' is not one of .*digits.*; did you mean digits"),
+        ({"name": "a b:C"}, "data.name: 'a b:C' is not one of .*, nor a package.module:Class"),
+        ({"name": "digits", "horizon": 5}, "data.horizon: is not for data.name=digits"),
+    ],
+)
+def test_keys_are_held_against_the_data(data: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        configured("Ramp", data=data)
+
+
+def test_labels_that_are_none_cannot_be_smoothed() -> None:
+    with pytest.raises(UserError, match=r"training\.label_smoothing: is not for data.name="):
+        configured("Ramp", training={"label_smoothing": 0.1})
+
+
+def test_a_network_of_ones_own_gets_what_the_data_decide() -> None:
+    model = models.build(f"{__name__}:line", {"bias": False}, input_shape=(5,), outputs=3)
+    assert isinstance(model, nn.Linear)
+    assert model.weight.shape == (3, 5)
+    assert model.bias is None
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        (
+            "nowhere.at_all:f",
+            {},
+            r"^model\.name: nowhere\.at_all:f cannot be imported \(ModuleNotFo",
+        ),
+        (
+            f"{__name__}:no_network",
+            {},
+            r"^model\.name: .*:no_network gives a int, expected a tor",
+        ),
+        (
+            f"{__name__}:line",
+            {"bies": 1},
+            r"^model\.arguments: .*:line cannot be built with .*bie",
+        ),
+        (
+            "lenet5",
+            {},
+            r"^model\.name: lenet5 is for images, and data\.name gives samples of",
+        ),
+        (
+            "resnet18",
+            {"pretrained": True},
+            r"^model\.arguments: pretrained is not .* model\.initial$",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_network_is_told(
+    name: str, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        models.build(name, arguments, input_shape=(5,), outputs=3)
+
+
+def test_the_example_trains_from_outside_the_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a user does: a configuration beside the file, and the folder where the program starts."""
+    from app.train import main
+
+    monkeypatch.syspath_prepend(str(ROOT))  # python -m puts the present folder there
+    assert main(["--config", str(EXAMPLE), *TINY, f"run.dir={tmp_path}"]) == 0
+    evaluations = read_rows(tmp_path / "metrics.h5", "eval")
+    bits, loss = evaluations["bits_per_character"], evaluations["loss"]
+    assert bits == pytest.approx(loss / 0.6931471805599453)
+    validation = [x for x, part in zip(loss, evaluations["split"], strict=True) if part != "test"]
+    assert validation[-1] < validation[0]
+    assert list(read_rows(tmp_path / "metrics.h5", "lowrank")["event"]) == ["release"]
+    assert "examples.language_model" in sys.modules
