@@ -10,15 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from app.analysis.loading import CheckpointError, load
+from app.training.foreign_files import (
+    STATE_KEYS,
+    CheckpointError,
+    find_state,
+    load,
+    without_wrappers,
+)
 from oialr.layers.base import FROZEN, RELEASED, FactoredLayer, FactoredParts
 from oialr.layers.reading import MatrixReading
 from oialr.layers.registry import adapters
-
-STATE_KEYS = ("state_dict", "model", "model_state_dict")
-WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Parts of names that DistributedDataParallel, torch.compile and the like put in, where they wrap
-the network or a module within it."""
 
 _STEP_KEYS = ("step", "global_step", "iteration")
 _DTYPES = {
@@ -75,7 +76,7 @@ class StoredCheckpoint:
 def read_checkpoint(*files: Path) -> StoredCheckpoint:
     """Read a checkpoint; its tensors come from the disk when they are used.
 
-    Nothing but tensors and plain values is unpickled (:mod:`app.analysis.loading`).
+    Nothing but tensors and plain values is unpickled (:mod:`app.training.foreign_files`).
 
     Args:
         files: one of safetensors, or of torch.save: a state_dict, or a dictionary that holds one
@@ -88,7 +89,7 @@ def read_checkpoint(*files: Path) -> StoredCheckpoint:
     position: Mapping[str, Any] = {}
     for file in files:
         content = load(file)
-        found = _find_state(content)
+        found = find_state(content)
         if found is None:
             raise CheckpointError(
                 f"{file}: no state_dict, neither at the top nor under {', '.join(STATE_KEYS)}"
@@ -101,7 +102,7 @@ def read_checkpoint(*files: Path) -> StoredCheckpoint:
     path = files[0]
     if problem := next(filter(None, map(_unusable, state.items())), None):
         raise CheckpointError(f"{path}: {problem}")
-    weights = _name_weights(_without_wrappers(state))
+    weights = _name_weights(without_wrappers(state))
     if not weights:
         raise CheckpointError(f"{path}: no floating tensor of two or more dimensions")
     if (name := _impossible_name(weights)) is not None:
@@ -159,25 +160,6 @@ class _Holder(FactoredParts):
         """Return what holds the factors of a weight; None if the weight is dense."""
         part = self._modules.get(key)
         return part if isinstance(part, FactoredLayer) else None
-
-
-def _find_state(content: Mapping[str, Any]) -> dict[str, Tensor] | None:
-    """Return the tensors of the state_dict, which may lie one level down."""
-    for candidate in (*(content.get(key) for key in STATE_KEYS), content):
-        if isinstance(candidate, Mapping):
-            tensors = {str(k): v for k, v in candidate.items() if isinstance(v, Tensor)}
-            if tensors:
-                return tensors
-    return None
-
-
-def _without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Take the wrappers' parts out of all names, unless two would become one."""
-    renamed = {}
-    for name, tensor in state.items():
-        *path, key = name.split(".")
-        renamed[".".join([*(part for part in path if part not in WRAPPERS), key])] = tensor
-    return renamed if len(renamed) == len(state) else state
 
 
 def _unusable(entry: tuple[str, Tensor]) -> str | None:

@@ -14,10 +14,10 @@ from tqdm import tqdm
 from app.analysis.checkpoint import as_module, fingerprint, is_finite, read_checkpoint
 from app.analysis.choice import Found, PassedOver, compare, drop_copies, order
 from app.analysis.files import Source, find_checkpoints
-from app.analysis.loading import CheckpointError
 from app.analysis.selection import select_weights, shapes_of, signature
 from app.errors import AgreedUserError, UserError
 from app.runtime.processes import Runtime
+from app.training.foreign_files import CheckpointError
 from app.training.recorder import Recorder
 from oialr.layer_survey import LayerReport
 from oialr.placement.processes import Processes

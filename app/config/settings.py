@@ -32,6 +32,12 @@ class ModelSection(Section):
     arguments: dict[str, Any] = Field(
         default_factory=dict, description="Keyword arguments of the network's constructor."
     )
+    initial: str | None = Field(
+        None,
+        description="File of the weights to start from, in place of random ones: a state_dict of "
+        "torch.save or safetensors, or a run's checkpoint (FOLDER/checkpoints/step-N/state.pt, or "
+        "the run's folder for its newest).",
+    )
 
 
 class TrainingSection(Section):

@@ -19,6 +19,7 @@ from app.errors import UserError
 from app.runtime.calibration import read_costs
 from app.runtime.processes import Runtime
 from app.training.batch_norm import check_batch_norm
+from app.training.initial import load_initial
 from app.training.optimizer import Schedule, build_optimizer
 from app.training.position import Position
 from app.training.precision import Precision
@@ -72,6 +73,7 @@ def build(
     runtime: Runtime,
     *,
     check_steps: bool = True,
+    initial: bool = True,
     tell: Callable[[str], None] = lambda what: None,
 ) -> Parts:
     """Build the parts of a run in the one order that is right. A collective call.
@@ -83,6 +85,7 @@ def build(
         runtime: this process among those that train together.
         check_steps: refuse a delay or release that the run would never reach; a search sets them
             for each candidate.
+        initial: read the weights of model.initial; a run that goes on has its own.
         tell: told of what begins now, such as :meth:`app.runtime.watchdog.Watchdog.progress`.
 
     Raises:
@@ -91,6 +94,8 @@ def build(
     processes, training = runtime.processes, configuration.training
     tell("data and network")
     task, model = _build_task_and_model(configuration, runtime)
+    if initial:
+        processes.agree(lambda: read_initial(configuration, model))
     tell("method and optimizer")
     steps = training.epochs * task.steps_per_epoch
     if check_steps:
@@ -123,6 +128,12 @@ def build(
         average=None if decay is None else WeightAverage(model, optimizer, decay=decay),
         precision=Precision(training.precision, runtime.device),
     )
+
+
+def read_initial(configuration: Configuration, model: nn.Module) -> None:
+    """Give the network the weights of model.initial, if there are to be any."""
+    if configuration.model.initial is not None:
+        load_initial(model, configuration.model.initial)
 
 
 def _build_task_and_model(

@@ -21,7 +21,7 @@ def explain_run(configuration: Configuration, runtime: Runtime, *, resume: bool)
     Raises:
         UserError: as :func:`app.training.run.train`.
     """
-    parts = build(configuration, runtime)
+    parts = build(configuration, runtime, initial=not resume)
     method, model, training = parts.method, parts.model, configuration.training
     if method is None:
         raise UserError("--explain: oialr.enabled is false: no layer is factorized")

@@ -90,7 +90,7 @@ def train(
         if earlier:
             ownership.take(earlier)
         nodes = check_nodes(configuration, runtime)
-        parts = build(configuration, runtime, tell=watchdog.progress)
+        parts = build(configuration, runtime, initial=earlier is None, tell=watchdog.progress)
         storage = open_storage(parts, watchdog, ownership, earlier=earlier)
         log.begin(storage.folder)
         if runtime.is_first:

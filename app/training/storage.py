@@ -12,7 +12,7 @@ from app.recording.loggers.chosen import Loggers, find_loggers
 from app.recording.swmr import writing
 from app.runtime.processes import Runtime
 from app.runtime.watchdog import Watchdog
-from app.training.build import Parts
+from app.training.build import Parts, read_initial
 from app.training.checkpoint import CHECKPOINT_KEYS, Checkpoints
 from app.training.early_stopping import BEST_KEYS, EarlyStopping
 from app.training.folder import hold_folder, mark_unfinished, prepare_folder, write_text
@@ -96,6 +96,8 @@ def open_storage(
     if state:
         processes.agree(lambda: restore(parts, early_stopping, *state))
         warn_of_missing_bases(parts, state[1])
+    elif earlier:  # stopped before its first checkpoint
+        processes.agree(lambda: read_initial(configuration, parts.model))
     mark_unfinished(folder, runtime)
     recorder = Recorder(None)
     with watchdog.guard("metrics.h5"):

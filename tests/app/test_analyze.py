@@ -23,9 +23,9 @@ from app import OIALR, analyze, report
 from app.analysis.checkpoint import read_checkpoint
 from app.analysis.choice import Found, compare, drop_copies, order
 from app.analysis.files import Source, find_checkpoints, natural_order, number_in
-from app.analysis.loading import CheckpointError
 from app.errors import UserError
 from app.recording.store import Follower, read_rows
+from app.training.foreign_files import CheckpointError
 from oialr.layer_survey import survey
 from oialr.placement.processes import Processes
 from oialr.stability.tracker import BasisTracker

@@ -1,4 +1,4 @@
-"""Opens the files of checkpoints without running anything that they may hold.
+"""Opens files of checkpoints, whatever program wrote them, without running what they may hold.
 
 Files of torch.save are pickles, which could call anything. torch's own restricted reader takes
 tensors and plain values; what else is found in the files of well-known programs and is harmless is
@@ -15,8 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from app.training.archive import DamagedFileError, verify_foreign
+
+STATE_KEYS = ("state_dict", "model", "model_state_dict")
+WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Parts of names that DistributedDataParallel, torch.compile and the like put in, where they wrap
+the network or a module within it."""
 
 
 class CheckpointError(Exception):
@@ -115,6 +121,25 @@ def load(path: Path) -> dict[str, Any]:
             f"{path}: cannot be read (it holds a {type(content).__name__}, not a dictionary)"
         )
     return dict(content)
+
+
+def find_state(content: Mapping[str, Any]) -> dict[str, Tensor] | None:
+    """Return the tensors of the state_dict, which may lie one level down."""
+    for candidate in (*(content.get(key) for key in STATE_KEYS), content):
+        if isinstance(candidate, Mapping):
+            tensors = {str(k): v for k, v in candidate.items() if isinstance(v, Tensor)}
+            if tensors:
+                return tensors
+    return None
+
+
+def without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take the wrappers' parts out of all names, unless two would become one."""
+    renamed = {}
+    for name, tensor in state.items():
+        *path, key = name.split(".")
+        renamed[".".join([*(part for part in path if part not in WRAPPERS), key])] = tensor
+    return renamed if len(renamed) == len(state) else state
 
 
 def _load_safetensors(path: Path) -> dict[str, Any]:
