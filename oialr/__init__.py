@@ -17,6 +17,8 @@ The library: torch and the standard library. Everything that is meant for others
 - :func:`prepare` lets a network take stored weights of whatever ranks by its load_state_dict;
   :func:`save` and :func:`load` store a network with its ranks, without an optimizer.
 - :class:`WeightAverage` is a moving average of the weights that follows their ranks.
+- :func:`compress` makes a trained network low-rank at once, to a stored size;
+  :class:`CompressedLayer` tells what became of a weight.
 - :func:`to_dense` puts dense layers in the place of factorized ones.
 - :func:`register_layer` adds a kind of layers by its :class:`LayerAdapter`, with a
   :class:`FactoredTwin` and a :class:`MatrixReading` of its weight.
@@ -37,6 +39,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from oialr.compression import CompressedLayer as CompressedLayer
+    from oialr.compression import compress as compress
     from oialr.convert import to_dense as to_dense
     from oialr.errors import DifferingReplicasError as DifferingReplicasError
     from oialr.errors import DivergedError as DivergedError
@@ -74,6 +78,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "OIALR": "oialr.method",
+    "CompressedLayer": "oialr.compression",
     "Costs": "oialr.placement.costs",
     "DifferingReplicasError": "oialr.errors",
     "DivergedError": "oialr.errors",
@@ -92,6 +97,7 @@ _HOMES = {
     "UserError": "oialr.errors",
     "ExportError": "oialr.errors",
     "Exported": "oialr.export.files",
+    "compress": "oialr.compression",
     "dense_state": "oialr.export.state",
     "export_dense": "oialr.export.files",
     "export_factors": "oialr.export.files",

@@ -14,6 +14,15 @@ APP, LIBRARY = ROOT / "app", ROOT / "oialr"
 GRAPH = {
     "allocation": {"schedule"},
     "compatibility": set(),
+    "compression": {
+        "convert",
+        "errors",
+        "layer_survey",
+        "layers",
+        "linalg",
+        "options",
+        "target",
+    },
     "convert": {"layers", "replaced"},
     "errors": set(),
     "events": {"errors", "layer_survey", "linalg", "memory", "placement", "target", "transitions"},

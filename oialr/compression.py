@@ -1,0 +1,150 @@
+"""A trained network made low-rank at once, to a stored size, without an optimizer. Ours.
+
+The paper (arXiv 2401.08505) compresses while it trains. Where a network is trained already, its
+weights are truncated (Eckart and Young, 1936) to ranks that :mod:`oialr.allocation` finds, and what
+that costs in accuracy is won back by some training of the factors.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from oialr.convert import factorize_layer
+from oialr.errors import DivergedError
+from oialr.layer_survey import LayerReport, parameter_counts, survey
+from oialr.layers.base import FactoredLayer
+from oialr.linalg.precision import full_precision
+from oialr.linalg.svd import Factors, economy_svd
+from oialr.options import Options, Selection, part
+from oialr.target import TargetSize
+
+_TAKEN = ("minimum_rank_fraction", "rank_multiple", "execution", "recompute_convolutions")
+"""Options that count here, beside those that select layers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressedLayer:
+    """What became of a weight."""
+
+    name: str
+    """Dense parameter name."""
+    shape: tuple[int, ...]
+    rank: int | None
+    """None: it stays dense, since no rank that stores less is worth its loss."""
+    lost: float
+    """Share of its spectral energy, the sum of the squared singular values, that is discarded."""
+
+
+@torch.no_grad()
+def compress(
+    model: nn.Module, *, target_size: float, release: bool = True, **options: Any
+) -> list[CompressedLayer]:
+    """Factorize a trained network in place, to a stored size.
+
+    The ranks are those that discard least of the layers' energies, each layer's energy counted as
+    1, for the size: within the largest gain of a single step of the best ones
+    (:func:`oialr.allocation.allocate`). Every weight becomes its best approximation of its rank.
+    The network has new Parameter objects afterwards: an optimizer is made after it. Weights with
+    requires_grad=False stay dense. Every process that calls it does all the work by itself.
+
+    Args:
+        model: the network, full-rank; on any device, in any floating dtype of at least 32 bits.
+        target_size: stored parameters over those of the network as it is, in (0, 1].
+        release: two factors of each weight, both trained, W = A B, balanced; False: U core Vh,
+            with orthonormal U and Vh that are frozen.
+        **options: minimum_rank_fraction, rank_multiple, execution, recompute_convolutions and what
+            selects layers (include, exclude, keep_first_layer, keep_last_layer, ...), as
+            :class:`oialr.Options` describes them.
+
+    Returns:
+        Of each weight that could be factorized what became of it, in the order of the modules.
+
+    Raises:
+        TypeError: another option.
+        ValueError: an option out of range, a size that the smallest ranks exceed, no layer that
+            could be factorized, or a wrapped model. Nothing has been changed then.
+        DivergedError: a weight holds NaN or infinity. Nothing has been changed then.
+    """
+    selection = set(Selection.__dataclass_fields__)
+    if others := sorted(set(options) - selection - set(_TAKEN)):
+        raise TypeError(f"compress takes no option {others[0]}")
+    if isinstance(model, DistributedDataParallel):
+        raise ValueError("compress takes the module inside DistributedDataParallel: model.module")
+    chosen = Options(
+        delay=1,
+        update_interval=1,
+        release=1 if release else None,
+        target_size=target_size,
+        **options,
+    )
+    layers = _layers(model, chosen)
+    target = TargetSize(
+        chosen, layers, stored=parameter_counts(model)[1], is_released=chosen.release is not None
+    )
+    factors = {layer.name: _factorize(model, layer) for layer in layers}
+    energies = {name: _energies(s) for name, (_, s, _) in factors.items()}
+    ranks = target.ranks(energies, fixed={}, may_stay_dense=energies)
+    for layer in layers:
+        if (r := ranks[layer.name]) is not None:
+            _replace(model, layer, factors.pop(layer.name), r, chosen)
+    return [
+        CompressedLayer(
+            name=layer.name,
+            shape=layer.shape,
+            rank=ranks[layer.name],
+            lost=_lost(energies[layer.name], ranks[layer.name]),
+        )
+        for layer in layers
+    ]
+
+
+def _layers(model: nn.Module, options: Options) -> list[LayerReport]:
+    if any(isinstance(module, FactoredLayer) for module in model.modules()):
+        raise ValueError("the network is low-rank already: oialr.to_dense(model) makes it dense")
+    found = survey(
+        model, **part(options, Selection), minimum_rank_fraction=options.minimum_rank_fraction
+    )
+    layers = [layer for layer in found if layer.stays_dense is None]
+    if not layers:
+        reasons = {layer.stays_dense or "" for layer in found}
+        raise ValueError(f"no layer can be factorized: {'; '.join(sorted(reasons))}")
+    return layers
+
+
+def _factorize(model: nn.Module, layer: LayerReport) -> Factors:
+    weight = model.get_parameter(layer.name).detach()
+    if not weight.isfinite().all():
+        raise DivergedError(f"{layer.name} holds NaN or infinity")
+    with full_precision():
+        return economy_svd(layer.reading.to_matrix(weight))
+
+
+def _energies(s: Tensor) -> list[float]:
+    """Return squared singular values (k,), of a stack (g, k) their sums over the matrices."""
+    squared = s.double().square()
+    energies: list[float] = (squared.sum(0) if squared.dim() == 2 else squared).tolist()
+    return energies
+
+
+def _lost(energies: list[float], rank: int | None) -> float:
+    return 0.0 if rank is None else sum(energies[rank:]) / (sum(energies) or 1.0)
+
+
+def _replace(
+    model: nn.Module, layer: LayerReport, factors: Factors, r: int, options: Options
+) -> None:
+    weight = model.get_parameter(layer.name)
+    U, s, Vh = (factor.to(weight.dtype) for factor in factors)
+    U, s, Vh = U[..., :r].contiguous(), s[..., :r], Vh[..., :r, :].contiguous()
+    if options.release is not None:
+        root = s.sqrt()
+        parts: tuple[Tensor, ...] = (U * root[..., None, :], root[..., :, None] * Vh)
+    else:
+        parts = (U, torch.diag_embed(s), Vh)
+    twin = factorize_layer(model, layer.name, *parts)
+    twin.configure(
+        execution=options.execution, recompute_convolutions=options.recompute_convolutions
+    )
