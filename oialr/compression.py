@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from oialr.convert import factorize_layer
 from oialr.errors import DivergedError
@@ -20,6 +19,7 @@ from oialr.linalg.precision import full_precision
 from oialr.linalg.svd import Factors, economy_svd
 from oialr.options import Options, Selection, part
 from oialr.target import TargetSize
+from oialr.wrappers import Wrappers, unwrapped
 
 _TAKEN = ("minimum_rank_fraction", "rank_multiple", "execution", "recompute_convolutions")
 """Options that count here, beside those that select layers."""
@@ -51,7 +51,8 @@ def compress(
     requires_grad=False stay dense. Every process that calls it does all the work by itself.
 
     Args:
-        model: the network, full-rank; on any device, in any floating dtype of at least 32 bits.
+        model: the network, full-rank; on any device, in float32 or float64. What is around it
+            (torch.compile, DistributedDataParallel) is made anew afterwards.
         target_size: stored parameters over those of the network as it is, in (0, 1].
         release: two factors of each weight, both trained, W = A B, balanced; False: U core Vh,
             with orthonormal U and Vh that are frozen.
@@ -65,14 +66,14 @@ def compress(
     Raises:
         TypeError: another option.
         ValueError: an option out of range, a size that the smallest ranks exceed, no layer that
-            could be factorized, or a wrapped model. Nothing has been changed then.
+            could be factorized, or a network that is low-rank already. Nothing has been changed
+            then.
         DivergedError: a weight holds NaN or infinity. Nothing has been changed then.
     """
     selection = set(Selection.__dataclass_fields__)
     if others := sorted(set(options) - selection - set(_TAKEN)):
         raise TypeError(f"compress takes no option {others[0]}")
-    if isinstance(model, DistributedDataParallel):
-        raise ValueError("compress takes the module inside DistributedDataParallel: model.module")
+    model = unwrapped(model)
     chosen = Options(
         delay=1,
         update_interval=1,
@@ -90,6 +91,7 @@ def compress(
     for layer in layers:
         if (r := ranks[layer.name]) is not None:
             _replace(model, layer, factors.pop(layer.name), r, chosen)
+    Wrappers(model).tell()
     return [
         CompressedLayer(
             name=layer.name,

@@ -22,6 +22,7 @@ GRAPH = {
         "linalg",
         "options",
         "target",
+        "wrappers",
     },
     "convert": {"layers", "replaced"},
     "errors": set(),

@@ -31,6 +31,8 @@ from oialr.placement.costs import Costs
 NOT_EXECUTED = {
     "make train": "installs packages from the network; its command is the block below it",
     "make test": "runs this test",
+    "python -m app.train model.name=mine.networks:build data.name=mine.data:Recordings "
+    "oialr.delay=0.2": "needs files of the reader's; test_own.py has such",
     "git clone REPOSITORY oialr && cd oialr": "needs the network",
     "conda env create -f environment.yml": "needs conda and the network",
     "conda run -n oialr pip install --no-deps -r requirements-nodeps.txt": "needs conda",
@@ -78,6 +80,13 @@ APPENDED = [
     # The first that matches a command is appended to it.
     (r"app\.train .*--(keys|version)", ""),
     (r"app\.train .*--resume", ""),
+    (
+        r"app\.train .*language_model",
+        "'data.arguments={length: 12, characters: 3000}' training.epochs=2 training.batch_size=32 "
+        "'model.arguments={width: 16, depth: 1, heads: 2}' oialr.delay=3 oialr.release=3 "
+        "oialr.target_size=0.8 training.warmup_epochs=0",
+    ),
+    (r"app\.train .*model\.initial", "model.initial=null data.train_samples=128"),
     (
         r"app\.train .*cifar10_vit",
         f"{TRAIN} training.batch_size=16 training.compile=false "
@@ -151,7 +160,7 @@ def shell(command, place):
 def checkout(place):
     """Make a checkout of the program in which commands may leave what they like."""
     place.mkdir()
-    for name in ("app", "benchmarks", "configs", "oialr", "slurm"):
+    for name in ("app", "benchmarks", "configs", "examples", "oialr", "slurm"):
         (place / name).symlink_to(ROOT / name)
     (place / ".venv").symlink_to(sys.prefix)
     (place / "costs.json").write_text(json.dumps(asdict(Costs())))
@@ -259,9 +268,15 @@ def _blocks(language, elsewhere=()):
 
 # Those of docs/metrics.md are run by test_store.py, on files of all kinds, those of docs/loggers.md
 # by test_loggers.py, those of docs/layers.md by test_register_layer.py, that of docs/optimizers.md
-# by test_optimizers.py; docs/method.md quotes lines of a file, which test_reference.py compares.
+# by test_optimizers.py, those of docs/own_networks_and_data.md by test_own.py, that of
+# docs/compress.md by test_compression.py; docs/method.md quotes lines of a file, which
+# test_reference.py compares.
 TESTED_ELSEWHERE = [
-    f"docs/{page}.md" for page in ("layers", "loggers", "metrics", "method", "optimizers")
+    f"docs/{page}.md"
+    for page in (
+        *("compress", "layers", "loggers", "metrics", "method", "optimizers"),
+        "own_networks_and_data",
+    )
 ]
 
 

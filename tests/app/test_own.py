@@ -1,11 +1,13 @@
 """Networks and data by import path: from outside the packages, and what can go wrong with them."""
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.documentation import blocks
 from torch import Tensor, nn
 
 from app import config, models
@@ -202,6 +204,26 @@ def test_what_is_wrong_with_a_network_is_told(
 ) -> None:
     with pytest.raises(UserError, match=message):
         models.build(name, arguments, input_shape=(5,), outputs=3)
+
+
+def test_the_page_says_what_works() -> None:
+    pages = (b for b in blocks() if b.page == "docs/own_networks_and_data.md")
+    network, data = (block.text for block in pages if block.language == "python")
+
+    def read(folder: str, name: str) -> tuple[Tensor, Tensor]:
+        assert folder == "here"
+        return torch.rand(12, 3, 2), torch.arange(12) % 10
+
+    names: dict[str, Any] = {"torch": torch, "math": math, "read": read, "TensorTask": TensorTask}
+    exec(network, names)
+    exec(data, names)
+    place = {"process_index": 0, "process_count": 1, "device": torch.device("cpu")}
+    task = names["Recordings"](configured("Ramp"), folder="here", **place)
+    model = names["build"](input_shape=task.input_shape, outputs=task.outputs)
+    (batch, *_) = task.train_batches(0)
+    assert task.loss(model, batch).item() > 0
+    assert task.evaluate(model, batch)["count"] == 4
+    assert 0 <= float(task.evaluate(model, batch)["accuracy"]) <= 4
 
 
 def test_the_example_trains_from_outside_the_packages(

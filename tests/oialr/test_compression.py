@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from support.documentation import blocks
 from torch import nn
 
 from oialr import OIALR, DivergedError, compress, to_dense
@@ -168,6 +169,25 @@ def test_a_weight_that_is_not_finite_is_named():
     with pytest.raises(DivergedError, match=r"^3\.weight holds NaN or infinity$"):
         compress(model, target_size=0.5)
     assert type(model[0]) is nn.Conv2d
+
+
+def test_the_page_says_what_works():
+    (block,) = (b for b in blocks() if b.page == "docs/compress.md" and b.language == "python")
+    model = network()
+    names = {"model": model, "torch": torch}
+    exec(block.text, names)
+    assert count(model) <= 0.35 * STORED
+    held = {id(p) for group in names["optimizer"].param_groups for p in group["params"]}
+    assert held == {id(p) for p in model.parameters()}
+
+
+def test_what_is_around_a_network_is_looked_through():
+    model, compiled = network(), torch.compile(network())
+    compress(model, target_size=0.5)
+    compress(compiled, target_size=0.5)
+    inside = compiled._orig_mod
+    assert inside.state_dict().keys() == model.state_dict().keys()
+    torch.testing.assert_close(inside(INPUTS), model(INPUTS), atol=0, rtol=0)
 
 
 def test_a_network_that_is_low_rank_already_is_refused():
