@@ -55,11 +55,12 @@ class Format:
 
 def data_formats() -> list[Format]:
     """Return the formats that the application reads; the official image sets are made small."""
-    from app.data import datasets
+    from app.data.official import OfficialSet
+    from app.data.sets import DATA_SETS
 
-    for name, source in datasets._SOURCES.items():
-        small = dataclasses.replace(source, train_size=TRAIN, test_size=TEST)
-        datasets._SOURCES[name] = small
+    for name, source in DATA_SETS.items():
+        if isinstance(source, OfficialSet):
+            DATA_SETS[name] = dataclasses.replace(source, train_size=TRAIN, test_size=TEST)
     lenet = ("data.name=mnist", "model.name=lenet5", "model.arguments={}")
     folder = ("data.name=image_folder", "data.image_size=32", "data.workers=0", *_RESNET)
     series = (

@@ -27,6 +27,8 @@ from app import config
 from app.config.settings import Configuration, DataSection
 from app.data.datasets import ImageSet, download, load
 from app.data.formats import read_cifar, read_idx
+from app.data.official import OfficialSet
+from app.data.sets import DATA_SETS
 from app.data.splitting import split_off
 from app.errors import UserError
 from oialr.compatibility import import_torchvision
@@ -55,7 +57,12 @@ def check_parts(parts: ImageSet, shape: tuple[int, ...], classes: int) -> None:
 
 @pytest.mark.parametrize("pack", [False, True])
 @pytest.mark.parametrize(
-    ("name", "folder"), [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")]
+    ("name", "folder"),
+    [
+        (name, source.torchvision)
+        for name, source in DATA_SETS.items()
+        if isinstance(source, OfficialSet) and source.label_key is None
+    ],
 )
 def test_idx_sets(tmp_path: Path, name: str, folder: str, pack: bool) -> None:
     write_mnist(tmp_path, folder, pack=pack)
