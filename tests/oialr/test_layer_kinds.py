@@ -257,7 +257,8 @@ def test_rows_and_costs_are_those_that_torch_counts(case, way):
     if reading.groups == 1 and case != "Embedding":
         assert multiply_adds(twin, x) == pytest.approx(counted)
         assert multiply_adds(layer, x) == pytest.approx(whole)
-    (line,) = explain(method.layers, {"0.weight": rows}, 1, {"0.weight": r}, way).splitlines()[1:]
+    table = explain(method.layers, {"0.weight": rows}, 1, {"0.weight": r}, way)
+    line = table.splitlines()[1]  # below it a total and a legend
     assert line.split()[2:] == [str(rows), str(r), way, f"{counted / whole:.2f}"]
 
 
