@@ -136,6 +136,8 @@ def filled_in(command):
     """Return a command with everything filled in, and what shortens it appended."""
     for placeholder, value in FILLED_IN.items():
         command = re.sub(rf"(?<![A-Z]){re.escape(placeholder)}(?![A-Z])", value, command)
+    # Digits, which take the place of other data, have a validation part of their own.
+    command = re.sub(r"data\.validation_fraction=\S+ ", "", command)
     for pattern, appended in APPENDED:
         if re.search(pattern, command):
             return f"{command} {appended}".strip()
