@@ -244,8 +244,9 @@ def test_resume_of_a_finished_run_changes_nothing(undisturbed):
     before = (folder / "metrics.h5").read_bytes()
     result = train(0, "--resume", folder)
     assert "test_accuracy" in result.stdout
-    *_, told, drawn = result.stdout.splitlines()
+    *_, told, used, drawn = result.stdout.splitlines()
     assert told == f"{folder} was finished before: nothing was trained now"
+    assert used.startswith(f"use it: python -m app.export {folder} ")
     assert drawn == f"draw it: python -m app.report {folder}"
     assert (folder / "metrics.h5").read_bytes() == before
 
