@@ -113,7 +113,7 @@ COMMUNICATE = {"placement", "stability"}
 """Parts of the library that may know of other processes; and sharding asks for types of torch's."""
 
 FRONT_DOORS = {"train", "report", "analyze", "export", "evaluate", "calibrate"}
-COMMON = {"errors", "config", "compatibility"}
+COMMON = {"errors", "config", "compatibility", "import_path"}
 # What the modules of a package may import of app, beside their own package and COMMON.
 ALLOWED = {
     "runtime": set(),
@@ -127,6 +127,7 @@ ALLOWED = {
     "errors": set(),
     "config": {"data"},  # of it the table of data sets alone
     "compatibility": set(),
+    "import_path": set(),
 }
 ONLY_IN = {
     "h5py": {

@@ -5,10 +5,10 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from app.config.import_path import is_import_path
 from app.config.section import Section
 from app.data.data_set import COMMON_KEYS, DataSet
 from app.data.sets import DATA_SETS
+from app.import_path import is_import_path
 
 OWN = DataSet(name="", keys=frozenset({"arguments"}), has_classes=False, in_root=False)
 """What holds for a class by import path: the rest it says itself."""

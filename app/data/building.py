@@ -4,10 +4,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from app.config.import_path import import_by_path
 from app.data.sets import DATA_SETS
 from app.data.task import Task
 from app.errors import UserError
+from app.import_path import import_by_path
 
 if TYPE_CHECKING:
     from app.config.settings import Configuration

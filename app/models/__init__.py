@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from app.config.import_path import import_by_path, is_import_path
 from app.errors import UserError
+from app.import_path import import_by_path, is_import_path
 from oialr.compatibility import import_torchvision
 
 if TYPE_CHECKING:
