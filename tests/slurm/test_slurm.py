@@ -119,7 +119,7 @@ def test_a_job_trains_on_both_nodes(slurm, undisturbed):
 
 def test_a_signal_leads_to_a_checkpoint_a_requeue_and_the_same_weights(slurm, undisturbed):
     job = train(slurm)
-    slurm.wait_for_line(job, r"epoch 2/")
+    slurm.wait_for_line(job, r"epoch 3/")
     slurm.run("scancel", "--signal=USR1", "--batch", job)
     slurm.wait_for_line(job, "Stopped .exit code 75.; requeueing job")
     slurm.wait_for_state(job, "COMPLETED")
@@ -142,7 +142,7 @@ def test_the_time_limit_is_treated_alike(slurm):
 
 def test_a_cancelled_job_leaves_nothing_behind(slurm):
     job = train(slurm, LONG)
-    slurm.wait_for_line(job, r"epoch 2/")
+    slurm.wait_for_line(job, r"epoch 3/")
     assert processes_of(run_dir(slurm, job)).keys() >= {0, 1}
     slurm.run("scancel", job)
     wait_for(lambda: not processes_of(run_dir(slurm, job)), "end of the processes", 60)
@@ -154,7 +154,7 @@ def test_a_cancelled_job_leaves_nothing_behind(slurm):
 
 def test_a_node_that_goes_down_leads_to_a_requeue_also_on_fewer_nodes(slurm):
     job = train(slurm)
-    slurm.wait_for_line(job, r"epoch 2/")
+    slurm.wait_for_line(job, r"epoch 3/")
     slurm.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
     try:
         slurm.wait_for_state(job, "PENDING")
@@ -171,7 +171,7 @@ def test_a_node_that_goes_down_leads_to_a_requeue_also_on_fewer_nodes(slurm):
 
 def test_a_frozen_process_ends_the_step_and_the_job_goes_on(slurm, undisturbed):
     job = train(slurm, "distributed.timeout=40")
-    slurm.wait_for_line(job, r"epoch 2/")
+    slurm.wait_for_line(job, r"epoch 3/")
     os.kill(processes_of(run_dir(slurm, job))[1], signal.SIGSTOP)
     slurm.wait_for_line(job, "process 0 of 2 on n1: no progress in 40 s .* at ")
     slurm.wait_for_line(job, "Failed .*, after new results; requeueing job")
@@ -183,7 +183,7 @@ def test_a_frozen_process_ends_the_step_and_the_job_goes_on(slurm, undisturbed):
 def test_a_killed_process_ends_the_step_and_the_job_goes_on(slurm):
     """On one node, where a step of the same number finds what the killed one shared with others."""
     job = train(slurm, options=["--nodes=1", "--ntasks-per-node=2", "--cpus-per-task=1"])
-    slurm.wait_for_line(job, r"epoch 2/")
+    slurm.wait_for_line(job, r"epoch 3/")
     os.kill(processes_of(run_dir(slurm, job))[1], signal.SIGKILL)
     slurm.wait_for_line(job, "Failed .*, after new results; requeueing job")
     slurm.wait_for_state(job, "COMPLETED")
@@ -202,7 +202,7 @@ def test_one_command_leads_from_an_array_of_seeds_to_their_table(slurm):
         SBATCH_OUTPUT=str(slurm.folder / "%x-%j.out"),
     )
     job, report = re.search(r"^job (\d+), and after it job (\d+): ", said, re.M).groups()
-    slurm.wait_for_line(f"{job}_0", r"epoch 2/")
+    slurm.wait_for_line(f"{job}_0", r"epoch 3/")
     slurm.run("scancel", "--signal=USR1", "--batch", f"{job}_0")
     slurm.wait_for_line(f"{job}_0", "requeueing job")
     losses = []
