@@ -1,5 +1,6 @@
 """From a configuration to its task."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,15 +45,25 @@ def build_task(
     if not data.by_import_path:
         task: Task = kind(configuration, **place)
         return task
+    _check_complete(data.name, sorted(getattr(kind, "__abstractmethods__", ())))
     try:
         own = kind(configuration, **data.arguments, **place)
     except TypeError as error:
         raise UserError(
             f"data.arguments: {data.name} cannot be built with {data.arguments}: {error}"
         ) from None
-    if missing := [name for name in _MEMBERS if not hasattr(own, name)]:
+    _check_complete(data.name, [name for name in _MEMBERS if not hasattr(own, name)])
+    return own
+
+
+def _check_complete(name: str, missing: Sequence[str]) -> None:
+    """Reject a class of the user's own that lacks something.
+
+    Raises:
+        UserError: naming what is missing.
+    """
+    if missing:
         raise UserError(
-            f"data.name: {data.name} is no task: it lacks {', '.join(missing)} "
+            f"data.name: {name} is no task: it lacks {', '.join(missing)} "
             f"(docs/own_networks_and_data.md)"
         )
-    return own

@@ -1,5 +1,6 @@
 """What is known of a data set of ours before it is read: its entry in :mod:`app.data.sets`."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ IMAGE_KEYS = frozenset({"validation_fraction", "augmentation", "mixup", "cutmix"
 
 @dataclass(frozen=True, kw_only=True)
 class DataSet:
-    """A data set: its name, the task that learns it, its loader and its download."""
+    """A data set: its name, the task that learns it, and its download."""
 
     name: str
     task: str = "app.data.classification:InMemoryClassification"
@@ -26,17 +27,21 @@ class DataSet:
     in_root: bool = True
     """Whether it lies below data.root."""
 
-    def load(self, data: "DataSection") -> Any:
-        """Read the set, as its task takes it.
-
-        Raises:
-            UserError: a file is missing or damaged, or ``data.train_samples`` is too large.
-        """
-        raise NotImplementedError(f"{self.name} is read by its task")
-
     def download(self, data: "DataSection") -> None:
         """Fetch what is missing below data.root; files that are there are left alone.
 
         Raises:
             UserError: that failed, or the set cannot be downloaded.
+        """
+
+
+class LoadedSet(DataSet, ABC):
+    """A data set that is read whole; the task of any other reads what it needs of it."""
+
+    @abstractmethod
+    def load(self, data: "DataSection") -> Any:
+        """Read the set, as its task takes it.
+
+        Raises:
+            UserError: a file is missing or damaged, or ``data.train_samples`` is too large.
         """

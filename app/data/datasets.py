@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from app.data.data_set import LoadedSet
 from app.data.sets import DATA_SETS
 from app.errors import UserError
 
@@ -37,8 +38,10 @@ class ImageSet:
 
 
 def load(data: "DataSection") -> Any:
-    """Read a data set of ours; see :meth:`app.data.data_set.DataSet.load`."""
-    return DATA_SETS[data.name].load(data)
+    """Read a data set of ours; see :meth:`app.data.data_set.LoadedSet.load`."""
+    entry = DATA_SETS[data.name]
+    assert isinstance(entry, LoadedSet)
+    return entry.load(data)
 
 
 def download(configuration: "Configuration") -> None:

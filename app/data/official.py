@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from app.data.data_set import DataSet
+from app.data.data_set import LoadedSet
 from app.data.formats import read_cifar, read_idx
 from app.errors import UserError
 from oialr.compatibility import import_torchvision
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OfficialSet(DataSet):
+class OfficialSet(LoadedSet):
     """Where a set of the official layouts lies, and what it must hold.
 
     The validation part is ``data.validation_fraction`` of the official training part, by a fixed

@@ -1,5 +1,6 @@
 """The basis of a task of one's own: parts in memory as tensors, and a loss for each sample."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from app.config.settings import Configuration
 
 
-class TensorTask(ShardedTask):
+class TensorTask(ShardedTask, ABC):
     """A task whose data fit into the memory of the device.
 
     A class of one's own reads the data, hands them to this constructor, and says what a network's
@@ -68,9 +69,9 @@ class TensorTask(ShardedTask):
             device=device,
         )
 
+    @abstractmethod
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of each sample (b,), of a network's outputs (b, ...)."""
-        raise NotImplementedError
 
     def measures(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Return each of ``figures`` for each sample (b,); their means are reported."""

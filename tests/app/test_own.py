@@ -51,6 +51,10 @@ class NoTask:
         self.train_size = 3
 
 
+class NoLoss(TensorTask):
+    """A task that has not said what outputs are worth."""
+
+
 def no_network(**arguments: Any) -> int:
     return 3
 
@@ -113,6 +117,7 @@ def test_a_task_of_tensors_counts_every_sample_once(processes: int) -> None:
         ),
         ("number", {}, r"^data\.name: .*:number is a int, expected what can be called$"),
         ("NoTask", {}, r"^data\.name: .*:NoTask is no task: it lacks steps_per_epoch, inp"),
+        ("NoLoss", {}, r"^data\.name: .*:NoLoss is no task: it lacks losses \(docs/"),
         (
             "Ramp",
             {"arguments": {"sise": 3}},

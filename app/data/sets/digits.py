@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from app.compatibility import import_scikit_learn
-from app.data.data_set import IMAGE_KEYS, DataSet
+from app.data.data_set import IMAGE_KEYS, LoadedSet
 
 if TYPE_CHECKING:
     from app.config.data_section import DataSection
@@ -15,7 +15,7 @@ TEST, VALIDATION = 360, 180
 """Sizes of the parts; the other 1,257 are the training part."""
 
 
-class Digits(DataSet):
+class Digits(LoadedSet):
     """They have no official parts: test and validation part are cut off by a fixed seed."""
 
     def load(self, data: "DataSection") -> "ImageSet":

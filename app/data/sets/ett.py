@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from app.data.data_set import DataSet
+from app.data.data_set import LoadedSet
 from app.errors import UserError
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ def _outlier(values: np.ndarray) -> tuple[int, int] | None:
     return (int(outliers[0][0]), int(outliers[0][1])) if len(outliers) else None
 
 
-class ETT(DataSet):
+class ETT(LoadedSet):
     """One of the series; there is no official place to download from."""
 
     def load(self, data: "DataSection") -> Series:
