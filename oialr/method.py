@@ -73,8 +73,8 @@ class OIALR:
                 DistributedDataParallel, torch.compile's OptimizedModule or DataParallel. Master
                 weights in float32 or float64, since products of half-precision bases lose their
                 orthogonality.
-            optimizer: Adam, AdamW, NAdam, RAdam, SGD or RMSprop; taken out of accelerate's
-                AcceleratedOptimizer.
+            optimizer: of a type with a rule (:mod:`oialr.optimizers`; docs/optimizers.md), such as
+                AdamW or SGD; taken out of accelerate's AcceleratedOptimizer.
             options: of the method; None: all of them are keywords.
             **keywords: options by name, as :class:`oialr.options.Options` describes each; delay and
                 update_interval must be given.
