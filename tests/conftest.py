@@ -56,3 +56,18 @@ def pytest_runtest_makereport(item):
         report.outcome = "failed"
         report.longrepr = f"skipped where nothing may be: {report.longrepr[2]}"
     return report
+
+
+@pytest.fixture
+def global_random_state_untouched():
+    """The test fails if it leaves a global random generator in another state."""
+    import random
+
+    import numpy as np
+    import torch
+
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    yield
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.array_equal(np.random.get_state()[1], before[1])
+    assert random.getstate() == before[2]

@@ -8,7 +8,6 @@ import random
 import re
 import shutil
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +36,7 @@ from app.data.staging import stage, staged_root
 from app.errors import UserError
 
 
-@pytest.fixture
-def _global_random_state_untouched() -> Iterator[None]:
-    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
-    yield
-    assert torch.equal(torch.get_rng_state(), before[0])
-    assert np.array_equal(np.random.get_state()[1], before[1])
-    assert random.getstate() == before[2]
-
-
-@pytest.mark.usefixtures("_global_random_state_untouched")
+@pytest.mark.usefixtures("global_random_state_untouched")
 def test_seeded_numbers_repeat() -> None:
     draws = []
     for seed in (3, 3, 2**63 - 1):
@@ -149,7 +139,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.usefixtures("_global_random_state_untouched")
+@pytest.mark.usefixtures("global_random_state_untouched")
 @pytest.mark.parametrize(
     "options",
     [{"random_augment": "rand-m9-mstd0.5-inc1"}, {"random_erasing": 1.0}, {"mixup": 1.0}],

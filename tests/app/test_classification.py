@@ -1,7 +1,5 @@
 """Batches of sets in memory, their augmentation, the loss and the figures of merit."""
 
-import random
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -27,16 +25,7 @@ def assert_equal(left: list[tuple[Tensor, Tensor]], right: list[tuple[Tensor, Te
         assert torch.equal(targets, other_targets)
 
 
-@pytest.fixture
-def _global_random_state_untouched() -> Iterator[None]:
-    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
-    yield
-    assert torch.equal(torch.get_rng_state(), before[0])
-    assert np.array_equal(np.random.get_state()[1], before[1])
-    assert random.getstate() == before[2]
-
-
-@pytest.mark.usefixtures("_global_random_state_untouched")
+@pytest.mark.usefixtures("global_random_state_untouched")
 @pytest.mark.parametrize("augmentation", ["none", "crop", "crop_flip"])
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_process_count_changes_no_image(count: int, augmentation: str) -> None:
@@ -141,7 +130,7 @@ def test_channel_statistics_are_exact() -> None:
     np.testing.assert_allclose(std, [images[:, 0].std(), 1], rtol=1e-13)
 
 
-@pytest.mark.usefixtures("_global_random_state_untouched")
+@pytest.mark.usefixtures("global_random_state_untouched")
 @pytest.mark.parametrize("split", ["validation", "test"])
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_evaluation_shows_every_sample_once(split: str, count: int) -> None:

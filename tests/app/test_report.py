@@ -4,8 +4,6 @@ import io
 import itertools
 import json
 import statistics
-import subprocess
-import sys
 from datetime import datetime, timedelta
 from html.parser import HTMLParser
 
@@ -13,7 +11,6 @@ import h5py
 import numpy as np
 import pytest
 from rich.console import Console
-from support.launching import TIMEOUT, environment
 
 from app import config, report
 from app.errors import UserError
@@ -634,21 +631,3 @@ def test_the_time_that_a_run_needs(tmp_path):
     assert time_left(run, written=started + 3620) == timedelta(seconds=100)
     writer.finish()
     assert time_left(read_run(tmp_path / "run"), written=started + 3620) is None
-
-
-def test_help_imports_nothing_heavy():
-    program = (
-        "import sys\nfrom app import report\ntry:\n    report.main(['--help'])\n"
-        "except SystemExit:\n    pass\n"
-        "print({'torch', 'matplotlib', 'h5py', 'rich', 'numpy'} & set(sys.modules))"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=TIMEOUT,
-        env=environment(),
-    )
-    assert "examples:" in result.stdout
-    assert result.stdout.splitlines()[-1] == "set()"
