@@ -82,7 +82,8 @@ def _files(folder: Path, options: argparse.Namespace) -> Iterable[dict[str, Any]
         transform = t.Compose([*crop, *pixels, *normalized, *tensors])
         images = datasets.ImageFolder(str(folder / "train"), transform)
         loader: DataLoader[Any] = DataLoader(images, batch_size=64, shuffle=True)
-        task = _task({"name": "image_folder", "root": str(folder), "image_size": 160, **data})
+        section = {"name": "image_folder", "root": str(folder), "image_size": 160, "workers": 0}
+        task = _task({**section, **data})
         ours, reference = _rates(
             partial(task.train_batches, 0), partial(iter, loader), options.repeats
         )
@@ -124,9 +125,7 @@ def _memory(folder: Path, options: argparse.Namespace) -> Iterable[dict[str, Any
 
 
 def _task(data: dict[str, Any], *, batch_size: int = 64, device: torch.device = CPU) -> Any:
-    configuration = config.build(
-        {"data": {**data, "workers": 0}, "training": {"batch_size": batch_size}}
-    )
+    configuration = config.build({"data": data, "training": {"batch_size": batch_size}})
     return build_task(configuration, process_index=0, process_count=1, device=device)
 
 
