@@ -91,15 +91,22 @@ def expect_success(end: End) -> None:
 
 
 def sessions(folder: Path) -> list[tuple[int, int]]:
-    """Return the process count and the first step of each session that got anywhere, in order."""
+    """Return the process count and the first step of each session that got anywhere, in order.
+
+    A session without a step got somewhere, too, if it ended the last epoch of one that was stopped
+    after the last step: then the newest checkpoint is its own.
+    """
     rows = read_rows(folder / "metrics.h5", "sessions")
     counts, firsts = rows["process_count"].tolist(), rows["first_step"].tolist()
     ends = [*firsts[1:], STEPS]
-    return [
+    parts = [
         (count, first)
         for count, first, end in zip(counts, firsts, ends, strict=True)
         if end > first
     ]
+    newest = max((folder / "checkpoints").glob("step-*"))
+    writers = len(list(newest.glob("process-?????.pt")))
+    return parts if writers == parts[-1][0] else [*parts, (writers, STEPS)]
 
 
 def replay(folder: Path, variant: Sequence[str], parts: Sequence[tuple[int, int]]) -> Outcome:

@@ -11,10 +11,11 @@ import torch
 from support.launching import environment
 from support.machine import need
 
-from benchmarks.trials.comparison import Outcome, difference
+from benchmarks.trials.comparison import Outcome, difference, read_outcome
 from benchmarks.trials.damages import damage
 from benchmarks.trials.data_damages import DataDamages, Format
 from benchmarks.trials.programs import End
+from benchmarks.trials.runs import STEPS, replay, sessions, start
 
 FAULTS = (sys.executable, "-m", "benchmarks.faults")
 TIMEOUT = 1500  # seconds; two minutes on two cores that nobody else uses
@@ -33,6 +34,17 @@ def test_one_differing_bit_is_a_difference():
     assert difference(outcome(weight=float(beside)), outcome()) == "checkpoint: /state.pt/model/w"
     assert difference(outcome(loss=np.nextafter(0.5, 1)), outcome()) == "metrics.h5: train/loss"
     assert difference(outcome(rows=2), outcome()) == "metrics.h5: train/step"
+
+
+@pytest.mark.slow
+def test_a_session_that_ends_the_last_epoch_alone_is_replayed(tmp_path):
+    """Two processes were stopped after the last step, one evaluates and writes the checkpoint."""
+    folder = tmp_path / "run"
+    assert not any(start(folder, (), 2, f"run.stop_after={STEPS}").wait().codes)  # as of torchrun
+    assert start(folder, (), 1, "run.stop_after=null").wait().codes == (0,)
+    assert sessions(folder) == [(2, 0), (1, STEPS)]
+    again = replay(tmp_path / "again", (), sessions(folder))
+    assert difference(read_outcome(folder), again, counts_changed=True) is None
 
 
 def test_lost_rows_may_be_missing_and_no_others_there():

@@ -197,6 +197,7 @@ def test_two_programs_do_not_share_a_run(tmp_path):
     )
     try:
         assert first.stdout.readline().startswith(f"run {tmp_path}")
+        first.stdout.readline()  # before it the line above went into log.txt
         before = {name: (tmp_path / name).stat().st_ino for name in names(tmp_path)}
         for processes in (0, 2):
             result = train(processes, "--resume", tmp_path, code=2)
