@@ -1,6 +1,7 @@
 """What all tests share: markers by folder, one thread, and hypothesis without clocks or chance."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -71,3 +72,17 @@ def global_random_state_untouched():
     assert torch.equal(torch.get_rng_state(), before[0])
     assert np.array_equal(np.random.get_state()[1], before[1])
     assert random.getstate() == before[2]
+
+
+@pytest.fixture(autouse=True)
+def signals_untouched():
+    """The test fails if it leaves a signal handled otherwise, as a program on its way out does.
+
+    What is ignored here would be ignored by all that later tests start.
+    """
+    before = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    yield
+    changed = [number for number, handler in before.items() if signal.getsignal(number) != handler]
+    for number in changed:
+        signal.signal(number, before[number])
+    assert not changed, changed

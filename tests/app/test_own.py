@@ -1,13 +1,13 @@
 """Networks and data by import path: from outside the packages, and what can go wrong with them."""
 
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support.documentation import blocks
+from support.launching import train
 from torch import Tensor, nn
 
 from app import config, models
@@ -231,18 +231,12 @@ def test_the_page_says_what_works() -> None:
     assert 0 <= float(task.evaluate(model, batch)["accuracy"]) <= 4
 
 
-def test_the_example_trains_from_outside_the_packages(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_example_trains_from_outside_the_packages(tmp_path: Path) -> None:
     """As a user does: a configuration beside the file, and the folder where the program starts."""
-    from app.train import main
-
-    monkeypatch.syspath_prepend(str(ROOT))  # python -m puts the present folder there
-    assert main(["--config", str(EXAMPLE), *TINY, f"run.dir={tmp_path}"]) == 0
+    train(0, "--config", EXAMPLE, *TINY, f"run.dir={tmp_path}")
     evaluations = read_rows(tmp_path / "metrics.h5", "eval")
     bits, loss = evaluations["bits_per_character"], evaluations["loss"]
     assert bits == pytest.approx(loss / 0.6931471805599453)
     validation = [x for x, part in zip(loss, evaluations["split"], strict=True) if part != "test"]
     assert validation[-1] < validation[0]
     assert list(read_rows(tmp_path / "metrics.h5", "lowrank")["event"]) == ["release"]
-    assert "examples.language_model" in sys.modules
