@@ -11,6 +11,9 @@ TESTS = Path(__file__).resolve().parent
 MARKED = ("mpi", "slurm")
 """Folders whose tests have a marker of the folder's name."""
 
+IGNORED = {n for n in signal.valid_signals() if signal.getsignal(n) is signal.SIG_IGN}
+"""Signals that Python itself ignores, or whoever has started it."""
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 try:
@@ -75,14 +78,14 @@ def global_random_state_untouched():
 
 
 @pytest.fixture(autouse=True)
-def signals_untouched():
-    """The test fails if it leaves a signal handled otherwise, as a program on its way out does.
+def no_signal_left_ignored():
+    """The test fails if it leaves a signal ignored, as a program on its way out does.
 
-    What is ignored here would be ignored by all that later tests start.
+    All that later tests start would inherit it.
     """
-    before = {number: signal.getsignal(number) for number in signal.valid_signals()}
     yield
-    changed = [number for number, handler in before.items() if signal.getsignal(number) != handler]
-    for number in changed:
-        signal.signal(number, before[number])
-    assert not changed, changed
+    ignored = [n for n in signal.valid_signals() if signal.getsignal(n) is signal.SIG_IGN]
+    left = set(ignored) - IGNORED
+    for number in left:
+        signal.signal(number, signal.SIG_DFL)
+    assert not left, left

@@ -115,7 +115,7 @@ READ = [
     (r"(runs/digits-[-\d]+)(/best\.yaml)?", "search"),
     (r"(?:[\w-]+=)?(runs/(?:low|full))/best\.yaml", "search"),
     (r"(runs/digits_vit-[-\d]+)", "run"),
-    (r"(runs/(?:a|b|vit|latest|oialr-\d|full-rank-\d|seed-\*))", "run"),
+    (r"(runs/(?:a|b|vit|latest|oialr-\d|full-rank-\d|seed-\*|full-[-\d]+|small-[-\d]+))", "run"),
     (r"(checkpoints|gpt2)/?", "checkpoints"),
     (r"(checkpoints)/analysis", "analyzed"),
     (r"(epoch-\*\.pt)", "checkpoints/epoch-0.pt"),

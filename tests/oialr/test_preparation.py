@@ -17,6 +17,8 @@ OPTIONS = {
     "release": {"release": 12, "layer_fraction": 1, **CUT, "cutoff": 0.75},
 }
 
+SLOW = pytest.mark.slow  # in their number
+
 
 def stored(kind, steps, **options):
     model, optimizer, method = make(kind, **options)
@@ -32,10 +34,12 @@ def assert_goes_on(parts, steps, expected):
         assert torch.equal(mine, theirs)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "momentum"])
+@pytest.mark.parametrize("kind", ["adamw", pytest.param("momentum", marks=SLOW)])
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("steps", [4, 9, 14])
-@pytest.mark.parametrize("was_trained", [0, 7, 15])
+@pytest.mark.parametrize(
+    "was_trained", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (7, 15))]
+)
 def test_a_training_goes_on_alike_whatever_the_network_was_before(
     kind, options, steps, was_trained
 ):

@@ -1,12 +1,15 @@
 """Which modules of the packages a session has entered, in its own process or in xdist's workers.
 
 ``pytest --every-module`` fails where a module of app/ or oialr/ is left out: where none of its
-functions was called or, of a module without functions, where nobody imported it. What programs do
-that tests start does not count.
+functions was called or, of a module without functions, where nobody imported it. Of the cases of
+one test the first alone counts: tracing takes longer than the tests. Of a program that a test
+starts what it has loaded counts.
 """
 
 import inspect
+import os
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,10 +33,28 @@ class Entered:
     def __init__(self) -> None:
         self._files: set[str] = set()
         self._of_workers: set[str] = set()
+        self._tests: set[tuple[Path, str]] = set()
+        self._folder = tempfile.TemporaryDirectory()
+        os.environ["NOTE_MODULES_IN"] = self._folder.name  # for noting/sitecustomize.py
+        os.environ["PYTHONPATH"] = with_noting(os.environ.get("PYTHONPATH", ""))
 
-    def pytest_sessionstart(self) -> None:
-        threading.settrace(self._note)
-        sys.settrace(self._note)
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        """Trace a test, if it is the first of its cases."""
+        test = item.path, getattr(item, "originalname", item.name)
+        traced = test not in self._tests
+        self._tests.add(test)
+        if traced:
+            self._trace(self._note)
+        try:
+            return (yield)
+        finally:
+            self._trace(None)
+
+    @staticmethod
+    def _trace(function: Any) -> None:
+        threading.settrace(function)
+        sys.settrace(function)
 
     def _note(self, frame: FrameType, event: str, _: Any) -> None:
         if event == "call" and frame.f_code.co_filename in MODULES and is_function(frame.f_code):
@@ -45,8 +66,8 @@ class Entered:
         self._of_workers |= set(getattr(node, "workeroutput", {}).get("entered", ()))
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        sys.settrace(None)
-        threading.settrace(None)
+        for notes in Path(self._folder.name).iterdir():
+            self._files |= set(notes.read_text().splitlines()) & set(MODULES)
         imported = {getattr(module, "__file__", None) for module in [*sys.modules.values()]}
         self._files |= {file for file in imported & set(MODULES) if not has_functions(file)}
         if hasattr(session.config, "workeroutput"):
@@ -62,6 +83,13 @@ class Entered:
         """Return the modules that no test has entered."""
         seen = self._files | self._of_workers
         return [name for file, name in MODULES.items() if file not in seen]
+
+
+def with_noting(path: str) -> str:
+    """Return a PYTHONPATH whose programs note what they load, where it was asked for."""
+    if "NOTE_MODULES_IN" not in os.environ:
+        return path
+    return os.pathsep.join([str(Path(__file__).parent / "noting"), *filter(None, [path])])
 
 
 def is_function(code: CodeType) -> bool:

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from support.entered import with_noting
+
 ROOT = Path(__file__).resolve().parents[2]
 MPIRUN = Path(sys.executable).parent / "mpirun"
 TIMEOUT = 240  # seconds; eight processes take up to 40 to start on two cores
@@ -16,7 +18,7 @@ def environment():
     kept = {k: v for k, v in os.environ.items() if not k.startswith(prefixes)}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         kept.pop(name, None)
-    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": with_noting(str(ROOT))}
 
 
 def command(processes, *arguments):
