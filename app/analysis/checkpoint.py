@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from app.analysis.files import shards_by_tensor
 from app.training.foreign_files import (
     STATE_KEYS,
     CheckpointError,
@@ -73,14 +74,22 @@ class StoredCheckpoint:
     """Whether more than ``epoch`` epochs were trained, but not one more."""
 
 
-def read_checkpoint(*files: Path) -> StoredCheckpoint:
+def read_checkpoint(
+    *files: Path, index: Path | None = None, verify: bool = True
+) -> StoredCheckpoint:
     """Read a checkpoint; its tensors come from the disk when they are used.
+
+    What was read of the disk stays in memory no longer than the result: who looks at one weight
+    and lets go of it has never more than that in memory, except of torch.save's oldest format.
 
     Nothing but tensors and plain values is unpickled (:mod:`app.training.foreign_files`).
 
     Args:
         files: one of safetensors, or of torch.save: a state_dict, or a dictionary that holds one
             under one of STATE_KEYS. Several: its shards, with a part of the weights each.
+        index: of the shards, which must hold what it promises.
+        verify: whether to read files that have checksums to their end, and compare. They have been
+            before, if not.
 
     Raises:
         CheckpointError: it is nothing of that.
@@ -88,7 +97,7 @@ def read_checkpoint(*files: Path) -> StoredCheckpoint:
     state: dict[str, Tensor] = {}
     position: Mapping[str, Any] = {}
     for file in files:
-        content = load(file)
+        content = load(file, verify=verify)
         found = find_state(content)
         if found is None:
             raise CheckpointError(
@@ -100,6 +109,8 @@ def read_checkpoint(*files: Path) -> StoredCheckpoint:
         stored = content.get("position", content)
         position = position or (stored if isinstance(stored, Mapping) else {})
     path = files[0]
+    if index is not None and (problem := _differs(index, state)):
+        raise CheckpointError(f"{index}: {problem}")
     if problem := next(filter(None, map(_unusable, state.items())), None):
         raise CheckpointError(f"{path}: {problem}")
     weights = _name_weights(without_wrappers(state))
@@ -160,6 +171,16 @@ class _Holder(FactoredParts):
         """Return what holds the factors of a weight; None if the weight is dense."""
         part = self._modules.get(key)
         return part if isinstance(part, FactoredLayer) else None
+
+
+def _differs(index: Path, state: Mapping[str, Tensor]) -> str | None:
+    """Say what the shards lack of what their index promises; None if nothing."""
+    try:
+        places = shards_by_tensor(index)
+    except ValueError as error:
+        return str(error)
+    name = next((name for name in places if name not in state), None)
+    return name and f"promises {name!r} in {places[name].name}, which does not hold it"
 
 
 def _unusable(entry: tuple[str, Tensor]) -> str | None:

@@ -1,5 +1,6 @@
 """Which files are checkpoints, and in which order they were written."""
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,10 @@ from pathlib import Path
 from app.errors import UserError
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".safetensors")
+
+INDEX = ".index.json"
+"""End of the name of an index of shards, as Hugging Face's libraries write it: its "weight_map"
+tells of each tensor the file in which it lies."""
 
 COMPANIONS = (
     "process-*.pt",
@@ -36,11 +41,13 @@ class Source:
 
     files: tuple[Path, ...]
     """One, or its shards in their order."""
+    index: Path | None = None
+    """The index of the shards, where there is one."""
 
     @property
     def path(self) -> Path:
-        """The first file, which stands for all of them."""
-        return self.files[0]
+        """The index, or else the first file, which stands for all of them."""
+        return self.index or self.files[0]
 
     @property
     def is_named_copy(self) -> bool:
@@ -57,10 +64,12 @@ def find_checkpoints(paths: Sequence[Path]) -> tuple[list[Source], list[str]]:
     """List the checkpoints in files and folders, in natural order: 2 before 10.
 
     Folders are searched with all that is below them; files that are named count whatever their
-    suffix. Shards (model-00001-of-00002.safetensors) are one checkpoint.
+    suffix. Shards are one checkpoint: those that an index (model.safetensors.index.json) names,
+    whatever they are called, or else those whose names say so (model-00001-of-00002.safetensors).
 
     Returns:
-        The checkpoints, and a line for each of which shards are missing.
+        The checkpoints, and a line for each of which shards are missing, and for each index that is
+        none.
 
     Raises:
         UserError: a path does not exist, or there is no checkpoint in a folder.
@@ -77,14 +86,48 @@ def find_checkpoints(paths: Sequence[Path]) -> tuple[list[Source], list[str]]:
             found.append(path)
         else:
             raise UserError(f"{path}: no such file or folder")
+    found = sorted(dict.fromkeys(found), key=natural_order)
     sources: list[Source] = []
     problems = []
-    for files in _together(sorted(dict.fromkeys(found), key=natural_order)):
-        if (missing := _missing_shard(files)) is not None:
-            problems.append(f"{files[0]}: shard {missing} of {_shard(files[0])[1]} is missing")
+    indexed: set[Path] = set()
+    for index in (path for path in found if path.name.endswith(INDEX)):
+        try:
+            files = tuple(sorted(shards_by_tensor(index).values(), key=natural_order))
+        except ValueError as error:
+            problems.append(f"{index}: {error}")
+            continue
+        files = tuple(dict.fromkeys(files))
+        indexed |= set(files)
+        if missing := [file.name for file in files if not file.is_file()]:
+            problems.append(f"{index}: its shard {missing[0]} is missing")
+        else:
+            sources.append(Source(files, index))
+    alone = [path for path in found if not path.name.endswith(INDEX) and path not in indexed]
+    for files in _together(alone):
+        if (number := _missing_shard(files)) is not None:
+            problems.append(f"{files[0]}: shard {number} of {_shard(files[0])[1]} is missing")
         else:
             sources.append(Source(files))
-    return sources, problems
+    return sorted(sources, key=lambda source: natural_order(source.path)), problems
+
+
+def shards_by_tensor(index: Path) -> dict[str, Path]:
+    """Read an index of shards.
+
+    Returns:
+        Of each tensor's name the file in which it lies.
+
+    Raises:
+        ValueError: it is none; says why.
+    """
+    try:
+        content = json.loads(index.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot be read as an index of shards ({error})") from None
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(v, str) and v for v in places.values()):
+        raise ValueError("is no index of shards: its weight_map does not name files")
+    return {name: index.parent / file for name, file in places.items()}
 
 
 def natural_order(path: Path) -> list[tuple[int, int, str]]:
@@ -139,6 +182,6 @@ def _words(path: Path) -> set[str]:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    if path.suffix not in SUFFIXES:
+    if path.suffix not in SUFFIXES and not path.name.endswith(INDEX):
         return False
     return not any(fnmatchcase(part, pattern) for part in path.parts for pattern in COMPANIONS)

@@ -132,7 +132,7 @@ def _survey(sources: Sequence[Source], processes: Processes) -> tuple[list[Found
     mine: list[tuple[int, Found | str]] = []
     for index in range(processes.index, len(sources), processes.count):
         try:
-            stored = read_checkpoint(*sources[index].files)
+            stored = read_checkpoint(*sources[index].files, index=sources[index].index)
         except CheckpointError as error:
             mine.append((index, str(error)))
             continue

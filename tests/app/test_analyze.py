@@ -454,25 +454,61 @@ def test_a_checkpoint_that_is_missing_moves_no_window(tmp_path):
     np.testing.assert_array_equal(two, [np.nan, one[2], np.nan, one[4]])
 
 
-@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
-def test_shards_are_one_checkpoint(tmp_path, capsys, suffix):
+def save_shards(folder, states, *, suffix="safetensors", names="model-{:05d}-of-{:05d}"):
+    """Write shards and their index, as transformers does."""
+    folder.mkdir(parents=True)
     save = save_file if suffix == "safetensors" else torch.save
+    places = {}
+    for number, state in enumerate(states, start=1):
+        name = f"{names.format(number, len(states))}.{suffix}"
+        save(state, folder / name)
+        places |= dict.fromkeys(state, name)
+    content = {"metadata": {"total_size": 1}, "weight_map": places}
+    (folder / f"model.{suffix}.index.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+@pytest.mark.parametrize("names", ["model-{:05d}-of-{:05d}", "part_{}"])
+def test_shards_are_one_checkpoint(tmp_path, capsys, suffix, names):
     torch.manual_seed(0)
     for step in (10, 20):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        for number in (1, 2, 3):
-            state = {f"fc{number}.weight": torch.randn(4, 3)}
-            save(state, folder / f"model-{number:05d}-of-00003.{suffix}")
-        (folder / f"model.{suffix}.index.json").write_text("{}")
+        states = [{f"fc{number}.weight": torch.randn(4, 3)} for number in (1, 2, 3)]
+        save_shards(tmp_path / f"checkpoint-{step}", states, suffix=suffix, names=names)
     assert analyze.main([str(tmp_path), "--window", "1"]) == 0
     assert "2 checkpoints, 3 weights" in capsys.readouterr().out
     rows = read_rows(tmp_path / "analysis" / "metrics.h5", "layers/fc3.weight/stability")
     assert rows["step"].tolist() == [10, 20]
     assert np.isfinite(rows["stability"][1])
-    (tmp_path / "checkpoint-20" / f"model-00002-of-00003.{suffix}").unlink()
+    name = f"{names.format(2, 3)}.{suffix}"
+    (tmp_path / "checkpoint-20" / name).unlink()
     assert analyze.main([str(tmp_path), "--output", str(tmp_path / "out")]) == 2
-    assert "shard 2 of 3 is missing" in capsys.readouterr().err
+    assert f"index.json: its shard {name} is missing" in capsys.readouterr().err
+    # Without the index the names of shards tell of them.
+    if names != "part_{}":
+        (tmp_path / "checkpoint-20" / f"model.{suffix}.index.json").unlink()
+        assert analyze.main([str(tmp_path), "--output", str(tmp_path / "other")]) == 2
+        assert "shard 2 of 3 is missing" in capsys.readouterr().err
+
+
+def test_an_index_may_be_named_and_is_held_against_its_shards(tmp_path, capsys):
+    torch.manual_seed(0)
+    folder = tmp_path / "checkpoint-1"
+    save_shards(folder, [{"a.weight": torch.randn(4, 3)}, {"b.weight": torch.randn(4, 3)}])
+    index = folder / "model.safetensors.index.json"
+    assert analyze.main([str(index), "--output", str(tmp_path / "one")]) == 0
+    assert "1 checkpoints, 2 weights" in capsys.readouterr().out
+    content = json.loads(index.read_text())
+    content["weight_map"]["c.weight"] = "model-00002-of-00002.safetensors"
+    index.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"promises 'c\.weight' in model-00002-of-00002\.safetens"):
+        analyze.main([str(index), "--output", str(tmp_path / "two")])
+    for text, message in (("{}", "its weight_map does not name files"), ("{", "cannot be read")):
+        index.write_text(text)
+        sources, problems = find_checkpoints([folder])
+        assert len(problems) == 1
+        assert f"{index}: " in problems[0]
+        assert message in problems[0]
+        assert len(sources) == 1  # by the shards' names
 
 
 def foreign_class(monkeypatch, full_name, *bases):
