@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from app.command import EXIT_USER, Parser, describe_fault, run_command
-from app.errors import AgreedUserError, UserError
+from app.errors import AgreedStorageError, AgreedUserError, UserError
 from app.runtime.launch import read_launch
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ examples:
   python -m app.analyze checkpoints/
   python -m app.analyze epoch-*.pt --window 1 --output analysis
   mpirun -n 8 python -m app.analyze /data/gpt2 --exclude '*.attn.bias' --not-averaged '*wte*'
+  python -m app.analyze llama/checkpoint-* --include 'model.layers.*' --dry-run
   python -m app.report checkpoints/analysis
 
 CHECKPOINT is a file or a folder of files: of torch.save (a state_dict, alone or under state_dict or
@@ -28,6 +29,9 @@ are sorted by the epoch or step that they hold, or else by name, 2 before 10; co
 last or the best once more, and averages (ema, swa) are passed over. All floating tensors of two or
 more dimensions are measured; those whose names are those of embeddings, tokens, positions or masks
 are not averaged.
+
+An analysis that was killed or interrupted goes on where it was when the same command is given
+again.
 
 exit codes: 0 done; 2 a mistake in what was asked for, or some files were skipped, each named on
 stderr, and the others measured; 1 a fault.
@@ -71,6 +75,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default="auto",
         help="auto: a GPU for each process if there are enough, otherwise CPUs",
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="tell what would be measured, how long it takes and in how much memory",
+    )
     options = parser.parse_args(arguments)
     if options.window < 1:
         raise UserError(f"--window: {options.window} is not a positive number of checkpoints")
@@ -93,9 +102,14 @@ def _run(options: argparse.Namespace) -> int:
                 exclude=options.exclude or [],
                 not_averaged=options.not_averaged or NOT_AVERAGED,
                 runtime=runtime,
+                dry_run=options.dry_run,
             )
         except AgreedUserError:
             raise
+        except AgreedStorageError as error:
+            if runtime.is_first:
+                print(f"error: {error}", file=sys.stderr)
+            return 1
         except BaseException as error:
             if runtime.process_count == 1:
                 raise
@@ -107,10 +121,12 @@ def _run(options: argparse.Namespace) -> int:
             print(f"skipped: {problem}", file=sys.stderr)
         for note in _notes(result, options.window):
             print(note, file=sys.stderr)
-        print(
-            f"{result.metrics}: {result.measured} checkpoints, {result.layers} weights; "
-            f"draw them: python -m app.report {result.metrics.parent}"
-        )
+        what = f"{result.checkpoints} checkpoints, {result.layers} weights"
+        if result.estimate:
+            print(f"dry run, nothing is measured: {what}, {result.estimate}")
+        else:
+            metrics = result.metrics
+            print(f"{metrics}: {what}; draw them: python -m app.report {metrics.parent}")
     return EXIT_USER if result.problems else 0
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.checkpoint_files import save_series, save_shards
 from support.launching import launch
 from torch import nn
 
@@ -374,16 +375,6 @@ def test_the_number_that_tells_the_time(name, number):
     assert number_in(Path("run-7") / name) == number
 
 
-def save_series(folder, count=4):
-    torch.manual_seed(0)
-    folder.mkdir()
-    weights = {f"fc{i}.weight": torch.randn(6 + i, 5) for i in range(5)}
-    for number in range(count):
-        torch.save({k: v + number * 0.1 * torch.randn_like(v) for k, v in weights.items()},
-                   folder / f"model-{number}.pt")  # fmt: skip
-    return folder
-
-
 def test_skipped_files_are_named_and_the_rest_is_measured(tmp_path, capsys):
     folder = save_series(tmp_path / "run")
     torch.save({"other.weight": torch.randn(3, 3)}, folder / "model-5.pt")
@@ -452,19 +443,6 @@ def test_a_checkpoint_that_is_missing_moves_no_window(tmp_path):
     group = "layers/fc2.weight/stability"
     one, two = (read_rows(f / "metrics.h5", group)["stability"] for f in (whole, part))
     np.testing.assert_array_equal(two, [np.nan, one[2], np.nan, one[4]])
-
-
-def save_shards(folder, states, *, suffix="safetensors", names="model-{:05d}-of-{:05d}"):
-    """Write shards and their index, as transformers does."""
-    folder.mkdir(parents=True)
-    save = save_file if suffix == "safetensors" else torch.save
-    places = {}
-    for number, state in enumerate(states, start=1):
-        name = f"{names.format(number, len(states))}.{suffix}"
-        save(state, folder / name)
-        places |= dict.fromkeys(state, name)
-    content = {"metadata": {"total_size": 1}, "weight_map": places}
-    (folder / f"model.{suffix}.index.json").write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
