@@ -1,8 +1,9 @@
 """Which runs are the same but for their seed, what others differ in, and their final figures."""
 
 import math
+import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,14 @@ from app.reporting.runs import Run
 
 IGNORED_KEYS = {"run.seed", "run.dir", "run.name"}
 """Keys of the configuration that do not make another configuration."""
+
+BEST: Mapping[str, Callable[[np.ndarray], np.intp]] = {
+    "accuracy": np.nanargmax,
+    "loss": np.nanargmin,
+    "mse": np.nanargmin,
+    "mae": np.nanargmin,
+}
+"""Where the best value of a figure is; of others nobody knows whether they are to rise or fall."""
 
 LONGEST_LABEL = 44  # characters; longer ones do not fit into a legend
 ABSENT = "(absent)"
@@ -29,7 +38,11 @@ class RunGroup:
 
 
 def group_runs(runs: Sequence[Run]) -> list[RunGroup]:
-    """Put runs together whose configurations differ in seed, folder and name alone."""
+    """Put runs together whose configurations differ in seed, folder and name alone.
+
+    A group is named by the keys in which it differs from the others, or, where that is too long for
+    a legend, by run.name or by the folders of its runs.
+    """
     groups: dict[tuple[tuple[str, str], ...], list[Run]] = {}
     for run in runs:
         keys = _flatten(run.configuration)
@@ -45,7 +58,7 @@ def group_runs(runs: Sequence[Run]) -> list[RunGroup]:
     if len(groups) == 1:
         labels = [str(runs[0].configuration.get("run", {}).get("name", runs[0].name))]
     elif max(map(len, labels)) > LONGEST_LABEL:
-        labels = [f"configuration {number}" for number in range(1, len(groups) + 1)]
+        labels = _names(list(groups.values()))
     return [
         RunGroup(label=label, differing=part, runs=members)
         for label, part, members in zip(labels, parts, groups.values(), strict=True)
@@ -87,6 +100,35 @@ def merits(run: Run) -> list[str]:
     return [key for key in run.evaluation if key not in {"step", "epoch", "split", "loss"}]
 
 
+def _names(groups: Sequence[Sequence[Run]]) -> list[str]:
+    """Return short names of groups, no two of them alike."""
+    for name in (_common_name, _common_folder):
+        names = [_shortened(name(runs)) for runs in groups]
+        if all(names) and len(set(names)) == len(names):
+            return names
+    return [f"configuration {number}" for number in range(1, len(groups) + 1)]
+
+
+def _common_name(runs: Sequence[Run]) -> str:
+    """Return the run.name of all runs; nothing where they have several."""
+    names = {str(run.configuration.get("run", {}).get("name", "")) for run in runs}
+    return names.pop() if len(names) == 1 else ""
+
+
+def _common_folder(runs: Sequence[Run]) -> str:
+    """Return the name of the runs' folders, of run-0 and run-1 "run"; nothing without one."""
+    names = {run.name for run in runs}
+    if len(names) > 1:
+        names = {re.sub(r"[-_. ]*\d+$", "", name) for name in names}
+    return names.pop() if len(names) == 1 else ""
+
+
+def _shortened(name: str) -> str:
+    """Leave out the middle of a name that is too long for a legend."""
+    half = LONGEST_LABEL // 2
+    return name if len(name) <= LONGEST_LABEL else f"{name[: half - 1]}…{name[-half:]}"
+
+
 def _figures(run: Run) -> dict[str, float]:
     """The numbers of one run, by the heading of their column."""
     found: dict[str, float] = {}
@@ -95,9 +137,16 @@ def _figures(run: Run) -> dict[str, float]:
         if key.startswith("test_"):
             found[key.replace("_", " ")] = value
     validation = run.evaluation["split"] == "validation"
-    for key in merits(run):
-        if validation.any():
-            found[f"last validation {key}"] = float(run.evaluation[key][validation][-1])
+    for key in merits(run) or ["loss"]:
+        values = run.evaluation[key][validation]
+        if key in BEST and np.isfinite(values).any():
+            place = BEST[key](values)
+            found[f"best validation {key}"] = float(values[place])
+            found[f"epoch of the best validation {key}"] = float(
+                run.evaluation["epoch"][validation][place]
+            )
+        if len(values):
+            found[f"last validation {key}"] = float(values[-1])
     for key in ("trainable_percent", "compression_percent"):
         if len(run.events["step"]):
             found[key.replace("_percent", ", %")] = float(run.events[key][-1])
@@ -119,7 +168,8 @@ def _cell(values: Sequence[float], column: str) -> str:
     values = [value for value in values if math.isfinite(value)]
     if not values:
         return "-"
-    digits = 0 if column in {"epochs", "steps"} else 1 if column.endswith(("%", "seconds")) else 4
+    whole = column in {"epochs", "steps"} or column.startswith("epoch of ")
+    digits = 0 if whole else 1 if column.endswith(("%", "seconds")) else 4
     text = f"{statistics.fmean(values):.{digits}f}"
     if len(values) == 1 or (digits == 0 and np.ptp(values) == 0):
         return text

@@ -94,6 +94,13 @@ def new_figure(
     return figure, [list(row) for row in panels]
 
 
+def whole_numbers(axes: Axes) -> None:
+    """Put ticks of the horizontal axis at whole numbers: there is no half epoch or step."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
+
+
 def colour_and_line(index: int) -> tuple[str, LineStyle]:
     """Return the look of the index-th line."""
     return COLOURS[index % len(COLOURS)], LINE_STYLES[index % len(LINE_STYLES)]

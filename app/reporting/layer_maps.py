@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from app.reporting.drawing import COLOURS, Drawing, marker_of, new_figure, short_name
+from app.reporting.drawing import COLOURS, Drawing, marker_of, new_figure, short_name, whole_numbers
 from app.reporting.reference import ReferenceCurve
 from app.reporting.runs import LayerSeries, Run
 
@@ -44,8 +44,19 @@ def stability_map(run: Run, name: str, reference: ReferenceCurve | None) -> Draw
     )
 
 
-def mixing_map(run: Run, name: str) -> Drawing | None:
-    """Draw the mixing similarity of every layer; None where there is nothing to draw yet."""
+def mixing_floor(runs: Sequence[Run]) -> float:
+    """Return the lower end of the colours of mixing maps, so that those of all runs compare."""
+    return min(_floor(run.series("mixing_similarity").values, 0.8) for run in runs)
+
+
+def mixing_map(run: Run, name: str, low: float) -> Drawing | None:
+    """Draw the mixing similarity of every layer; None where there is nothing to draw yet.
+
+    Args:
+        run: the run.
+        name: stem of the files.
+        low: lower end of the colours, of :func:`mixing_floor`.
+    """
     series = run.series("mixing_similarity")
     return _map(
         run,
@@ -53,7 +64,7 @@ def mixing_map(run: Run, name: str) -> Drawing | None:
         name=name,
         title="Mixing similarity",
         quantity="similarity of R",
-        low=_floor(series.values, 0.8),
+        low=low,
         colours="cividis",
         caption=f"Similarity of R in W = Q R to its own {window_of(run)}: how much the mixing of "
         "the basis still changes.",
@@ -125,6 +136,7 @@ def _map(
         figure.legend(*bottom.get_legend_handles_labels(), loc="outside lower left", ncols=2)
     bottom.set_ylim(top=high + 0.02 * (high - bottom.get_ylim()[0]))
     bottom.set_xlabel(run.axis.label)
+    whole_numbers(bottom)
     top.set_xlim(edges[0], edges[-1])
     lowest, last = _lowest(series), series.mean()[-1]
     left_out = count - len(series.averaged())

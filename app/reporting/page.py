@@ -9,6 +9,7 @@ from typing import Any
 
 from app.reporting.comparison import FinalFigures, RunGroup
 from app.reporting.drawing import Drawing, to_svg
+from app.reporting.events import EventTable, event_table
 from app.reporting.runs import Run
 
 
@@ -24,6 +25,7 @@ class _RunSection:
     versions: str
     yaml: str
     drawings: Sequence[Drawing]
+    events: EventTable | None
 
 
 def render_page(
@@ -121,6 +123,7 @@ def _section(run: Run, group: RunGroup, drawings: Sequence[Drawing]) -> _RunSect
         versions=last.get("versions", ""),
         yaml=run.yaml,
         drawings=drawings,
+        events=event_table(run),
     )
 
 

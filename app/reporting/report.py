@@ -6,9 +6,9 @@ from pathlib import Path
 
 from app.errors import UserError
 from app.reporting.comparison import final_figures, group_runs
-from app.reporting.curves import learning, means, other_measures, seconds
+from app.reporting.curves import costs, learning, means, other_measures, seconds
 from app.reporting.drawing import Drawing, save, style
-from app.reporting.layer_maps import mixing_map, rank_map, stability_map, window_of
+from app.reporting.layer_maps import mixing_floor, mixing_map, rank_map, stability_map, window_of
 from app.reporting.page import render_page
 from app.reporting.reference import REFERENCE_CURVES, ReferenceCurve
 from app.reporting.runs import Run, check_patterns, choose_layers, read_run
@@ -74,11 +74,16 @@ def write_report(
         and "analysis" not in run.configuration
     ]
     with style():
-        together = [drawing for drawing in (learning(groups), seconds(groups)) if drawing]
-        if len(runs) > 1 and (drawing := means(groups, curve)):
-            together.insert(1, drawing)
+        found = (
+            learning(groups),
+            costs(groups),
+            means(groups, curve) if len(runs) > 1 else None,
+            seconds(groups),
+        )
+        together = [drawing for drawing in found if drawing]
+        scales = _Scales.common(runs)
         drawings = {
-            run.folder: _draw_run(run, number if len(runs) > 1 else None, layers, curve)
+            run.folder: _draw_run(run, number if len(runs) > 1 else None, layers, curve, scales)
             for number, run in enumerate(runs, 1)
         }
         figures = [
@@ -135,8 +140,26 @@ def _read_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
     return [replace(run, by_steps=len(labels) > 1) for run in found], skipped
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Scales:
+    """Of the colours, common to all runs of a page."""
+
+    mixing_floor: float
+    times: tuple[float, float]
+
+    @classmethod
+    def common(cls, runs: Sequence[Run]) -> "_Scales":
+        """Return those that take in what was measured of all runs."""
+        first, last = zip(*(run.span() for run in runs), strict=True)
+        return cls(mixing_floor=mixing_floor(runs), times=(min(first), max(last)))
+
+
 def _draw_run(
-    run: Run, number: int | None, layers: Sequence[str], reference: ReferenceCurve | None
+    run: Run,
+    number: int | None,
+    layers: Sequence[str],
+    reference: ReferenceCurve | None,
+    scales: _Scales,
 ) -> list[Drawing]:
     """Draw what belongs to one run alone; its number tells its files from those of others."""
 
@@ -146,9 +169,9 @@ def _draw_run(
     chosen = choose_layers(run, layers, count=_SPECTRA)
     found = [
         stability_map(run, name("stability"), reference),
-        mixing_map(run, name("mixing")),
+        mixing_map(run, name("mixing"), scales.mixing_floor),
         rank_map(run, name("rank")),
-        spectra(run, chosen, name("spectra")),
+        spectra(run, chosen, name("spectra"), scales.times),
         other_measures(run, name("measures")),
     ]
     return [drawing for drawing in found if drawing]

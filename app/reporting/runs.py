@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from app.config import parse
 from app.errors import UserError
@@ -25,7 +26,7 @@ class TimeAxis:
     label: str
     steps_per_unit: float
 
-    def __call__(self, steps: np.ndarray) -> np.ndarray:
+    def __call__(self, steps: ArrayLike) -> np.ndarray:
         """Turn steps into places on the axis, in float64."""
         return np.asarray(steps, float) / self.steps_per_unit
 
@@ -115,6 +116,30 @@ class Run:
             f"not finished: in epoch {self.train['epoch'][-1]} of {epochs}, "
             f"step {self.train['step'][-1]}"
         )
+
+    def span(self) -> tuple[float, float]:
+        """Return the first and the last place on the axis at which a layer was measured."""
+        ends = [
+            rows["step"][place]
+            for rows in (*self.stability, *self.rank)
+            if len(rows["step"])
+            for place in (0, -1)
+        ]
+        return (float(self.axis(min(ends))), float(self.axis(max(ends)))) if ends else (0.0, 0.0)
+
+    def seconds_at(self, steps: np.ndarray) -> np.ndarray:
+        """Return how long steps, events and measurements had taken, up to some steps, (T,)."""
+        taken = [(self.train["step"], self.train["step_seconds"])]
+        taken += [
+            (rows["step"], rows["seconds"])
+            for rows in (self.events, self.measurements)
+            if {"step", "seconds"} <= rows.keys()
+        ]
+        total = np.zeros(len(steps))
+        for when, seconds in taken:
+            sums = np.concatenate([[0.0], np.cumsum(seconds)])
+            total += sums[np.searchsorted(when, steps, side="right")]
+        return total
 
     def conversions(self) -> np.ndarray:
         """Return the places on the axis at which layers turned low-rank or were released."""

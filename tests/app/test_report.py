@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import statistics
+from dataclasses import replace
 from datetime import datetime, timedelta
 from html.parser import HTMLParser
 
@@ -17,9 +18,11 @@ from app.errors import UserError
 from app.recording.schema import LOWRANK, STABILITY
 from app.recording.store import MetricsStore
 from app.reporting import comparison, curves, drawing, layer_maps
+from app.reporting import report as whole_report
+from app.reporting.events import event_table
 from app.reporting.follow import follow, time_left
 from app.reporting.reference import REFERENCE_CURVES
-from app.reporting.runs import check_patterns, choose_layers, read_run, read_spectra
+from app.reporting.runs import Run, check_patterns, choose_layers, read_run, read_spectra
 from app.reporting.spectra import spectra
 
 STEPS_PER_EPOCH = 10
@@ -205,19 +208,44 @@ def test_runs_are_grouped_by_all_but_seed_folder_and_name(tmp_path):
     assert group.differing == {}
 
 
-def test_labels_that_are_too_long_are_numbered(tmp_path):
+def runs_of_two_configurations(folder, *, names=("one", "two"), folders=("a", "b")):
+    """Runs that differ in more keys than a legend has room for."""
     overrides = [
         ["model.arguments.depth=2", "training.learning_rate=0.1", "oialr.cutoff=0.3"],
         ["training.learning_rate=0.2", "oialr.cutoff=0.4"],
     ]
-    runs = [
-        read_run(write_run(tmp_path / str(number), *keys, epochs=1))
-        for number, keys in enumerate(overrides)
+    return [
+        read_run(write_run(folder / place, f"run.name={name}", f"run.seed={seed}", *keys, epochs=1))
+        for seed, (place, name, keys) in enumerate(zip(folders, names, overrides, strict=True))
     ]
+
+
+def test_where_keys_are_too_long_for_a_label_run_name_or_folder_are_the_label(tmp_path):
+    def labels(number, **options):
+        runs = runs_of_two_configurations(tmp_path / str(number), **options)
+        return [group.label for group in comparison.group_runs(runs)]
+
+    runs = runs_of_two_configurations(tmp_path / "runs")
     groups = comparison.group_runs(runs)
-    assert [group.label for group in groups] == ["configuration 1", "configuration 2"]
+    assert [group.label for group in groups] == ["one", "two"]
     assert groups[0].differing["model.arguments.depth"] == "2"
     assert groups[1].differing["oialr.cutoff"] == "0.4"
+    assert labels(1, names=("same", "same")) == ["a", "b"]
+    long = "x" * 50
+    [first, second] = labels(2, names=(f"{long}1", f"2{long}"))
+    assert len(first) == len(second) == comparison.LONGEST_LABEL
+    assert first != second
+    # What is left of them must tell them apart.
+    alike = (f"{long}1{long}", f"{long}2{long}")
+    assert labels(3, names=alike, folders=alike) == ["configuration 1", "configuration 2"]
+
+
+def test_seeds_of_a_configuration_are_named_by_what_their_folders_share(tmp_path):
+    runs = [
+        *runs_of_two_configurations(tmp_path, names="nm", folders=("low-9", "full-9")),
+        *runs_of_two_configurations(tmp_path, names="op", folders=("low-10", "full-10")),
+    ]
+    assert [group.label for group in comparison.group_runs(runs)] == ["low", "full"]
 
 
 def test_final_figures_are_means_with_the_deviation_of_a_sample(tmp_path):
@@ -244,6 +272,147 @@ def test_final_figures_are_means_with_the_deviation_of_a_sample(tmp_path):
     assert cells[table.columns.index("trainable, %")] == "40.0 ± 0.0"
     assert others[table.columns.index("trainable, %")] == "100.0"
     assert others[table.columns.index("epochs")] == "3"
+    assert others[table.columns.index("best validation accuracy")] == "0.7500"
+    assert others[table.columns.index("epoch of the best validation accuracy")] == "3"
+
+
+def test_the_best_validation_figure_is_the_highest_accuracy_or_the_least_error(tmp_path):
+    writer = Writer(tmp_path / "run")
+    for epoch, accuracy, loss in ((1, 0.5, 0.7), (2, 0.9, 0.6), (3, 0.8, 0.2)):
+        values = {"step": epoch, "epoch": epoch, "accuracy": accuracy, "loss": loss}
+        writer.store.append("eval", split="validation", **values)
+        writer.store.append("eval", split="test", **{**values, "accuracy": 1.0})
+    writer.store.close()
+    run = read_run(writer.folder)
+
+    def best(run):
+        figures = comparison.final_figures(comparison.group_runs([run]))
+        [(_, _, cells)] = figures.rows
+        return dict(zip(figures.columns, cells, strict=True))
+
+    assert best(run)["best validation accuracy"] == "0.9000"
+    assert best(run)["epoch of the best validation accuracy"] == "2"
+    errors = {**run.evaluation, "mse": run.evaluation.pop("accuracy")}
+    assert best(replace(run, evaluation=errors))["best validation mse"] == "0.5000"
+    # Of a figure of somebody's own it is not known which way is better.
+    errors["own"] = errors.pop("mse")
+    found = best(replace(run, evaluation=errors))
+    assert "best validation own" not in found
+    assert found["last validation own"] == "0.8000"
+
+
+def test_what_is_learned_is_drawn_over_seconds_and_over_stored_size(tmp_path):
+    low = read_run(write_run(tmp_path / "low"))
+    full = read_run(write_run(tmp_path / "full", "oialr.enabled=false"))
+    [seconds, size] = curves.costs(comparison.group_runs([low, full])).figure.axes
+    assert seconds.get_xlabel() == "seconds of training"
+    # Ten steps of a quarter of a second in each epoch; half a second for the event of the sixth.
+    x, y = seconds.get_lines()[0].get_data()
+    np.testing.assert_allclose(x, [2.5, 5, 7.5, 10, 12.5, 15.5, 18, 20.5])
+    np.testing.assert_allclose(y, 1 - 1 / np.arange(2, 10))
+    np.testing.assert_allclose(seconds.get_lines()[2].get_xdata(), np.arange(1, 9) * 2.5)
+    np.testing.assert_allclose(size.get_lines()[0].get_xdata(), [100] * 5 + [90] * 3)
+    np.testing.assert_allclose(size.get_lines()[2].get_xdata(), [100] * 8)
+    # A dot tells the end, which is not the last place to the right.
+    assert size.get_lines()[1].get_xdata().tolist() == [90]
+
+
+def test_training_loss_learning_rate_and_throughput_are_drawn(tmp_path):
+    groups = comparison.group_runs([read_run(write_run(tmp_path / "run"))])
+    drawn = {axes.get_ylabel(): axes for axes in curves.learning(groups).figure.axes}
+    loss = drawn["training loss"].get_lines()[0]
+    np.testing.assert_array_equal(loss.get_xdata(), range(1, 9))
+    np.testing.assert_allclose(loss.get_ydata()[0], np.mean(1 / np.arange(1, 11)))
+    assert drawn["learning rate"].get_lines()[0].get_ydata().tolist() == [0.1] * 80
+    drawn = {axes.get_ylabel(): axes for axes in curves.seconds(groups).figure.axes}
+    assert drawn["samples\nper second"].get_lines()[0].get_ydata().tolist() == [100] * 8
+
+
+def test_epochs_and_numbers_of_singular_values_have_whole_ticks(tmp_path):
+    run = read_run(write_run(tmp_path / "run", epochs=6))
+    groups = comparison.group_runs([run])
+    for drawn in (
+        curves.learning(groups),
+        curves.seconds(groups),
+        curves.other_measures(run, "measures"),
+        layer_maps.stability_map(run, "stability", None),
+        spectra(run, ["patch.weight"], "spectra", (0, 6)),
+    ):
+        axes = drawn.figure.axes[:2]
+        for ticks in (axes[-1].get_xticks(), axes[0].get_xticks()):
+            assert np.array_equal(ticks, np.round(ticks)), drawn.name
+
+
+def test_the_runs_of_a_page_have_common_colours(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folders = [write_run(tmp_path / "a", epochs=8), write_run(tmp_path / "b", epochs=5)]
+    drawn = []
+
+    def keep(drawing, *_):
+        drawn.append(drawing)
+        return []
+
+    monkeypatch.setattr(whole_report, "save", keep)
+    monkeypatch.setattr(Run, "series", mixed(Run.series))
+    assert report.main([*map(str, folders), "--formats", "svg"]) == 0
+
+    def colours(kind):
+        return [
+            axes.collections[0].norm if kind == "mixing" else axes.get_ylim()
+            for drawing in drawn
+            if drawing.name.startswith(f"{kind}-")
+            for axes in drawing.figure.axes[:: 1 if kind == "mixing" else -1][:1]
+        ]
+
+    assert [(norm.vmin, norm.vmax) for norm in colours("mixing")] == [(0.2, 1)] * 2
+    assert colours("spectra") == [(0, 8)] * 2  # of the bar
+
+
+def mixed(series):
+    """Let the mixing of one run fall deeper than that of the other."""
+
+    def changed(run, column):
+        found = series(run, column)
+        if column == "mixing_similarity" and run.name == "a":
+            return replace(found, values=found.values - 0.65)
+        return found
+
+    return changed
+
+
+def test_events_are_a_table(tmp_path):
+    run = read_run(write_run(tmp_path / "run"))
+    table = event_table(run)
+    assert dict(zip(table.columns, table.rows[0], strict=True)) == {
+        "step": "60",
+        "epoch": "6",
+        "event": "convert",
+        "layers": "1",
+        "sum of ranks": "2",
+        "trainable, %": "40.0",
+        "stored, %": "90.0",
+        "seconds": "0.5",
+    }
+    assert "epoch" not in event_table(replace(run, by_steps=True)).columns
+    assert event_table(read_run(write_run(tmp_path / "full", "oialr.enabled=false"))) is None
+
+
+def test_names_and_settings_of_the_users_are_shown_as_they_stand(tmp_path):
+    script = "<script>alert(1)</script>"
+    layers = {f"{script}.weight": (6, 6), "patch.weight": (8, 4)}
+    folders = [
+        write_run(tmp_path / f"<b>{cutoff}", f"run.name={script}", f"oialr.cutoff={cutoff}",
+                  f"model.arguments.note={script}{cutoff}", layers=layers)
+        for cutoff in (0.1, 0.2)
+    ]  # fmt: skip
+    output = tmp_path / "out"
+    assert report.main([*map(str, folders), "--output", str(output), "--formats", "svg"]) == 0
+    page = Page(output / "report.html")
+    assert not {"script", "b"} & set(page.tags)
+    assert page.text.count("&lt;script&gt;alert(1)") > 4
+    assert "<table>" in page.text
+    for file in (output / "figures").iterdir():
+        assert "<script" not in file.read_text()
 
 
 def test_the_stability_map_is_that_of_the_paper(tmp_path):
@@ -294,8 +463,9 @@ def test_what_stays_full_rank_has_no_rank_map_and_no_events(tmp_path):
     assert layer_maps.rank_map(run, "rank") is None
     [group] = comparison.group_runs([run])
     drawn = curves.seconds([group])
-    assert [axes.get_ylabel() for axes in drawn.figure.axes] == ["step, ms"]
-    [line] = drawn.figure.axes[0].lines
+    labels = [axes.get_ylabel() for axes in drawn.figure.axes]
+    assert labels == ["samples\nper second", "step, ms"]
+    [line] = drawn.figure.axes[1].lines
     np.testing.assert_allclose(line.get_ydata(), 250)
 
 
@@ -329,7 +499,7 @@ def test_columns_and_groups_of_other_versions_are_drawn(tmp_path):
 
 def test_the_largest_singular_values_are_in_sight(tmp_path):
     run = read_run(write_run(tmp_path / "run"))
-    drawn = spectra(run, ["patch.weight", "position"], "spectra")
+    drawn = spectra(run, ["patch.weight", "position"], "spectra", (0, 8))
     axes = drawn.figure.axes[0]
     assert axes.get_ylim()[1] >= 4 * 9
     assert len(axes.lines) == 9
@@ -355,7 +525,7 @@ def test_spectra_are_those_of_averaged_layers_and_a_single_value_is_a_dot(tmp_pa
     run = read_run(tmp_path / "run")
     assert choose_layers(run, [], count=6) == ["row.weight", "fc.weight"]
     assert choose_layers(run, ["pos*"], count=6) == ["position"]
-    drawn = spectra(run, ["row.weight", "fc.weight"], "spectra")
+    drawn = spectra(run, ["row.weight", "fc.weight"], "spectra", (0, 8))
     assert [axes.lines[0].get_marker() for axes in drawn.figure.axes[:2]] == ["o", ""]
 
 
@@ -366,7 +536,7 @@ def test_long_names_of_layers_do_not_overlap_above_their_spectra(tmp_path):
         writer.measure(place, name, 5)
     writer.store.close()
     with drawing.style():
-        drawn = spectra(read_run(tmp_path / "run"), list(layers), "spectra")
+        drawn = spectra(read_run(tmp_path / "run"), list(layers), "spectra", (0, 8))
         drawn.figure.canvas.draw()
     left, right = (axes.title.get_window_extent() for axes in drawn.figure.axes[:2])
     assert left.x1 < right.x0
