@@ -1,15 +1,20 @@
 """The figures of a search, for its report: losses, parameters, importance, Pareto front."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
-from app.reporting.drawing import COLOURS, Drawing, new_figure
+from app.reporting.drawing import COLOURS, Drawing, as_label, new_figure
 from app.search import objective
 from app.search.importance import Importance
 from app.search.space import Parameter, Space
 from app.search.store import Evaluation
 
+_ROW = 0.52
+"""Inches between two parallel axes: two lines of their labels."""
+_CHARACTERS = 40
+"""That have room along an axis."""
 _GOOD, _BAD = np.array([0.0, 0.28, 0.55]), np.array([0.88, 0.88, 0.84])
 
 
@@ -45,26 +50,43 @@ def losses(evaluations: Sequence[Evaluation]) -> Drawing:
 
 
 def parallel_coordinates(evaluations: Sequence[Evaluation], space: Space) -> Drawing:
-    """Draw every evaluation as a line over the parameters, the better the darker."""
-    figure, [[axes]] = new_figure([3.8])
+    """Draw every evaluation as a line over the parameters, the better the darker.
+
+    The axes lie one below the other, so that keys and ranges have room however many there are.
+    """
+    count = len(space.keys)
+    figure, [[axes]] = new_figure([0.8 + _ROW * count])
     ordered = sorted(evaluations, key=lambda one: one.loss, reverse=True)
-    x = np.arange(len(space.keys))
+    y = np.arange(count)
     for place, one in enumerate(ordered):
         share = place / max(1, len(ordered) - 1)
         axes.plot(
-            x,
             space.encode(one.parameters),
+            y,
             color=tuple(_BAD + share * (_GOOD - _BAD)),
             linewidth=0.8 + 1.2 * share**4,
-            marker="o" if len(x) == 1 else "",
+            marker="o" if count == 1 else "",
         )
-    axes.set_xticks(x, [_label(parameter) for parameter in space.parameters], fontsize=7)
-    axes.set(ylim=(-0.02, 1.02), ylabel="place in the range")
+    axes.set_yticks(y, [_in_two_lines(key) for key in space.keys], fontsize=8.5)
+    for place, parameter in enumerate(space.parameters):
+        for at, alignment, text in _levels(parameter):
+            axes.annotate(
+                as_label(text),
+                (at, place),
+                textcoords="offset points",
+                xytext=(0, -4),
+                va="top",
+                ha=alignment,
+                fontsize=8,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5},
+            )
+    axes.set(xlim=(-0.03, 1.03), ylim=(count - 0.4, -0.4), xlabel="place in the range")
+    axes.grid(visible=False, axis="x")
     return Drawing(
         name="search-parameters",
         title="Parallel coordinates",
-        caption="One line per evaluation, the less its loss the darker. Below each axis: the key, "
-        "and its range from bottom to top; log ranges by their exponent.",
+        caption="One line per evaluation, the less its loss the darker. Each axis is a parameter, "
+        "with its range from left to right; log ranges by their exponent.",
         alt="Parameters of all evaluations as lines over parallel axes",
         figure=figure,
     )
@@ -129,12 +151,20 @@ def _is_comparable(one: Evaluation) -> bool:
     return one.status == "finished" and one.loss < objective.OUT_OF_BOUNDS
 
 
-def _label(parameter: Parameter) -> str:
-    *_, section, key = parameter.key.split(".")
+def _in_two_lines(key: str) -> str:
+    section, _, name = key.rpartition(".")
+    return f"{as_label(section)}.\n{as_label(name)}"
+
+
+def _levels(parameter: Parameter) -> list[tuple[float, Literal["left", "center", "right"], str]]:
+    """Return what is written at an axis: places, alignments and texts of its ends or choices."""
     levels = parameter.levels()
-    ends = (
-        ", ".join(str(level) for level in levels)
-        if parameter.choices
-        else (f"{levels[0]:.3g} - {levels[-1]:.3g}")
-    )
-    return f"{section}.\n" + key.replace("_", "_\n") + f"\n{ends}"
+    if not parameter.choices:
+        return [(0.0, "left", f"{levels[0]:.3g}"), (1.0, "right", f"{levels[-1]:.3g}")]
+    found: list[tuple[float, Literal["left", "center", "right"], str]] = []
+    longest = max(3, _CHARACTERS // len(levels))
+    for level in levels:
+        text = str(level)
+        text = text if len(text) <= longest else f"{text[: longest - 1]}…"
+        found.append((parameter.encode(level), "center", text))
+    return found

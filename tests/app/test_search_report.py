@@ -1,14 +1,19 @@
 """The report of a search."""
 
+import itertools
+
 import numpy as np
 import pytest
 from support.evaluations import create, evaluation
 from support.launching import launch
 
 from app import config, report
+from app.reporting.drawing import style
 from app.search.definition import train_again
+from app.search.figures import parallel_coordinates
 from app.search.importance import importance
 from app.search.objective import FAILED
+from app.search.space import Parameter, Space
 
 SPACE = """
 space:
@@ -89,6 +94,34 @@ def test_a_search_that_has_just_begun_is_reported_with_what_is_there(folder):
     assert not (folder / "report" / "figures" / "search-pareto.png").exists()
     result = launch(0, "-m", "app.report", folder, folder, code=2)
     assert "a search is reported alone" in result.stderr
+
+
+def test_the_axes_of_many_parameters_are_legible():
+    """Keys and ranges neither overlap nor leave the figure, and are drawn as they stand."""
+    keys = (
+        "oialr.cutoff", "oialr.largest_cut", "oialr.minimum_rank_fraction", "oialr.update_interval",
+        "training.learning_rate", "training.weight_decay", "training.warmup_epochs",
+        "model.arguments.attention_dropout_rate", "data.augmentation.random_erasing_$x$",
+    )  # fmt: skip
+    parameters = [Parameter(key=key, low=1e-5, high=0.9, log=True) for key in keys]
+    names = ("vit_tiny_patch16_224", "deit3_small_patch16_224.fb_in22k_ft_in1k", "resnet18")
+    parameters.append(Parameter(key="model.name", choices=names))
+    space = Space(parameters)
+    some = [
+        evaluation(number, parameters={**dict.fromkeys(keys, 0.1 * number), "model.name": name})
+        for number, name in enumerate(names, start=1)
+    ]
+    with style():
+        figure = parallel_coordinates(some, space).figure
+        figure.draw_without_rendering()
+    [axes] = figure.axes
+    texts = [*axes.get_yticklabels(), *axes.texts]
+    assert len(texts) == 10 + 9 * 2 + 3
+    boxes = [text.get_window_extent() for text in texts]
+    for one, other in itertools.combinations(boxes, 2):
+        assert not one.overlaps(other)
+    assert all(box.x0 >= 0 and box.x1 <= figure.bbox.width for box in boxes)
+    assert "0.9" in [text.get_text() for text in axes.texts]
 
 
 def test_importance_finds_what_matters():
