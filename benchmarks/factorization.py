@@ -33,6 +33,14 @@ NETWORKS = ("resnetrs101", "vit_base_patch16_224", "vgg16")
 MODES = ("alone", "replicated", "round-robin", "owner", "auto")
 PROCESS_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 FRACTION = 0.25
+LOOKS: dict[str, dict[str, Any]] = {
+    "round_robin": {"color": "#D55E00", "linestyle": "--", "marker": "s", "markersize": 5},
+    "owner": {"color": "#56B4E9", "linestyle": "-", "marker": "o", "markersize": 8, "linewidth": 4},
+    "auto": {"color": "#000000", "linestyle": "-", "marker": ".", "markersize": 5, "linewidth": 1},
+    "balanced": {"color": "#555555", "linestyle": ":"},
+}
+"""Of the lines of a plot: told apart with any colour vision (Okabe and Ito, 2008) and without
+colour, by dashes, markers and widths, also where they lie on each other."""
 
 
 def shapes_of(network: str, *, quick: bool) -> list[tuple[int, int]]:
@@ -183,17 +191,17 @@ def plot(simulations: dict[str, list[dict[str, Any]]], path: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(simulations), figsize=(4 * len(simulations), 3.5))
+    figure, axes = pyplot.subplots(1, len(simulations), figsize=(4 * len(simulations), 3.7))
     for ax, (network, rows) in zip(
         [axes] if len(simulations) == 1 else axes, simulations.items(), strict=True
     ):
-        for key in ("round_robin", "owner", "auto", "balanced"):
-            style = "k:" if key == "balanced" else "o-"
-            x = [row["processes"] for row in rows]
-            ax.loglog(x, [row[key] for row in rows], style, label=key, markersize=3)
+        x = [row["processes"] for row in rows]
+        for key, look in LOOKS.items():
+            ax.loglog(x, [row[key] for row in rows], label=key, **look)
         ax.set(title=f"{network} (simulated)", xlabel="processes", ylabel="seconds")
+        ax.grid(color="#dddddd")
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    figure.tight_layout(rect=(0, 0.09, 1, 1))
     figure.savefig(path, dpi=120)
 
 
@@ -213,7 +221,11 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", help="parts of names", default=NETWORKS)
     parser.add_argument("--modes", nargs="+", choices=[*MODES, "heat"], default=MODES)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--calibration", metavar="PATH", help="costs; default: measured first")
+    parser.add_argument(
+        "--calibration",
+        metavar="PATH",
+        help="costs; default: measured first, or the library's with --simulate",
+    )
     parser.add_argument("--simulate", action="store_true", help="nothing but the simulation")
     parser.add_argument("--plot", metavar="PATH", help="draw the simulation")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
@@ -226,6 +238,8 @@ def main() -> None:
         processes = runtime.processes
         if options.calibration:
             costs = read_costs(options.calibration)
+        elif options.simulate:
+            costs = Costs()
         else:
             costs = measure_costs(processes, runtime.device, quick=options.quick)
         for name in names:
