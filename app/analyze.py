@@ -112,6 +112,8 @@ def _run(options: argparse.Namespace) -> int:
             return 1
         except BaseException as error:
             if runtime.process_count == 1:
+                if isinstance(error, KeyboardInterrupt):
+                    print("interrupted: the same command goes on", file=sys.stderr)
                 raise
             print(describe_fault(error), file=sys.stderr, flush=True)
             runtime.abort(1)

@@ -9,8 +9,8 @@ import io
 import json
 import logging
 import os
-import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,10 +69,9 @@ class Unfinished:
                 f"--output: cannot write to {self.folder.parent}: {error.strerror}"
             ) from None
         except ValueError:
-            content = None  # damaged: nothing that was measured is relied on
-            shutil.rmtree(self.folder)
-            self.folder.mkdir()
-        if content is None:
+            content = None
+        if not isinstance(content, dict) or content.keys() != {"plan", "notes"}:
+            self._clear()  # nothing is relied on of which nobody knows what it was measured on
             return {}
         for key, value in plan.items():
             if content["plan"].get(key) != value:
@@ -122,8 +121,16 @@ class Unfinished:
         self._number += 1
 
     def remove(self) -> None:
-        """Remove the folder: everything is in metrics.h5."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove what is there: everything is in metrics.h5."""
+        self._clear()
+        with suppress(OSError):  # somebody's own files lie there
+            self.folder.rmdir()
+
+    def _clear(self) -> None:
+        """Remove our own files."""
+        for pattern in ("plan.json*", "part-*.rows*", "metrics.h5*"):
+            for path in self.folder.glob(pattern):
+                path.unlink(missing_ok=True)
 
     def _write(self, path: Path, content: bytes) -> None:
         """Write a file whole and to the disk, or not at all."""

@@ -64,6 +64,7 @@ def test_an_analysis_that_was_killed_goes_on_and_gives_the_same(tmp_path, capsys
     first = interrupt(monkeypatch, after=2)
     with pytest.raises(KeyboardInterrupt):
         analyze.main(command)
+    assert "interrupted: the same command goes on" in capsys.readouterr().err
     assert len(first) == 2
     assert not (part / "metrics.h5").exists()
     capsys.readouterr()
@@ -107,6 +108,21 @@ def test_what_was_begun_otherwise_is_not_gone_on_with(tmp_path, monkeypatch, cap
     whole = tmp_path / "whole"
     analyze.main([str(folder), "--window", "1", "--output", str(whole)])
     assert_bit_equal(tmp_path / "out" / "metrics.h5", whole / "metrics.h5")
+
+
+def test_parts_without_their_plan_are_not_relied_on_and_other_files_are_left(tmp_path, monkeypatch):
+    folder = save_series(tmp_path / "run")
+    command = [str(folder), "--window", "1"]
+    interrupt(monkeypatch, after=2)
+    with pytest.raises(KeyboardInterrupt):
+        analyze.main(command)
+    begun = folder / "analysis" / "unfinished"
+    (begun / "plan.json").write_text("[]")
+    (begun / "notes.txt").write_text("somebody's own")
+    again = interrupt(monkeypatch, after=99)
+    assert analyze.main(command) == 0
+    assert sum(map(len, again)) == 5
+    assert [path.name for path in begun.iterdir()] == ["notes.txt"]
 
 
 def test_a_checkpoint_that_goes_meanwhile_costs_nothing_that_was_measured(tmp_path, monkeypatch):
