@@ -33,6 +33,7 @@ NOT_EXECUTED = {
     "make test": "runs this test",
     "python -m app.train model.name=mine.networks:build data.name=mine.data:Recordings "
     "oialr.delay=0.2": "needs files of the reader's; test_own.py has such",
+    "python examples/with_lightning.py": "is run by test_integration_lightning.py",
     "git clone REPOSITORY oialr && cd oialr": "needs the network",
     "conda env create -f environment.yml": "needs conda and the network",
     "conda run -n oialr pip install --no-deps -r requirements-nodeps.txt": "needs conda",
@@ -271,12 +272,13 @@ def _blocks(language, elsewhere=()):
 # Those of docs/metrics.md are run by test_store.py, on files of all kinds, those of docs/loggers.md
 # by test_loggers.py, those of docs/layers.md by test_register_layer.py, that of docs/optimizers.md
 # by test_optimizers.py, those of docs/own_networks_and_data.md by test_own.py, that of
-# docs/compress.md by test_compression.py; docs/method.md quotes lines of a file, which
+# docs/compress.md by test_compression.py; those of docs/integrations.md are lines of its examples,
+# by test_integration_*.py; docs/method.md quotes lines of a file, which
 # test_reference.py compares.
 TESTED_ELSEWHERE = [
     f"docs/{page}.md"
     for page in (
-        *("compress", "layers", "loggers", "metrics", "method", "optimizers"),
+        *("compress", "integrations", "layers", "loggers", "metrics", "method", "optimizers"),
         "own_networks_and_data",
     )
 ]

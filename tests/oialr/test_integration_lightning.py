@@ -1,0 +1,172 @@
+"""The callbacks for Lightning: what they do is what a loop of one's own does, bit for bit."""
+
+import pytest
+import torch
+from support.examples import added_lines, described, need_framework, run_example, words_of
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import oialr
+from oialr import OIALR, StabilityTracker
+from oialr.errors import UserError
+
+need_framework("lightning")
+
+import lightning.pytorch as pl
+
+from oialr.integrations.lightning import OIALRCallback, StabilityCallback
+
+OPTIONS = {"delay": 5, "update_interval": 3, "cutoff": 0.4, "layer_fraction": 0.5}
+BATCHES, BATCH = 8, 16
+EXAMPLE = "with_lightning.py"
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of Lightning, about workers and the like
+
+
+class Module(pl.LightningModule):
+    def __init__(self, optimizers=1):
+        super().__init__()
+        self.network = nn.Sequential(
+            nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 48), nn.Tanh(), nn.Linear(48, 5)
+        )
+        self.optimizer_count = optimizers
+
+    def training_step(self, batch, _):
+        return nn.functional.cross_entropy(self.network(batch[0]), batch[1])
+
+    def test_step(self, batch, number):
+        self.log("test_loss", self.training_step(batch, number))
+
+    def configure_optimizers(self):
+        made = [torch.optim.AdamW(self.parameters(), lr=1e-2) for _ in range(self.optimizer_count)]
+        return made, [torch.optim.lr_scheduler.CosineAnnealingLR(o, 6) for o in made]
+
+
+def data():
+    x = torch.randn(BATCHES * BATCH, 20, generator=torch.Generator().manual_seed(3))
+    return DataLoader(TensorDataset(x, x[:, :5].argmax(1)), batch_size=BATCH)
+
+
+def module(seed=0, **settings):
+    torch.manual_seed(seed)
+    return Module(**settings)
+
+
+def trainer(callbacks, epochs, **settings):
+    return pl.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=callbacks,
+        **settings,
+    )
+
+
+ACCUMULATED = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}
+
+
+def fitted(epochs, seed=0, checkpoint=None, **options):
+    model, callback = module(seed), OIALRCallback(**{**OPTIONS, **options})
+    training = trainer([callback], epochs, **ACCUMULATED)
+    training.fit(model, data(), ckpt_path=checkpoint)
+    return model, callback, training
+
+
+def equal(one, two):
+    return all(map(torch.equal, one.parameters(), two.parameters()))
+
+
+def test_it_is_what_a_loop_of_ones_own_does():
+    model, callback, _ = fitted(6)
+    other = module()
+    optimizer = torch.optim.AdamW(other.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6)
+    method = OIALR(other, optimizer, **OPTIONS)
+    for _ in range(6):
+        for number, batch in enumerate(data()):
+            (other.training_step(batch, number) / 2).backward()
+            if number % 2:
+                nn.utils.clip_grad_norm_(other.parameters(), 0.5)
+                optimizer.step()
+                method.step()
+                optimizer.zero_grad()
+        schedule.step()
+    assert method.step_count == callback.method.step_count == 6 * BATCHES // 2
+    assert callback.method.ranks() == method.ranks() != {name: 20 for name in method.ranks()}
+    assert equal(model, other)
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 4])
+def test_a_resumed_training_ends_with_the_same_bits(epochs, tmp_path):
+    """Stopped before the conversion (step 5), after it, and after updates."""
+    whole, method = fitted(6)[0], fitted(epochs)[2]
+    method.save_checkpoint(tmp_path / "last.ckpt")
+    model, callback, training = fitted(6, seed=9, checkpoint=tmp_path / "last.ckpt")
+    assert equal(model, whole)
+    assert callback.method.step_count == 24
+    assert 0 < training.callback_metrics["trainable_percent"] < 100
+
+
+def test_a_fit_goes_on_where_the_last_one_ended():
+    model, callback, training = fitted(3)
+    before = callback.method.step_count
+    training.fit_loop.max_epochs = 4
+    training.fit(model, data())
+    assert callback.method.step_count == before + 4
+    assert callback.method.converted
+    training = trainer([callback], 1)
+    training.fit(module(), data())  # another one begins anew
+    assert callback.method.step_count == BATCHES
+
+
+def test_checkpoints_and_files_load_into_a_new_module(tmp_path):
+    model, _, training = fitted(4)
+    training.save_checkpoint(tmp_path / "last.ckpt")
+    other = module(9)
+    trainer([OIALRCallback(**OPTIONS)], 1).test(
+        other, data(), ckpt_path=tmp_path / "last.ckpt", verbose=False
+    )
+    assert equal(other, model)
+    oialr.save(model, tmp_path / "network.safetensors")
+    assert equal(oialr.load(module(9), tmp_path / "network.safetensors"), model)
+
+
+def test_several_optimizers_are_refused():
+    model, training = module(optimizers=2), trainer([OIALRCallback(**OPTIONS)], 1)
+    model.automatic_optimization = False
+    with pytest.raises(UserError, match=r"one optimizer, and configure_optimizers of Module .* 2"):
+        training.fit(model, data())
+
+
+def test_stability_is_measured_after_every_epoch():
+    model, callback = module(), StabilityCallback(window=2)
+    training = trainer([callback, OIALRCallback(**OPTIONS)], 4)
+    training.fit(model, data())
+    assert len(callback.tracker.history) == 4
+    last = StabilityTracker(model).measure()
+    assert [row.name for row in last] == [row.name for row in callback.tracker.history[-1]]
+    assert 0 < training.callback_metrics["stability"] <= 1.0001
+
+
+def test_options_are_checked_at_the_start_of_the_training():
+    callback = OIALRCallback(delay=5, update_interval=3, cutoff=2.0)
+    model, training = module(), trainer([callback], 1)
+    with pytest.raises(ValueError, match="cutoff"):
+        training.fit(model, data())
+    assert callback.state_dict() == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", ["", " 2"])
+def test_the_example_prints_what_the_page_shows(processes, tmp_path):
+    command = f"python examples/{EXAMPLE}{processes}"
+    added, output = described(f"python examples/{EXAMPLE}")
+    assert added == added_lines(EXAMPLE)
+    assert len(added) == 2
+    printed = run_example(command, tmp_path)
+    assert words_of(printed) == words_of(output)
+    assert printed.endswith("with the same bits in the end: True\n")
