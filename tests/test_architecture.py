@@ -36,7 +36,7 @@ GRAPH = {
     "forms": {"convert", "layers", "obstacles"},
     "gradients": set(),
     "inference": {"layers", "wrappers"},
-    "integrations": {"errors", "method", "preparation", "stability"},
+    "integrations": {"errors", "export", "method", "preparation", "stability"},
     "layer_survey": {"layers", "obstacles", "options", "outputs", "schedule"},
     "layers": {"options"},
     "linalg": set(),
@@ -112,6 +112,8 @@ GRAPH = {
 }
 COMMUNICATE = {"placement", "stability"}
 """Parts of the library that may know of other processes; and sharding asks for types of torch's."""
+FRAMEWORKS = {"lightning": {"lightning"}, "huggingface": {"transformers"}}
+"""What a module of oialr.integrations imports."""
 
 FRONT_DOORS = {"train", "report", "analyze", "export", "evaluate", "calibrate"}
 COMMON = {"errors", "config", "compatibility", "import_path"}
@@ -200,7 +202,7 @@ def test_the_library_needs_torch_and_the_standard_library_alone():
         "torchvision",
     }  # where somebody wants them
     for path in LIBRARY_FILES:
-        framework = {path.stem} if path.parent.name == "integrations" else set()
+        framework = FRAMEWORKS.get(path.stem, set()) if part_of(path) == "integrations" else set()
         assert {name.split(".")[0] for name in imports(path)} <= allowed | asked_for | framework, (
             path
         )

@@ -34,6 +34,7 @@ NOT_EXECUTED = {
     "python -m app.train model.name=mine.networks:build data.name=mine.data:Recordings "
     "oialr.delay=0.2": "needs files of the reader's; test_own.py has such",
     "python examples/with_lightning.py": "is run by test_integration_lightning.py",
+    "python examples/with_transformers.py": "is run by test_integration_huggingface.py",
     "git clone REPOSITORY oialr && cd oialr": "needs the network",
     "conda env create -f environment.yml": "needs conda and the network",
     "conda run -n oialr pip install --no-deps -r requirements-nodeps.txt": "needs conda",

@@ -119,8 +119,8 @@ def test_imported_packages_are_required() -> None:
     required.update(read_requirements("requirements-nodeps.txt"))
     imported = imported_packages()
     assert imported.pop("pandas") == "oialr/stability/alone.py"  # of those who ask for a table
-    for framework in ("lightning",):  # of those who have it
-        assert imported.pop(framework) == f"oialr/integrations/{framework}.py"
+    for framework, module in (("lightning", "lightning"), ("transformers", "huggingface")):
+        assert imported.pop(framework) == f"oialr/integrations/{module}.py"  # of those who have it
         assert framework in read_requirements("requirements-dev.txt")
     missing = {name: path for name, path in imported.items() if name not in required}
     assert not missing

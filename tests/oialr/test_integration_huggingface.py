@@ -1,0 +1,212 @@
+"""The callbacks for transformers' Trainer, the method in accelerate's loop, and their files."""
+
+import pytest
+import torch
+from support.examples import added_lines, described, need_framework, run_example, words_of
+from torch import nn
+
+from oialr import OIALR, StabilityTracker
+from oialr.errors import UserError
+
+need_framework("transformers")
+need_framework("accelerate")
+
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
+
+from oialr.integrations.huggingface import (
+    OIALRCallback,
+    StabilityCallback,
+    from_pretrained,
+    save_pretrained,
+)
+
+OPTIONS = {"delay": 4, "update_interval": 4, "cutoff": 0.4, "layer_fraction": 0.5}
+STEPS = 12
+EXAMPLE = "with_transformers.py"
+
+
+def network(seed=0, tied=False):
+    torch.manual_seed(seed)
+    configuration = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=16,
+        attention_dropout=0.1,  # random numbers, which a checkpoint restores
+        tie_word_embeddings=tied,
+    )
+    return LlamaForCausalLM(configuration)
+
+
+def sequences():
+    first = torch.arange(32)[:, None]
+    rows = (first + (1 + first % 3) * torch.arange(8)) % 32
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+def trainer(folder, callbacks, *, seed=0, steps=STEPS, model=None, **settings):
+    arguments = TrainingArguments(
+        output_dir=folder,
+        max_steps=steps,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        max_grad_norm=0.5,
+        learning_rate=1e-2,
+        save_steps=3,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        **settings,
+    )
+    model = model or {"model": network(seed)}
+    return Trainer(args=arguments, train_dataset=sequences(), callbacks=callbacks, **model)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A trainer after an undisturbed training, its callback, and the folder of its checkpoints."""
+    folder, callback = tmp_path_factory.mktemp("trained"), OIALRCallback(**OPTIONS)
+    training = trainer(folder, [callback])
+    training.train()
+    return training.model, callback, folder
+
+
+def equal(one, two):
+    return all(map(torch.equal, one.parameters(), two.parameters()))
+
+
+def test_a_training_turns_low_rank(trained):
+    _, callback, _ = trained
+    assert callback.method.step_count == STEPS
+    assert min(callback.method.ranks().values()) < 16
+    assert callback.method.trainable_percent() < 100
+
+
+@pytest.mark.parametrize("step", [3, 6, 9])
+def test_a_resumed_training_ends_with_the_same_bits(trained, step, tmp_path):
+    """Stopped before the conversion (step 4), after it, and after an update."""
+    model, first, folder = trained
+    callback = OIALRCallback(**OPTIONS)
+    training = trainer(tmp_path, [callback], seed=9)
+    training.train(resume_from_checkpoint=folder / f"checkpoint-{step}")
+    assert equal(training.model, model)
+    assert callback.method.ranks() == first.method.ranks()
+
+
+def test_callbacks_may_be_restored_from_the_checkpoint(trained, tmp_path):
+    model, _, folder = trained
+    training = trainer(
+        tmp_path,
+        [OIALRCallback(delay=7, update_interval=1)],
+        seed=9,
+        restore_callback_states_from_checkpoint=True,
+    )
+    training.train(resume_from_checkpoint=folder / "checkpoint-6")
+    assert equal(training.model, model)
+
+
+def test_a_network_that_was_made_anew_is_told(trained, tmp_path):
+    def anew():
+        return network()
+
+    training = trainer(tmp_path, [OIALRCallback(**OPTIONS)], model={"model_init": anew})
+    with pytest.raises(UserError, match=r"let model_init return oialr\.prepare\(model\)"):
+        training.train(resume_from_checkpoint=trained[2] / "checkpoint-6")
+
+
+@pytest.mark.parametrize("kind", [LlamaForCausalLM, AutoModelForCausalLM])
+def test_checkpoints_and_dense_weights_load(trained, kind, tmp_path):
+    model, _, folder = trained
+    tokens = sequences()[0]["input_ids"][None]
+    expected = model.eval()(tokens).logits
+    loaded = from_pretrained(kind, folder / f"checkpoint-{STEPS}")
+    assert torch.equal(loaded(tokens).logits, expected)
+    save_pretrained(model, tmp_path)
+    for dense in (kind.from_pretrained(tmp_path), from_pretrained(kind, tmp_path)):
+        assert type(dense.model.layers[0].mlp.up_proj) is nn.Linear
+        torch.testing.assert_close(dense(tokens).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_tied_weights_load(tmp_path):
+    model = network(tied=True)
+    model.save_pretrained(tmp_path)
+    loaded = from_pretrained(LlamaForCausalLM, tmp_path)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert equal(loaded, model)
+
+
+def test_there_is_no_partial_load(trained, tmp_path):
+    trained[0].save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    state = load_file(file)
+    save_file({k: v for k, v in state.items() if k != "model.norm.weight"}, file)
+    with pytest.raises(ValueError, match=r"does not fit LlamaForCausalLM: model\.norm\.weight"):
+        from_pretrained(LlamaForCausalLM, tmp_path)
+    save_file({**state, "more": torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match="more are on one side"):
+        from_pretrained(LlamaForCausalLM, tmp_path)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"there is no model\.safetensors"):
+        from_pretrained(LlamaForCausalLM, tmp_path)
+
+
+def test_stability_is_measured_after_every_epoch(tmp_path):
+    callback = StabilityCallback(window=2)
+    training = trainer(tmp_path, [callback, OIALRCallback(**OPTIONS)])
+    training.train()
+    assert len(callback.tracker.history) == 3
+    names = [row.name for row in StabilityTracker(training.model).measure()]
+    assert [row.name for row in callback.tracker.history[-1]] == names
+    logged = [row["stability"] for row in training.state.log_history if "stability" in row]
+    assert len(logged) == 1
+    assert 0 < logged[0] <= 1.0001
+
+
+def loop(steps, folder=None, seed=0):
+    """Train with accelerate in a loop of one's own; go on from a folder if there is one."""
+    accelerator = Accelerator(cpu=True)
+    model = network(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    model, optimizer = accelerator.prepare(model.train(), optimizer)
+    method = OIALR(model, optimizer, **OPTIONS)
+    accelerator.register_for_checkpointing(method)
+    if folder:
+        accelerator.load_state(folder)
+    for step in range(method.step_count, steps):
+        row = sequences()[step]
+        loss = model(row["input_ids"][None], labels=row["labels"][None]).loss
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        method.step()
+        optimizer.zero_grad()
+    return accelerator, method.model
+
+
+@pytest.mark.parametrize("steps", [3, 6, 9])
+def test_a_loop_of_accelerate_resumes_with_the_same_bits(steps, tmp_path):
+    _, whole = loop(STEPS)
+    loop(steps)[0].save_state(tmp_path)
+    assert equal(loop(STEPS, tmp_path, seed=9)[1], whole)
+
+
+@pytest.mark.slow
+def test_the_example_prints_what_the_page_shows(tmp_path):
+    command = f"python examples/{EXAMPLE}"
+    added, output = described(command)
+    assert added == added_lines(EXAMPLE)
+    assert len(added) == 2
+    printed = run_example(command, tmp_path)
+    assert words_of(printed) == words_of(output)
+    assert printed.endswith("with the same bits in the end: True\n")
