@@ -1,6 +1,6 @@
 """A small network for the digits of scikit-learn, trained low-rank by Lightning, and resumed.
 
-  python examples/with_lightning.py [PROCESSES]
+  python -m examples.with_lightning [PROCESSES]
 
 Nothing is downloaded; runs/with_lightning is written. What this prints is in docs/integrations.md.
 """

@@ -1,12 +1,14 @@
 """A small Llama, trained low-rank by transformers' Trainer on arithmetic sequences, and resumed.
 
-  python examples/with_transformers.py
+  python -m examples.with_transformers
+  torchrun --nproc-per-node 2 -m examples.with_transformers
 
 Nothing is downloaded; runs/with_transformers is written. What this prints is in
 docs/integrations.md.
 """
 
 import logging
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from oialr.integrations.huggingface import OIALRCallback, StabilityCallback
 
 FOLDER = Path("runs/with_transformers")
 VALUES, LENGTH = 24, 12
+PROCESSES = int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def network(seed: int) -> Any:
@@ -55,7 +58,7 @@ def train(folder: Path, *, seed: int, checkpoint: Path | None = None) -> tuple[A
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=16,
-        per_device_train_batch_size=12,
+        per_device_train_batch_size=12 // PROCESSES,
         gradient_accumulation_steps=2,
         learning_rate=5e-3,
         lr_scheduler_type="cosine",
@@ -90,6 +93,8 @@ def main() -> None:
     whole, (low_rank, stability) = train(FOLDER / "whole", seed=0)
     middle = FOLDER / "whole" / "checkpoint-35"
     resumed, _ = train(FOLDER / "resumed", seed=1, checkpoint=middle)
+    if not whole.is_world_process_zero():
+        return
 
     stored = huggingface.from_pretrained(LlamaForCausalLM, FOLDER / "whole" / "checkpoint-80")
     huggingface.save_pretrained(stored, FOLDER / "dense")

@@ -7,6 +7,7 @@ import gc
 import logging
 import sys
 import weakref
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -44,7 +45,6 @@ class Wrappers:
     def __init__(self, model: nn.Module) -> None:
         """Take hold of the network; its wrappers are looked for when something happens to it."""
         self._model = model
-        self._stale: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._changes: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
     def tell(self) -> None:
@@ -54,23 +54,14 @@ class Wrappers:
         average gradients of the old ones, and torch's own message comes a step later and names
         nobody. torch.compile compiles again, but not for ever.
         """
-        for wrapper in self._find():
+        for wrapper in _around(self._model):
             if "DistributedDataParallel" in _names(wrapper):
-                if wrapper not in self._stale:
-                    self._stale.add(wrapper)
+                if _refuse not in wrapper._forward_pre_hooks.values():
                     wrapper.register_forward_pre_hook(_refuse)
             elif "OptimizedModule" in _names(wrapper):
                 self._count(wrapper)
         if getattr(self._model, "_compiled_call_impl", None) is not None:  # by its compile method
             self._count(self._model)
-
-    def _find(self) -> list[nn.Module]:
-        """Return what is around the network; nobody tells it of its wrappers."""
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if not distributed and "torch._dynamo" not in sys.modules:
-            return []
-        found = [thing for thing in gc.get_objects() if _wraps(thing)]
-        return [wrapper for wrapper in found if unwrapped(wrapper) is self._model]
 
     def _count(self, compiled: nn.Module) -> None:
         changes = self._changes[compiled] = self._changes.get(compiled, 0) + 1
@@ -84,6 +75,49 @@ class Wrappers:
                 changes,
                 limit,
             )
+
+
+def renew_wrappers(model: nn.Module) -> None:
+    """Make every DistributedDataParallel around a network anew, in its place.
+
+    For loops that keep the wrapper where nobody can exchange it, such as that of transformers'
+    Trainer. To be called where ``event.shapes_changed``. torch gives a wrapper that is unpickled a
+    reducer of its own, for the parameters that the network has then; so does this. Nothing is sent.
+
+    Args:
+        model: the network, whichever wrappers are around it.
+
+    Raises:
+        RuntimeError: a wrapper has another process group than the default one.
+    """
+    network = unwrapped(model)
+    for wrapper in _around(network):
+        if "DistributedDataParallel" not in _names(wrapper):
+            continue
+        ddp: Any = wrapper
+        state = ddp.__getstate__()
+        del ddp.reducer, ddp.logger  # before there are others
+        state["_forward_pre_hooks"] = OrderedDict(
+            (key, hook) for key, hook in ddp._forward_pre_hooks.items() if hook is not _refuse
+        )
+        state["_module_parameters"] = [
+            parameter
+            for name, parameter in network.named_parameters()
+            if name not in ddp.parameters_to_ignore
+        ]
+        hooks, state["_comm_hooks"] = ddp._comm_hooks, []
+        ddp.__setstate__(state)
+        for hook, its_state in hooks:
+            ddp.register_comm_hook(its_state, hook)
+
+
+def _around(network: nn.Module) -> list[nn.Module]:
+    """Return what is around a network; nobody tells it of its wrappers."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not distributed and "torch._dynamo" not in sys.modules:
+        return []
+    found = [thing for thing in gc.get_objects() if _wraps(thing)]
+    return [wrapper for wrapper in found if unwrapped(wrapper) is network]
 
 
 def _wraps(thing: object) -> bool:

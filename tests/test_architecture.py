@@ -36,7 +36,7 @@ GRAPH = {
     "forms": {"convert", "layers", "obstacles"},
     "gradients": set(),
     "inference": {"layers", "wrappers"},
-    "integrations": {"errors", "export", "method", "preparation", "stability"},
+    "integrations": {"errors", "export", "method", "preparation", "stability", "wrappers"},
     "layer_survey": {"layers", "obstacles", "options", "outputs", "schedule"},
     "layers": {"options"},
     "linalg": set(),

@@ -33,8 +33,11 @@ NOT_EXECUTED = {
     "make test": "runs this test",
     "python -m app.train model.name=mine.networks:build data.name=mine.data:Recordings "
     "oialr.delay=0.2": "needs files of the reader's; test_own.py has such",
-    "python examples/with_lightning.py": "is run by test_integration_lightning.py",
-    "python examples/with_transformers.py": "is run by test_integration_huggingface.py",
+    "python -m examples.with_lightning 2": "is run by test_integration_lightning.py",
+    "torchrun --nproc-per-node 2 -m examples.with_transformers": (
+        "is run by test_integration_huggingface.py"
+    ),
+    "torchrun --nproc-per-node 2 -m examples.with_timm": "is run by test_integration_timm.py",
     "git clone REPOSITORY oialr && cd oialr": "needs the network",
     "conda env create -f environment.yml": "needs conda and the network",
     "conda run -n oialr pip install --no-deps -r requirements-nodeps.txt": "needs conda",

@@ -25,6 +25,7 @@ from oialr.method import OIALR
 from oialr.preparation import prepare
 from oialr.stability.alone import StabilityTracker
 from oialr.stability.tracker import mean_stability
+from oialr.wrappers import renew_wrappers
 
 
 class OIALRCallback(TrainerCallback, ExportableState):
@@ -71,7 +72,9 @@ class OIALRCallback(TrainerCallback, ExportableState):
     def on_step_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
         """Convert, update or release, where it is due."""
         assert self.method is not None
-        self.method.step()
+        event = self.method.step()
+        if event and event.shapes_changed:
+            renew_wrappers(self.method.model)  # the Trainer's loop holds its own by a local name
 
     def state(self) -> dict[str, Any]:
         """Return the method's state for trainer_state.json, as text, which keeps its order."""

@@ -30,7 +30,7 @@ from oialr.integrations.huggingface import (
 
 OPTIONS = {"delay": 4, "update_interval": 4, "cutoff": 0.4, "layer_fraction": 0.5}
 STEPS = 12
-EXAMPLE = "with_transformers.py"
+EXAMPLE = "with_transformers"
 
 
 def network(seed=0, tied=False):
@@ -203,7 +203,7 @@ def test_a_loop_of_accelerate_resumes_with_the_same_bits(steps, tmp_path):
 
 @pytest.mark.slow
 def test_the_example_prints_what_the_page_shows(tmp_path):
-    command = f"python examples/{EXAMPLE}"
+    command = f"torchrun --nproc-per-node 2 -m examples.{EXAMPLE}"
     added, output = described(command)
     assert added == added_lines(EXAMPLE)
     assert len(added) == 2

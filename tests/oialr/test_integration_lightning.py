@@ -18,7 +18,7 @@ from oialr.integrations.lightning import OIALRCallback, StabilityCallback
 
 OPTIONS = {"delay": 5, "update_interval": 3, "cutoff": 0.4, "layer_fraction": 0.5}
 BATCHES, BATCH = 8, 16
-EXAMPLE = "with_lightning.py"
+EXAMPLE = "with_lightning"
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of Lightning, about workers and the like
 
@@ -111,6 +111,41 @@ def test_a_resumed_training_ends_with_the_same_bits(epochs, tmp_path):
     assert 0 < training.callback_metrics["trainable_percent"] < 100
 
 
+class Manual(Module):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, number):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, number))
+        optimizer.step()
+
+    def configure_optimizers(self):
+        return super().configure_optimizers()[0]
+
+
+def test_manual_optimization_is_counted_alike():
+    torch.manual_seed(0)
+    model, callback = Manual(), OIALRCallback(**OPTIONS)
+    trainer([callback], 2).fit(model, data())
+    assert callback.method.step_count == 2 * BATCHES
+    assert callback.method.converted
+
+
+class Prepared(Module):
+    def __init__(self):
+        super().__init__()
+        oialr.prepare(self)
+
+
+def test_a_module_that_prepares_itself_loads_checkpoints(tmp_path):
+    model, _, training = fitted(4)
+    training.save_checkpoint(tmp_path / "last.ckpt")
+    assert equal(Prepared.load_from_checkpoint(tmp_path / "last.ckpt"), model)
+
+
 def test_a_fit_goes_on_where_the_last_one_ended():
     model, callback, training = fitted(3)
     before = callback.method.step_count
@@ -161,10 +196,9 @@ def test_options_are_checked_at_the_start_of_the_training():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", ["", " 2"])
-def test_the_example_prints_what_the_page_shows(processes, tmp_path):
-    command = f"python examples/{EXAMPLE}{processes}"
-    added, output = described(f"python examples/{EXAMPLE}")
+def test_the_example_prints_what_the_page_shows(tmp_path):
+    command = f"python -m examples.{EXAMPLE} 2"
+    added, output = described(command)
     assert added == added_lines(EXAMPLE)
     assert len(added) == 2
     printed = run_example(command, tmp_path)

@@ -1,7 +1,9 @@
 """What frameworks put around a network and its optimizer, its averages and its schedules."""
 
 import copy
+import gc
 import logging
+import weakref
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 from oialr import OIALR, WeightAverage
 from oialr.compatibility import import_torchvision
 from oialr.forms import form_of
+from oialr.wrappers import renew_wrappers
 from tests.support.method_loop import CUT, batch, make, network, train
 
 SCHEDULE = {"delay": 5, "update_interval": 3}
@@ -74,6 +77,36 @@ def test_a_wrapper_from_before_an_event_says_so(group):
     other.load_state_dict(state)
     with pytest.raises(RuntimeError, match="Make it anew"):
         other(batch(0)[0])
+
+
+def count_calls(state, bucket):
+    state.append(bucket.index())
+    future = torch.futures.Future()
+    future.set_result(bucket.buffer())
+    return future
+
+
+def test_a_wrapper_may_be_renewed_in_its_place(group):
+    """With what it was made with; replaced parameters are held by it no longer."""
+    model, optimizer, _ = make()
+    wrapper, calls = DistributedDataParallel(model, find_unused_parameters=True), []
+    wrapper.register_comm_hook(calls, count_calls)
+    method = OIALR(wrapper, optimizer, cutoff=0.4, **SCHEDULE)
+    weight = weakref.ref(model[0].weight)
+    plain = make(cutoff=0.4)
+    for step in range(12):
+        before = len(calls)
+        events = train(wrapper, optimizer, method, 1, first=step)
+        assert len(calls) > before
+        for event in events:
+            if event.shapes_changed:
+                renew_wrappers(wrapper)
+    train(*plain, 12)
+    assert method.ranks() == plain[2].ranks()
+    assert all(map(torch.equal, model.parameters(), plain[0].parameters()))
+    assert wrapper.find_unused_parameters
+    gc.collect()
+    assert weight() is None
 
 
 def test_a_compiled_network_is_told_when_it_is_compiled_no_more(caplog, monkeypatch):

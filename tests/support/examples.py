@@ -26,7 +26,7 @@ def need_framework(name: str) -> None:
 
 def added_lines(name: str) -> list[str]:
     """Return the lines of an example that its author had to add for the method."""
-    lines = (ROOT / "examples" / name).read_text().splitlines()
+    lines = (ROOT / "examples" / f"{name}.py").read_text().splitlines()
     return [line.strip() for mark, line in pairwise(lines) if mark.strip() == "# added:"]
 
 
@@ -42,12 +42,11 @@ def described(command: str) -> tuple[list[str], str]:
 
 
 def run_example(command: str, place: Path) -> str:
-    """Run a command of the page, ``python`` or ``torchrun``, in a folder; return its output."""
+    """Run a command of the page, of ``python`` or ``torchrun``, in a folder; return its output."""
     program, *words = command.split()
     start = [sys.executable]
     if program != "python":
         start = [str(Path(sys.executable).parent / program)]
-    words = [str(ROOT / word) if word.startswith("examples/") else word for word in words]
     result = subprocess.run(
         [*start, *words],
         cwd=place,
