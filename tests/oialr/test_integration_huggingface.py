@@ -204,7 +204,7 @@ def test_a_loop_of_accelerate_resumes_with_the_same_bits(steps, tmp_path):
 @pytest.mark.slow
 def test_the_example_prints_what_the_page_shows(tmp_path):
     command = f"torchrun --nproc-per-node 2 -m examples.{EXAMPLE}"
-    added, output = described(command)
+    (added,), output = described(command)
     assert added == added_lines(EXAMPLE)
     assert len(added) == 2
     printed = run_example(command, tmp_path)

@@ -198,7 +198,7 @@ def test_options_are_checked_at_the_start_of_the_training():
 @pytest.mark.slow
 def test_the_example_prints_what_the_page_shows(tmp_path):
     command = f"python -m examples.{EXAMPLE} 2"
-    added, output = described(command)
+    (added,), output = described(command)
     assert added == added_lines(EXAMPLE)
     assert len(added) == 2
     printed = run_example(command, tmp_path)

@@ -122,7 +122,7 @@ def test_stability_is_among_the_metrics_of_an_epoch():
 @pytest.mark.slow
 def test_the_example_prints_what_the_page_shows(tmp_path):
     command = f"torchrun --nproc-per-node 2 -m examples.{EXAMPLE}"
-    added, output = described(command)
+    (added,), output = described(command)
     assert added == added_lines(EXAMPLE)
     printed = run_example(command, tmp_path)
     assert words_of(printed) == words_of(output)

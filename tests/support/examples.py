@@ -24,21 +24,26 @@ def need_framework(name: str) -> None:
     import_torchvision()
 
 
-def added_lines(name: str) -> list[str]:
-    """Return the lines of an example that its author had to add for the method."""
+def added_lines(name: str, *purposes: str) -> list[str]:
+    """Return the lines of an example that its author had to add, in their order.
+
+    Args:
+        name: of the module.
+        purposes: as in the comment before each line, ``# added, for PURPOSE:``; none: ``# added:``.
+    """
+    marks = {f"# added, for {purpose}:" for purpose in purposes} or {"# added:"}
     lines = (ROOT / "examples" / f"{name}.py").read_text().splitlines()
-    return [line.strip() for mark, line in pairwise(lines) if mark.strip() == "# added:"]
+    return [line.strip() for mark, line in pairwise(lines) if mark.strip() in marks]
 
 
-def described(command: str) -> tuple[list[str], str]:
-    """Return the lines that the page says are added, and the output that it shows, of a command."""
+def described(command: str, *, parts: int = 1) -> tuple[list[list[str]], str]:
+    """Return what the page shows of a command: the lines to add, in parts, and its output."""
     page = [block for block in blocks() if block.page == PAGE]
-    for added, output in pairwise(page):
-        if added.language == "python" and output.text.splitlines()[0] == command:
-            return [line for line in added.text.splitlines() if line], output.text.partition("\n")[
-                2
-            ]
-    raise AssertionError(f"{PAGE} does not show {command}")
+    texts = [block.text.splitlines() for block in page]
+    place = next(i for i, lines in enumerate(texts) if lines[0] == command)
+    assert all(block.language == "python" for block in page[place - parts : place])
+    added = [[line.strip() for line in lines if line] for lines in texts[place - parts : place]]
+    return added, "\n".join([*texts[place][1:], ""])
 
 
 def run_example(command: str, place: Path) -> str:
