@@ -127,7 +127,7 @@ class Events:
         reports, infos = self._check(reports, step)
         # What can fail is tried while no layer is replaced yet.
         self._transitions.check_optimizer(reports)
-        if self._target and self._transitions.wants(kind):
+        if self._target and self._transitions.ranks.wants(kind):
             self._aim(self._target)
         was_dense = [self._transitions.is_dense(report) for report in reports]
         # Around the factorizations alone: nothing large is made before and after, and it slows
@@ -165,7 +165,8 @@ class Events:
         mine = [obstacle is not None for obstacle in transitions.obstacles(layers)]
         flags = zip(*self._processes.gather(mine), strict=True)
         names = [layer.name for layer in layers]
-        transitions.aim(target, dict(zip(names, energies, strict=True)), [any(f) for f in flags])
+        by_name = dict(zip(names, energies, strict=True))
+        transitions.ranks.aim(target, by_name, [any(f) for f in flags])
 
     def _check(
         self, reports: Sequence[LayerReport], step: int
@@ -220,14 +221,14 @@ class Events:
         self, reports: Sequence[LayerReport], infos: Sequence[MatrixInfo], *, release: bool
     ) -> list[LayerEvent]:
         """Factorize one matrix per layer and apply the factors."""
-        transitions = self._transitions
+        transitions, ranks = self._transitions, self._transitions.ranks
         converted = [report for report in reports if transitions.is_dense(report)]
         happened: dict[int, LayerEvent] = {}
         for i, factors, owner in self._factorizer.factorize(
             infos,
             lambda i: transitions.matrix(reports[i]),
-            columns_used=(lambda i, s: transitions.columns_used(reports[i], s, release=release))
-            if converted and (transitions.cuts_at_conversion or release)
+            columns_used=(lambda i, s: ranks.columns_used(reports[i], s, release=release))
+            if converted and (ranks.cuts_at_conversion or release)
             else None,
         ):
             if factors is None:

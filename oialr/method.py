@@ -20,14 +20,14 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from oialr.events import Event, Events
 from oialr.factor_steps import FactorSteps
-from oialr.forms import DENSE, Form, check_can_take, form_of
+from oialr.forms import Form, check_can_take, form_of
 from oialr.gradients import GradientWatch
 from oialr.layer_survey import LayerReport, parameter_counts, survey
 from oialr.optimizer_state import check_forms, check_optimizer, check_stored_optimizer
@@ -39,12 +39,13 @@ from oialr.placement.costs import Costs
 from oialr.placement.factorization import Factorizer
 from oialr.placement.processes import Processes
 from oialr.preparation import follow_stored_forms
-from oialr.schedule import events_due, layers_in_turn
+from oialr.schedule import layers_in_turn
 from oialr.sharding import check_not_sharded, check_not_sharding
 from oialr.share import little_factorized
 from oialr.start import LowRankLayers
-from oialr.stored_state import check_stored_state
+from oialr.stored_state import check_stored_state, forms_here, forms_of_state
 from oialr.target import TargetSize
+from oialr.timetable import Timetable
 from oialr.transitions import Transitions
 from oialr.wrappers import Wrappers, unwrapped, unwrapped_optimizer
 
@@ -158,10 +159,7 @@ class OIALR:
             measure_memory=measure_memory,
         )
 
-        self.step_count = 0
-        """Optimizer steps taken since this object was made."""
-        self._handled = 0
-        self._released_at: int | None = None
+        self._timetable = Timetable(options)
         optimizer.register_step_post_hook(self._count_step)
         low_rank.put_back(self._transitions, self.layers)
         optimizer.register_load_state_dict_pre_hook(partial(check_stored_optimizer, model=model))
@@ -188,11 +186,12 @@ class OIALR:
         if not self._schedule_checked and self.step_count:
             self._groups.check_schedule(self.optimizer)
             self._schedule_checked = True
-        due = self._due()
+        table = self._timetable
+        due = table.due()
         event = None
         if (
             due
-            and self._released_at is None
+            and table.released_at is None
             and any(map(self._transitions.is_released, self.layers))
         ):
             raise ValueError(
@@ -203,33 +202,29 @@ class OIALR:
             check_not_sharded(self.model)  # nor meanwhile
             self._gradients.end_interval()
         if "release" in due:
-            event = self._events.run("release", self.layers, self.step_count)
-            self._released_at = self.step_count
+            event = self._events.run("release", self.layers, table.step_count)
+            table.released_at = table.step_count
         elif due and due[0] == 0:
-            event = self._events.run("convert", self.layers, self.step_count)
+            event = self._events.run("convert", self.layers, table.step_count)
         elif due:
             turn = layers_in_turn(
                 int(due[-1]), len(self.layers), layer_fraction=self.options.layer_fraction
             )
-            event = self._events.run("update", self.layers[-turn:], self.step_count)
-        self._handled = self.step_count
+            event = self._events.run("update", self.layers[-turn:], table.step_count)
+        table.handled = table.step_count
         if event and event.shapes_changed:
             self._wrappers.tell()
         return event
 
-    def _due(self) -> list[int | Literal["release"]]:
-        """Events that are due: 0 for the conversion, i for the i-th update, and the release."""
-        return events_due(
-            range(self._handled + 1, self.step_count + 1),
-            delay=self.options.delay,
-            update_interval=self.options.update_interval,
-            release=self.options.release,
-        )
+    @property
+    def step_count(self) -> int:
+        """Optimizer steps taken since this object was made."""
+        return self._timetable.step_count
 
     @property
     def event_due(self) -> bool:
         """Whether the next :meth:`step` converts, updates or releases layers."""
-        return bool(self._due())
+        return bool(self._timetable.due())
 
     def plan(self) -> Plan:
         """Return the plan of a conversion of all layers at once. A collective call."""
@@ -247,7 +242,7 @@ class OIALR:
 
         Who wraps the network may let go of the wrapper before, which holds the full-rank weights.
         """
-        return self._handled < self.options.delay <= self.step_count
+        return self._timetable.conversion_due
 
     @property
     def converted(self) -> bool:
@@ -257,7 +252,7 @@ class OIALR:
     @property
     def steps_since_release(self) -> int | None:
         """Optimizer steps taken since the release; None before it."""
-        return None if self._released_at is None else self.step_count - self._released_at
+        return self._timetable.steps_since_release
 
     @property
     def learning_rate_factors(self) -> list[float]:
@@ -304,11 +299,11 @@ class OIALR:
         ranks = self.ranks()
         return {
             "release": self.options.release,
-            "released_at": self._released_at,
+            "released_at": self._timetable.released_at,
             "released": self._transitions.released,
             "frobenius_decay": self.options.frobenius_decay,
             "step_count": self.step_count,
-            "handled": self._handled,
+            "handled": self._timetable.handled,
             "delay": self.options.delay,
             "ranks": {
                 report.name: None if self._transitions.is_dense(report) else ranks[report.name]
@@ -336,13 +331,7 @@ class OIALR:
             release=self.options.release,
             frobenius_decay=self.options.frobenius_decay,
         )
-        released = state.get("released", {})
-        forms = {
-            layer.name: Form(rank, released.get(layer.name) == "factors", layer.groups)
-            if (rank := state["ranks"][layer.name]) is not None
-            else DENSE
-            for layer in self.layers
-        }
+        forms = forms_of_state(state, self.layers)
         for name, form in forms.items() if self.converted else ():
             if form != (present := form_of(self.model, name)):
                 raise ValueError(
@@ -350,10 +339,12 @@ class OIALR:
                     f"the state: {name} is {present}, and was {form} when the state was stored"
                 )
         check_can_take(self.model, forms, to_train=True)
+        released = state.get("released", {})
         returned = [name for name, form in released.items() if form == "dense"]
         self._transitions.take_forms(self.layers, forms, returned=returned)
-        self.step_count, self._handled = state["step_count"], state["handled"]
-        self._released_at = state.get("released_at")
+        table = self._timetable
+        table.step_count, table.handled = state["step_count"], state["handled"]
+        table.released_at = state.get("released_at")
 
     def _take_stored_forms(self, stored: Mapping[str, Form]) -> None:
         """Give the network, whose weights are about to be loaded, the forms that they have.
@@ -361,25 +352,14 @@ class OIALR:
         Raises:
             ValueError: a weight cannot have its form here. Nothing has been changed then.
         """
-        forms = {layer.name: form_of(self.model, layer.name) for layer in self.layers}
-        reports = {report.name: report for report in self.survey}
-        for name, form in stored.items():
-            if name not in forms and form != form_of(self.model, name):
-                why = reports[name].stays_dense if name in reports else "no layer of the method"
-                raise ValueError(f"{name} is stored {form}, and stays full-rank here: {why}")
-            if name in forms and form.rank is not None and form.groups != reports[name].groups:
-                raise ValueError(
-                    f"{name} is stored {form}, and is read as {reports[name].groups} matrices "
-                    "here: does attention_projection differ?"
-                )
-        forms |= {name: form for name, form in stored.items() if name in forms}
+        forms = forms_here(self.model, self.survey, stored)
         check_can_take(self.model, forms, to_train=True)
         returned = [name for name, form in self._transitions.released.items() if form == "dense"]
         if self._transitions.take_forms(self.layers, forms, returned=returned):
             self._wrappers.tell()
 
     def _count_step(self, *_: Any) -> None:
-        self.step_count += 1
+        self._timetable.step_count += 1
         self._gradients.look()
 
 

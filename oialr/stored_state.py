@@ -3,6 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import nn
+
+from oialr.forms import DENSE, Form, form_of
+from oialr.layer_survey import LayerReport
+
 
 def check_stored_state(
     state: Mapping[str, Any],
@@ -49,3 +54,41 @@ def check_stored_state(
             f"oialr.frobenius_decay: cannot change from {decay} to {frobenius_decay}: the "
             "optimizer's stored state has the weight decay that goes with it"
         )
+
+
+def forms_of_state(state: Mapping[str, Any], layers: Sequence[LayerReport]) -> dict[str, Form]:
+    """Return the forms that a state of the method tells of its layers, by name."""
+    released = state.get("released", {})
+    return {
+        layer.name: Form(rank, released.get(layer.name) == "factors", layer.groups)
+        if (rank := state["ranks"][layer.name]) is not None
+        else DENSE
+        for layer in layers
+    }
+
+
+def forms_here(
+    model: nn.Module, survey: Sequence[LayerReport], stored: Mapping[str, Form]
+) -> dict[str, Form]:
+    """Return the forms that the method's layers get from stored weights, by name.
+
+    Args:
+        model: the network.
+        survey: of all its weights.
+        stored: forms of those that are stored; the method's others stay as they are.
+
+    Raises:
+        ValueError: a weight cannot have its form here.
+    """
+    reports = {report.name: report for report in survey}
+    forms = {r.name: form_of(model, r.name) for r in survey if r.stays_dense is None}
+    for name, form in stored.items():
+        if name not in forms and form != form_of(model, name):
+            why = reports[name].stays_dense if name in reports else "no layer of the method"
+            raise ValueError(f"{name} is stored {form}, and stays full-rank here: {why}")
+        if name in forms and form.rank is not None and form.groups != reports[name].groups:
+            raise ValueError(
+                f"{name} is stored {form}, and is read as {reports[name].groups} matrices "
+                "here: does attention_projection differ?"
+            )
+    return forms | {name: form for name, form in stored.items() if name in forms}

@@ -1,6 +1,5 @@
 """What an event does to one layer: from full-rank to factors, and from one basis to the next."""
 
-import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Literal
@@ -9,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from oialr.allocation import Choice, stored_parameters
 from oialr.convert import densify_layer, factorize_layer, get_layer
 from oialr.followers import Followers
 from oialr.forms import Form, form_of, take_form
@@ -18,12 +16,11 @@ from oialr.layer_survey import LayerReport
 from oialr.layers.base import FactoredLayer
 from oialr.linalg.svd import Factors
 from oialr.memory import tensors_of
-from oialr.obstacles import Obstacles
 from oialr.optimizer_state import check_before_event, replace_parameter, rotate_parameter
 from oialr.options import Options
 from oialr.parameter_groups import Kind, TwinGroups
-from oialr.schedule import kept_rank
-from oialr.target import TargetSize
+from oialr.present import PresentLayers
+from oialr.rank_choice import RankChoice
 from oialr.transport import (
     CoreToA,
     CoreToB,
@@ -36,11 +33,8 @@ from oialr.transport import (
     Transport,
 )
 
-TENSOR_CORE_ALIGNMENT = 8
-"""Numbers of half precision in 16 bytes."""
 
-
-class Transitions:
+class Transitions(PresentLayers):
     """Applies a factorization to a layer of a network and to its optimizer's state.
 
     Whether a layer is dense or factorized is seen at the layer itself: a dense one is converted, a
@@ -65,114 +59,18 @@ class Transitions:
             groups: moves what replaces the weights to parameter groups of its own.
             gradients: is told what replaces what.
         """
-        self._model = model
-        self._optimizer = optimizer
+        super().__init__(model, optimizer)
         self._options = options
-        self.cuts_at_conversion = options.cut_at_conversion or options.defer_conversion
-        """Whether a conversion needs less than all columns of the factors."""
+        self.ranks = RankChoice(self, options)
         self._groups = groups
         self._gradients = gradients
         self.followers = Followers(model)
         self.released: dict[str, Literal["factors", "dense"]] = {}
         """What a release has made of each low-rank layer: two factors, or dense again."""
-        self.wanted: dict[str, int | None] = {}
-        """Ranks that a target size asks for, by name; None: dense. Empty without a target."""
-
-    def is_dense(self, report: LayerReport) -> bool:
-        """Whether a layer is full-rank, as yet or again."""
-        return not isinstance(get_layer(self._model, report.name), FactoredLayer)
-
-    def is_released(self, report: LayerReport) -> bool:
-        """Whether both factors of a layer are trained."""
-        layer = get_layer(self._model, report.name)
-        return isinstance(layer, FactoredLayer) and layer.released
-
-    def rank(self, report: LayerReport) -> int:
-        """Return the present rank of a layer; the full rank of a dense one."""
-        layer = get_layer(self._model, report.name)
-        return layer.rank if isinstance(layer, FactoredLayer) else report.full_rank
-
-    def weight(self, report: LayerReport) -> nn.Parameter:
-        """Return what is trained of a layer's weight: the dense weight, the core, or A of A B.
-
-        Raises:
-            ValueError: somebody has taken the layer away, or made its weight something else.
-        """
-        try:
-            layer = get_layer(self._model, report.name)
-            if isinstance(layer, FactoredLayer):
-                return layer.A if layer.released else layer.core
-            return self._model.get_parameter(report.name)
-        except AttributeError:
-            raise ValueError(
-                f"{report.name} is no parameter of the network any more: change its layers before "
-                "OIALR is made, or name them in exclude"
-            ) from None
-
-    def matrix(self, report: LayerReport) -> Tensor:
-        """Return what an event factorizes: a dense weight as matrix or stack, or the core."""
-        weight = self.weight(report).detach()
-        return report.reading.to_matrix(weight) if self.is_dense(report) else weight
-
-    def tensors(self, report: LayerReport) -> list[Tensor]:
-        """Return what is stored of a layer's weight: factors or weight, and optimizer state."""
-        layer = get_layer(self._model, report.name)
-        parameters: Sequence[nn.Parameter] = [self.weight(report)]
-        if isinstance(layer, FactoredLayer):
-            parameters = layer.factors
-        states = [self._optimizer.state.get(parameter, {}) for parameter in parameters]
-        stored = [value for state in states for value in state.values()]
-        tensors = (*parameters, *(value for value in stored if isinstance(value, Tensor)))
-        return [tensor.detach() for tensor in tensors]
 
     def all_tensors(self) -> Iterable[Tensor]:
         """Return all that network and optimizer store."""
         return tensors_of(self._model, self._optimizer)
-
-    def wants(self, kind: str) -> bool:
-        """Whether an event cuts ranks, so that a target for them matters."""
-        return kind != "convert" or self.cuts_at_conversion
-
-    def aim(
-        self,
-        target: TargetSize,
-        energies: Mapping[str, Sequence[float] | None],
-        obstacles: Sequence[bool],
-    ) -> None:
-        """Take the ranks of a target size for the events to come.
-
-        Args:
-            target: knows the layers.
-            energies: squared singular values of the layers' weights by name; None: unknown.
-            obstacles: of each layer whether something keeps it from turning low-rank.
-        """
-        fixed = {
-            layer.name: self._present(layer, has_core=not target.is_released)
-            for layer, is_kept in zip(target.layers, obstacles, strict=True)
-            if is_kept or energies[layer.name] is None
-        }
-        waiting = {layer.name for layer in target.layers if self.is_dense(layer)}
-        is_cuda = self.weight(target.layers[0]).is_cuda
-        self.wanted = target.ranks(
-            energies,
-            fixed=fixed,
-            may_stay_dense=waiting if self._options.defer_conversion else frozenset(),
-            alignment=TENSOR_CORE_ALIGNMENT if is_cuda else 1,
-        )
-
-    def _present(self, report: LayerReport, *, has_core: bool) -> Choice:
-        """Return the size that a layer has if it keeps its rank."""
-        if self.is_dense(report):
-            return Choice(None, math.prod(report.shape), 0.0)
-        rank = self.rank(report)
-        return Choice(rank, stored_parameters(report.stack_shape, rank, has_core=has_core), 0.0)
-
-    def obstacles(self, reports: Sequence[LayerReport]) -> list[str | None]:
-        """Say of each layer why it cannot be converted any more; None if it can, or is low-rank."""
-        if not any(map(self.is_dense, reports)):
-            return [None] * len(reports)
-        obstacles = Obstacles(self._model)
-        return [obstacles.of(r.name) if self.is_dense(r) else None for r in reports]
 
     def check_optimizer(self, reports: Collection[LayerReport]) -> None:
         """Raise ValueError if the optimizer or an average could not follow an event of layers."""
@@ -193,10 +91,10 @@ class Transitions:
 
         Args:
             report: the layer.
-            factors: of :meth:`matrix`; of U and Vh the first :meth:`columns_used` are enough.
+            factors: of :meth:`matrix`; of U and Vh the first ``ranks.columns_used`` are enough.
             release: train both factors from now on.
         """
-        r = self._rank_after(report, factors.s.to(self.weight(report).dtype), release=release)
+        r = self.ranks.after(report, factors.s.to(self.weight(report).dtype), release=release)
         if self.is_dense(report):
             if r is not None:
                 self._convert(report, factors, r, release=release)
@@ -359,32 +257,6 @@ class Transitions:
             rotation, unknown = Projection(left, right.mT), self._options.unknown_optimizer_state
             rotate_parameter(self._optimizer, layer.core, rotation, unknown=unknown)
             self.followers.follow(report.name, [rotation])
-
-    def columns_used(self, report: LayerReport, s: Tensor, *, release: bool = False) -> int:
-        """Return how many singular vectors :meth:`apply` uses, given the singular values."""
-        return self._rank_after(report, s.to(self.weight(report).dtype), release=release) or 0
-
-    def _rank_after(self, report: LayerReport, s: Tensor, *, release: bool) -> int | None:
-        """Return the rank that an event leaves a layer; None if the layer is dense after it."""
-        is_dense = self.is_dense(report)
-        if is_dense and not self.cuts_at_conversion and not release:
-            return s.shape[-1]
-        m, n = report.matrix_shape
-        wanted = self.wanted.get(report.name)
-        if self.wanted and wanted is None and not release:
-            return None if is_dense and self._options.defer_conversion else s.shape[-1]
-        if self.wanted and release:  # now or never, whatever a cut at once may be
-            return wanted
-        alignment = TENSOR_CORE_ALIGNMENT if s.is_cuda else 1
-        r = kept_rank(
-            s, self._options, full_rank=report.full_rank, alignment=alignment, wanted=wanted
-        )
-        if release:
-            return r if r * (m + n) < m * n else None
-        waits = (
-            is_dense and self._options.defer_conversion and not report.adapter.rank_pays(m, n, r)
-        )
-        return None if waits else r
 
     def _move_factors(self, report: LayerReport, layer: FactoredLayer) -> None:
         self.released[report.name] = "factors"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from oialr.layer_survey import LayerReport
-    from oialr.transitions import Transitions
+    from oialr.rank_choice import RankChoice
 
 
 def give_ranks(ranks: Mapping[str, int]) -> None:
@@ -25,15 +25,15 @@ def give_ranks(ranks: Mapping[str, int]) -> None:
     Args:
         ranks: of every layer that is factorized, by its dense parameter name.
     """
-    from oialr.transitions import Transitions
+    from oialr.rank_choice import RankChoice
 
     def rank_after(
-        _: "Transitions", report: "LayerReport", s: "Tensor", *, release: bool = False
+        _: "RankChoice", report: "LayerReport", s: "Tensor", *, release: bool
     ) -> int | None:
         r, (m, n) = min(s.shape[-1], ranks[report.name]), report.matrix_shape
         return None if release and r * (m + n) >= m * n else r  # then dense is the smaller form
 
-    Transitions._rank_after = rank_after  # type: ignore[assignment, method-assign]
+    RankChoice.after = rank_after  # type: ignore[assignment, method-assign]
 
 
 if __name__ == "__main__":

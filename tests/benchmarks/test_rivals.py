@@ -13,7 +13,7 @@ from benchmarks.study.definition import read_study
 from benchmarks.study.given_ranks import give_ranks
 from oialr.convert import get_layer
 from oialr.layer_survey import parameter_counts
-from oialr.transitions import Transitions
+from oialr.rank_choice import RankChoice
 
 METHODS = ROOT / "benchmarks" / "accuracy" / "methods.yaml"
 NAMES = ("0.weight", "2.weight", "5.weight")
@@ -98,7 +98,7 @@ def test_no_delay_leaves_the_weight_and_trains_the_cores():
 
 def test_given_ranks_take_the_place_of_a_cutoff(monkeypatch):
     """As of Cuttlefish, with the layers that it factorizes."""
-    monkeypatch.setattr(Transitions, "_rank_after", Transitions._rank_after)  # put back after it
+    monkeypatch.setattr(RankChoice, "after", RankChoice.after)  # put back after it
     ranks = {"0.weight": 5, "2.weight": 3, "5.weight": 9}
     give_ranks(ranks)
     dense, model, low_rank = convert("quarter")
