@@ -88,9 +88,12 @@ class Followers:
                 continue
             factors = averages
             if not layer.released:
-                factors = [layer.U.detach().to(old), *averages, layer.Vh.detach().to(old)]
+                U, Vh = layer.U.detach(), layer.Vh.detach()
+                factors = [U.to(old.device), *averages, Vh.to(old.device)]
             present = get_layer(copy, name)
             if isinstance(present, FactoredLayer) and form_of(copy, name) == form:
+                if not layer.released:
+                    present.store_frozen(layer.U.dtype)
                 for mine, factor in zip(present.factors, factors, strict=True):
                     mine.copy_(factor)
             else:
@@ -104,7 +107,7 @@ class Followers:
 def _trained(model: nn.Module, name: str) -> nn.Parameter:
     layer = get_layer(model, name)
     if isinstance(layer, FactoredLayer):
-        return layer.A if layer.released else layer.core
+        return layer.trained
     return model.get_parameter(name)
 
 

@@ -126,7 +126,7 @@ def take_form(
     """
     layer = get_layer(model, name)
     if isinstance(layer, FactoredLayer):
-        was, reading = layer.A if layer.released else layer.core, layer.reading
+        was, reading = layer.trained, layer.reading
     else:
         was = model.get_parameter(name)
         path, _, key = name.rpartition(".")
@@ -146,6 +146,21 @@ def take_form(
     for key in ("core", *RELEASED):
         if key in layer._parameters:
             getattr(layer, key).requires_grad_(was.requires_grad)
+
+
+def adopt_dtypes(model: nn.Module, state: Mapping[str, Any], prefix: str = "") -> None:
+    """Let frozen factors, which are about to be loaded, have the dtype that they are stored in.
+
+    Args:
+        model: the network, whose layers have the forms of the state already.
+        state: a state_dict.
+        prefix: of the network's names in the state, such as "module.".
+    """
+    for name, _ in [*_weights(model)]:
+        layer, start = get_layer(model, name), prefix + factor_path(model, name)
+        if start + "core" in state and isinstance(layer, FactoredLayer):
+            frozen, trained = state[start + "U"].dtype, state[start + "core"].dtype
+            layer.store_frozen(None if frozen == trained else frozen)
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, MatrixReading]]:

@@ -11,11 +11,13 @@ Options are the paper's (arXiv 2401.08505) unless their text says that they are 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cache
+from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 Execution = Literal["auto", "factored", "folded", "dense"]
 AttentionProjection = Literal["packed", "separate"]
 UnknownState = Literal["error", "reset"]
+FrozenDtype = Literal["bfloat16"]
 
 BOUNDS = ("gt", "ge", "lt", "le")
 """Names of the bounds of a range, as pydantic has them: >, >=, <, <=."""
@@ -132,6 +134,12 @@ class Conversion:
         "time.",
         False,
     )
+    frozen_dtype: FrozenDtype | None = option(
+        "Ours: dtype in which the frozen bases are stored, in memory and in files, half the bytes "
+        "of float32; they are rounded at every event, and events compute as the weights do. None: "
+        "that of the weights.",
+        None,
+    )
     core_learning_rate_factor: float = option(
         "Ours: learning rate of cores over that of full-rank weights, since a step on a core moves "
         "the weight less. Other than 1 it adds parameter groups, so a learning-rate schedule must "
@@ -202,6 +210,11 @@ class Options(Release, Conversion, Selection, RankRule, Schedule):  # the last o
             raise ValueError(
                 "frobenius_decay is for the factors that a release makes: set release too"
             )
+        if self.frozen_dtype is not None and self.release == self.delay:
+            raise ValueError(
+                f"frozen_dtype is for bases that are frozen, and a release after step {self.delay} "
+                "as the delay leaves none: raise release, or leave frozen_dtype out"
+            )
 
 
 @cache
@@ -222,15 +235,24 @@ def check(option: "Field[Any]", value: Any) -> None:
         ValueError: naming the option, its value and what would be right.
     """
     kind = kinds()[option.name]
-    if get_origin(kind) is Literal and value not in (choices := get_args(kind)):
-        raise ValueError(f"{option.name} must be one of {', '.join(choices)}, not {value!r}")
-    if not set(BOUNDS) & set(option.metadata):
+    words, is_optional = choices(kind), NoneType in get_args(kind)
+    has_range = bool(set(BOUNDS) & set(option.metadata))
+    if not (words or has_range) or value in words or (value is None and is_optional):
         return
-    is_optional = type(None) in get_args(kind)
-    is_right = isinstance(value, int | float) and _is_within(option.metadata, value)
-    if not is_right and not (value is None and is_optional):
-        right = described(option.metadata) + (", or None" if is_optional else "")
-        raise ValueError(f"{option.name} must be {right}, not {value!r}")
+    if has_range and isinstance(value, int | float) and _is_within(option.metadata, value):
+        return
+    right = [described(option.metadata)] if has_range else []
+    if words:
+        right.append(f"one of {', '.join(words)}" if len(words) > 1 else words[0])
+    right += ["None"] if is_optional else []
+    raise ValueError(f"{option.name} must be {', or '.join(right)}, not {value!r}")
+
+
+def choices(kind: Any) -> tuple[str, ...]:
+    """Return the words that a type allows: a Literal, or one among others."""
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    return tuple(word for each in get_args(kind) for word in choices(each))
 
 
 def described(bounds: Mapping[str, Any]) -> str:

@@ -6,7 +6,14 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from oialr.forms import Form, check_can_take, form_of, stored_forms, take_form
+from oialr.forms import (
+    Form,
+    adopt_dtypes,
+    check_can_take,
+    form_of,
+    stored_forms,
+    take_form,
+)
 from oialr.wrappers import unwrapped
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -54,11 +61,12 @@ class _Preparation:
         take = self.take() if self.take else None
         if take:
             take(forms)
-            return
-        check_can_take(model, forms, to_train=False)
-        for name, form in forms.items():
-            if form != form_of(model, name):
-                take_form(model, name, form)
+        else:
+            check_can_take(model, forms, to_train=False)
+            for name, form in forms.items():
+                if form != form_of(model, name):
+                    take_form(model, name, form)
+        adopt_dtypes(model, state, prefix)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Preparation, ()

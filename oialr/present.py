@@ -1,6 +1,8 @@
 """What each layer of a network is now: dense, low-rank or released, of which rank."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -8,7 +10,42 @@ from torch.optim import Optimizer
 from oialr.convert import get_layer
 from oialr.layer_survey import LayerReport
 from oialr.layers.base import FactoredLayer
+from oialr.linalg.svd import orthonormalized
 from oialr.obstacles import Obstacles
+
+
+@dataclass(frozen=True)
+class Bases:
+    """Orthonormal bases of a low-rank weight, in the dtype of its core.
+
+    U and Vh themselves, unless they are stored in a lower precision: rounded, they are orthonormal
+    no more, and would be less so after every event. Then U = Q H and Vh^T = P G are taken apart, W
+    = Q (H core G^T) P^T is what an event works with, and W does not change by it.
+    """
+
+    U: Tensor
+    """(m, r)."""
+    Vh: Tensor
+    """(r, n)."""
+    stretched: tuple[Tensor, Tensor] | None
+    """H and G; None where the stored ones are orthonormal."""
+
+    @classmethod
+    def of(cls, layer: FactoredLayer) -> Self:
+        """Return the bases of a layer that is not released."""
+        dtype, U, Vh = layer.core.dtype, layer.U.detach(), layer.Vh.detach()
+        if U.dtype == dtype:
+            return cls(U, Vh, None)
+        Q, H = orthonormalized(U.to(dtype))
+        P, G = orthonormalized(Vh.to(dtype).mT)
+        return cls(Q, P.mT, (H, G))
+
+    def between(self, core: Tensor) -> Tensor:
+        """Return the core that belongs to these bases."""
+        if self.stretched is None:
+            return core
+        H, G = self.stretched
+        return H @ core @ G.mT
 
 
 class PresentLayers:
@@ -42,7 +79,7 @@ class PresentLayers:
         try:
             layer = get_layer(self._model, report.name)
             if isinstance(layer, FactoredLayer):
-                return layer.A if layer.released else layer.core
+                return layer.trained
             return self._model.get_parameter(report.name)
         except AttributeError:
             raise ValueError(
@@ -51,9 +88,18 @@ class PresentLayers:
             ) from None
 
     def matrix(self, report: LayerReport) -> Tensor:
-        """Return what an event factorizes: a dense weight as matrix or stack, or the core."""
+        """Return what an event factorizes: a dense weight as matrix or stack, or the core.
+
+        The core is that between bases that are orthonormal: see :class:`Bases`.
+        """
         weight = self.weight(report).detach()
-        return report.reading.to_matrix(weight) if self.is_dense(report) else weight
+        if self.is_dense(report):
+            return report.reading.to_matrix(weight)
+        layer = get_layer(self._model, report.name)
+        assert isinstance(layer, FactoredLayer)
+        if layer.released:
+            return weight
+        return Bases.of(layer).between(weight)
 
     def tensors(self, report: LayerReport) -> list[Tensor]:
         """Return what is stored of a layer's weight: factors or weight, and optimizer state."""

@@ -34,7 +34,7 @@ class LowRankLayers:
             if not isinstance(layer, FactoredLayer):
                 continue
             self._forms[name], self._factors[name] = form_of(model, name), layer.factors
-            trained = layer.A if layer.released else layer.core
+            trained = layer.trained
             weight = densify_layer(model, name)
             weight.requires_grad_(trained.requires_grad)
             exchange(optimizer, self._factors[name], [weight])

@@ -19,7 +19,7 @@ from oialr.memory import tensors_of
 from oialr.optimizer_state import check_before_event, replace_parameter, rotate_parameter
 from oialr.options import Options
 from oialr.parameter_groups import Kind, TwinGroups
-from oialr.present import PresentLayers
+from oialr.present import Bases, PresentLayers
 from oialr.rank_choice import RankChoice
 from oialr.transport import (
     CoreToA,
@@ -62,6 +62,8 @@ class Transitions(PresentLayers):
         super().__init__(model, optimizer)
         self._options = options
         self.ranks = RankChoice(self, options)
+        name = options.frozen_dtype
+        self._frozen_dtype: torch.dtype | None = None if name is None else getattr(torch, name)
         self._groups = groups
         self._gradients = gradients
         self.followers = Followers(model)
@@ -125,6 +127,7 @@ class Transitions(PresentLayers):
             self._move_factors(report, layer)
         else:
             U, _, Vh = factors
+            layer.store_frozen(self._frozen_dtype)
             self._replace_parameter(report, weight, {layer.core: read(Projection(U, Vh.mT))})
             self._groups.move(self._optimizer, "cores", report.name, layer.core)
 
@@ -214,8 +217,9 @@ class Transitions(PresentLayers):
         assert isinstance(layer, FactoredLayer)
         core = layer.core
         left, s, right = (factor.to(core.dtype) for factor in factors)
+        bases = Bases.of(layer)
         transport = CoreToFactors(
-            layer.U.detach(), layer.Vh.detach(), left[..., :r], s[..., :r], right[..., :r, :].mT
+            bases.U, bases.Vh, left[..., :r], s[..., :r], right[..., :r, :].mT
         )
         layer.set_factors(transport.form_a().contiguous(), transport.form_b().contiguous())
         for factor in layer.factors:
@@ -230,8 +234,8 @@ class Transitions(PresentLayers):
         """W = U core Vh."""
         layer = get_layer(self._model, report.name)
         assert isinstance(layer, FactoredLayer)
-        U, core, Vh = layer.U, layer.core, layer.Vh
-        transport = CoreToDense(U.detach(), Vh.detach(), report.reading)
+        core, bases = layer.core, Bases.of(layer)
+        transport = CoreToDense(bases.U, bases.Vh, report.reading)
         weight = densify_layer(self._model, report.name)
         weight.requires_grad_(core.requires_grad)
         self._replace_parameter(report, core, {weight: transport})
@@ -244,13 +248,16 @@ class Transitions(PresentLayers):
         assert isinstance(layer, FactoredLayer)
         left, s, right = (factor.to(layer.core.dtype) for factor in factors)
         left, right = left[..., :r], right[..., :r, :]
-        U, core, Vh = layer.U @ left, torch.diag_embed(s[..., :r]), right @ layer.Vh
+        bases, core = Bases.of(layer), torch.diag_embed(s[..., :r])
+        U, Vh = bases.U @ left, right @ bases.Vh
         if r < layer.rank:
             old = layer.core
             layer.set_factors(U, core, Vh)
+            layer.store_frozen(self._frozen_dtype)
             layer.core.requires_grad_(old.requires_grad)
             self._replace_parameter(report, old, {layer.core: Projection(left, right.mT)})
         else:  # the same Parameter objects, so that DistributedDataParallel can stay
+            layer.store_frozen(self._frozen_dtype)
             layer.U.copy_(U)
             layer.core.copy_(core)
             layer.Vh.copy_(Vh)

@@ -70,7 +70,7 @@ GRAPH = {
     "parameter_groups": set(),
     "placement": {"compatibility", "errors", "linalg"},
     "preparation": {"forms", "wrappers"},
-    "present": {"convert", "layer_survey", "layers", "obstacles"},
+    "present": {"convert", "layer_survey", "layers", "linalg", "obstacles"},
     "rank_choice": {"allocation", "layer_survey", "options", "present", "schedule", "target"},
     "reference": set(),
     "replaced": {"layers"},

@@ -21,6 +21,7 @@ from app.config.section import Section
 from app.config.settings import Configuration
 from app.config.yaml_text import YamlError, dump
 from app.errors import UserError
+from oialr.options import choices
 
 LONGEST_CHAIN = 16
 """Files that extend each other."""
@@ -215,8 +216,12 @@ def describe_keys(configuration: Configuration) -> str:
             if value != default:
                 line += f"  (default: {yaml_text.dump_value(default)})"
             lines += [line, f"      {entry.description}"]
-            if choices := [c for c in get_args(entry.annotation) if isinstance(c, str)]:
-                lines.append(f"      One of {', '.join(choices)}.")
+            if words := choices(entry.annotation):
+                lines.append(
+                    f"      One of {', '.join(words)}."
+                    if len(words) > 1
+                    else f"      Or {words[0]}."
+                )
     return "\n".join(lines)
 
 
@@ -293,9 +298,9 @@ def _describe(problem: Any) -> str:
         case "value_error":  # a contradiction, raised by a section's own check
             return f"{location}.{context['error']}" if location else str(context["error"])
         case "literal_error":
-            choices = re.findall(r"'([^']*)'", context["expected"])
-            hint = _suggestion(str(problem["input"])[:200], choices)
-            return f"{location}: {given} is not one of {', '.join(choices)}{hint}"
+            words = re.findall(r"'([^']*)'", context["expected"])
+            hint = _suggestion(str(problem["input"])[:200], words)
+            return f"{location}: {given} is not one of {', '.join(words)}{hint}"
         case "model_type":
             return f"{location}: expected keys below this section, got {given}"
         case _:

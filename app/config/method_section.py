@@ -65,7 +65,7 @@ class OIALRSection(_MethodSection):
                 )
         # Which of a share and a step comes first is seen when the run's steps are known.
         steps: dict[str, Any] = {
-            name: max(self.delay, 1) if name == "release" else 1 for name in shares
+            name: max(self.delay, 1) + 1 if name == "release" else 1 for name in shares
         }
         steps |= {"release": None} if values["release"] is None else {}
         try:

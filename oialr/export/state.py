@@ -34,8 +34,8 @@ def dense_state(model: nn.Module) -> dict[str, Tensor]:
 def two_factors(model: nn.Module) -> nn.Module:
     """Make a copy of a network that holds two factors of each factorized weight.
 
-    The core is merged into the first of them. Where two factors store no less than the weight, that
-    is held instead.
+    The core is merged into the first of them; the second has the dtype of the frozen bases, which
+    loses nothing. Where two factors store no less than the weight, that is held instead.
 
     Args:
         model: the network; it stays as it is. Wrappers around it are left away.
@@ -46,6 +46,8 @@ def two_factors(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(unwrapped(model))
     for name, layer in factored_weights(model).items():
         pair = layer.pair()
+        if not layer.released:
+            pair = pair[0], layer.Vh.detach()
         if sum(factor.numel() for factor in pair) < math.prod(layer.reading.shape):
             layer.set_factors(*pair)
         else:

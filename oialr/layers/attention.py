@@ -61,10 +61,10 @@ class FactoredProjection(FactoredLayer):
         """Return the factors of some parts of the weight, of so many in all."""
         if self.groups > 1:
             (i,) = places
-            return tuple(factor[i] for factor in self.factors)
+            return tuple(factor[i] for factor in self.operands)
         if len(places) == count:
-            return self.factors
-        left, *others = self.factors
+            return self.operands
+        left, *others = self.operands
         rows = left.chunk(count)
         return torch.cat([rows[i] for i in places]), *others
 

@@ -1,5 +1,6 @@
 """What every factorized layer has in common: a weight held as U core Vh, or as A B."""
 
+import torch
 from torch import Tensor, nn
 
 from oialr.layers.cost import Way, cheapest_way, pair_pays
@@ -32,6 +33,9 @@ class FactoredLayer(nn.Module):
     A weight may also be read as a stack of g > 1 matrices, one for each group of a convolution.
     All of them have the same rank, and every factor has a leading dimension g: U (g, m / g, r),
     core (g, r, r), Vh (g, r, n), and so on.
+
+    U and Vh may be stored in a lower precision than the core (``frozen_dtype``): ``factors`` are
+    what is stored, ``operands`` what an input is multiplied by.
 
     The concrete layers say how the weight is applied; for every shape of the input they choose the
     cheapest way (:mod:`oialr.layers.cost`) unless ``execution`` names one.
@@ -101,14 +105,38 @@ class FactoredLayer(nn.Module):
 
     def form_weight(self) -> Tensor:
         """Form the dense weight."""
-        return self.reading.to_weight(
-            self.A @ self.B if self.released else self.U @ self.core @ self.Vh
-        )
+        left, *others = self.operands
+        for factor in others:
+            left = left @ factor
+        return self.reading.to_weight(left)
 
     @property
     def factors(self) -> tuple[nn.Parameter, ...]:
         """U, core and Vh, or A and B, whose product is the weight."""
         return (self.A, self.B) if self.released else (self.U, self.core, self.Vh)
+
+    @property
+    def trained(self) -> nn.Parameter:
+        """What is trained of the weight, and nothing else before a release: the core, or A."""
+        return self.A if self.released else self.core
+
+    @property
+    def operands(self) -> tuple[Tensor, ...]:
+        """The factors as an input is multiplied by them, all in the dtype of what is trained.
+
+        Under autocast to the dtype that the frozen ones are stored in they are left as they are.
+        """
+        factors, like = self.factors, self.trained
+        if all(factor.dtype == like.dtype for factor in factors):
+            return factors
+        device = like.device.type
+        if (
+            torch.amp.is_autocast_available(device)  # not on the meta device
+            and torch.is_autocast_enabled(device)
+            and torch.get_autocast_dtype(device) == factors[-1].dtype
+        ):
+            return factors
+        return tuple(factor.to(like.dtype) for factor in factors)
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """Return A (m, r), B (r, n) whose product is the weight: U core and Vh before a release.
@@ -118,8 +146,21 @@ class FactoredLayer(nn.Module):
         """
         if self.released:
             return self.A.detach(), self.B.detach()
+        dtype = self.core.dtype
         A = self.U.detach().double() @ self.core.detach().double()
-        return A.to(self.U.dtype), self.Vh.detach()
+        return A.to(dtype), self.Vh.detach().to(dtype)
+
+    @torch.no_grad()
+    def store_frozen(self, dtype: torch.dtype | None) -> None:
+        """Round the frozen factors to a dtype, in which they are stored; the same Parameters.
+
+        Args:
+            dtype: None: that of the core. After a release there is nothing that is frozen.
+        """
+        if self.released:
+            return
+        for factor in (self.U, self.Vh):
+            factor.data = factor.data.to(dtype or self.core.dtype)
 
     def pair_pays(self, rows: int | None) -> bool:
         """Whether :meth:`pair` is applied faster than the dense weight, without a backward.

@@ -84,11 +84,13 @@ class FactoredConv(FactoredTwin):
 
         def low_rank() -> Tensor:
             if self.released:
-                return pointwise(spatial(self.B), self.A, self.bias)
-            inner = spatial(self.Vh)
+                A, B = self.operands
+                return pointwise(spatial(B), A, self.bias)
+            U, core, Vh = self.operands
+            inner = spatial(Vh)
             if way == "factored":
-                return pointwise(pointwise(inner, self.core), self.U, self.bias)
-            return pointwise(inner, self.U @ self.core, self.bias)
+                return pointwise(pointwise(inner, core), U, self.bias)
+            return pointwise(inner, U @ core, self.bias)
 
         layout = memory_layout(x, len(self.kernel_size))
         way = self.way(self._positions(x))

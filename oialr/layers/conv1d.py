@@ -23,7 +23,7 @@ class FactoredConv1D(FactoredTwin):
         way = self.way(x.numel() // max(1, x.shape[-1]))
         if way == "dense":
             return functional.linear(x, self.form_weight().mT, self.bias)
-        inner, left = ordered(x, [factor.mT for factor in reversed(self.factors)], way)
+        inner, left = ordered(x, [factor.mT for factor in reversed(self.operands)], way)
         return functional.linear(inner, left, self.bias)
 
     def plain_pair(self) -> nn.Sequential:

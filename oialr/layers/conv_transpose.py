@@ -85,10 +85,12 @@ class FactoredConvTranspose(FactoredTwin):
         if way == "dense":
             return spread(x, self.form_weight())
         if self.released:
-            return spread(mix(x, self.A), self.B)
+            A, B = self.operands
+            return spread(mix(x, A), B)
+        U, core, Vh = self.operands
         if way == "factored":
-            return spread(mix(mix(x, self.U), self.core), self.Vh)
-        return spread(mix(x, self.U @ self.core), self.Vh)
+            return spread(mix(mix(x, U), core), Vh)
+        return spread(mix(x, U @ core), Vh)
 
     def plain_pair(self) -> nn.Sequential:
         """Make a convolution with a kernel of one and a transposed one of r channels in each group.

@@ -29,7 +29,7 @@ class FactoredEmbedding(FactoredTwin):
         way = self.way(indices.numel())
         if way == "dense":
             return functional.embedding(indices, self.form_weight(), self.padding_idx)
-        left, *others = self.factors
+        left, *others = self.operands
         rows = functional.embedding(indices, left)
         if way == "folded" and not self.released:
             core, Vh = others

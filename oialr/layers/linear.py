@@ -26,7 +26,7 @@ class FactoredLinear(FactoredTwin):
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in) to (..., out)."""
         way = self.way(x.numel() // max(1, x.shape[-1]))
-        inner, left = ordered(x, self.factors, way)
+        inner, left = ordered(x, self.operands, way)
         return functional.linear(inner, left, self.bias)
 
     def plain_pair(self) -> nn.Sequential:

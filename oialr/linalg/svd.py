@@ -224,6 +224,24 @@ def stable_rank(s: Tensor) -> float:
     return float((s.double() / s[0].double()).square().sum())
 
 
+def orthonormalized(U: Tensor) -> tuple[Tensor, Tensor]:
+    """Make columns orthonormal again that rounding has left nearly so: U = Q H, the polar factors.
+
+    By Newton and Schulz's iteration Q <- Q (3 I - Q^T Q) / 2, products alone. It squares the error
+    |Q^T Q - I|: the 2^-8 of bfloat16 are below that of float64 after three rounds.
+
+    Args:
+        U: (..., m, r) with singular values in (0, sqrt 3), in the dtype to compute in.
+
+    Returns:
+        Q (..., m, r) and H (..., r, r), near I.
+    """
+    Q = U
+    for _ in range(3):
+        Q = 1.5 * Q - 0.5 * (Q @ (Q.mT @ Q))
+    return Q, Q.mT @ U
+
+
 def orthonormality_error(factor: Tensor) -> float:
     """Return ||Q^T Q - I||_F / sqrt(r): how far columns are from orthonormal, per column.
 

@@ -254,7 +254,7 @@ def _take(model: nn.Module, report: LayerReport) -> list[Tensor]:
     layer = get_layer(model, report.name)
     if isinstance(layer, FactoredLayer) and layer.groups == report.groups:
         return [
-            factor.detach().reshape(report.groups, *factor.shape[-2:]) for factor in layer.factors
+            factor.detach().reshape(report.groups, *factor.shape[-2:]) for factor in layer.operands
         ]
     if isinstance(layer, FactoredLayer):  # factorized in another reading
         weight = layer.form_weight().detach()

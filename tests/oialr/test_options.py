@@ -10,7 +10,7 @@ from torch import nn
 from app import config
 from app.config.method_section import NOT_FOR_A_RUN, SHARES, OIALRSection
 from oialr import OIALR, Options
-from oialr.options import described, kinds
+from oialr.options import choices, described, kinds
 
 FIELDS = {each.name: each for each in dataclasses.fields(Options)}
 NEEDED = {"delay": 4, "update_interval": 2}
@@ -76,12 +76,27 @@ def test_a_range_in_words(bounds, words):
     [
         ({"cutoff": "0.1"}, r"cutoff must be in \(0, 1\), not '0.1'"),
         ({"include": "blocks.*"}, "include must be a list of patterns, not 'blocks"),
+        ({"frozen_dtype": "int8"}, "frozen_dtype must be bfloat16, or None, not 'int8'"),
         ({"execution": "fast"}, "execution must be one of auto, factored, folded, dense"),
     ],
 )
 def test_another_kind_of_value_is_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         Options(**NEEDED, **wrong)
+
+
+def test_words_beside_other_values_are_said_too():
+    assert choices(kinds()["execution"]) == ("auto", "factored", "folded", "dense")
+    assert choices(kinds()["frozen_dtype"]) == ("bfloat16",)
+    assert choices(kinds()["release"]) == ()
+    text = config.describe_keys(config.load(None, ["oialr.frozen_dtype=bfloat16"]))
+    assert "  oialr.frozen_dtype=bfloat16  (default: null)\n" in text
+    assert "      Or bfloat16.\n" in text
+    with pytest.raises(Exception, match=r"oialr\.frozen_dtype: 'float16' is not one of bfloat16"):
+        config.load(None, ["oialr.frozen_dtype=float16"])
+    shares = ["oialr.delay=0.2", "oialr.release=0.2", "oialr.frozen_dtype=bfloat16"]
+    with pytest.raises(ValueError, match="frozen_dtype is for bases that are frozen"):
+        config.load(None, shares).oialr.options(100)
 
 
 def test_keywords_replace_options():

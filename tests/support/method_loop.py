@@ -61,7 +61,8 @@ def train(model, optimizer, method, steps, first=0):
     events = []
     for step in range(first, first + steps):
         optimizer.zero_grad()
-        x, y = batch(step, next(model.parameters()).dtype)
+        trained = next(p for p in model.parameters() if p.requires_grad)
+        x, y = batch(step, trained.dtype)
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
         events.append(method.step() if method else None)
