@@ -127,7 +127,7 @@ class Events:
         reports, infos = self._check(reports, step)
         # What can fail is tried while no layer is replaced yet.
         self._transitions.check_optimizer(reports)
-        if self._target and self._transitions.ranks.wants(kind):
+        if self._target and self._transitions.ranks.wants(kind, reports):
             self._aim(self._target)
         was_dense = [self._transitions.is_dense(report) for report in reports]
         # Around the factorizations alone: nothing large is made before and after, and it slows

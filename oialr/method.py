@@ -20,7 +20,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from torch.optim import Optimizer
@@ -39,7 +39,6 @@ from oialr.placement.costs import Costs
 from oialr.placement.factorization import Factorizer
 from oialr.placement.processes import Processes
 from oialr.preparation import follow_stored_forms
-from oialr.schedule import layers_in_turn
 from oialr.sharding import check_not_sharded, check_not_sharding
 from oialr.share import little_factorized
 from oialr.start import LowRankLayers
@@ -47,6 +46,7 @@ from oialr.stored_state import check_stored_state, forms_here, forms_of_state
 from oialr.target import TargetSize
 from oialr.timetable import Timetable
 from oialr.transitions import Transitions
+from oialr.turns import Turns
 from oialr.wrappers import Wrappers, unwrapped, unwrapped_optimizer
 
 logger = logging.getLogger(__name__)
@@ -160,6 +160,7 @@ class OIALR:
         )
 
         self._timetable = Timetable(options)
+        self._turns = Turns(self.layers, self._transitions, self.processes, options)
         optimizer.register_step_post_hook(self._count_step)
         low_rank.put_back(self._transitions, self.layers)
         optimizer.register_load_state_dict_pre_hook(partial(check_stored_optimizer, model=model))
@@ -204,13 +205,13 @@ class OIALR:
         if "release" in due:
             event = self._events.run("release", self.layers, table.step_count)
             table.released_at = table.step_count
-        elif due and due[0] == 0:
-            event = self._events.run("convert", self.layers, table.step_count)
+            self._turns.end(table.step_count)
         elif due:
-            turn = layers_in_turn(
-                int(due[-1]), len(self.layers), layer_fraction=self.options.layer_fraction
-            )
-            event = self._events.run("update", self.layers[-turn:], table.step_count)
+            layers, new = self._turns.take(due)
+            if layers:
+                kind: Literal["convert", "update"] = "convert" if new else "update"
+                event = self._events.run(kind, layers, table.step_count)
+            self._turns.had(new, table.step_count)
         table.handled = table.step_count
         if event and event.shapes_changed:
             self._wrappers.tell()
@@ -238,11 +239,17 @@ class OIALR:
 
     @property
     def conversion_due(self) -> bool:
-        """Whether the next :meth:`step` converts the network.
+        """Whether the next :meth:`step` converts the network, or all that is full-rank of it.
 
         Who wraps the network may let go of the wrapper before, which holds the full-rank weights.
+        Of a conversion by stability nobody knows before.
         """
-        return self._timetable.conversion_due
+        return self._turns.converts_all(self._timetable.due())
+
+    @property
+    def last_conversion(self) -> int | None:
+        """Step of the latest conversion; the delay where it is a number; else None before."""
+        return self._turns.last_conversion
 
     @property
     def converted(self) -> bool:
@@ -305,6 +312,7 @@ class OIALR:
             "step_count": self.step_count,
             "handled": self._timetable.handled,
             "delay": self.options.delay,
+            "turns": self._turns.state_dict() if self._turns.by_stability else None,
             "ranks": {
                 report.name: None if self._transitions.is_dense(report) else ranks[report.name]
                 for report in self.layers
@@ -345,6 +353,7 @@ class OIALR:
         table = self._timetable
         table.step_count, table.handled = state["step_count"], state["handled"]
         table.released_at = state.get("released_at")
+        self._turns.load_state_dict(state)
 
     def _take_stored_forms(self, stored: Mapping[str, Form]) -> None:
         """Give the network, whose weights are about to be loaded, the forms that they have.

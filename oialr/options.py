@@ -18,6 +18,7 @@ Execution = Literal["auto", "factored", "folded", "dense"]
 AttentionProjection = Literal["packed", "separate"]
 UnknownState = Literal["error", "reset"]
 FrozenDtype = Literal["bfloat16"]
+ByStability = Literal["stability"]
 
 BOUNDS = ("gt", "ge", "lt", "le")
 """Names of the bounds of a range, as pydantic has them: >, >=, <, <=."""
@@ -39,11 +40,49 @@ def option(text: str, default: Any = MISSING, **bounds: float) -> Any:
 class Schedule:
     """When layers are converted and updated."""
 
-    delay: int = option("Optimizer steps of full-rank training, d.", ge=1)
+    delay: int | ByStability = option(
+        "Optimizer steps of full-rank training, d. Ours: stability, which converts each layer by "
+        "itself, at an update interval, when its basis has stood still over a window.",
+        ge=1,
+    )
     update_interval: int = option("Optimizer steps between updates, nu.", ge=1)
     layer_fraction: float = option(
         "Share of the layers, the last first, that each update adds, alpha.", 0.1, gt=0, le=1
     )
+    stability_threshold: float = option(
+        "Ours, with delay: stability: a basis has stood still if its stability over a window "
+        "(section 3 of the paper, 1 for equal ones) is at least this.",
+        0.95,
+        gt=0,
+        le=1,
+    )
+    stability_window: int | None = option(
+        "Ours, with delay: stability: optimizer steps between the bases that are compared, rounded "
+        "up to whole update intervals. None: one of these.",
+        None,
+        ge=1,
+    )
+    stability_start: int = option(
+        "Ours, with delay: stability: steps before which no window begins, at least those of a "
+        "warm-up of the learning rate, since small steps look like stability.",
+        0,
+        ge=0,
+    )
+    latest_delay: int | None = option(
+        "Ours, with delay: stability, which needs it or a release: steps after which all layers "
+        "are converted that are full-rank still.",
+        None,
+        ge=1,
+    )
+
+    def conversion_in_words(self) -> str:
+        """Say when layers turn low-rank, for the middle of a sentence."""
+        if self.delay != "stability":
+            return f"after step {self.delay}"
+        latest = (
+            "" if self.latest_delay is None else f", after step {self.latest_delay} at the latest"
+        )
+        return f"each when its basis stands still{latest}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +243,9 @@ class Options(Release, Conversion, Selection, RankRule, Schedule):  # the last o
             object.__setattr__(self, name, tuple(patterns))
         for each in fields(self):
             check(each, getattr(self, each.name))
-        if self.release is not None and self.release < self.delay:
+        if self.delay == "stability":
+            self._check_stability()
+        elif self.release is not None and self.release < self.delay:
             raise ValueError(f"release must be at least delay, {self.delay}, not {self.release!r}")
         if self.release is None and self.frobenius_decay is not None:
             raise ValueError(
@@ -214,6 +255,17 @@ class Options(Release, Conversion, Selection, RankRule, Schedule):  # the last o
             raise ValueError(
                 f"frozen_dtype is for bases that are frozen, and a release after step {self.delay} "
                 "as the delay leaves none: raise release, or leave frozen_dtype out"
+            )
+
+    def _check_stability(self) -> None:
+        """Reject bounds between which no layer could be found stable."""
+        if self.latest_delay is None and self.release is None:
+            raise ValueError("latest_delay must be set, or release, where delay is stability")
+        first = self.stability_start + (self.stability_window or self.update_interval)
+        if self.latest_delay is not None and self.latest_delay < first:
+            raise ValueError(
+                f"latest_delay must be at least {first}, the first window's end (stability_start "
+                f"and stability_window), not {self.latest_delay}"
             )
 
 

@@ -28,9 +28,11 @@ class RankChoice:
         self.wanted: dict[str, int | None] = {}
         """Ranks that a target size asks for, by name; None: dense. Empty without a target."""
 
-    def wants(self, kind: str) -> bool:
-        """Whether an event cuts ranks, so that a target for them matters."""
-        return kind != "convert" or self.cuts_at_conversion
+    def wants(self, kind: str, reports: Sequence[LayerReport]) -> bool:
+        """Whether an event of some layers cuts ranks, so that a target for them matters."""
+        if kind != "convert" or self.cuts_at_conversion:
+            return True
+        return not all(map(self._layers.is_dense, reports))
 
     def aim(
         self,

@@ -48,6 +48,29 @@ def events_due(
     return due
 
 
+def intervals_due(
+    steps: range, *, start: int, update_interval: int, release: int | None
+) -> list[int | Literal["release"]]:
+    """List the steps at which layers may be converted by stability, or updated, in order.
+
+    Args:
+        steps: counts of optimizer steps at which nobody has looked yet.
+        start: steps before which nothing happens.
+        update_interval: of which they are multiples.
+        release: step after which the ranks are fixed; None: never.
+
+    Returns:
+        Steps, and "release".
+    """
+    due: list[int | Literal["release"]] = []
+    for step in steps:
+        if step == release:
+            due.append("release")
+        elif (release is None or step < release) and step >= start and not step % update_interval:
+            due.append(step)
+    return due
+
+
 def layers_in_turn(update: int, layer_count: int, *, layer_fraction: float) -> int:
     """Count the layers, from the last, that the update covers.
 

@@ -13,7 +13,7 @@ def check_stored_state(
     state: Mapping[str, Any],
     *,
     names: Sequence[str],
-    delay: int,
+    delay: int | str,
     release: int | None,
     frobenius_decay: float | None,
 ) -> None:
@@ -33,7 +33,9 @@ def check_stored_state(
         raise ValueError(f"the stored state is of another network: {', '.join(other)}")
     handled = state["handled"]
     stored = state.get("delay", delay)  # states of earlier versions are without
-    if delay != stored and min(delay, stored) <= handled:
+    converted = bool((state.get("turns") or {}).get("had"))
+    over = [converted if each == "stability" else each <= handled for each in (delay, stored)]
+    if delay != stored and any(over):
         raise ValueError(
             f"oialr.delay: cannot change from {stored} to {delay} after step {handled}; layers "
             "turn low-rank once"

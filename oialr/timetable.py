@@ -3,7 +3,7 @@
 from typing import Literal
 
 from oialr.options import Options
-from oialr.schedule import events_due
+from oialr.schedule import events_due, intervals_due
 
 
 class Timetable:
@@ -20,18 +20,26 @@ class Timetable:
         """Step of the release; None before it."""
 
     def due(self) -> list[int | Literal["release"]]:
-        """Events that are due: 0 for the conversion, i for the i-th update, and the release."""
-        return events_due(
-            range(self.handled + 1, self.step_count + 1),
-            delay=self._options.delay,
-            update_interval=self._options.update_interval,
-            release=self._options.release,
-        )
+        """Events that are due.
 
-    @property
-    def conversion_due(self) -> bool:
-        """Whether the conversion is among what is due."""
-        return self.handled < self._options.delay <= self.step_count
+        Returns:
+            0 for the conversion, i for the i-th update, and "release"; where the delay is by
+            stability, steps at which layers may be converted or updated in place of the numbers.
+        """
+        options, steps = self._options, range(self.handled + 1, self.step_count + 1)
+        if options.delay == "stability":
+            return intervals_due(
+                steps,
+                start=options.stability_start,
+                update_interval=options.update_interval,
+                release=options.release,
+            )
+        return events_due(
+            steps,
+            delay=options.delay,
+            update_interval=options.update_interval,
+            release=options.release,
+        )
 
     @property
     def steps_since_release(self) -> int | None:

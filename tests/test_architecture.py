@@ -52,7 +52,6 @@ GRAPH = {
         "parameter_groups",
         "placement",
         "preparation",
-        "schedule",
         "sharding",
         "share",
         "start",
@@ -60,6 +59,7 @@ GRAPH = {
         "target",
         "timetable",
         "transitions",
+        "turns",
         "wrappers",
     },
     "obstacles": {"layers"},
@@ -109,6 +109,7 @@ GRAPH = {
         "transport",
     },
     "transport": {"layers"},
+    "turns": {"layer_survey", "options", "placement", "present", "schedule", "stability"},
     "weight_average": {"optimizer_state", "wrappers"},
     "wrappers": set(),
 }

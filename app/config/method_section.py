@@ -1,19 +1,28 @@
 """The section of the method: the options of the library, with what a run adds to them."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, create_model, model_validator
+from pydantic import Field, PlainValidator, create_model, model_validator
+from pydantic_core import PydanticCustomError
 
-from app.config.section import Section
-from oialr.options import BOUNDS, Options, kinds
+from app.config.section import LARGEST_INTEGER, Section
+from oialr.options import BOUNDS, Options, choices, kinds
 
 NOT_FOR_A_RUN = {"unknown_optimizer_state"}
 """Options without a key: the application's optimizers are all known."""
-DEFAULTS = {"delay": 1000, "update_interval": 500}
+DEFAULTS: dict[str, Any] = {"delay": 1000, "update_interval": 500, "latest_delay": 0.5}
 """Of what the library must be told: those of a short run."""
-SHARES = ("delay", "update_interval", "release")
+SHARES = (
+    "delay",
+    "update_interval",
+    "release",
+    "stability_window",
+    "stability_start",
+    "latest_delay",
+)
 """Numbers of steps, which may be shares of the run's steps."""
 
 
@@ -29,10 +38,25 @@ def _definitions() -> dict[str, Any]:
         bounds = {name: each.metadata[name] for name in BOUNDS if name in each.metadata}
         text = each.metadata["text"]
         if each.name in SHARES:
-            kind, bounds = kind | float, {"gt": 0}
+            least = "ge" if each.metadata.get("ge") == 0 else "gt"
+            kind, bounds = kind | float, {least: 0}
             text += " Below 1 it is a share of the run's steps."
+        if choices(kind) and bounds:  # a range is for the numbers alone
+            kind, bounds = Annotated[kind, PlainValidator(_number_or(choices(kind)))], {}
         definitions[each.name] = (kind, Field(default, description=text, **bounds))
     return definitions
+
+
+def _number_or(words: Sequence[str]) -> Callable[[Any], Any]:
+    """Return the check of a key that has a positive number or one of some words."""
+
+    def check(value: Any) -> Any:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if (is_number and 0 < value < math.inf) or value in words:
+            return value
+        raise PydanticCustomError("option", f"should be greater than 0, or {', '.join(words)}")
+
+    return check
 
 
 if TYPE_CHECKING:
@@ -40,9 +64,12 @@ if TYPE_CHECKING:
     class _MethodSection(Section, Options):
         """What the function above makes, for who checks types."""
 
-        delay: int | float = DEFAULTS["delay"]  # type: ignore[assignment]
-        update_interval: int | float = DEFAULTS["update_interval"]  # type: ignore[assignment]
+        delay: int | float | Literal["stability"] = 1000  # type: ignore[assignment]
+        update_interval: int | float = 500  # type: ignore[assignment]
         release: int | float | None = None  # type: ignore[assignment]
+        stability_window: int | float | None = None  # type: ignore[assignment]
+        stability_start: int | float = 0  # type: ignore[assignment]
+        latest_delay: int | float | None = 0.5  # type: ignore[assignment]
 
 else:
     _MethodSection = create_model("_MethodSection", __base__=Section, **_definitions())
@@ -64,10 +91,9 @@ class OIALRSection(_MethodSection):
                     "number"
                 )
         # Which of a share and a step comes first is seen when the run's steps are known.
-        steps: dict[str, Any] = {
-            name: max(self.delay, 1) + 1 if name == "release" else 1 for name in shares
-        }
-        steps |= {"release": None} if values["release"] is None else {}
+        delay = self.delay if isinstance(self.delay, int) else 1
+        late = {"release": delay + 1, "latest_delay": LARGEST_INTEGER}
+        steps: dict[str, Any] = {name: late.get(name, 1) for name in shares}
         try:
             Options(**{**self._values(), **steps})
         except ValueError as error:
@@ -79,13 +105,24 @@ class OIALRSection(_MethodSection):
         return self.model_dump(exclude={"enabled"})
 
     def step_of(self, name: str, steps: int) -> int | None:
-        """Return delay, update_interval or release in steps of a run of so many; None without.
+        """Return one of :data:`SHARES` in steps of a run of so many; None without.
 
-        A share is at least one step.
+        A share is at least one step. A delay by stability has no step: None.
         """
-        value: int | float | None = getattr(self, name)
+        value: int | float | str | None = getattr(self, name)
+        if isinstance(value, str):
+            return None
         return max(1, round(value * steps)) if isinstance(value, float) else value
 
-    def options(self, steps: int) -> Options:
-        """Return the method's options in a run of so many steps."""
-        return Options(**{**self._values(), **{name: self.step_of(name, steps) for name in SHARES}})
+    def options(self, steps: int, *, warmup: int = 0) -> Options:
+        """Return the method's options in a run.
+
+        Args:
+            steps: of the run.
+            warmup: steps in which its learning rate rises: no window of stability begins before.
+        """
+        values = self._values() | {name: self.step_of(name, steps) for name in SHARES}
+        if self.delay == "stability":
+            start = max(values["stability_start"], warmup)
+            values |= {"delay": "stability", "stability_start": start}
+        return Options(**values)

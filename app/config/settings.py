@@ -97,7 +97,8 @@ class TrainingSection(Section):
     warmup_after_conversion: int = Field(
         0,
         ge=0,
-        description="Steps of linear warm-up after oialr.delay, where layers turn low-rank.",
+        description="Steps of linear warm-up after oialr.delay, where layers turn low-rank; with "
+        "delay: stability it begins anew at every conversion.",
     )
     ema_decay: float | None = Field(
         None,
@@ -246,6 +247,13 @@ class Configuration(Section):
                 f"lower it, or set oialr.enabled=false for full-rank training"
             )
         release = self.oialr.step_of("release", steps)
+        latest = self.oialr.step_of("latest_delay", steps)
+        by_stability = self.oialr.delay == "stability"
+        if self.oialr.enabled and by_stability and release is None and (latest or 0) >= steps:
+            raise UserError(
+                f"oialr.latest_delay: {self.oialr.latest_delay} is not less than the {steps} steps "
+                f"of this run; lower it"
+            )
         if not self.oialr.enabled or release is None:
             return
         if release >= steps:

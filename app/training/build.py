@@ -20,7 +20,7 @@ from app.runtime.calibration import read_costs
 from app.runtime.processes import Runtime
 from app.training.batch_norm import check_batch_norm
 from app.training.initial import load_initial
-from app.training.optimizer import Schedule, build_optimizer
+from app.training.optimizer import Schedule, build_optimizer, warmup_steps
 from app.training.position import Position
 from app.training.precision import Precision
 from app.training.replicas import synchronize_batch_norm
@@ -102,7 +102,14 @@ def build(
         processes.agree(lambda: configuration.check_steps(steps))
     optimizer = build_optimizer(model, training)
     method = processes.agree(
-        lambda: _build_method(configuration, model, optimizer, processes, steps=steps)
+        lambda: _build_method(
+            configuration,
+            model,
+            optimizer,
+            processes,
+            steps=steps,
+            warmup=warmup_steps(training, task.steps_per_epoch),
+        )
     )
     layers = method.survey if method else survey(model)
     # After the method, which may have added parameter groups.
@@ -111,7 +118,7 @@ def build(
         training,
         steps=steps,
         steps_per_epoch=task.steps_per_epoch,
-        conversion=method.options.delay if method else None,
+        conversion=(lambda: method.last_conversion) if method else lambda: None,
     )
     decay = training.ema_decay
     return Parts(
@@ -173,8 +180,9 @@ def _build_method(
     processes: Processes,
     *,
     steps: int,
+    warmup: int,
 ) -> OIALR | None:
-    """Build the method for a run of so many steps; None for the full-rank baseline."""
+    """Build the method for a run of so many steps and of warm-up; None for the baseline."""
     if not configuration.oialr.enabled:
         return None
     calibration = configuration.distributed.calibration
@@ -182,7 +190,7 @@ def _build_method(
         return OIALR(
             model,
             optimizer,
-            configuration.oialr.options(steps),
+            configuration.oialr.options(steps, warmup=warmup),
             factorization=configuration.distributed.factorization,
             processes=processes,
             costs=read_costs(calibration) if calibration else None,

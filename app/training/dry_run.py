@@ -108,9 +108,9 @@ def _network(parts: Parts) -> list[str]:
     if method := parts.method:
         dense = sum(layer.stays_dense is not None for layer in method.survey)
         lines.append(
-            f"method: {len(method.layers)} layers turn low-rank after step {method.options.delay}, "
-            f"{dense} weights stay full-rank (--explain names them); all factorizations at once "
-            f"take {method.plan().makespan:.2g} s by plan"
+            f"method: {len(method.layers)} layers turn low-rank "
+            f"{method.options.conversion_in_words()}, {dense} weights stay full-rank (--explain "
+            f"names them); all factorizations at once take {method.plan().makespan:.2g} s by plan"
         )
     return lines
 

@@ -1,5 +1,6 @@
 """The optimizer and the learning-rate schedule, by configuration."""
 
+from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +32,16 @@ def build_optimizer(model: nn.Module, section: "TrainingSection") -> Optimizer:
     return optimizer
 
 
+def warmup_steps(section: "TrainingSection", steps_per_epoch: int) -> int:
+    """Return the steps in which the learning rate rises, at the beginning."""
+    return round(section.warmup_epochs * steps_per_epoch)
+
+
 class Schedule:
-    """Learning rate by optimizer steps: a function of the step alone, without state to store."""
+    """Learning rate by optimizer steps: without state to store.
+
+    It is a function of the step, and of that of the latest conversion.
+    """
 
     def __init__(
         self,
@@ -41,7 +50,7 @@ class Schedule:
         *,
         steps: int,
         steps_per_epoch: int,
-        conversion: int | None = None,
+        conversion: Callable[[], int | None] = lambda: None,
     ) -> None:
         """Make the schedule; parameter groups that are added later would not follow it.
 
@@ -50,12 +59,13 @@ class Schedule:
             section: shape of the schedule.
             steps: optimizer steps of the whole run.
             steps_per_epoch: optimizer steps of an epoch.
-            conversion: step after which layers turn low-rank; None: they never do.
+            conversion: tells the latest step after which layers turn low-rank, with which the
+                warm-up after a conversion begins anew; None: there is none.
         """
         import_torchvision()
         from timm.scheduler import CosineLRScheduler, StepLRScheduler
 
-        warmup = round(section.warmup_epochs * steps_per_epoch)
+        warmup = warmup_steps(section, steps_per_epoch)
         common: dict[str, Any] = {
             "warmup_t": warmup,
             "warmup_lr_init": section.warmup_learning_rate,
@@ -99,8 +109,9 @@ class Schedule:
         rate = self._optimizer.param_groups[0]["lr"]
         for group, factor in zip(self._optimizer.param_groups, self._factors, strict=True):
             group["lr"] = rate * factor
-        if self._conversion is not None:
-            since = step - self._conversion
+        conversion = self._conversion()
+        if conversion is not None:
+            since = step - conversion
             if 0 <= since < self._warmup_after_conversion:
                 for group in self._optimizer.param_groups:
                     group["lr"] *= (since + 1) / self._warmup_after_conversion

@@ -161,7 +161,7 @@ def _describe(parts: Parts, folder: Path) -> str:
         release = method.options.release
         released = f", their factors are released after step {release}" if release else ""
         lines.append(
-            f"{len(method.layers)} layers turn low-rank after step {method.options.delay}"
+            f"{len(method.layers)} layers turn low-rank {method.options.conversion_in_words()}"
             f"{released}; {len(dense)} weights stay full-rank:"
         )
         lines += [f"  {layer.name} {layer.shape}: {layer.stays_dense}" for layer in dense]

@@ -43,7 +43,11 @@ def rates(steps: int, *, conversion: int | None = None, **options: Any) -> list[
     optimizer = torch.optim.SGD([{"params": [p]} for p in parameters], lr=1.0)
     optimizer.param_groups[1]["lr"] = 0.5
     schedule = Schedule(
-        optimizer, section, steps=steps, steps_per_epoch=steps // 10, conversion=conversion
+        optimizer,
+        section,
+        steps=steps,
+        steps_per_epoch=steps // 10,
+        conversion=lambda: conversion,
     )
     result = []
     for step in range(steps):

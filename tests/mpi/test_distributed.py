@@ -60,6 +60,11 @@ def test_a_release_on_several_processes_equals_one(processes):
     assert "same on all processes" in launch(processes, WORKERS / "release.py").stdout
 
 
+def test_conversions_by_stability_on_two_processes_equal_those_of_one():
+    result = launch(2, WORKERS / "stability_delay.py", 0.998)
+    assert "same on all processes, conversions after [6, 10, 12]" in result.stdout
+
+
 @pytest.mark.parametrize(
     ("environment", "launcher", "index", "count"),
     [

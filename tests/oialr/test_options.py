@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from app import config
-from app.config.method_section import NOT_FOR_A_RUN, SHARES, OIALRSection
+from app.config.method_section import DEFAULTS, NOT_FOR_A_RUN, SHARES, OIALRSection
 from oialr import OIALR, Options
 from oialr.options import choices, described, kinds
 
@@ -29,7 +29,7 @@ def test_an_option_has_one_default_and_one_text(name):
         return
     key = OIALRSection.model_fields[name]
     assert key.description.startswith(text)
-    if name not in NEEDED:
+    if name not in DEFAULTS:
         default = key.get_default()
         assert (tuple(default) if isinstance(default, list) else default) == each.default
     assert f"oialr.{name}=" in config.describe_keys(config.load())
@@ -97,6 +97,32 @@ def test_words_beside_other_values_are_said_too():
     shares = ["oialr.delay=0.2", "oialr.release=0.2", "oialr.frozen_dtype=bfloat16"]
     with pytest.raises(ValueError, match="frozen_dtype is for bases that are frozen"):
         config.load(None, shares).oialr.options(100)
+
+
+def test_a_delay_is_a_step_a_share_or_by_stability():
+    section = config.load(None, ["oialr.delay=stability", "oialr.stability_window=0.04"]).oialr
+    assert section.step_of("delay", 1000) is None
+    options = section.options(1000, warmup=120)
+    assert options.delay == "stability"
+    # Of the default, half of the run.
+    assert (options.latest_delay, options.stability_window) == (500, 40)
+    assert options.stability_start == 120
+    assert section.options(1000).stability_start == 0
+    assert config.load(None, ["oialr.delay=7"]).oialr.options(1000, warmup=120).delay == 7
+    for wrong in ("stable", "-1", "true", "null", "[1]"):
+        with pytest.raises(
+            Exception, match=r"oialr\.delay: should be greater than 0, or stability"
+        ):
+            config.load(None, [f"oialr.delay={wrong}"])
+    assert "Or stability." in config.describe_keys(config.load())
+    configuration = config.load(None, ["oialr.delay=stability", "oialr.latest_delay=1200"])
+    with pytest.raises(Exception, match=r"oialr\.latest_delay: 1200 is not less than the 1200"):
+        configuration.check_steps(1200)
+    configuration.check_steps(1201)
+    with pytest.raises(Exception, match=r"oialr\.latest_delay: must be at least 40"):
+        config.load(
+            None, ["oialr.delay=stability", "oialr.latest_delay=30", "oialr.update_interval=40"]
+        )
 
 
 def test_keywords_replace_options():
