@@ -113,6 +113,7 @@ APPENDED = [
         "--table data.name=digits data.train_samples=128 data.augmentation=none",
     ),
     (r"benchmarks\.release_state", "--quick"),
+    (r"benchmarks\.stability_delay", "--quick"),
     (r"benchmarks\.accuracy", f"--seeds 1 {TRAIN} training.batch_size=16"),
     (r"^(export|source) ", ""),
 ]
