@@ -152,6 +152,7 @@ def test_a_release_converts_what_waits(release):
         None,
     }
     assert method.steps_since_release == 4
+    assert method.last_conversion == release
     assert not method.event_due
 
 
@@ -166,7 +167,7 @@ def test_a_target_size_is_met_after_several_conversions():
 
 def test_ranks_of_what_is_updated_beside_a_conversion_follow_the_target():
     options = {"target_size": 0.3, "rank_multiple": 1, "update_interval": 4, "latest_delay": 12}
-    options["layer_fraction"] = 1
+    options |= {"layer_fraction": 1, "cutoff": 1e-9}
     model, optimizer, method = make(**options)
     events = train(model, optimizer, method, 12, moving=99)
     assert events == [(8, "convert", BOTH[:1]), (12, "convert", BOTH)]
