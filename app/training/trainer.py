@@ -100,9 +100,13 @@ class Trainer:
             self._train_step(batch, start)
             if self.method and self.method.event_due:
                 self.measurements.fetch()  # so that neither is slowed down by the other
-            if self.method and self.method.conversion_due:
+            let_go = self.method is not None and self.method.conversion_due
+            if let_go:
                 self.step.replicas.release()
             event = self.method.step() if self.method else None
+            # A conversion may leave every layer as it is, and the wrapper is gone all the same.
+            if let_go or (event and event.shapes_changed):
+                self.step.replicas.rebuild()
             if event:
                 self._follow(event)
             self.measurements.fetch(at_step=position.step)
@@ -120,10 +124,8 @@ class Trainer:
         self._unrecorded.append(self.step.take(batch, start=start))
 
     def _follow(self, event: Event) -> None:
-        """Let the replicas, the records and the user know what the method did."""
+        """Let the records and the user know what the method did."""
         self.watchdog.progress(f"{event.kind} after step {event.step}")
-        if event.shapes_changed:
-            self.step.replicas.rebuild()
         if self.early_stopping and event.changed_form:
             self.early_stopping.begin_anew(self.position.step)
         percent = self.parts.trainable_percent

@@ -122,6 +122,15 @@ def test_the_process_count_does_not_change_what_is_learned(undisturbed):
     np.testing.assert_allclose(losses[2], losses[0], rtol=0.05)
 
 
+def test_a_conversion_that_leaves_all_layers_full_rank_leaves_the_replicas_together(tmp_path):
+    """The wrapper is let go of before it, and gradients must be averaged after it still."""
+    options = ["oialr.defer_conversion=true", "oialr.cutoff=1e-4", "oialr.largest_cut=0.1"]
+    options += ["oialr.exclude=[patch_embed*]", "training.epochs=3", f"run.dir={tmp_path}"]
+    result = train(2, *TINY, *options)
+    for event in ("step 15: convert of 8 layers", "step 21: update of 4 layers"):
+        assert event in result.stdout
+
+
 def test_split_factorizations_train_like_whole_ones(tmp_path):
     """Two whole trainings, one with every layer split by Heat that can be."""
     whole, split = (tmp_path / name for name in ("whole", "split"))
