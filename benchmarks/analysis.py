@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,7 @@ def _shards(options: argparse.Namespace) -> Iterator[dict[str, tuple[int, ...]]]
 
 def _weight(name: str, shape: tuple[int, ...], number: int) -> Tensor:
     """Return a weight that has moved a little from where it was in the checkpoint before."""
-    seed = int.from_bytes(name.encode()[-6:])
+    seed = zlib.crc32(name.encode())
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     for time_ in range(1, number + 1):
         generator = torch.Generator().manual_seed(seed + time_)
