@@ -11,7 +11,7 @@ STAMP := .venv/installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 ALONE := mpi or slurm or gpu
 
-.PHONY: help setup train test test-fast lint clean
+.PHONY: help setup train test test-fast docs lint clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -30,13 +30,16 @@ test: $(STAMP) ## Run the tests (ARGS="-k linalg"), two at a time where none nee
 test-fast: $(STAMP) ## Run the fast tests, two at a time; every module must be entered
 	$(PYTEST) -n 2 --dist loadfile --every-module -m "not ($(ALONE) or slow)" $(ARGS)
 
+docs: $(STAMP) ## Write the pages of the API from the docstrings, into docs/api
+	OMP_NUM_THREADS=1 $(BIN)/python -m docs.make_api
+
 lint: $(STAMP) ## Check style, format and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
 clean: ## Remove .venv and all caches; runs/ and data/ stay
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv docs/api .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find app oialr tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): $(REQUIREMENTS)
