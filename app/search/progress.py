@@ -2,7 +2,6 @@
 
 import sys
 import time
-from collections.abc import Sequence
 from datetime import timedelta
 
 from app.search.store import Evaluation
@@ -32,17 +31,14 @@ class Progress:
         """Write a warning, on stderr."""
         print(line, file=sys.stderr, flush=True)
 
-    def evaluation(
-        self, one: Evaluation, evaluations: Sequence[Evaluation], best: Evaluation | None
-    ) -> None:
+    def evaluation(self, one: Evaluation, done: int, best: Evaluation | None) -> None:
         """Tell of a finished evaluation.
 
         Args:
             one: the evaluation.
-            evaluations: all that have finished, it included.
+            done: number of all that have finished, it included.
             best: the best of them.
         """
-        done = len(evaluations)
         now = time.monotonic()
         seconds_each = (now - self._start) / max(1, done - self._earlier)
         left = self._deadline - now

@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import timedelta
 from importlib.util import find_spec
@@ -27,7 +27,8 @@ from app.search.definition import STORED, Definition, train_again
 from app.search.evaluation import evaluate
 from app.search.evolution import Known, check_islands, evolve, island_of
 from app.search.progress import Progress
-from app.search.store import STORE, Evaluation, Store, mend, read_evaluations, sessions
+from app.search.store import STORE, Additions, Evaluation, Store, mend, read_evaluations, sessions
+from app.search.tally import Tally, best_of
 from app.training.folder import check_free, make_folder, naming, write_text
 from app.training.inspection import check_run
 from app.training.position import Stopped
@@ -110,12 +111,6 @@ def _check_all(definition: Definition, workers: Workers) -> None:
     # The first worker before the others, so that data are downloaded once.
     workers.agree(lambda: None if workers.index else _check(definition, workers))
     workers.agree(lambda: _check(definition, workers) if workers.index else None)
-
-
-def best_of(evaluations: Sequence[Evaluation]) -> Evaluation | None:
-    """Return the evaluation of the least loss that came to an end; None if there is none."""
-    succeeded = [one for one in evaluations if one.succeeded]
-    return min(succeeded, key=lambda one: (one.loss, one.number), default=None)
 
 
 def _check_free(definition: Definition, workers: Workers, *, resume: bool) -> None:
@@ -214,6 +209,7 @@ class _Session:
         )
         self._progress = Progress(finished=len(self._earlier), total=limit, deadline=deadline)
         self._store: Store | None = None
+        self._additions, self._tally = Additions(store), Tally()
         if workers.is_first:
             self._store = Store.create(
                 store, session=self._number, worker=workers.index, parameters=parameters
@@ -238,7 +234,9 @@ class _Session:
                 f"search {self._folder}: {count} workers of {base.search.processes_per_worker} "
                 f"processes on {self._workers.device.type}, {len(self._earlier)} evaluations done"
             )
-        self._take_next(self._earlier)
+        if self._store:
+            self._tally.add(self._additions.read())
+        self._take_next()
         self._last_end = time.perf_counter()
         evolve(
             self._judge,
@@ -287,23 +285,21 @@ class _Session:
 
     def _record(self, evaluation: Evaluation) -> None:
         """Store an evaluation, tell of it, and claim the next. Collective in the worker."""
-        evaluations: list[Evaluation] = []
         if self._store:
             self._claim.check()
             self._store.append(evaluation)
-            evaluations = read_evaluations(self._folder / STORE)
-            best = best_of(evaluations)
-            self._progress.evaluation(evaluation, evaluations, best)
+            self._tally.add(self._additions.read())
+            best = self._tally.best
+            self._progress.evaluation(evaluation, self._tally.count, best)
             if best is not None and best.number == evaluation.number:
                 _write_best(self._definition, best, self._folder)
-        self._take_next(evaluations)
+        self._take_next()
 
-    def _take_next(self, evaluations: Sequence[Evaluation]) -> None:
+    def _take_next(self) -> None:
         """Claim a number and learn the medians by the worker's first process. Collective in it."""
         news = None
         if self._workers.is_first:
-            finished = [one.curve for one in evaluations if one.status == "finished"]
-            news = (self._budget.claim(), objective.medians(finished))
+            news = (self._budget.claim(), objective.medians(self._tally.curves))
         self._next, self._medians = self._workers.own.bcast(news)
 
     def _known(self) -> list[Known]:

@@ -200,26 +200,58 @@ def read_evaluations(folder: Path) -> list[Evaluation]:
     Raises:
         UserError: a file is damaged.
     """
-    found: dict[int, Evaluation] = {}
-    for path in sorted(folder.glob(_FILES)):
-        rows, curves = _read(path)
-        for row in rows:
-            if row["status"]:  # else the file grew, and the row never reached it
-                evaluation = _as_evaluation(row, curves[curves["number"] == row["number"]])
-                found.setdefault(evaluation.number, evaluation)
-    return [found[number] for number in sorted(found)]
+    return sorted(Additions(folder).read(), key=lambda one: one.number)
 
 
-def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
+class Additions:
+    """The evaluations of all files that have come since the last look, each once.
+
+    What was read is neither kept nor read again: a look takes as long after thousands of
+    evaluations as after the first.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Begin before the first evaluation of a folder."""
+        self._folder = folder
+        self._seen: dict[Path, tuple[int, int]] = {}
+        """Evaluations and rows of curves that were read of each file."""
+        self._numbers: set[int] = set()
+
+    def read(self) -> list[Evaluation]:
+        """Return what is new, file by file. Workers may be writing meanwhile.
+
+        Raises:
+            UserError: a file is damaged.
+        """
+        found = []
+        for path in sorted(self._folder.glob(_FILES)):
+            seen, seen_curves = self._seen.get(path, (0, 0))
+            rows, curves = _read(path, seen, seen_curves)
+            # The file grew, and the row has not reached it yet, or never will.
+            while len(rows) and not rows[-1]["status"]:
+                rows = rows[:-1]
+            # The curve of an evaluation comes before its row, and after the curves of earlier ones.
+            used = np.flatnonzero(np.isin(curves["number"], rows["number"]))
+            read_curves = int(used[-1]) + 1 if len(used) else 0
+            self._seen[path] = seen + len(rows), seen_curves + read_curves
+            for row in rows:
+                if row["status"] and int(row["number"]) not in self._numbers:
+                    self._numbers.add(int(row["number"]))
+                    found.append(_as_evaluation(row, curves[curves["number"] == row["number"]]))
+        return found
+
+
+def _read(path: Path, first: int = 0, first_of_curves: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows of a file from some on, and those of its curves."""
     with open_swmr(path) as file, reading(path):
 
         def read() -> tuple[np.ndarray, np.ndarray]:
             datasets = file["evaluations"], file["curves"]
             datasets[0].refresh()
             # Rows before their curves: what is written in between is not missed.
-            rows = datasets[0][:]
+            rows = datasets[0][first:]
             datasets[1].refresh()
-            return rows, datasets[1][:]
+            return rows, datasets[1][first_of_curves:]
 
         return patiently(read)
 

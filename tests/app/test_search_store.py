@@ -15,8 +15,8 @@ from support.launching import TIMEOUT, environment
 
 from app.errors import StorageError, UserError
 from app.search.objective import FAILED
-from app.search.session import best_of
-from app.search.store import mend, read_evaluations, sessions
+from app.search.store import Additions, _read, mend, read_evaluations, sessions
+from app.search.tally import Tally, best_of
 
 
 def test_what_is_written_is_read_while_others_write(tmp_path):
@@ -33,6 +33,64 @@ def test_what_is_written_is_read_while_others_write(tmp_path):
     later.append(evaluation(2, loss=0.0))  # counted once: the earlier session's
     assert read_evaluations(tmp_path)[2:] == [evaluation(2), evaluation(3)]
     assert sessions(tmp_path) == 2
+
+
+def test_a_look_brings_what_came_since_the_last_one(tmp_path):
+    additions, tally = Additions(tmp_path), Tally()
+    first, second = create(tmp_path), create(tmp_path, worker=1)
+    assert additions.read() == []
+    shown = []
+    for number, store in enumerate([first, first, second, first, second]):
+        one = evaluation(number, loss=0.5 - 0.1 * (number % 3), curve=(0.5,) * (number % 3))
+        store.append(one)
+        shown.append(one)
+        if number % 2:
+            new = additions.read()
+            assert sorted(new, key=lambda one: one.number) == shown[number - 1 :]
+            tally.add(new)
+    tally.add(additions.read())
+    second.append(evaluation(1, loss=0.0))  # counted once: what was there first
+    assert additions.read() == []
+    assert tally.count == 5
+    assert tally.best == best_of(shown) == shown[2]
+    assert sorted(tally.curves) == sorted(one.curve for one in shown)
+
+
+def test_a_look_waits_for_a_row_that_has_not_reached_its_file(tmp_path):
+    store, additions = create(tmp_path), Additions(tmp_path)
+    store.append(evaluation(0))
+    rows = store._file["evaluations"]
+    row = rows[0]
+    rows.resize(2, 0)
+    rows.flush()
+    assert additions.read() == [evaluation(0)]
+    row["number"] = 1
+    curves = store._file["curves"]
+    found = curves[:]
+    found["number"] = 1
+    curves.resize(2 * len(found), 0)
+    curves[len(found) :] = found
+    curves.flush()
+    rows[1] = row
+    rows.flush()
+    assert [one.number for one in additions.read()] == [1]
+    assert additions.read() == []
+
+
+def test_a_look_reads_no_row_twice(tmp_path, monkeypatch):
+    store, additions = create(tmp_path), Additions(tmp_path)
+    read = []
+
+    def noting(path, *first):
+        rows, curves = _read(path, *first)
+        read.append((len(rows), len(curves)))
+        return rows, curves
+
+    monkeypatch.setattr("app.search.store._read", noting)
+    for number in range(6):
+        store.append(evaluation(number))
+        additions.read()
+    assert read == [(1, len(evaluation(0).curve))] * 6
 
 
 def test_a_failure_keeps_the_end_of_its_traceback(tmp_path):

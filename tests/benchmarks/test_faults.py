@@ -8,15 +8,15 @@ from random import Random
 import numpy as np
 import pytest
 import torch
-from support.launching import environment
+from support.launching import ROOT, environment, launch
 from support.machine import need
 
-from benchmarks.trials.comparison import Outcome, difference, read_outcome
+from benchmarks.trials.comparison import Outcome, difference
 from benchmarks.trials.damages import damage
 from benchmarks.trials.data_damages import DataDamages, Format
 from benchmarks.trials.programs import End
-from benchmarks.trials.runs import STEPS, replay, sessions, start
 
+REPLAYED = ROOT / "tests" / "support" / "workers" / "replayed.py"
 FAULTS = (sys.executable, "-m", "benchmarks.faults")
 TIMEOUT = 1500  # seconds; two minutes on two cores that nobody else uses
 
@@ -39,12 +39,7 @@ def test_one_differing_bit_is_a_difference():
 @pytest.mark.slow
 def test_a_session_that_ends_the_last_epoch_alone_is_replayed(tmp_path):
     """Two processes were stopped after the last step, one evaluates and writes the checkpoint."""
-    folder = tmp_path / "run"
-    assert not any(start(folder, (), 2, f"run.stop_after={STEPS}").wait().codes)  # as of torchrun
-    assert start(folder, (), 1, "run.stop_after=null").wait().codes == (0,)
-    assert sessions(folder) == [(2, 0), (1, STEPS)]
-    again = replay(tmp_path / "again", (), sessions(folder))
-    assert difference(read_outcome(folder), again, counts_changed=True) is None
+    launch(0, REPLAYED, tmp_path)
 
 
 def test_lost_rows_may_be_missing_and_no_others_there():
