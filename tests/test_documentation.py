@@ -98,6 +98,7 @@ APPENDED = [
         f"{TRAIN} training.batch_size=16 training.compile=false "
         "'model.arguments={patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2}'",
     ),
+    (r"app\.train .*run\.name=small", f"{TRAIN} oialr.release=2 oialr.target_size=0.8"),
     (r"app\.train", TRAIN),
     (r"app\.search .*--resume", "search.evaluations=2"),
     (r"app\.search", f"search.evaluations=1 {SEARCH}"),
