@@ -27,6 +27,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from benchmarks.tables import table
+
 ROOT = Path(__file__).resolve().parents[1]
 MEASURED = ["model.layers.[01].*", "lm_head.weight"]
 
@@ -64,13 +66,7 @@ def main() -> None:
         ):
             command = [str(folder), "--window", str(options.window), *more]
             document[what] = _analyze(*command, "--output", str(folder / "analysis"))
-    if options.json:
-        print(json.dumps(document))
-        return
-    print("| what | figure | value |\n| --- | --- | --- |")
-    for what, figures in document.items():
-        for figure, value in figures.items():
-            print(f"| {what} | {figure} | {value} |")
+    print(json.dumps(document) if options.json else table(document))
 
 
 def _write(folder: Path, number: int, options: argparse.Namespace) -> int:

@@ -26,6 +26,7 @@ import numpy as np
 from app.recording.store import Follower, MetricsStore
 from app.recording.thinning import is_recorded
 from app.runtime.launch import read_launch
+from benchmarks.tables import table
 
 ROOT = Path(__file__).resolve().parents[1]
 SEARCH = f"""
@@ -71,13 +72,7 @@ def main() -> None:
     if options.epochs:
         name = f"metrics.h5 of {options.epochs} epochs, {options.layers} layers"
         document[name] = _file(options.epochs, options.layers, options.width)
-    if options.json:
-        print(json.dumps(document))
-        return
-    print("| what | figure | value |\n| --- | --- | --- |")
-    for what, figures in document.items():
-        for figure, value in figures.items():
-            print(f"| {what} | {figure} | {value} |")
+    print(json.dumps(document) if options.json else table(document))
 
 
 def _mpirun(count: int, *arguments: str) -> list[str]:

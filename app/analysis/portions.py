@@ -50,8 +50,8 @@ def peak_bytes(portion: Sequence[LayerReport], references: int) -> int:
 
     Of each weight a copy in float32, and of each earlier checkpoint that later ones are compared
     with a basis (m, n) and a mixing factor (k, k); and for one matrix at a time its decomposition:
-    float64 copies, factors and workspace, 24 m n + 8 k^2 bytes (seen: 1.08 GiB of 1.13 for 11008 x
-    4096, 0.49 of 0.50 for 4096 x 4096).
+    float64 copies, factors and workspace, 20 m n + 8 k^2 bytes (seen, with the copy: 1.08 GiB of
+    1.13 for 11008 x 4096, 0.49 of 0.50 for 4096 x 4096).
 
     Args:
         portion: weights that are measured together.

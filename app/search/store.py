@@ -206,8 +206,7 @@ def read_evaluations(folder: Path) -> list[Evaluation]:
 class Additions:
     """The evaluations of all files that have come since the last look, each once.
 
-    What was read is neither kept nor read again: a look takes as long after thousands of
-    evaluations as after the first.
+    What was read is neither kept nor read again.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -65,6 +65,13 @@ def run_example(command: str, place: Path) -> str:
     return result.stdout
 
 
+def check_output(command: str, output: str, place: Path) -> None:
+    """Run a command of the page: it prints what stands there, and its resume ends alike."""
+    printed = run_example(command, place)
+    assert words_of(printed) == words_of(output)
+    assert printed.endswith("with the same bits in the end: True\n")
+
+
 def words_of(output: str) -> str:
     """Return an output without its figures, which differ in their last digits between machines."""
     return re.sub(r"\d+(\.\d+)?", "N", output)
