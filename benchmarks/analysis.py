@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from benchmarks.tables import table
+from benchmarks._tables import table
 
 ROOT = Path(__file__).resolve().parents[1]
 MEASURED = ["model.layers.[01].*", "lm_head.weight"]

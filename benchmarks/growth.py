@@ -26,7 +26,7 @@ import numpy as np
 from app.recording.store import Follower, MetricsStore
 from app.recording.thinning import is_recorded
 from app.runtime.launch import read_launch
-from benchmarks.tables import table
+from benchmarks._tables import table
 
 ROOT = Path(__file__).resolve().parents[1]
 SEARCH = f"""
