@@ -17,7 +17,7 @@ from oialr.layer_survey import LayerReport, parameter_counts, survey
 from oialr.layers.base import FactoredLayer
 from oialr.linalg.precision import full_precision
 from oialr.linalg.svd import Factors, economy_svd
-from oialr.options import Options, Selection, part
+from oialr.options import Options, Selection
 from oialr.target import TargetSize
 from oialr.wrappers import Wrappers, unwrapped
 
@@ -106,9 +106,7 @@ def compress(
 def _layers(model: nn.Module, options: Options) -> list[LayerReport]:
     if any(isinstance(module, FactoredLayer) for module in model.modules()):
         raise ValueError("the network is low-rank already: oialr.to_dense(model) makes it dense")
-    found = survey(
-        model, **part(options, Selection), minimum_rank_fraction=options.minimum_rank_fraction
-    )
+    found = survey(model, options, minimum_rank_fraction=options.minimum_rank_fraction)
     layers = [layer for layer in found if layer.stays_dense is None]
     if not layers:
         reasons = {layer.stays_dense or "" for layer in found}

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
@@ -11,7 +12,7 @@ from oialr.layers.base import FactoredLayer
 from oialr.layers.reading import MatrixReading
 from oialr.layers.registry import OTHER, adapter_of, full_name, is_layer, kind_of
 from oialr.obstacles import Obstacles
-from oialr.options import AttentionProjection, Selection
+from oialr.options import RankRule, Selection
 from oialr.outputs import output_layers
 from oialr.schedule import minimum_rank
 
@@ -61,14 +62,10 @@ class LayerReport:
 
 def survey(
     model: nn.Module,
+    selection: Selection | None = None,
     *,
-    keep_first_layer: bool = False,
-    keep_last_layer: bool = True,
-    minimum_rank_fraction: float = 0.01,
-    include: Sequence[str] = ("*",),
-    exclude: Sequence[str] = (),
-    attention_projection: AttentionProjection = "packed",
-    include_embeddings: bool = False,
+    minimum_rank_fraction: float = RankRule.minimum_rank_fraction,
+    **keywords: Any,
 ) -> list[LayerReport]:
     """List every multidimensional weight of a dense network, in the order of its modules.
 
@@ -77,47 +74,39 @@ def survey(
 
     Args:
         model: a dense network.
-        keep_first_layer: leave the network's first layer full-rank.
-        keep_last_layer: leave the layers full-rank that produce the network's outputs
-            (:func:`oialr.outputs.output_layers`).
+        selection: which layers are factorized, perhaps as a part of all options; None: all of it is
+            keywords.
         minimum_rank_fraction: share of min(m, n) below which no rank falls.
-        include, exclude: shell-style patterns of module names, such as "blocks.*.attn.*". A layer
-            is factorized only if it matches one of the first and none of the second.
-        attention_projection: whether in_proj_weight of nn.MultiheadAttention is one matrix or a
-            stack of three.
-        include_embeddings: whether the weights of nn.Embedding are factorized too, where nothing
-            else stands in the way.
+        **keywords: options by name, as :class:`oialr.options.Selection` describes each.
 
     Raises:
         ValueError: a pattern matches no module that holds a multidimensional weight.
     """
+    selection = Selection(**keywords) if selection is None else replace(selection, **keywords)
     found = [
         (path, module, key, parameter)
         for path, module in model.named_modules()
         for key, parameter in module.named_parameters(recurse=False)
         if parameter.dim() >= 2
     ]
-    _check_patterns([path for path, *_ in found], include=include, exclude=exclude)
+    _check_patterns([path for path, *_ in found], selection)
     layers = [module for _, module, _, _ in found if is_layer(module)]
-    kept_first = layers[:1] if keep_first_layer else []
-    kept_last = output_layers(model) if keep_last_layer else []
+    kept_first = layers[:1] if selection.keep_first_layer else []
+    kept_last = output_layers(model) if selection.keep_last_layer else []
     obstacles = Obstacles(model)
-    options = Selection(
-        attention_projection=attention_projection, include_embeddings=include_embeddings
-    )
     reports = []
     for path, module, key, _ in found:
         adapter = kind_of(module)
         report = LayerReport(
             name=f"{path}.{key}" if path else key,
-            reading=adapter.reading(module, key, options),
+            reading=adapter.reading(module, key, selection),
             is_linear_map=adapter.maps_linearly(key) and not isinstance(module, FactoredLayer),
             stays_dense=None,
             adapter=adapter,
         )
-        reason = _not_asked_for(module, report, options)
+        reason = _not_asked_for(module, report, selection)
         reason = reason or _why_not(obstacles, report, minimum_rank_fraction)
-        left_out = None if reason else _left_out(path, include=include, exclude=exclude)
+        left_out = None if reason else _left_out(path, selection)
         reason = reason or left_out
         if reason is None:
             if module in kept_first:
@@ -135,10 +124,10 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
     return trained, sum(p.numel() for p in parameters)
 
 
-def _not_asked_for(module: nn.Module, report: LayerReport, options: Selection) -> str | None:
+def _not_asked_for(module: nn.Module, report: LayerReport, selection: Selection) -> str | None:
     """Say that an option is off without which a kind of layers stays full-rank, if it is."""
     option, key = report.adapter.option, report.name.rpartition(".")[-1]
-    if option is None or getattr(options, option) or adapter_of(type(module)) is None:
+    if option is None or getattr(selection, option) or adapter_of(type(module)) is None:
         return None
     return f"{key} of {full_name(type(module))} is never factorized without {option}"
 
@@ -154,11 +143,11 @@ def _why_not(obstacles: Obstacles, report: LayerReport, minimum_rank_fraction: f
     return None
 
 
-def _left_out(path: str, *, include: Sequence[str], exclude: Sequence[str]) -> str | None:
+def _left_out(path: str, selection: Selection) -> str | None:
     """Say by which patterns a module is left out, if it is."""
-    if not _first_match(path, include):
+    if not _first_match(path, selection.include):
         return "matches no pattern of oialr.include"
-    pattern = _first_match(path, exclude)
+    pattern = _first_match(path, selection.exclude)
     return pattern and f"excluded by oialr.exclude pattern {pattern!r}"
 
 
@@ -166,12 +155,10 @@ def _first_match(path: str, patterns: Sequence[str]) -> str | None:
     return next((pattern for pattern in patterns if fnmatchcase(path, pattern)), None)
 
 
-def _check_patterns(
-    paths: Sequence[str], *, include: Sequence[str], exclude: Sequence[str]
-) -> None:
+def _check_patterns(paths: Sequence[str], selection: Selection) -> None:
     """Reject a pattern that matches nothing: most likely it is misspelt."""
-    for option, patterns in (("include", include), ("exclude", exclude)):
-        for pattern in patterns:
+    for option in ("include", "exclude"):
+        for pattern in getattr(selection, option):
             if not any(fnmatchcase(path, pattern) for path in paths):
                 raise ValueError(
                     f"{option}: the pattern {pattern!r} matches no module that holds a weight"

@@ -31,7 +31,7 @@ from oialr.forms import Form, check_can_take, form_of
 from oialr.gradients import GradientWatch
 from oialr.layer_survey import LayerReport, parameter_counts, survey
 from oialr.optimizer_state import check_forms, check_optimizer, check_stored_optimizer
-from oialr.options import Options, Selection, part
+from oialr.options import Options
 from oialr.parameter_groups import TwinGroups
 from oialr.placement.assignment import Factorization, Plan
 from oialr.placement.buckets import MatrixInfo
@@ -107,9 +107,7 @@ class OIALR:
 
         low_rank = LowRankLayers(model, optimizer)
         self.survey: list[LayerReport] = survey(
-            model,
-            **part(options, Selection),
-            minimum_rank_fraction=options.minimum_rank_fraction,
+            model, options, minimum_rank_fraction=options.minimum_rank_fraction
         )
         """Every multidimensional weight of the network, and why it stays dense if it does."""
         self.layers = [report for report in self.survey if report.stays_dense is None]

@@ -275,11 +275,6 @@ def kinds() -> dict[str, Any]:
     return get_type_hints(Options)
 
 
-def part(options: Options, kind: type) -> dict[str, Any]:
-    """Return the options of one part by name, such as those of :class:`Selection`."""
-    return {each.name: getattr(options, each.name) for each in fields(kind)}
-
-
 def check(option: "Field[Any]", value: Any) -> None:
     """Reject a value that is out of an option's range, or none of its choices.
 

@@ -107,18 +107,12 @@ def full_ranks(configuration: "Configuration", task: "Task") -> dict[str, int]:
 
     from app import models
     from oialr.layer_survey import survey
+    from oialr.options import Selection
 
     section, oialr = configuration.model, configuration.oialr
     sizes: Any = {"input_shape": task.input_shape, "outputs": task.outputs}
     with torch.device("meta"):
         model = models.build(section.name, section.arguments, **sizes)
-    layers = survey(
-        model,
-        keep_first_layer=oialr.keep_first_layer,
-        keep_last_layer=oialr.keep_last_layer,
-        minimum_rank_fraction=oialr.minimum_rank_fraction,
-        include=oialr.include,
-        exclude=oialr.exclude,
-        attention_projection=oialr.attention_projection,
-    )
+    kept = {name: getattr(oialr, name) for name in Selection.__dataclass_fields__}
+    layers = survey(model, minimum_rank_fraction=oialr.minimum_rank_fraction, **kept)
     return {layer.name: layer.full_rank for layer in layers if layer.stays_dense is None}
