@@ -58,6 +58,11 @@ class TrainingSection(Section):
     compile: bool = Field(
         False, description="torch.compile, anew after events that changed shapes."
     )
+    channels_last: bool = Field(
+        False,
+        description="Images lie in memory with their channels last, in which convolutions are "
+        "faster on most CPUs and, with a precision of 16 bits, on GPUs.",
+    )
     optimizer: OptimizerName = Field(
         "adamw",
         description="torch's, and lion and lamb of timm; sgd is Nesterov's if momentum > 0.",

@@ -20,6 +20,7 @@ from app.runtime.calibration import read_costs
 from app.runtime.processes import Runtime
 from app.training.batch_norm import check_batch_norm
 from app.training.initial import load_initial
+from app.training.memory_layout import lay_channels_last
 from app.training.optimizer import Schedule, build_optimizer, warmup_steps
 from app.training.position import Position
 from app.training.precision import Precision
@@ -169,6 +170,8 @@ def _build_task_and_model(
         dense = model
         model = processes.agree(lambda: synchronize_batch_norm(dense, processes, runtime.device))
     model = model.to(runtime.device)
+    if configuration.training.channels_last:
+        processes.agree(lambda: lay_channels_last(model, task.example_batch().inputs))
     processes.agree(lambda: check_batch_norm(model, task, configuration, runtime.process_count))
     return task, model
 
