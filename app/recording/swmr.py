@@ -38,6 +38,10 @@ _METADATA_ATTEMPTS = 20
 """Readings of an object of the file's structure whose checksum is wrong. HDF5 doubles the pause
 between them, from 1 ns on: these take a millisecond, and its own 100 more time than there is."""
 _READ_ATTEMPTS = 8
+_CHUNK_CACHE = {"rdcc_nslots": 1, "rdcc_nbytes": 2**12}
+"""Of each dataset of a file that is written: the chunk that rows are added to, and no other. HDF5
+2.0 would keep 8 MiB of written chunks, and 64 KiB to find them in, for each of thousands of
+datasets. What is larger than the cache is written at once; readers have HDF5's own."""
 _FIRST_PAUSE = 0.002
 """Seconds before values that could not be read are read again, doubled each time: half a second."""
 
@@ -125,7 +129,7 @@ def new_file(path: Path) -> Iterator[h5py.File]:
     partial = path.with_name(path.name + ".partial")
 
     def create(locking: str | bool) -> h5py.File:
-        return h5py.File(partial, "w", libver="latest", locking=locking)
+        return h5py.File(partial, "w", libver="latest", locking=locking, **_CHUNK_CACHE)
 
     file = _with_or_without_locks(path, create)
     try:

@@ -1,12 +1,16 @@
-"""What grows in a long run: the spectra are thinned over time, by a rule that a resume keeps."""
+"""What grows in a long run, and by how much: rows, memory, and how growth is told from chance."""
 
 import itertools
 
+import numpy as np
 import torch
 from support.metrics_rows import LAYERS
 from support.recorders import SCHEMA, Layer, resume
 
+from app.recording.columns import create_group
+from app.recording.schema import layer_groups, run_groups
 from app.recording.store import read_rows
+from app.recording.swmr import new_file
 from app.recording.thinning import DENSE, is_recorded
 from app.training.recorder import Recorder
 
@@ -56,3 +60,18 @@ def test_a_resumed_run_records_the_spectra_of_the_uninterrupted_one(tmp_path):
         assert whole["step"].tolist() == parts["step"].tolist()
         assert whole["step"].tolist() == [n for n in range(1, 201) if is_recorded(n)]
         assert len(read_rows(tmp_path / "whole", f"layers/{layer}/stability")["step"]) == 200
+
+
+def test_a_file_that_grows_keeps_one_chunk_of_each_column_in_memory(tmp_path):
+    with new_file(tmp_path / "metrics.h5") as file:
+        for name, columns in {**run_groups(["accuracy"]), **layer_groups((768, 768))}.items():
+            create_group(file, name, columns, None)
+    with file:
+        datasets = [file[name][column] for name in file for column in file[name]]
+        assert len(datasets) > 30
+        for dataset in datasets:
+            slots, size, _ = dataset.id.get_access_plist().get_chunk_cache()
+            assert 8 * slots + size <= 2**13
+            # Larger ones are written whole, and not wanted again.
+            rows, bytes_of_one = dataset.chunks[0], dataset.dtype.itemsize
+            assert rows == 1 or rows * bytes_of_one * int(np.prod(dataset.shape[1:])) <= size
