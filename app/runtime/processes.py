@@ -93,32 +93,81 @@ def join(
         local_index: index of this process on its node.
         timeout: as for :func:`start_runtime`.
     """
-    place: dict[str, Any] = {
-        "process_index": launch.process_index,
-        "process_count": launch.process_count,
-        "local_index": local_index,
-        "device": device,
-        "communicator": communicator,
-    }
-    if launch.process_count == 1:
-        yield Runtime(processes=Processes(), **place)
-        return
-    # The watchdog of a training says more than a collective that times out: let it be the first.
-    group_timeout = timedelta(seconds=timeout + LATER)
-    with Watchdog(timeout=timeout, abort=os._exit, name=_name(launch)):
-        _start_default_group(launch, communicator, device, group_timeout)
-        # Of its own for host memory: the stop flags and objects travel beside the gradients.
-        host_group = dist.new_group(backend="gloo", timeout=group_timeout)
-    processes = Processes(group=dist.group.WORLD, host_group=host_group, communicator=communicator)
+    groups = None
+    if launch.process_count > 1:
+        groups = Groups(launch, communicator, device=device, timeout=timeout)
     try:
-        yield Runtime(processes=processes, **place)
+        with use(groups, launch, communicator, device=device, local_index=local_index) as runtime:
+            yield runtime
     finally:
+        if groups:
+            groups.close()
+
+
+class Groups:
+    """The groups of torch.distributed that processes have between them: connections and threads."""
+
+    def __init__(
+        self, launch: Launch, communicator: Any, *, device: torch.device, timeout: float
+    ) -> None:
+        """Connect. A collective call; a process has no other groups until these are closed.
+
+        Args:
+            launch, communicator, device, timeout: as for :func:`join`.
+        """
+        self.timeout = timeout
+        # Which torch wraps into one of its own, each time anew, and leaves so.
+        self._excepthook = sys.excepthook
+        # The watchdog of a training says more than a collective that times out: let it be first.
+        group_timeout = timedelta(seconds=timeout + LATER)
+        with Watchdog(timeout=timeout, abort=os._exit, name=_name(launch)):
+            _start_default_group(launch, communicator, device, group_timeout)
+            # Of its own for host memory: stop flags and objects travel beside the gradients.
+            self._host_group = dist.new_group(backend="gloo", timeout=group_timeout)
+
+    def processes(self, communicator: Any) -> Processes:
+        """Return the processes that are connected, for one use; they are to be closed after it."""
+        return Processes(
+            group=dist.group.WORLD, host_group=self._host_group, communicator=communicator
+        )
+
+    def close(self) -> None:
+        """Disconnect, so that whatever another process does with its groups is an error."""
         # The groups' threads must end before the interpreter does: one that lets go of a tensor
         # afterwards aborts the process. They end with the last reference to their group.
-        del host_group
-        processes.close()
+        del self._host_group
         dist.destroy_process_group()
+        sys.excepthook = self._excepthook
         gc.collect()  # wrappers of networks refer to the groups too, in cycles
+
+
+@contextmanager
+def use(
+    groups: Groups | None,
+    launch: Launch,
+    communicator: Any,
+    *,
+    device: torch.device,
+    local_index: int,
+) -> Iterator[Runtime]:
+    """Yield the runtime of processes that are connected; the groups stay.
+
+    Args:
+        groups: None: this process is alone.
+        launch, communicator, device, local_index: as for :func:`join`.
+    """
+    processes = groups.processes(communicator) if groups else Processes()
+    try:
+        yield Runtime(
+            process_index=launch.process_index,
+            process_count=launch.process_count,
+            local_index=local_index,
+            device=device,
+            communicator=communicator,
+            processes=processes,
+        )
+    finally:
+        processes.close()
 
 
 def _name(launch: Launch) -> str:

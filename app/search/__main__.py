@@ -137,6 +137,8 @@ def _run(definition: Definition, *, resume: bool, start: float) -> int:
             print(describe_fault(error), file=sys.stderr, flush=True)
             workers.abort(1)
             raise
+        finally:
+            workers.close()
     if read_launch().process_index == 0:
         print("\n".join([*summary_lines(summary), how_to_draw(folders[0])]))
     return 0

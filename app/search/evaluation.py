@@ -16,7 +16,7 @@ import torch
 
 from app.config import to_yaml
 from app.config.settings import Configuration
-from app.errors import DivergedError, StorageError
+from app.errors import AgreedUserError, DivergedError, StorageError
 from app.runtime.stop_signal import StopRequest
 from app.runtime.workers import Workers
 from app.search import objective
@@ -29,6 +29,10 @@ from app.training.run import train
 
 class Hopeless(Exception):  # noqa: N818 - it is no error
     """The training is worse than the median of the finished ones at the same epoch."""
+
+
+_RAISED_ALIKE = (Hopeless, Stopped, DivergedError, AgreedUserError)
+"""By all processes of a training, after the same collective calls: they stay connected."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,13 +154,16 @@ def evaluate(
         with workers.join(timeout=timeout) as runtime:
             if runtime.is_first:
                 _prepare(run_folder, configuration)
-            summary = train(
-                configuration, runtime, watch, resume=False, test=False, on_epoch=watch
-            ).summary
+            try:
+                summary = train(
+                    configuration, runtime, watch, resume=False, test=False, on_epoch=watch
+                ).summary
+            except _RAISED_ALIKE as error:
+                failure = _as_failure(error)
     except StorageError:  # no fault of the candidate, and the next would meet it too
         raise
     except Exception as error:
-        failure = _Failure(status=_status(error), when=time.time(), traceback=_describe(error))
+        failure = _as_failure(error)
     gc.collect()  # of the network and of what the traceback held
     if workers.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -200,6 +207,10 @@ def _loss(
     if cause.status == "hopeless":  # the priced error that was worse than the median
         return min(watch.curve[-1], objective.OUT_OF_BOUNDS)
     return objective.FAILED
+
+
+def _as_failure(error: Exception) -> _Failure:
+    return _Failure(status=_status(error), when=time.time(), traceback=_describe(error))
 
 
 def _status(error: Exception) -> str:

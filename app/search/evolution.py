@@ -103,14 +103,14 @@ def evolve(
     def loss(individual: Any, communicator: Any) -> float:
         """Called by Propulate; the individual is moved into the unit cube for good."""
         position = np.clip(individual.position, 0.0, 1.0)
-        for key, coordinate in zip(keys, position, strict=True):
-            individual[key] = float(coordinate)
+        _slim(individual, position, pattern)
         value, last = evaluate(position)
         if last:
             exchange.generations = exchange.generation + 1
         return value
 
     islands = len(place.sizes)
+    pattern = Individual(np.zeros(len(keys)), {key: (0.0, 1.0) for key in keys})
     exchange = Exchange(
         loss_fn=loss,
         propagator=build_propagator(section, keys, rng, workers=int(place.size), index=place.index),
@@ -221,6 +221,18 @@ def build_propagator(
                 return move(individuals) if own else initialize(individuals)
 
             return swarm
+
+
+def _slim(individual: Any, position: np.ndarray, pattern: Any) -> None:
+    """Give an individual a position, and let it share what all have alike.
+
+    Each stays for ever, and comes out of a message with limits, types and offsets of its own, and
+    with a position that is a view of the message.
+    """
+    individual.position = position
+    individual.mapping = dict(zip(pattern.limits, map(float, position), strict=True))
+    for name in ("limits", "types", "offsets"):
+        setattr(individual, name, getattr(pattern, name))
 
 
 def _individuals(

@@ -18,6 +18,7 @@ from app.search.objective import FAILED
 from app.search.session import _Session
 from app.search.store import read_evaluations
 
+FLAT = ROOT / "tests" / "support" / "workers" / "flat_search.py"
 DISTURBED = ROOT / "tests" / "support" / "workers" / "search_disturbed.py"
 TINY = f"""
 extends: {ROOT}/configs/digits_vit.yaml
@@ -138,6 +139,18 @@ def test_faults_are_results_and_the_search_goes_on(tmp_path, tiny):
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["failed"] == 4
     assert summary["best_number"] in (3, 6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_evaluation_leaves_an_individual_and_nothing_else(tmp_path, tiny, processes):
+    arguments = [f"search.processes_per_worker={processes}", "search.evaluations=9"]
+    arguments += ["training.epochs=1", "training.warmup_epochs=0", "training.batch_size=25"]
+    arguments += [f"run.dir={tmp_path / 'run'}"]
+    result = launch(processes, FLAT, 4, 8, "--config", tiny, *arguments)
+    lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    assert lines == processes * [{"more": {}}]
+    assert stored(tmp_path / "run")[5].status == "hopeless"
 
 
 @pytest.mark.slow

@@ -1,9 +1,13 @@
-"""How processes find each other under torchrun, also when it starts them anew."""
+"""How processes find each other, under torchrun also when it starts them anew, and part again."""
 
+import sys
 import threading
 
+import torch
 import torch.distributed as dist
 
+from app.runtime.launch import Launch
+from app.runtime.processes import Groups
 from app.runtime.rendezvous import new_attempt
 
 
@@ -43,3 +47,22 @@ def test_a_question_of_the_dead_does_not_mislead():
     store.set("oialr/attempts/old/has-it/1", "")
     store.set("oialr/attempts/old/address", "of the dead")
     assert not any(one.check(["address"]) for one in attempt(store, 2))
+
+
+class Alone:
+    """A communicator of one process."""
+
+    def bcast(self, value, root):
+        return value
+
+
+def test_what_torch_hangs_on_the_interpreter_goes_with_the_groups():
+    hook = sys.excepthook
+    for _ in range(2):
+        launch = Launch(launcher="mpi", process_index=0, process_count=1)
+        groups = Groups(launch, Alone(), device=torch.device("cpu"), timeout=60.0)
+        assert dist.is_initialized()
+        assert sys.excepthook is not hook  # else nothing is shown here
+        groups.close()
+        assert not dist.is_initialized()
+        assert sys.excepthook is hook
