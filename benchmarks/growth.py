@@ -4,9 +4,14 @@
   python -m benchmarks.growth --quick    # half a minute
 
 Events: the method on a small network, alone and under mpirun, with an event after every step.
-Evaluations: a search of short trainings, whose processes are looked at from outside. Both are
-compared after a tenth of them and at the end. metrics.h5: a file of many epochs and layers, with
-the rows that a run writes; its size, and the seconds until a reader has it open with its layers.
+Evaluations: a search of short trainings, whose processes are looked at from outside. metrics.h5: a
+file of many epochs and layers, with the rows that a run writes; its size, the seconds until a
+reader has it open with its layers, and what the writer holds.
+
+Memory is looked at often, and what is told is the slope of a straight line through the second half
+of it: caches are full by then, and a single page more or less at an end does not count. It is in
+KiB of resident memory for each event, evaluation or epoch, and is called flat where it is no more
+than FLAT; handles and threads are to be as many at the end as in the middle.
 """
 
 import argparse
@@ -18,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +35,11 @@ from app.runtime.launch import read_launch
 from benchmarks._tables import table
 
 ROOT = Path(__file__).resolve().parents[1]
+FLAT = {"event": 0.1, "evaluation": 1.5, "epoch": 0.1}
+"""KiB for each. What an evaluation leaves is its individual, of about 1 KiB, which is the search's
+result; the others leave nothing, and the bound is what chance does to a few thousand of them."""
+LOOKS = 200
+"""At memory, at least, over all events or epochs."""
 SEARCH = f"""
 extends: {ROOT}/configs/digits_vit.yaml
 training: {{epochs: 1, warmup_epochs: 0, batch_size: 50}}
@@ -96,12 +107,28 @@ def _resources(process: int | str = "self") -> dict[str, int]:
     }
 
 
-def _growth(early: dict[str, int], late: dict[str, int], number: int) -> dict[str, Any]:
+def _growth(seen: Sequence[dict[str, int]], each: float, kind: str) -> dict[str, Any]:
+    """Tell how what a process holds has grown over the second half.
+
+    Args:
+        seen: what it held, at equal distances.
+        each: number of events, evaluations or epochs between two of them.
+        kind: which of FLAT.
+    """
+    half = seen[len(seen) // 2 :]
+    slope = float(np.polyfit(each * np.arange(len(half)), [one["KiB"] for one in half], 1)[0])
+    # The fewest, since a look may come in the middle of something that is open for a moment.
+    middle = (len(half) + 1) // 2
+    more = {
+        name: min(one[name] for one in half[-middle:]) - min(one[name] for one in half[:middle])
+        for name in ("handles", "threads")
+    }
     return {
-        "MiB at the end": round(late["KiB"] / 1024, 1),
-        "KiB more for each": round((late["KiB"] - early["KiB"]) / number, 3),
-        "handles more": late["handles"] - early["handles"],
-        "threads more": late["threads"] - early["threads"],
+        "MiB in the middle": round(half[0]["KiB"] / 1024, 1),
+        "MiB at the end": round(half[-1]["KiB"] / 1024, 1),
+        f"KiB more for each {kind}": round(slope, 3),
+        **{f"{name} more": count for name, count in more.items()},
+        "flat": slope <= FLAT[kind] and max(more.values()) <= 0,
     }
 
 
@@ -133,16 +160,17 @@ def _events_here(events: int) -> None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
         method = OIALR(model, optimizer, delay=1, update_interval=1, processes=runtime.processes)
         batch = torch.randn(16, 40)
-        early = _resources()
+        seen = []
+        each = max(1, events // LOOKS)
         for number in range(events):
-            if number == events // 10:
-                early = _resources()
+            if number % each == 0:
+                seen.append(_resources())
             optimizer.zero_grad()
             model(batch).square().mean().backward()
             optimizer.step()
             assert method.step()
         if runtime.is_first:
-            print(json.dumps(_growth(early, _resources(), events - events // 10)))
+            print(json.dumps(_growth(seen, each, "event")))
 
 
 def _evaluations(options: argparse.Namespace, count: int) -> dict[str, Any]:
@@ -163,17 +191,29 @@ def _evaluations(options: argparse.Namespace, count: int) -> dict[str, Any]:
             stderr=subprocess.DEVNULL,
             text=True,
         )
-        seen: list[dict[str, int]] = []
+        seen: dict[str, list[dict[str, int]]] = {}
         assert process.stdout
-        first = max(1, options.evaluations // 10)
         for line in process.stdout:
-            done = re.match(r"(\d+)/\d+  number ", line)
-            if done and int(done[1]) in (first, options.evaluations - 1):
-                leader = json.loads(next((folder / "run").glob(".lease-*")).read_text())["process"]
-                seen.append(_resources(leader))
-        if process.wait() or len(seen) < 2:
+            # Not after the last: the search is already coming to its end.
+            if (done := re.match(r"(\d+)/(\d+)  number ", line)) and done[1] != done[2]:
+                for who, number in _worker(folder / "run").items():
+                    seen.setdefault(who, []).append(_resources(number))
+        if process.wait() or not seen:
             raise RuntimeError(f"the search ended with {process.returncode}")
-        return _growth(seen[0], seen[1], options.evaluations - 1 - first)
+        return {
+            f"{what}, {who}": figure
+            for who, looks in seen.items()
+            for what, figure in _growth(looks, 1, "evaluation").items()
+        }
+
+
+def _worker(folder: Path) -> dict[str, str]:
+    """Return the process numbers of a search: of its first, and of those that mpirun has beside."""
+    first = json.loads(next(folder.glob(".lease-*")).read_text())["process"]
+    parent = Path(f"/proc/{first}/stat").read_text().rpartition(")")[2].split()[1]
+    beside = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    others = sorted((number for number in beside if number != str(first)), key=int)
+    return {"process 0": str(first), **{f"process {i}": n for i, n in enumerate(others, 1)}}
 
 
 def _file(epochs: int, layers: int, width: int) -> dict[str, Any]:
@@ -183,11 +223,14 @@ def _file(epochs: int, layers: int, width: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="growth-") as folder:
         path = Path(folder) / "metrics.h5"
         spectrum = chance.random(width)
+        seen, each = [], max(1, epochs // LOOKS)
         with MetricsStore.create(path, configuration="{}", layers=names) as store:
             for epoch in range(1, epochs + 1):
                 _append_epoch(store, names, epoch, chance, spectrum)
                 if epoch % 100 == 0:
                     store.flush()
+                if epoch % each == 0:
+                    seen.append(_resources())
         size = path.stat().st_size
         start = time.perf_counter()
         reader = Follower(path)
@@ -196,7 +239,8 @@ def _file(epochs: int, layers: int, width: int) -> dict[str, Any]:
         stability = len(reader.rows("stability")["step"])
         reader.close()
         assert (found, stability) == (layers, epochs)
-    return {"MB": round(size / 1e6, 1), "seconds to open": round(opened, 3)}
+    figures = {"MB": round(size / 1e6, 1), "seconds to open": round(opened, 3)}
+    return {**figures, **_growth(seen, each, "epoch")}
 
 
 def _append_epoch(

@@ -13,6 +13,7 @@ from app.recording.store import read_rows
 from app.recording.swmr import new_file
 from app.recording.thinning import DENSE, is_recorded
 from app.training.recorder import Recorder
+from benchmarks.growth import _growth
 
 
 def test_spectra_become_rarer_as_a_run_gets_longer():
@@ -75,3 +76,20 @@ def test_a_file_that_grows_keeps_one_chunk_of_each_column_in_memory(tmp_path):
             # Larger ones are written whole, and not wanted again.
             rows, bytes_of_one = dataset.chunks[0], dataset.dtype.itemsize
             assert rows == 1 or rows * bytes_of_one * int(np.prod(dataset.shape[1:])) <= size
+
+
+def looks(memory, handles=lambda i: 9):
+    return [{"KiB": memory(i), "handles": handles(i), "threads": 3} for i in range(100)]
+
+
+def test_growth_is_the_slope_after_caches_have_filled():
+    filling = _growth(looks(lambda i: 5000 + 80 * min(i, 40)), 10, "event")
+    assert filling["KiB more for each event"] == 0
+    assert filling["flat"]
+    growing = _growth(looks(lambda i: 5000 + 4 * i + i % 2), 2, "evaluation")
+    assert abs(growing["KiB more for each evaluation"] - 2) < 0.01
+    assert not growing["flat"]
+    passing = _growth(looks(lambda i: 5000, handles=lambda i: 9 + (i % 7 == 1)), 1, "event")
+    assert (passing["handles more"], passing["flat"]) == (0, True)
+    leaking = _growth(looks(lambda i: 5000, handles=lambda i: 9 + i // 70), 1, "event")
+    assert (leaking["handles more"], leaking["flat"]) == (1, False)
