@@ -53,7 +53,7 @@ def test_all_convolutions_follow_and_nothing_that_is_stored_does() -> None:
 
 
 def test_what_is_no_image_is_refused() -> None:
-    with pytest.raises(UserError, match="training.channels_last is for images .* 2 dimensions"):
+    with pytest.raises(UserError, match=r"training\.channels_last is for images .* 2 dimensions"):
         lay_channels_last(nn.Linear(3, 2), torch.rand(4, 3))
 
 
