@@ -18,8 +18,9 @@ from oialr.layers.base import FactoredLayer
 from oialr.linalg.precision import full_precision
 from oialr.linalg.svd import Factors, economy_svd
 from oialr.options import Options, Selection
+from oialr.sharding import whole
 from oialr.target import TargetSize
-from oialr.wrappers import Wrappers, unwrapped
+from oialr.wrappers import Wrappers
 
 _TAKEN = ("minimum_rank_fraction", "rank_multiple", "execution", "recompute_convolutions")
 """Options that count here, beside those that select layers."""
@@ -73,7 +74,7 @@ def compress(
     selection = set(Selection.__dataclass_fields__)
     if others := sorted(set(options) - selection - set(_TAKEN)):
         raise TypeError(f"compress takes no option {others[0]}")
-    model = unwrapped(model)
+    model = whole(model)
     chosen = Options(
         delay=1,
         update_interval=1,

@@ -79,7 +79,7 @@ def explain(
     ranks: dict[str, int | None] | None,
     execution: Execution = "auto",
     *,
-    released: Mapping[str, str] | None = None,
+    released: Mapping[str, str | None] | None = None,
     will_release: bool = False,
 ) -> str:
     """Return the table: layer, shape, rank, way, FLOPs of a training step against full-rank.
@@ -98,7 +98,7 @@ def explain(
         will_release: show what a step takes after a release too.
     """
     lines = [["layer", "shape", "rows", "rank", "way", "FLOPs"]]
-    forms = released or {}
+    forms = {name: form for name, form in (released or {}).items() if form}
     totals: dict[str, _Total] = defaultdict(_Total)
     will_release = will_release and not forms
     if will_release:

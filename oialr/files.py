@@ -29,7 +29,7 @@ from oialr.forms import (
 from oialr.layers.base import FACTOR_NAMES
 from oialr.linalg.checksum import checksum
 from oialr.preparation import prepare
-from oialr.wrappers import unwrapped
+from oialr.sharding import whole
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -58,7 +58,7 @@ def save(model: nn.Module, file: str | os.PathLike[str]) -> None:
 
     from oialr import __version__
 
-    network = unwrapped(model)
+    network = whole(model)
     tensors, same = _tensors_of(network)
     forms = {name: form_of(network, name) for name in weight_shapes(network)}
     description = {
@@ -111,7 +111,7 @@ def load(model: Model, file: str | os.PathLike[str]) -> Model:
         OSError: the file cannot be read.
     """
     state = _read(Path(file))
-    network = unwrapped(prepare(model))
+    network = whole(prepare(model))
     try:
         _check_fits(network, state)
     except ValueError as error:

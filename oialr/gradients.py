@@ -44,6 +44,11 @@ class GradientWatch:
         self._full_rank.discard(name)
         self._unused.pop(name, None)
 
+    def exchange(self, replaced: Mapping[int, nn.Parameter]) -> None:
+        """Watch other parameters of the same meaning: of each that was replaced, by its id, one."""
+        for watched in self._unused, self._silent:
+            watched |= {k: replaced.get(id(old), old) for k, old in watched.items()}
+
     def look(self) -> None:
         """Look at all gradients that are there at an optimizer step."""
         self._unused = {k: weight for k, weight in self._unused.items() if weight.grad is None}

@@ -11,7 +11,7 @@ from oialr.layers.base import FactoredParts
 from oialr.layers.cost import MANY_ROWS
 from oialr.layers.registry import adapter_of
 from oialr.layers.twin import FactoredTwin
-from oialr.wrappers import unwrapped
+from oialr.sharding import whole
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def for_inference(
     """
     if rows < 1:
         raise ValueError(f"rows must be at least 1, not {rows!r}")
-    plain = copy.deepcopy(unwrapped(model)).eval().requires_grad_(False)
+    plain = copy.deepcopy(whole(model)).eval().requires_grad_(False)
     layers = _factorized(plain)
     for pattern in exclude:
         if not any(fnmatchcase(path, pattern) for path in layers):

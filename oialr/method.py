@@ -15,9 +15,9 @@ was made before is out of date, and ``method.model`` must be wrapped in Distribu
 anew; a wrapper from before says so. All processes must call ``step`` alike.
 """
 
-import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -31,7 +31,7 @@ from oialr.forms import Form, check_can_take, form_of
 from oialr.gradients import GradientWatch
 from oialr.layer_survey import LayerReport, parameter_counts, survey
 from oialr.optimizer_state import check_forms, check_optimizer, check_stored_optimizer
-from oialr.options import Options
+from oialr.options import Options, signature_with_options
 from oialr.parameter_groups import TwinGroups
 from oialr.placement.assignment import Factorization, Plan
 from oialr.placement.buckets import MatrixInfo
@@ -39,7 +39,7 @@ from oialr.placement.costs import Costs
 from oialr.placement.factorization import Factorizer
 from oialr.placement.processes import Processes
 from oialr.preparation import follow_stored_forms
-from oialr.sharding import check_not_sharded, check_not_sharding
+from oialr.sharding import check_can_change, check_is_followed, followed, is_made_up, taken_whole
 from oialr.share import little_factorized
 from oialr.start import LowRankLayers
 from oialr.stored_state import check_stored_state, forms_here, forms_of_state
@@ -47,7 +47,7 @@ from oialr.target import TargetSize
 from oialr.timetable import Timetable
 from oialr.transitions import Transitions
 from oialr.turns import Turns
-from oialr.wrappers import Wrappers, unwrapped, unwrapped_optimizer
+from oialr.wrappers import Wrappers
 
 logger = logging.getLogger(__name__)
 
@@ -93,10 +93,7 @@ class OIALR:
             UserError: the processes cannot factorize in the way that was asked for.
         """
         options = Options(**keywords) if options is None else replace(options, **keywords)
-        check_not_sharded(model)
-        model, optimizer = unwrapped(model), unwrapped_optimizer(optimizer)
-        check_not_sharded(model)
-        check_not_sharding(optimizer)
+        model, optimizer = taken_whole(model, optimizer)
         check_optimizer(optimizer, options.unknown_optimizer_state)
 
         self.model = model
@@ -198,8 +195,10 @@ class OIALR:
                 "of it: load the method's state too, or give OIALR the full-rank network"
             )
         if due:
-            check_not_sharded(self.model)  # nor meanwhile
+            check_can_change(self.model, table.step_count)
             self._gradients.end_interval()
+        elif table.step_count == table.handled:
+            check_is_followed(self.model, self.optimizer)
         if "release" in due:
             event = self._events.run("release", self.layers, table.step_count)
             table.released_at = table.step_count
@@ -279,6 +278,23 @@ class OIALR:
         """
         self._transitions.followers.add(averaged, [layer.name for layer in self.layers])
 
+    @contextmanager
+    def sharding(self) -> Iterator[None]:
+        """Let the optimizer follow while the low-rank network is split over the processes.
+
+        ``with method.sharding(): fully_shard(method.model)``, or a part after the other; between an
+        optimizer's step and the next backward. No event may come after it.
+
+        Raises:
+            ValueError: the network is full-rank as yet.
+        """
+        if not self.converted:
+            raise ValueError("an event needs whole weights: shard the network after its conversion")
+        with followed(self.model, self.optimizer) as replaced:
+            yield
+        self._gradients.exchange(replaced)
+        self._wrappers.tell()
+
     def ranks(self) -> dict[str, int]:
         """Return the present rank of each layer; the full rank of a dense one."""
         return {report.name: self._transitions.rank(report) for report in self.layers}
@@ -305,7 +321,8 @@ class OIALR:
         return {
             "release": self.options.release,
             "released_at": self._timetable.released_at,
-            "released": self._transitions.released,
+            # Of every layer: torch.distributed.checkpoint loads the keys that are there already.
+            "released": dict.fromkeys(ranks) | self._transitions.released,
             "frobenius_decay": self.options.frobenius_decay,
             "step_count": self.step_count,
             "handled": self._timetable.handled,
@@ -365,17 +382,11 @@ class OIALR:
         if self._transitions.take_forms(self.layers, forms, returned=returned):
             self._wrappers.tell()
 
-    def _count_step(self, *_: Any) -> None:
+    def _count_step(self, _: Optimizer, __: Any, options: Mapping[str, Any]) -> None:
+        if is_made_up(self.optimizer, options):
+            return
         self._timetable.step_count += 1
         self._gradients.look()
 
 
-def _signature() -> inspect.Signature:
-    """Return the constructor's signature with every option, for help() and editors."""
-    own = inspect.signature(OIALR.__init__).parameters
-    named = [own[name] for name in own if name not in ("self", "keywords")]
-    options = inspect.signature(Options).parameters.values()
-    return inspect.Signature([*named, *options])
-
-
-OIALR.__signature__ = _signature()  # type: ignore[attr-defined]
+OIALR.__signature__ = signature_with_options(OIALR.__init__)  # type: ignore[attr-defined]

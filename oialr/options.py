@@ -8,9 +8,10 @@ a field here, and its use.
 Options are the paper's (arXiv 2401.08505) unless their text says that they are ours.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cache
+from inspect import Signature, signature
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -293,6 +294,17 @@ def check(option: "Field[Any]", value: Any) -> None:
         right.append(f"one of {', '.join(words)}" if len(words) > 1 else words[0])
     right += ["None"] if is_optional else []
     raise ValueError(f"{option.name} must be {', or '.join(right)}, not {value!r}")
+
+
+def signature_with_options(constructor: Callable[..., None]) -> Signature:
+    """Return the signature of a constructor with every option as a keyword, for help() and editors.
+
+    Args:
+        constructor: takes the options as ``**keywords``.
+    """
+    own = signature(constructor).parameters
+    named = [own[name] for name in own if name not in ("self", "keywords")]
+    return Signature([*named, *signature(Options).parameters.values()])
 
 
 def choices(kind: Any) -> tuple[str, ...]:

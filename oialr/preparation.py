@@ -14,6 +14,7 @@ from oialr.forms import (
     stored_forms,
     take_form,
 )
+from oialr.sharding import check_can_take_forms, split_by
 from oialr.wrappers import unwrapped
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -58,15 +59,19 @@ class _Preparation:
 
     def __call__(self, model: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
         forms = stored_forms(model, state, prefix)
+        present = {name: form_of(model, name) for name in forms}
+        if changed := [name for name, form in forms.items() if form != present[name]]:
+            name = changed[0]
+            check_can_take_forms(model, f"{name} is stored {forms[name]} and is {present[name]}")
         take = self.take() if self.take else None
         if take:
             take(forms)
         else:
             check_can_take(model, forms, to_train=False)
-            for name, form in forms.items():
-                if form != form_of(model, name):
-                    take_form(model, name, form)
-        adopt_dtypes(model, state, prefix)
+            for name in changed:
+                take_form(model, name, forms[name])
+        if not split_by(model):
+            adopt_dtypes(model, state, prefix)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Preparation, ()

@@ -85,10 +85,13 @@ class WeightAverage:
         devices = {name: buffer.device for name, buffer in self._model.named_buffers()}
         self._buffers = {name: b.to(devices[name]) for name, b in state["buffers"].items()}
 
+    @torch.no_grad()
     def _swap(self) -> None:
         for parameter, state in self._optimizer.state.items():
-            if KEY in state:
-                parameter.data, state[KEY] = state[KEY], parameter.data
+            if KEY in state:  # by value: fully_shard reads the memory that a parameter began with
+                kept = parameter.clone()
+                parameter.copy_(state[KEY])
+                state[KEY].copy_(kept)
         for name, buffer in self._model.named_buffers():
             if name in self._buffers:
                 buffer.data, self._buffers[name] = self._buffers[name], buffer.data

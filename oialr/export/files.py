@@ -17,7 +17,7 @@ from oialr.convert import to_dense
 from oialr.errors import ExportError
 from oialr.export.formats import FORMATS, Network, Samples, arguments
 from oialr.export.state import dense_state, state_bytes
-from oialr.wrappers import unwrapped
+from oialr.sharding import whole
 
 ROUNDS = 5
 """Measurements of time, of which the median counts."""
@@ -137,7 +137,7 @@ def _export(
     form: str, model: nn.Module, path: str | Path, samples: Samples, tolerance: float
 ) -> Exported:
     path = Path(path)
-    network = copy.deepcopy(unwrapped(model)).cpu().eval()
+    network = copy.deepcopy(whole(model)).cpu().eval()
     samples = dict(samples) if isinstance(samples, Mapping) else samples
     samples = tree_map(lambda x: x.detach().cpu() if isinstance(x, Tensor) else x, samples)
     # Beside the file, so that it takes its place in one step.

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from oialr.convert import densify_layer, to_dense
+from oialr.sharding import whole
 from oialr.skeleton import dense_skeleton, factored_weights
-from oialr.wrappers import unwrapped
 
 
 def dense_state(model: nn.Module) -> dict[str, Tensor]:
@@ -25,7 +25,7 @@ def dense_state(model: nn.Module) -> dict[str, Tensor]:
         layers are formed, all other tensors are the network's own.
     """
     copied: dict[int, Any] = {}
-    model = unwrapped(model)
+    model = whole(model)
     for tensor in [*model.parameters(), *model.buffers()]:
         copied[id(tensor)] = tensor  # not copied
     return to_dense(copy.deepcopy(model, copied)).state_dict()
@@ -43,7 +43,7 @@ def two_factors(model: nn.Module) -> nn.Module:
     Returns:
         A network as a release makes it, on the same devices, which :func:`oialr.save` stores.
     """
-    model = copy.deepcopy(unwrapped(model))
+    model = copy.deepcopy(whole(model))
     for name, layer in factored_weights(model).items():
         pair = layer.pair()
         if not layer.released:

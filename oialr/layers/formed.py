@@ -47,8 +47,13 @@ class FormedWeight(Tensor):
 
 
 def guarded_weight(weight: Tensor) -> Tensor:
-    """Return a formed weight so that writing to it raises; as it is while torch.compile traces."""
-    return weight if torch.compiler.is_compiling() else weight.as_subclass(FormedWeight)
+    """Return a formed weight so that writing to it raises.
+
+    As it is while torch.compile traces, and of a network that fully_shard has split, a DTensor.
+    """
+    if torch.compiler.is_compiling() or type(weight) is not Tensor:
+        return weight
+    return weight.as_subclass(FormedWeight)
 
 
 def _refuse(*_: Any, **__: Any) -> NoReturn:

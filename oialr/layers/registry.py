@@ -47,9 +47,11 @@ def adapter_of(kind: type[nn.Module]) -> LayerAdapter | None:
     """Return the adapter by which layers of a type can be factorized, if there is one.
 
     A subclass may use its weight otherwise than its base: it is the same kind if it adds nothing
-    but plain values, no method above all.
+    but plain values, no method above all; and so is what fully_shard makes of a type.
     """
     for ancestor in kind.__mro__:
+        if ancestor.__module__.startswith("torch.distributed.fsdp"):
+            continue
         if (adapter := _registered(ancestor)) is not None:
             return adapter if ancestor is kind or adapter.accepts_subclasses else None
         added = {key: value for key, value in vars(ancestor).items() if key not in vars(_Bare)}

@@ -9,10 +9,10 @@ from torch import nn
 from oialr.errors import UserError
 from oialr.layer_survey import survey
 from oialr.placement.processes import Processes
+from oialr.sharding import whole
 from oialr.skeleton import dense_skeleton
 from oialr.stability.measurement import LayerStability
 from oialr.stability.tracker import BasisTracker, select_weights
-from oialr.wrappers import unwrapped
 
 if TYPE_CHECKING:
     import pandas
@@ -57,12 +57,12 @@ class StabilityTracker:
                 :meth:`measure`. None: this process alone, so that one of several may measure.
 
         Raises:
-            ValueError: window is not positive, or there is no weight.
+            ValueError: window is not positive, or there is no weight; or the network is sharded.
             UserError: a pattern matches no weight.
         """
         if window < 1:
             raise ValueError(f"window must be at least 1, not {window!r}")
-        self._model = unwrapped(model)
+        self._model = whole(model)
         layers = [report for report in survey(dense_skeleton(self._model)) if report.is_linear_map]
         if not layers:
             raise ValueError("the network has no linear layer, convolution or attention")
@@ -85,8 +85,9 @@ class StabilityTracker:
 
         Raises:
             DivergedError: a weight holds NaN or infinity.
+            ValueError: the network has been sharded.
         """
-        rows = self._tracker.measure(self._model, len(self.history))
+        rows = self._tracker.measure(whole(self._model), len(self.history))
         self.history.append(rows)
         return rows
 

@@ -91,12 +91,12 @@ class Standstill:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the window; it is the same on all processes, and no collective call."""
-        return {"began": self._began, "weights": dict(self._earlier)}
+        return {"began": self._began, "weights": list(self._earlier.items())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with a stored window."""
         self._began = state["began"]
-        self._earlier = {name: weight.to("cpu") for name, weight in state["weights"].items()}
+        self._earlier = {name: weight.to("cpu") for name, weight in dict(state["weights"]).items()}
 
 
 def _stability(earlier: Tensor, later: Tensor) -> float:
