@@ -197,7 +197,7 @@ class OIALR:
         if due:
             check_can_change(self.model, table.step_count)
             self._gradients.end_interval()
-        elif table.step_count == table.handled:
+        else:
             check_is_followed(self.model, self.optimizer)
         if "release" in due:
             event = self._events.run("release", self.layers, table.step_count)

@@ -59,8 +59,10 @@ def check_is_followed(model: nn.Module, optimizer: Optimizer) -> None:
     Raises:
         ValueError: it holds no parameter of the network any more.
     """
-    split = split_by(model)
-    if split and not _held(optimizer) & {id(parameter) for parameter in model.parameters()}:
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if any(id(parameter) in held for parameter in model.parameters()):
+        return
+    if split := split_by(model):
         raise ValueError(
             f"{split} has replaced the network's parameters, and the optimizer whose steps OIALR "
             "counts holds none of them: shard the network in `with method.sharding():`, so that "
@@ -168,10 +170,6 @@ def split_by(model: nn.Module) -> str | None:
     if any("_is_fsdp_managed_module" in module.__dict__ for module in modules):
         return "FullyShardedDataParallel (FSDP)"  # is around this network, and marks what is in it
     return None
-
-
-def _held(optimizer: Optimizer) -> set[int]:
-    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def _names(thing: object) -> set[str]:

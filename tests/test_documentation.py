@@ -39,6 +39,7 @@ NOT_EXECUTED = {
     ),
     "torchrun --nproc-per-node 2 -m examples.with_a_loop": "is run by test_integration_loop.py",
     "torchrun --nproc-per-node 2 -m examples.with_timm": "is run by test_integration_timm.py",
+    "torchrun --nproc-per-node 2 -m examples.with_fsdp": "is run by test_integration_fsdp.py",
     "git clone REPOSITORY oialr && cd oialr": "needs the network",
     "conda env create -f environment.yml": "needs conda and the network",
     "conda run -n oialr pip install --no-deps -r requirements-nodeps.txt": "needs conda",

@@ -151,10 +151,12 @@ def test_a_sharded_network_trains_on_with_all_that_its_optimizer_has():
     assert torch.equal(weights[0], weights[1].full_tensor())
 
 
-def test_an_optimizer_that_was_left_behind_is_told():
-    model, _, method = low_rank()
+@pytest.mark.parametrize("is_new", [True, False])
+def test_an_optimizer_that_was_left_behind_is_told(is_new):
+    model, optimizer, method = low_rank()
     split(model)
-    optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    if is_new:
+        optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
     with pytest.raises(ValueError, match=r"holds none of them.*with method\.sharding"):
         train(model, optimizer, method, 1, first=6)
 
