@@ -64,7 +64,7 @@ class FactorSteps:
             change=self._rule.without_decay if has_decay else None,
         )
         groups.add(optimizer, "dense")
-        self._factors, self._dense = groups.positions("factors"), groups.positions("dense")
+        self._groups = groups
         self._since = steps_since_release
         self._warmup = options.release_warmup
         self._decay = options.frobenius_decay
@@ -78,15 +78,16 @@ class FactorSteps:
         self._after()  # if the last step ended in an error
         if (since := self._since()) is None:
             return
+        factors = self._groups.positions("factors")
         if since < self._warmup:
             share = (since + 1) / (self._warmup + 1)
-            for position in (*self._factors, *self._dense):
+            for position in (*factors, *self._groups.positions("dense")):
                 group = optimizer.param_groups[position]
                 lowered = group["lr"] * share
                 self._changed.append((group, group["lr"], lowered))
                 group["lr"] = lowered
         if self._decay:
-            for position in self._factors:
+            for position in factors:
                 self._decay_factors(optimizer, optimizer.param_groups[position], self._decay)
 
     def _after(self, *_: Any) -> None:

@@ -182,8 +182,8 @@ class Conversion:
     )
     core_learning_rate_factor: float = option(
         "Ours: learning rate of cores over that of full-rank weights, since a step on a core moves "
-        "the weight less. Other than 1 it adds parameter groups, so a learning-rate schedule must "
-        "be made afterwards.",
+        "the weight less. Other than 1 it adds parameter groups, or makes them for each step where "
+        "there is a learning-rate schedule already.",
         1.0,
         gt=0,
         le=1000,

@@ -9,6 +9,8 @@ from typing import Any, Literal
 from torch import nn
 from torch.optim import Optimizer
 
+from oialr.momentary_groups import MomentaryTwin, MomentaryTwins, Place
+
 Kind = Literal["cores", "factors", "dense"]
 """Cores; the factors A and B after a release; full-rank weights that a release has brought back."""
 
@@ -18,7 +20,8 @@ class TwinGroups:
 
     A twin has its origin's options but for those that it is made with. It is there, empty, from the
     start, so that a learning-rate schedule made afterwards knows it and treats it like any other
-    group.
+    group. Where there is a schedule already, twins are there while the optimizer steps, and at no
+    other time (:mod:`oialr.momentary_groups`).
     """
 
     def __init__(self, optimizer: Optimizer, weights: Mapping[str, nn.Parameter]) -> None:
@@ -34,7 +37,7 @@ class TwinGroups:
         self._order = {name: i for i, name in enumerate(weights)}
         self._weights = {name: weakref.ref(weight) for name, weight in weights.items()}
         names = {id(weight): name for name, weight in weights.items()}
-        self._places: dict[int, list[str | weakref.ref[nn.Parameter]]] = {}
+        self._places: dict[int, list[Place]] = {}
         """Of each group with weights: names of these and other parameters, in their order."""
         self._stored_names: dict[str, str] = {}
         """Names of weights in the groups, where these have names."""
@@ -52,6 +55,9 @@ class TwinGroups:
         self._twins: dict[tuple[Kind, int], int] = {}
         self._rate_factors: dict[int, float] = {}
         self._keys: dict[int, list[tuple[int, int]]] = {}
+        self._kinds: dict[str, Kind] = {}
+        """Of what has taken the weights' places, by their names."""
+        self._momentary: MomentaryTwins | None = None
 
     def add(
         self,
@@ -61,23 +67,28 @@ class TwinGroups:
         learning_rate_factor: float = 1.0,
         change: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
     ) -> None:
-        """Add the twins of a kind.
+        """Add the twins of a kind, for as long as the optimizer is there, or for its steps.
 
         Args:
             optimizer: changed in place.
             kind: of what they are for.
             learning_rate_factor: learning rate of a twin over that of its origin.
             change: tells by the origin's options which of them are others in its twin; None: no.
-
-        Raises:
-            ValueError: a learning-rate schedule already holds the optimizer's groups.
         """
-        if any("initial_lr" in group for group in optimizer.param_groups):
-            raise ValueError(
-                "core_learning_rate_factor and release add parameter groups, which a learning-rate "
-                "schedule must see: make the schedule after OIALR"
-            )
+        has_schedule = any("initial_lr" in group for group in optimizer.param_groups)
+        if has_schedule and self._momentary is None:
+            self._momentary = MomentaryTwins(optimizer, self._places, self._kinds)
         for i in sorted(set(self._origin.values())):
+            if self._momentary:
+                self._momentary.add(
+                    MomentaryTwin(
+                        kind=kind,
+                        origin=i,
+                        learning_rate_factor=learning_rate_factor,
+                        change=change,
+                    )
+                )
+                continue
             origin, twin = optimizer.param_groups[i], len(optimizer.param_groups)
             lists: dict[str, Any] = {key: [] for key in ("params", "param_names") if key in origin}
             # A copy: what an optimizer counts up in the group itself may not be counted up twice.
@@ -109,7 +120,9 @@ class TwinGroups:
                 )
 
     def positions(self, kind: Kind) -> list[int]:
-        """Return the positions of the twins of a kind among the optimizer's groups."""
+        """Return the positions of the twins of a kind among the optimizer's groups now."""
+        if self._momentary:
+            return self._momentary.positions(kind)
         return [twin for (key, _), twin in self._twins.items() if key == kind]
 
     def awaits(self, name: str, weight: nn.Parameter) -> bool:
@@ -128,6 +141,7 @@ class TwinGroups:
             name: of the weight.
             parameters: in their order within the twin.
         """
+        self._kinds[name] = kind
         if (twin := self._twins.get((kind, self._origin[name]))) is None:
             return
         for j, parameter in enumerate(parameters):
@@ -165,8 +179,11 @@ class TwinGroups:
         twins: dict[int, list[str]] = {twin: [] for twin in self._keys}
         for name in sorted(homes, key=self._order.__getitem__):
             kind, held = homes[name]
+            self._kinds.pop(name, None)
             if kind is None:
                 self._weights[name] = weakref.ref(held[0])
+            else:
+                self._kinds[name] = kind
             if kind and (twin := self._twins.get((kind, self._origin[name]))) is not None:
                 twins[twin].append(name)
             stored = self._stored_names.get(name, "")

@@ -18,6 +18,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
@@ -102,6 +103,50 @@ def test_a_resumed_training_ends_with_the_same_bits(trained, step, tmp_path):
     training.train(resume_from_checkpoint=folder / f"checkpoint-{step}")
     assert equal(training.model, model)
     assert callback.method.ranks() == first.method.ranks()
+
+
+FACTORS = {
+    "core_learning_rate_factor": 3.0,
+    "release": 8,
+    "release_warmup": 2,
+    "factor_learning_rate_factor": 0.5,
+}
+
+
+class Rates(TrainerCallback):
+    """Notes at each optimizer step the rates of all groups that hold something."""
+
+    def __init__(self):
+        self.rates = []
+
+    def on_train_begin(self, args, state, control, optimizer, **objects):
+        optimizer.optimizer.register_step_pre_hook(self.look)
+
+    def look(self, optimizer, *_):
+        self.rates.append({group["lr"] for group in optimizer.param_groups if group["params"]})
+
+
+def test_rates_follow_the_schedule_of_the_trainer_times_their_factors(tmp_path):
+    """It falls linearly; a conversion is after step 4, a release after 8 with a warm-up of two."""
+    callback, rates = OIALRCallback(**{**OPTIONS, **FACTORS}), Rates()
+    training = trainer(tmp_path, [callback, rates])
+    training.train()
+    assert callback.method.steps_since_release == 4
+    for step, found in enumerate(rates.rates):
+        rate = 1e-2 * (1 - step / STEPS)
+        trained = [rate, 3 * rate] if 4 <= step < 8 else [rate]
+        if step >= 8:  # some weights are dense again, and warm up as the factors do
+            share = min(1, (step - 7) / 3)
+            trained += [0.5 * rate * share, *([rate * share] if share < 1 else [])]
+        assert sorted(found) == pytest.approx(sorted(trained)), step
+    assert {*callback.method.state_dict()["released"].values()} == {"factors", "dense"}
+
+    for step in (6, 9):
+        callback, later = OIALRCallback(**{**OPTIONS, **FACTORS}), Rates()
+        resumed = trainer(tmp_path / "resumed", [callback, later], seed=9)
+        resumed.train(resume_from_checkpoint=tmp_path / f"checkpoint-{step}")
+        assert later.rates == rates.rates[step:]
+        assert equal(resumed.model, training.model)
 
 
 def test_callbacks_may_be_restored_from_the_checkpoint(trained, tmp_path):

@@ -111,6 +111,57 @@ def test_a_resumed_training_ends_with_the_same_bits(epochs, tmp_path):
     assert 0 < training.callback_metrics["trainable_percent"] < 100
 
 
+FACTORS = {
+    "core_learning_rate_factor": 3.0,
+    "release": 14,
+    "release_warmup": 6,
+    "factor_learning_rate_factor": 0.5,
+}
+
+
+class Rates(pl.Callback):
+    """Notes at each optimizer step the rates of all groups that hold something."""
+
+    def on_fit_start(self, trainer, pl_module):
+        self.rates = []
+        trainer.optimizers[0].register_step_pre_hook(self.look)
+
+    def look(self, optimizer, *_):
+        self.rates.append({group["lr"] for group in optimizer.param_groups if group["params"]})
+
+
+def with_factors(epochs, seed=0, checkpoint=None):
+    model, callback, rates = module(seed), OIALRCallback(**{**OPTIONS, **FACTORS}), Rates()
+    training = trainer([callback, rates], epochs, **ACCUMULATED)
+    training.fit(model, data(), ckpt_path=checkpoint)
+    return model, callback, rates.rates, training
+
+
+def test_rates_follow_the_schedule_of_the_module_times_their_factors(tmp_path):
+    """Four steps an epoch, a conversion after step 5, a release after 14 with a warm-up of six."""
+    model, callback, rates, training = with_factors(6)
+    assert callback.method.steps_since_release == 10
+    other = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(other, 6)
+    for step, found in enumerate(rates):
+        rate = other.param_groups[0]["lr"]
+        trained = [rate, 3 * rate] if 5 <= step < 14 else [rate]
+        if step >= 14:
+            trained.append(0.5 * rate * min(1, (step - 13) / 7))
+        assert sorted(found) == pytest.approx(sorted(trained)), step
+        if step % 4 == 3:
+            other.step()
+            schedule.step()
+    assert training.optimizers[0].param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
+    assert len(training.optimizers[0].param_groups) == 1
+
+    for epochs in (2, 4):
+        with_factors(epochs)[3].save_checkpoint(tmp_path / "last.ckpt")
+        resumed, _, later, _ = with_factors(6, seed=9, checkpoint=tmp_path / "last.ckpt")
+        assert later == rates[4 * epochs :]
+        assert equal(resumed, model)
+
+
 class Manual(Module):
     def __init__(self):
         super().__init__()

@@ -8,7 +8,7 @@ import torch
 from support.method_loop import CUT, OPTIMIZERS, batch, make, network, train, weights
 from torch import nn
 
-from oialr import OIALR, prepare
+from oialr import prepare
 from oialr.convert import get_layer
 from oialr.layer_survey import survey
 from oialr.layers.base import FactoredLayer
@@ -354,8 +354,3 @@ def test_what_is_refused():
         make(release=4)
     with pytest.raises(ValueError, match="set release too"):
         make(frobenius_decay=0.1)
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    with pytest.raises(ValueError, match="make the schedule after OIALR"):
-        OIALR(model, optimizer, delay=1, update_interval=1, release=2)

@@ -15,7 +15,7 @@ from oialr import OIALR, WeightAverage
 from oialr.compatibility import import_torchvision
 from oialr.forms import form_of
 from oialr.wrappers import renew_wrappers
-from tests.support.method_loop import CUT, batch, make, network, train
+from tests.support.method_loop import CUT, OPTIMIZERS, batch, make, network, train
 
 SCHEDULE = {"delay": 5, "update_interval": 3}
 
@@ -217,17 +217,74 @@ def test_schedules_that_would_pass_over_the_factor_are_refused():
     torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=20)
     with pytest.raises(ValueError, match=r"not at 3 times it.*max_lr=\[rate \* factor for"):
         train(model, optimizer, method, 1)
-    with pytest.raises(ValueError, match="make the schedule after OIALR"):
-        OIALR(model, optimizer, core_learning_rate_factor=3.0, **SCHEDULE)
 
 
-def test_schedules_made_before_go_on_where_there_is_no_factor():
+FACTORS = {"core_learning_rate_factor": 3.0, "cutoff": 0.4}
+RELEASE = {
+    "cutoff": 0.4,  # it leaves factors with AdamW, and dense weights with SGD
+    "release": 8,
+    "release_warmup": 4,
+    "factor_learning_rate_factor": 0.5,
+    "frobenius_decay": 0.1,
+}
+
+
+def scheduled(schedule, *, before, kind="adamw", **options):
+    """Train, and return all parts and, of each step, its groups' rates by size of their lists."""
     model = network()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=20)
-    method = OIALR(model, optimizer, **SCHEDULE)
-    for step in range(8):
+    groups = [{"params": model[:3].parameters()}, {"params": model[3:].parameters(), "lr": 0.003}]
+    optimizer = OPTIMIZERS[kind](groups)
+    if before:
+        advance = schedule(optimizer, None)
+        method = OIALR(model, optimizer, **SCHEDULE, **options)
+    else:
+        method = OIALR(model, optimizer, **SCHEDULE, **options)
+        advance = schedule(optimizer, method)
+    rates = []
+
+    def look(*_):
+        found = [(len(group["params"]), group["lr"]) for group in optimizer.param_groups]
+        rates.append({rate for size, rate in found if size})
+
+    optimizer.register_step_pre_hook(look)
+    for step in range(14):
         train(model, optimizer, method, 1, first=step)
-        schedule.step()
-    assert optimizer.param_groups[0]["lr"] == schedule.get_last_lr()[0]
-    assert method.converted
+        advance(step)
+    return model, optimizer, method, rates
+
+
+def several_rates(optimizer, method):
+    rates = [0.01, 0.003]
+    if method and len(optimizer.param_groups) > 2:
+        factors = method.learning_rate_factors[2:]
+        rates += [rate * factor for rate, factor in zip(rates[:1] * 4, factors, strict=False)]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rates, total_steps=20)
+    return lambda _: schedule.step()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "options", "kind"),
+    [
+        (cosine, {}, "adamw"),
+        (several_rates, FACTORS, "adamw"),
+        (timm_cosine, FACTORS, "momentum"),
+        (cosine, RELEASE, "adamw"),
+        (several_rates, RELEASE, "momentum"),
+        (cosine, {**RELEASE, **FACTORS}, "adamw"),
+    ],
+)
+def test_schedules_made_before_are_as_those_made_after(schedule, options, kind):
+    """There the twins are in the optimizer while it steps alone, and schedules do not see them."""
+    model, optimizer, method, rates = scheduled(schedule, before=True, kind=kind, **options)
+    other, _, other_method, expected = scheduled(schedule, before=False, kind=kind, **options)
+    assert len(optimizer.param_groups) == 2
+    assert len(set(map(frozenset, rates))) > 10
+    for step, found in enumerate(rates):
+        assert sorted(found) == pytest.approx(sorted(expected[step]))
+    assert method.ranks() == other_method.ranks()
+    released = method.state_dict()["released"]
+    assert released == other_method.state_dict()["released"]
+    form = {"adamw": "factors", "momentum": "dense"}[kind]
+    assert {*released.values()} == ({form} if "release" in options else {None})
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
