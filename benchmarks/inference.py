@@ -14,7 +14,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,24 +148,55 @@ def measure(
     return result
 
 
-def table(results: dict[str, dict[str, dict[str, dict[str, float]]]]) -> str:
-    """Return all results as one Markdown table; ratios are to dense."""
-    lines = [
-        "| network | batch | variant | ms per sample | time | spread | peak, MiB | peak |",
-        "| --- " * 8 + "|",
+Figures = dict[str, dict[str, float]]
+"""Of one network and batch size, as :func:`measure` returns them."""
+
+
+def heading(fractions: tuple[float, ...]) -> str:
+    """Return the head of a Markdown table with a row for each network and batch size."""
+    shares = [f"{fraction:g}".removeprefix("0") for fraction in fractions]
+    columns = ["network", "batch", "dense, ms per sample"]
+    for what in ("time", "peak memory"):
+        columns += [f"{'' if i else f'{what} '}at {share}" for i, share in enumerate(shares)]
+    return "| " + " | ".join(columns) + " |\n" + "| --- " * len(columns) + "|"
+
+
+def row(network: str, batch: int, figures: Figures, form: str) -> str:
+    """Return a row of such a table.
+
+    Args:
+        network: its name.
+        batch: samples of a call.
+        figures: of all variants.
+        form: "plain" or "trained": whose figures are shown, as ratios to dense.
+    """
+    shown = [values for name, values in figures.items() if name.endswith(form)]
+    cells = [network, str(batch), f"{1000 * figures['dense']['seconds_per_sample']:.3f}"]
+    cells += [f"{values['time_ratio']:.2f}" for values in shown]
+    cells += [f"{values['peak_bytes_ratio']:.2f}" for values in shown]
+    return "| " + " | ".join(cells) + " |"
+
+
+def report(
+    measured: Iterator[tuple[str, int, Figures]], fractions: tuple[float, ...]
+) -> Iterator[str]:
+    """Yield the lines that tell of all measurements, each as soon as it is known."""
+    everything = []
+    yield "plain networks, as ratios to dense:\n\n" + heading(fractions)
+    for network, batch, figures in measured:
+        everything.append((network, batch, figures))
+        yield row(network, batch, figures, "plain")
+    yield "\nnetworks as they are trained, as ratios to dense:\n\n" + heading(fractions)
+    for network, batch, figures in everything:
+        yield row(network, batch, figures, "trained")
+    spreads = [
+        values["time_ratio_spread"]
+        for _, _, figures in everything
+        for name, values in figures.items()
+        if name != "dense"
     ]
-    for network, batches in results.items():
-        for batch, variants in batches.items():
-            for name, figures in variants.items():
-                cells = [
-                    f"{1000 * figures['seconds_per_sample']:.3f}",
-                    f"{figures['time_ratio']:.2f}",
-                    f"{figures['time_ratio_spread']:.2f}",
-                    f"{figures['peak_bytes'] / 2**20:.1f}",
-                    f"{figures['peak_bytes_ratio']:.2f}",
-                ]
-                lines.append(f"| {network} | {batch} | {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    if spreads:
+        yield f"\nquartiles of the ratios of times: {min(spreads):.2f} to {max(spreads):.2f} apart"
 
 
 def main() -> None:
@@ -189,16 +220,21 @@ def main() -> None:
     rounds = arguments.rounds
     if arguments.quick:
         fractions, batches, rounds = (0.25,), (1, 8), 3
-    results = {
-        case.name: {
-            str(batch): measure(case, fractions, batch, rounds, arguments.device)
-            for batch in batches
-        }
+    measured = (
+        (case.name, batch, measure(case, fractions, batch, rounds, arguments.device))
         for case in CASES
         if (case.is_quick or not arguments.quick)
         and (not arguments.models or any(part in case.name for part in arguments.models))
-    }
-    print(json.dumps(results) if arguments.json else table(results))
+        for batch in batches
+    )
+    if not arguments.json:
+        for line in report(measured, fractions):
+            print(line, flush=True)
+        return
+    results: dict[str, dict[str, Figures]] = {}
+    for network, batch, figures in measured:
+        results.setdefault(network, {})[str(batch)] = figures
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

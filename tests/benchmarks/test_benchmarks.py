@@ -7,6 +7,8 @@ import re
 import pytest
 from support.launching import ROOT, launch
 
+from benchmarks import inference
+
 NAMES = sorted(path.stem for path in (ROOT / "benchmarks").glob("[!_]*.py"))
 QUICK = [name for name in NAMES if name != "faults"]
 """Those whose short form takes under a minute; test_faults.py runs that of the other one."""
@@ -19,6 +21,30 @@ def test_a_benchmark_says_its_question_its_command_and_its_time(name):
     assert re.fullmatch(r"[A-Z].*\?", question)
     assert re.search(rf"^ +(mpirun -n \d )?python -m benchmarks\.{name}\b", rest, re.MULTILINE)
     assert re.search(r"\b(seconds|minutes?|hours?)\b", rest)
+
+
+def test_the_table_of_inference_is_that_of_its_page():
+    def figures(ratio):
+        return {
+            "seconds_per_sample": 0.002,
+            "time_ratio": ratio,
+            "time_ratio_spread": ratio / 10,
+            "peak_bytes": 1,
+            "peak_bytes_ratio": ratio / 2,
+        }
+
+    names = {"dense": 1.0, "0.1 trained": 0.4, "0.1 plain": 0.3, "0.25 trained": 0.8}
+    names |= {"0.25 plain": 0.6, "0.4 trained": 1.2, "0.4 plain": 0.9}
+    measured = [("MLP", 8, {name: figures(ratio) for name, ratio in names.items()})]
+    lines = list(inference.report(iter(measured), inference.FRACTIONS))
+    assert lines[1] == "| MLP | 8 | 2.000 | 0.30 | 0.60 | 0.90 | 0.15 | 0.30 | 0.45 |"
+    assert lines[3] == "| MLP | 8 | 2.000 | 0.40 | 0.80 | 1.20 | 0.20 | 0.40 | 0.60 |"
+    assert lines[4].endswith("0.03 to 0.12 apart")
+    page = (ROOT / "docs" / "export.md").read_text()
+    assert inference.heading(inference.FRACTIONS) in page
+    for case in inference.CASES:
+        for batch in inference.BATCHES[:2]:
+            assert f"| {case.name} | {batch} | " in page
 
 
 @pytest.mark.slow
