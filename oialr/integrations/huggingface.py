@@ -41,7 +41,15 @@ class OIALRCallback(TrainerCallback, ExportableState):
         Args:
             **options: of :class:`oialr.OIALR`, plain values, which trainer_state.json can hold;
                 delay and update_interval count optimizer steps.
+
+        Raises:
+            UserError: the delay is by stability.
         """
+        if options.get("delay") == "stability":
+            raise UserError(
+                "delay: stability compares weights with those of a window before, which the "
+                "Trainer's checkpoints cannot hold: give OIALRCallback a number of steps"
+            )
         self.options = options
         self.method: OIALR | None = None
         """There from ``on_train_begin`` on, and after the training."""

@@ -149,6 +149,11 @@ def test_rates_follow_the_schedule_of_the_trainer_times_their_factors(tmp_path):
         assert equal(resumed.model, training.model)
 
 
+def test_a_delay_by_stability_is_refused_before_a_checkpoint_needs_it():
+    with pytest.raises(UserError, match=r"delay: stability .* give OIALRCallback a number"):
+        OIALRCallback(delay="stability", update_interval=2, latest_delay=20)
+
+
 def test_callbacks_may_be_restored_from_the_checkpoint(trained, tmp_path):
     model, _, folder = trained
     training = trainer(
