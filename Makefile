@@ -27,8 +27,8 @@ test: $(STAMP) ## Run the tests (ARGS="-k linalg"), two at a time where none nee
 	$(PYTEST) -m "$(ALONE)" $(ARGS); second=$$?; \
 	case "$$first $$second" in "0 0"|"0 5"|"5 0") ;; *) exit 1 ;; esac # 5: there are none of this kind
 
-test-fast: $(STAMP) ## Run one case of each fast test, two at a time; every module must be entered
-	$(PYTEST) -n 2 --dist loadfile --every-module --first-cases -m "not ($(ALONE) or slow)" $(ARGS)
+test-fast: $(STAMP) ## Run the fast tests, two at a time; every module must be entered
+	$(PYTEST) -n 2 --dist loadfile --every-module -m "not ($(ALONE) or slow)" $(ARGS)
 
 docs: $(STAMP) ## Write the pages of the API from the docstrings, into docs/api
 	OMP_NUM_THREADS=1 $(BIN)/python -m docs.make_api

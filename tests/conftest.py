@@ -37,11 +37,6 @@ def pytest_addoption(parser):
         action="store_true",
         help="fail where a module of app/ or oialr/ is left out",
     )
-    parser.addoption(
-        "--first-cases",
-        action="store_true",
-        help="of each test the first case alone that is not marked slow",
-    )
 
 
 def pytest_configure(config):
@@ -49,19 +44,11 @@ def pytest_configure(config):
         config.pluginmanager.register(Entered())
 
 
-def pytest_collection_modifyitems(config, items):
+def pytest_collection_modifyitems(items):
     for item in items:
         folder = item.path.relative_to(TESTS).parts[0]
         if folder in MARKED:
             item.add_marker(folder)
-    if config.getoption("--first-cases"):
-        first = {}
-        for item in items:
-            if "slow" not in item.keywords:
-                first.setdefault((item.path, item.originalname), item)
-        kept = list(first.values())
-        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
-        items[:] = kept
 
 
 @pytest.hookimpl(wrapper=True)

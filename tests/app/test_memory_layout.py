@@ -57,7 +57,6 @@ def test_what_is_no_image_is_refused() -> None:
         lay_channels_last(nn.Linear(3, 2), torch.rand(4, 3))
 
 
-@pytest.mark.slow
 def test_a_training_comes_to_the_same(tmp_path) -> None:
     losses = []
     for layout in ("false", "true"):

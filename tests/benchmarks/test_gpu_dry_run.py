@@ -90,7 +90,6 @@ def test_an_unknown_part_is_refused(tmp_path):
     assert "no part step; there are: tests steps-vit" in result.stderr
 
 
-@pytest.mark.slow
 def test_without_a_gpu_they_are_skipped_with_the_reason():
     result = run(CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 0, result.stdout + result.stderr
