@@ -1,10 +1,13 @@
 """Workarounds for other packages: one function each, with the version seen and when it can go."""
 
+import fcntl
 import importlib
 import inspect
+import os
 import random
 import re
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -67,15 +70,65 @@ def import_scikit_learn() -> None:
     random.setstate(state)
 
 
+def remove_stale_shared_memory_of_mpich(folder: Path = Path("/dev/shm")) -> None:
+    """Take away what an earlier step of the same number left in shared memory on this node.
+
+    To be called by every process of a step before it initializes MPI.
+
+    Seen with MPICH 5.0.2: the processes of a node share a file that is named by a hash of the
+    step's number, whoever finds none makes and clears it, and it is deleted at the end only. Of a
+    process that was killed it stays, and what lies in it counts as messages in the next step of
+    that number, of a requeued job for one: MPI_Init then aborts or hangs. It can go when MPICH
+    tells a file of this step from another's.
+
+    Args:
+        folder: where POSIX shared memory lies.
+    """
+    step, daemon_start = os.environ.get("PMI_JOBID"), _start_of_step_daemon()
+    if step is None or daemon_start is None or not folder.exists():
+        return  # names of mpirun contain its process id and a random number
+    name = 0x811C9DC5  # FNV-1a of 32 bits
+    for byte in step.encode():
+        name = (name ^ byte) * 0x01000193 & 0xFFFFFFFF
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        # Otherwise one process would see an old file, and delete the one that another made since.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for path in folder.glob(f"mpich_*_{name:x}_*"):
+            if path.stat().st_mtime < daemon_start:  # files of this step are younger
+                path.unlink()
+    finally:
+        os.close(lock)
+
+
+def _start_of_step_daemon() -> float | None:
+    """Return when Slurm's daemon of this step started on this node (s since 1970); None elsewhere.
+
+    The daemon is an ancestor of all processes of the step on its node.
+    """
+    process = os.getpid()
+    while process > 1:
+        try:
+            stat = Path(f"/proc/{process}/stat").read_text()
+        except OSError:
+            return None
+        name, rest = stat[stat.index("(") + 1 :].rsplit(")", 1)
+        fields = rest.split()
+        if name == "slurmstepd":
+            since_boot = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+            return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + since_boot
+        process = int(fields[1])
+    return None
+
+
 def unlink_shared_memory_of_mpich(node: Any) -> None:
     """Take away the name of the memory that MPICH's processes of a node share; the memory stays.
 
     A collective call.
 
     Seen with MPICH 5.0.2: the file in /dev/shm is deleted at the end only, and stays when a process
-    is killed. srun --mpi=pmi2 gives it the same name in every step of the same numbers, so that a
-    requeued job finds it with what the killed one left in it, and aborts or hangs in MPI_Init. It
-    can go when MPICH deletes the file as soon as all have opened it.
+    is killed, memory of the node that nothing frees. It can go when MPICH deletes the file as soon
+    as all have opened it.
 
     Args:
         node: mpi4py communicator of the node's processes.

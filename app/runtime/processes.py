@@ -14,7 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from app.compatibility import unlink_shared_memory_of_mpich
+from app.compatibility import (
+    remove_stale_shared_memory_of_mpich,
+    unlink_shared_memory_of_mpich,
+)
 from app.errors import AgreedUserError, UserError
 from app.runtime.launch import Launch, read_launch
 from app.runtime.rendezvous import make_store
@@ -182,6 +185,7 @@ def connect_mpi(launch: Launch) -> Any:
     if launch.launcher in ("alone", "torchrun") or launch.process_count == 1:
         return None
     started = f"{launch.launcher} started {launch.process_count} processes"
+    remove_stale_shared_memory_of_mpich()
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
