@@ -195,6 +195,7 @@ def test_the_graph_of_the_library_is_the_one_that_is_drawn():
     assert graph == GRAPH
 
 
+@pytest.mark.slow
 def test_the_library_needs_torch_and_the_standard_library_alone():
     allowed = {"oialr", "torch", *sys.stdlib_module_names}
     asked_for = {

@@ -31,6 +31,7 @@ def fake_torchvision(tmp_path: Path) -> Path:
     return package / "__init__.py"
 
 
+@pytest.mark.slow
 def test_torchvision_and_timm_import_and_work() -> None:
     result = run(
         "from oialr.compatibility import import_torchvision\n"
@@ -54,6 +55,7 @@ def test_working_torchvision_is_left_alone(fake_torchvision: Path) -> None:
     assert (result.returncode, result.stdout) == (0, "True False\n"), result.stderr
 
 
+@pytest.mark.slow
 def test_missing_operators_are_declared(fake_torchvision: Path) -> None:
     """The stand-in fails as the wheel does, and has left a submodule behind when it fails."""
     fake_torchvision.with_name("part.py").write_text("print('imported')\n")
@@ -87,6 +89,7 @@ def test_other_failures_of_torchvision_are_not_hidden(fake_torchvision: Path) ->
     assert "RuntimeError: broken for another reason" in result.stderr
 
 
+@pytest.mark.slow
 def test_timm_posterizes_at_any_strength() -> None:
     result = run(
         "from app.compatibility import let_timm_posterize\n"
@@ -128,6 +131,7 @@ def test_no_killed_process_leaves_shared_memory_of_mpich_behind(tmp_path: Path) 
     assert report.read_text() == "2 {'(deleted)'}\n"
 
 
+@pytest.mark.slow
 def test_heat_leaves_random_generators_alone() -> None:
     result = run(
         "import torch\n"
@@ -139,6 +143,7 @@ def test_heat_leaves_random_generators_alone() -> None:
     assert (result.returncode, result.stdout) == (0, "heat True\n"), result.stderr
 
 
+@pytest.mark.slow
 def test_scikit_learn_leaves_the_random_generator_alone() -> None:
     result = run(
         "import random\n"

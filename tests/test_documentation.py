@@ -49,8 +49,8 @@ NOT_EXECUTED = {
     "python -m benchmarks.faults": "takes half an hour",
     "python -m benchmarks.faults --hours 8 --seed 100": "takes hours",
     "python -m benchmarks.growth": "takes half an hour",
-    "python -m benchmarks.inference --models ViT-B --fractions 0.25 --batches 1 8 --rounds 5": (
-        "takes minutes; the command below it is executed"
+    "python -m benchmarks.inference --models ViT-B --rounds 5": (
+        "takes a quarter of an hour; the command below it is executed"
     ),
     "python -m app.evaluate digits.onnx --run runs/digits_vit-TIME": (
         "needs the file of a command before; see tests/app/test_export.py"

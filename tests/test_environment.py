@@ -126,6 +126,7 @@ def test_imported_packages_are_required() -> None:
     assert not missing
 
 
+@pytest.mark.slow
 def test_required_packages_are_imported_or_explained() -> None:
     imported = imported_packages()
     superfluous = [

@@ -77,6 +77,7 @@ def train_and_save(folder, *, checkpoints=6):
     return rows
 
 
+@pytest.mark.slow
 def test_checkpoints_are_measured_as_the_training_was_across_the_conversion(tmp_path, capsys):
     expected = train_and_save(tmp_path / "run")
     code = analyze.main([str(tmp_path / "run"), "--window", "2", "--output", str(tmp_path / "out")])
@@ -375,6 +376,7 @@ def test_the_number_that_tells_the_time(name, number):
     assert number_in(Path("run-7") / name) == number
 
 
+@pytest.mark.slow
 def test_skipped_files_are_named_and_the_rest_is_measured(tmp_path, capsys):
     folder = save_series(tmp_path / "run")
     torch.save({"other.weight": torch.randn(3, 3)}, folder / "model-5.pt")
@@ -404,6 +406,7 @@ def test_skipped_files_are_named_and_the_rest_is_measured(tmp_path, capsys):
     assert "number in the name" in page
 
 
+@pytest.mark.slow
 def test_a_folder_with_copies_is_measured_as_without_them(tmp_path, capsys):
     """The last, the best, an average and a stop within an epoch change no figure."""
     train_and_save(tmp_path / "run")
@@ -560,6 +563,7 @@ def test_bad_input_is_one_line_with_culprit_and_cure(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_weights_of_8_bits_sparse_ones_and_names_with_a_slash_are_measured(tmp_path, capsys):
     torch.manual_seed(0)
     for number in range(2):
@@ -604,6 +608,7 @@ def test_a_file_with_a_name_that_no_module_can_hold_is_skipped(tmp_path, capsys,
     assert "2 checkpoints" in captured.out
 
 
+@pytest.mark.slow
 def test_names_are_drawn_and_shown_as_they_stand(tmp_path):
     """No name runs as a script on the page, and none is taken for a formula by matplotlib."""
     torch.manual_seed(0)

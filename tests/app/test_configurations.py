@@ -103,6 +103,7 @@ def data_root(root: Path, _small_sets: None, monkeypatch: pytest.MonkeyPatch) ->
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_small_run_converts_and_cuts(path: Path, data_root: Path, tmp_path: Path) -> None:
     plain = config.load(path)

@@ -140,6 +140,7 @@ def test_cut_is_the_same_every_time(tmp_path: Path) -> None:
     np.testing.assert_array_equal(load(data).train.images, load(data).train.images)
 
 
+@pytest.mark.slow
 @given(labels=st.lists(st.integers(0, 4), min_size=1, max_size=80), data=st.data())
 def test_split_takes_every_class_in_proportion(labels: list[int], data: st.DataObject) -> None:
     size = data.draw(st.integers(0, len(labels)))

@@ -37,6 +37,7 @@ def figures(folder, part="test"):
     return [f"{part}_{name}: {summary[f'{part}_{name}']:.4f}" for name in ("loss", "accuracy")]
 
 
+@pytest.mark.slow
 def test_a_run_gives_the_figures_of_its_test(run, capsys):
     assert evaluate.main([str(run)]) == 0
     first, *lines = capsys.readouterr().out.splitlines()
@@ -47,6 +48,7 @@ def test_a_run_gives_the_figures_of_its_test(run, capsys):
     assert names == ["validation_loss", "validation_accuracy"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FILES)
 def test_a_file_gives_the_figures_of_the_run(run, form, capsys):
     assert export.main([str(run), "--format", form, "--samples", "5"]) == 0
@@ -77,6 +79,7 @@ def test_a_file_elsewhere_is_evaluated_by_its_run(run, tmp_path, capsys):
     assert not any(name.endswith((".U", ".core", ".Vh", ".A", ".B")) for name in state)
 
 
+@pytest.mark.slow
 def test_the_best_weights_are_those_that_were_tested(tmp_path, capsys):
     stopped = [*TINY, "training.early_stopping=1", "training.learning_rate=0.05"]
     train(0, *stopped, "training.epochs=6", f"run.dir={tmp_path / 'run'}")

@@ -197,6 +197,7 @@ def test_every_sample_counts_once_in_the_errors(
         assert figures["mae"] == pytest.approx(abs(errors).mean(), rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 3])
 def test_sum_of_losses_is_the_mean_over_the_global_batch(
     task: Callable[..., Task], count: int

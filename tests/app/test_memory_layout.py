@@ -14,6 +14,7 @@ from oialr import OIALR
 from oialr.layers.conv import FactoredConv
 
 
+@pytest.mark.slow
 def test_all_convolutions_follow_and_nothing_that_is_stored_does() -> None:
     def network() -> nn.Module:
         with torch.random.fork_rng(devices=[]):
@@ -57,6 +58,7 @@ def test_what_is_no_image_is_refused() -> None:
         lay_channels_last(nn.Linear(3, 2), torch.rand(4, 3))
 
 
+@pytest.mark.slow
 def test_a_training_comes_to_the_same(tmp_path) -> None:
     losses = []
     for layout in ("false", "true"):

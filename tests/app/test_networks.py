@@ -51,6 +51,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: torch.Tenso
     return loss.item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", NETWORKS)
 def test_network_converts_trains_and_is_cut(case: str) -> None:
     name, arguments, (shape, outputs) = NETWORKS[case]

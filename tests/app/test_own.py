@@ -231,6 +231,7 @@ def test_the_page_says_what_works() -> None:
     assert 0 <= float(task.evaluate(model, batch)["accuracy"]) <= 4
 
 
+@pytest.mark.slow
 def test_the_example_trains_from_outside_the_packages(tmp_path: Path) -> None:
     """As a user does: a configuration beside the file, and the folder where the program starts."""
     train(0, "--config", EXAMPLE, *TINY, f"run.dir={tmp_path}")

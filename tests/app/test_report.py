@@ -317,6 +317,7 @@ def test_what_is_learned_is_drawn_over_seconds_and_over_stored_size(tmp_path):
     assert size.get_lines()[1].get_xdata().tolist() == [90]
 
 
+@pytest.mark.slow
 def test_training_loss_learning_rate_and_throughput_are_drawn(tmp_path):
     groups = comparison.group_runs([read_run(write_run(tmp_path / "run"))])
     drawn = {axes.get_ylabel(): axes for axes in curves.learning(groups).figure.axes}
@@ -343,6 +344,7 @@ def test_epochs_and_numbers_of_singular_values_have_whole_ticks(tmp_path):
             assert np.array_equal(ticks, np.round(ticks)), drawn.name
 
 
+@pytest.mark.slow
 def test_the_runs_of_a_page_have_common_colours(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folders = [write_run(tmp_path / "a", epochs=8), write_run(tmp_path / "b", epochs=5)]
@@ -397,6 +399,7 @@ def test_events_are_a_table(tmp_path):
     assert event_table(read_run(write_run(tmp_path / "full", "oialr.enabled=false"))) is None
 
 
+@pytest.mark.slow
 def test_names_and_settings_of_the_users_are_shown_as_they_stand(tmp_path):
     script = "<script>alert(1)</script>"
     layers = {f"{script}.weight": (6, 6), "patch.weight": (8, 4)}
@@ -438,6 +441,7 @@ def test_the_stability_map_is_that_of_the_paper(tmp_path):
     assert "not averaged" in drawn.caption
 
 
+@pytest.mark.slow
 def test_names_of_174_layers_do_not_overlap(tmp_path):
     name = "layer{}.{}.downsample_projection.conv.weight"
     layers = {name.format(i // 60, i % 60): (2, 2) for i in range(174)}
@@ -542,6 +546,7 @@ def test_long_names_of_layers_do_not_overlap_above_their_spectra(tmp_path):
     assert left.x1 < right.x0
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 def test_what_has_no_averaged_layer_and_no_singular_value_is_drawn(tmp_path):
     writer = Writer(tmp_path / "run", layers={"position": (5, 6), "zero": (2, 2)})
@@ -640,6 +645,7 @@ def empty_run(folder):
     return folder
 
 
+@pytest.mark.slow
 def test_bad_input_is_one_line_with_culprit_and_cure(tmp_path):
     run = str(write_run(tmp_path / "run", epochs=1))
     bare = tmp_path / "bare"
@@ -674,6 +680,7 @@ def test_bad_input_is_one_line_with_culprit_and_cure(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_what_is_no_run_is_skipped_by_name(tmp_path, capsys):
     """As with runs/*, where all kinds of folders lie."""
     write_run(tmp_path / "run")
@@ -765,6 +772,7 @@ def test_following_ends_with_an_interrupt(tmp_path):
     assert "loss over epochs: training  validation" in out.getvalue()
 
 
+@pytest.mark.slow
 def test_a_link_beside_what_it_leads_to_counts_once(tmp_path):
     """As with runs/*, where runs/latest lies."""
     write_run(tmp_path / "run")
@@ -776,6 +784,7 @@ def test_a_link_beside_what_it_leads_to_counts_once(tmp_path):
         page.unlink()
 
 
+@pytest.mark.slow
 def test_the_time_that_a_run_needs(tmp_path):
     started = datetime.fromisoformat("2026-01-01T00:00:00+00:00").timestamp()
     writer = Writer(tmp_path / "run")

@@ -83,6 +83,7 @@ def test_a_search_is_reported(folder):
     }
 
 
+@pytest.mark.slow
 def test_a_search_that_has_just_begun_is_reported_with_what_is_there(folder):
     result = launch(0, "-m", "app.report", folder, code=2)
     assert "no evaluation of this search has finished yet" in result.stderr

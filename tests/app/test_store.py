@@ -58,6 +58,7 @@ def test_layers_keep_the_order_of_the_network_over_a_resume(tmp_path):
     reader.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ["closed", "killed", "running"])
 def test_the_examples_of_the_document_run(tmp_path, ending):
     folder = tmp_path / "runs" / "example"
@@ -220,6 +221,7 @@ def test_kill_9_loses_nothing_that_was_flushed(tmp_path):
     assert list(read_rows(path, "train")["step"]) == list(range(1, 7))
 
 
+@pytest.mark.slow
 @given(rows=st.integers(0, 12), kept=st.integers(0, 12), more=st.integers(0, 5))
 @settings(max_examples=25)
 def test_resume_keeps_what_is_asked_for_nothing_twice_nothing_missing(
@@ -286,6 +288,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
         read_rows(tmp_path / "metrics.h5", "test")
 
 
+@pytest.mark.slow
 def test_a_large_network_has_a_small_file(tmp_path):
     path = Path(tmp_path / "metrics.h5")
     layers = {f"layers.{i}.weight": (2048, 512) for i in range(174)}

@@ -23,6 +23,7 @@ def network() -> nn.Sequential:
         return nn.Sequential(nn.Linear(12, 24), nn.Tanh(), nn.Linear(24, 24), nn.Linear(24, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_each_is_trained_low_rank_and_released_by_what_the_library_knows_of_it(name: str) -> None:
     section = TrainingSection(optimizer=name, weight_decay=0.05, momentum=0.8)

@@ -74,6 +74,7 @@ def test_every_part_of_the_benchmark_runs_on_the_cpu(part, rows, tmp_path):
     assert f"## {part}" in (tmp_path / "gpu.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 3])
 def test_what_was_packed_comes_out_again(channels, tmp_path):
     images = random_images(channels, count=TILES * TILES)
@@ -90,6 +91,7 @@ def test_an_unknown_part_is_refused(tmp_path):
     assert "no part step; there are: tests steps-vit" in result.stderr
 
 
+@pytest.mark.slow
 def test_without_a_gpu_they_are_skipped_with_the_reason():
     result = run(CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 0, result.stdout + result.stderr

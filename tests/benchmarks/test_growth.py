@@ -3,6 +3,7 @@
 import itertools
 
 import numpy as np
+import pytest
 import torch
 from support.metrics_rows import LAYERS
 from support.recorders import SCHEMA, Layer, resume
@@ -38,6 +39,7 @@ class Row:
         self.name = name
 
 
+@pytest.mark.slow
 def test_a_resumed_run_records_the_spectra_of_the_uninterrupted_one(tmp_path):
     layers = [Layer(name) for name in LAYERS]
     rows = [Row(name) for name in LAYERS]

@@ -96,6 +96,7 @@ def test_no_delay_leaves_the_weight_and_trains_the_cores():
     assert_truncated(dense, model, {"0.weight": 16, "2.weight": 20})
 
 
+@pytest.mark.slow
 def test_given_ranks_take_the_place_of_a_cutoff(monkeypatch):
     """As of Cuttlefish, with the layers that it factorizes."""
     monkeypatch.setattr(RankChoice, "after", RankChoice.after)  # put back after it

@@ -436,6 +436,7 @@ def train(model, optimizer, method, steps, first=0):
     return [event for event in events if event]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("projection", ["packed", "separate"])
 def test_the_method_on_attention(projection):
     model, optimizer, method = make(attention_projection=projection)
@@ -460,6 +461,7 @@ def test_the_method_on_attention(projection):
     assert rows[names[0]].rank == r
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("projection", ["packed", "separate"])
 def test_sgd_with_momentum_does_not_feel_a_rotation_of_attention(projection):
     options = {"attention_projection": projection}
@@ -472,6 +474,7 @@ def test_sgd_with_momentum_does_not_feel_a_rotation_of_attention(projection):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("projection", ["packed", "separate"])
 def test_state_dict_rebuilds_attention(projection):
     model, optimizer, method = make(attention_projection=projection)

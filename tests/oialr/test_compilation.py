@@ -82,6 +82,7 @@ def train(model, sizes, *, compiled, precision="float32", clip=None):
     return events, losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [[6] * 12, [6, 6, 5, 6] * 3], ids=["even", "uneven"])
 def test_a_compiled_network_trains_like_the_plain_one(backend, sizes):
     plain, compiled = network(), network()
@@ -124,6 +125,7 @@ def broken(graph, inputs):
     raise RuntimeError("no C++ compiler")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "backend",
     [broken, aot_autograd(fw_compiler=nop, bw_compiler=broken)],
@@ -154,6 +156,7 @@ def test_errors_of_the_network_itself_are_not_hidden():
         compiled(torch.ones(2, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 @pytest.mark.parametrize("clip", [None, 0.5])
 def test_mixed_precision_keeps_factors_and_state_in_float32(precision, clip):

@@ -70,6 +70,7 @@ def test_every_weight_is_its_best_approximation(target, release):
     assert trained & {"U", "core", "Vh", "A", "B"} == ({"A", "B"} if release else {"core"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("release", [True, False])
 def test_no_other_ranks_lose_less_but_for_a_single_step(release):
     """Against all combinations: within the largest gain of one step of the best."""
@@ -101,6 +102,7 @@ def test_no_other_ranks_lose_less_but_for_a_single_step(release):
         assert best - 1e-12 <= found <= best + largest
 
 
+@pytest.mark.slow
 def test_it_is_what_a_release_right_after_the_first_step_does():
     """With a learning rate of 0 that step changes nothing."""
     model, trained = network(), network()
@@ -181,6 +183,7 @@ def test_the_page_says_what_works():
     assert held == {id(p) for p in model.parameters()}
 
 
+@pytest.mark.slow
 def test_what_is_around_a_network_is_looked_through():
     model, compiled = network(), torch.compile(network())
     compress(model, target_size=0.5)

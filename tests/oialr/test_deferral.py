@@ -49,6 +49,7 @@ def is_dense(model, index):
     return not isinstance(get_layer(model, f"{index}.weight"), FactoredLayer)
 
 
+@pytest.mark.slow
 def test_a_layer_is_converted_when_its_spectrum_leaves_a_rank_that_pays():
     model, optimizer, method = make([K, 20], defer_conversion=True)
     (event,) = train(model, optimizer, method, 3)
@@ -99,6 +100,7 @@ def test_a_rank_that_is_left_pays():
         assert is_dense(model, i) == (not rank_pays(K, K, rank))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [1.0, 3.0])
 def test_a_stored_state_tells_which_layers_wait(factor):
     options = {"defer_conversion": True, "core_learning_rate_factor": factor}

@@ -212,6 +212,7 @@ def test_a_twin_is_a_layer_of_the_type_and_the_attributes_of_before():
     assert {report.is_linear_map for report in survey(model)} == {False}
 
 
+@pytest.mark.slow
 def test_a_parent_that_asks_for_the_type_or_convolves_itself_goes_on():
     class Parent(Network):
         def forward(self, x):
@@ -353,6 +354,7 @@ class Bare(Network):
         return self.head(self.attention(x, x, x)[0].mean(1))
 
 
+@pytest.mark.slow
 def test_a_bare_weight_that_is_trained_after_its_replacement_is_told():
     model, optimizer, method = make(Bare())
     train(model, optimizer, method, 2)
@@ -363,6 +365,7 @@ def test_a_bare_weight_that_is_trained_after_its_replacement_is_told():
     assert train(model, optimizer, method, 4)  # it can go on
 
 
+@pytest.mark.slow
 def test_a_core_that_no_step_of_an_interval_reaches_is_told(caplog):
     class Copied(Network):
         """Applies a copy of its weight that somebody else brings up to date."""
@@ -384,6 +387,7 @@ def test_a_core_that_no_step_of_an_interval_reaches_is_told(caplog):
     assert "no gradient has reached the core of hidden.weight" in record.getMessage()
 
 
+@pytest.mark.slow
 def test_a_core_that_is_trained_after_a_cut_is_told():
     model, optimizer, method = make()
     train(model, optimizer, method, 2)
@@ -396,6 +400,7 @@ def test_a_core_that_is_trained_after_a_cut_is_told():
         method.step()
 
 
+@pytest.mark.slow
 def test_layers_that_skip_steps_and_lists_that_only_hold_are_no_reason_to_complain(caplog):
     class Dropped(Network):
         calls = 0
@@ -494,6 +499,7 @@ def test_a_stored_rank_is_not_given_to_a_layer_that_cannot_have_it():
     assert all(is_dense(other, name) for name in LAYERS)
 
 
+@pytest.mark.slow
 def test_a_core_that_somebody_froze_stays_frozen_when_it_is_cut():
     model, optimizer, method = make()
     train(model, optimizer, method, 3)

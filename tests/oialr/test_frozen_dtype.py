@@ -102,6 +102,7 @@ def test_events_store_rounded_bases_and_compute_as_the_weights_do():
     assert max(errors(model)) < 2 * max(after) < 2 * 2**-7  # no drift
 
 
+@pytest.mark.slow
 def test_an_update_works_with_the_weight_as_it_is():
     """Its singular values are those of the weight, and only rounding changes it."""
     model, optimizer, method = make(frozen_dtype="bfloat16", layer_fraction=1, cutoff=0.3)
@@ -119,6 +120,7 @@ def test_an_update_works_with_the_weight_as_it_is():
         assert (layer.weight - weight).norm() < lost + 2**-8 * weight.norm()
 
 
+@pytest.mark.slow
 def test_a_release_trains_factors_in_full_precision_and_changes_no_weight():
     options = {"cutoff": 1e-9, "largest_cut": 0.1, "minimum_rank_fraction": 0.1}
     model, optimizer, method = make(frozen_dtype="bfloat16", release=11, **options)
@@ -131,6 +133,7 @@ def test_a_release_trains_factors_in_full_precision_and_changes_no_weight():
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method_first", [True, False])
 @pytest.mark.parametrize("steps", [5, 7, 12, 16])
 def test_a_resumed_training_goes_on_bit_for_bit(steps, method_first):
@@ -153,6 +156,7 @@ def test_a_resumed_training_goes_on_bit_for_bit(steps, method_first):
         assert torch.equal(value, expected[name]), name
 
 
+@pytest.mark.slow
 def test_files_hold_half_the_bytes_and_come_back_as_they_were(tmp_path):
     model, optimizer, method = make(frozen_dtype="bfloat16", **CUT)
     train(model, optimizer, method, 12)
@@ -178,6 +182,7 @@ def test_files_hold_half_the_bytes_and_come_back_as_they_were(tmp_path):
     assert {parameter.dtype for parameter in other.parameters()} == {torch.float64}
 
 
+@pytest.mark.slow
 def test_an_average_has_the_bases_of_the_network():
     model, optimizer, method = make(frozen_dtype="bfloat16", **CUT)
     averaged = torch.optim.swa_utils.AveragedModel(model)
@@ -212,6 +217,7 @@ def test_what_makes_no_sense_is_refused(options, message):
         Options(delay=4, update_interval=2, **options)
 
 
+@pytest.mark.slow
 def test_a_compiled_network_and_scaled_gradients_train_with_it():
     model, optimizer, method = make(frozen_dtype="bfloat16", **CUT)
     model.float()

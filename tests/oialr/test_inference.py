@@ -205,6 +205,7 @@ def test_impossible_wishes_are_refused(options, message):
         oialr.for_inference(low_rank(encoder(norm_first=False)), **options)
 
 
+@pytest.mark.slow
 def test_dynamic_quantization_finds_every_layer():
     model = low_rank(encoder(norm_first=False).float(), 0.25)
     plain = oialr.for_inference(model)

@@ -87,6 +87,7 @@ def equal(one, two):
     return all(map(torch.equal, one.parameters(), two.parameters()))
 
 
+@pytest.mark.slow
 def test_a_training_turns_low_rank(trained):
     _, callback, _ = trained
     assert callback.method.step_count == STEPS
@@ -94,6 +95,7 @@ def test_a_training_turns_low_rank(trained):
     assert callback.method.trainable_percent() < 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 6, 9])
 def test_a_resumed_training_ends_with_the_same_bits(trained, step, tmp_path):
     """Stopped before the conversion (step 4), after it, and after an update."""
@@ -126,6 +128,7 @@ class Rates(TrainerCallback):
         self.rates.append({group["lr"] for group in optimizer.param_groups if group["params"]})
 
 
+@pytest.mark.slow
 def test_rates_follow_the_schedule_of_the_trainer_times_their_factors(tmp_path):
     """It falls linearly; a conversion is after step 4, a release after 8 with a warm-up of two."""
     callback, rates = OIALRCallback(**{**OPTIONS, **FACTORS}), Rates()
@@ -154,6 +157,7 @@ def test_a_delay_by_stability_is_refused_before_a_checkpoint_needs_it():
         OIALRCallback(delay="stability", update_interval=2, latest_delay=20)
 
 
+@pytest.mark.slow
 def test_callbacks_may_be_restored_from_the_checkpoint(trained, tmp_path):
     model, _, folder = trained
     training = trainer(
@@ -166,6 +170,7 @@ def test_callbacks_may_be_restored_from_the_checkpoint(trained, tmp_path):
     assert equal(training.model, model)
 
 
+@pytest.mark.slow
 def test_a_network_that_was_made_anew_is_told(trained, tmp_path):
     def anew():
         return network()
@@ -211,6 +216,7 @@ def test_there_is_no_partial_load(trained, tmp_path):
         from_pretrained(LlamaForCausalLM, tmp_path)
 
 
+@pytest.mark.slow
 def test_stability_is_measured_after_every_epoch(tmp_path):
     callback = StabilityCallback(window=2)
     training = trainer(tmp_path, [callback, OIALRCallback(**OPTIONS)])
@@ -244,6 +250,7 @@ def loop(steps, folder=None, seed=0):
     return accelerator, method.model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [3, 6, 9])
 def test_a_loop_of_accelerate_resumes_with_the_same_bits(steps, tmp_path):
     _, whole = loop(STEPS)

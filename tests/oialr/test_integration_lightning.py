@@ -80,6 +80,7 @@ def equal(one, two):
     return all(map(torch.equal, one.parameters(), two.parameters()))
 
 
+@pytest.mark.slow
 def test_it_is_what_a_loop_of_ones_own_does():
     model, callback, _ = fitted(6)
     other = module()
@@ -100,6 +101,7 @@ def test_it_is_what_a_loop_of_ones_own_does():
     assert equal(model, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epochs", [1, 2, 4])
 def test_a_resumed_training_ends_with_the_same_bits(epochs, tmp_path):
     """Stopped before the conversion (step 5), after it, and after updates."""
@@ -137,6 +139,7 @@ def with_factors(epochs, seed=0, checkpoint=None):
     return model, callback, rates.rates, training
 
 
+@pytest.mark.slow
 def test_rates_follow_the_schedule_of_the_module_times_their_factors(tmp_path):
     """Four steps an epoch, a conversion after step 5, a release after 14 with a warm-up of six."""
     model, callback, rates, training = with_factors(6)
@@ -177,6 +180,7 @@ class Manual(Module):
         return super().configure_optimizers()[0]
 
 
+@pytest.mark.slow
 def test_manual_optimization_is_counted_alike():
     torch.manual_seed(0)
     model, callback = Manual(), OIALRCallback(**OPTIONS)
@@ -191,12 +195,14 @@ class Prepared(Module):
         oialr.prepare(self)
 
 
+@pytest.mark.slow
 def test_a_module_that_prepares_itself_loads_checkpoints(tmp_path):
     model, _, training = fitted(4)
     training.save_checkpoint(tmp_path / "last.ckpt")
     assert equal(Prepared.load_from_checkpoint(tmp_path / "last.ckpt"), model)
 
 
+@pytest.mark.slow
 def test_a_fit_goes_on_where_the_last_one_ended():
     model, callback, training = fitted(3)
     before = callback.method.step_count
@@ -209,6 +215,7 @@ def test_a_fit_goes_on_where_the_last_one_ended():
     assert callback.method.step_count == BATCHES
 
 
+@pytest.mark.slow
 def test_checkpoints_and_files_load_into_a_new_module(tmp_path):
     model, _, training = fitted(4)
     training.save_checkpoint(tmp_path / "last.ckpt")
@@ -228,6 +235,7 @@ def test_several_optimizers_are_refused():
         training.fit(model, data())
 
 
+@pytest.mark.slow
 def test_stability_is_measured_after_every_epoch():
     model, callback = module(), StabilityCallback(window=2)
     training = trainer([callback, OIALRCallback(**OPTIONS)], 4)

@@ -72,6 +72,7 @@ def equal(one, two):
     return all(map(torch.equal, one.parameters(), two.parameters()))
 
 
+@pytest.mark.slow
 def test_it_is_what_a_loop_of_ones_own_does():
     program = Program(OPTIONS).train(STEPS)
     other = Program({**OPTIONS, "delay": 10**6})
@@ -84,6 +85,7 @@ def test_it_is_what_a_loop_of_ones_own_does():
     assert program.method.step_count == STEPS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [OPTIONS, RELEASE])
 @pytest.mark.parametrize("steps", [4, 9, 14])
 def test_a_resumed_training_ends_with_the_same_bits(options, steps, tmp_path):
@@ -105,6 +107,7 @@ def test_a_checkpoint_of_a_full_rank_training_is_gone_on_with(tmp_path):
     assert equal(resumed.model, program.model)
 
 
+@pytest.mark.slow
 def test_stability_is_among_the_metrics_of_an_epoch():
     program, metrics = Program(OPTIONS), {"loss": 1.0}
     stability = StabilityMetrics(program.model, window=1)

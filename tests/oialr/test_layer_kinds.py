@@ -191,6 +191,7 @@ def test_the_first_step_after_a_conversion_is_no_larger_than_the_full_rank_step(
     assert 0 < low <= full * 1.0001
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [2, 6, 12])
 def test_a_resumed_training_is_the_same_over_cuts_and_release(case, steps):
     options = {"release": 9, "retained_energy": 0.6, "largest_cut": 0.9}
@@ -211,6 +212,7 @@ def test_a_resumed_training_is_the_same_over_cuts_and_release(case, steps):
     assert type(model[0]) is type(dense_layer(case))
 
 
+@pytest.mark.slow
 def test_the_stability_is_that_of_the_matrices(case):
     model, optimizer, method = make(case, cutoff=0.6)
     tracker = BasisTracker(method.survey, Processes(), window=1)
@@ -227,6 +229,7 @@ def test_the_stability_is_that_of_the_matrices(case):
     assert row.averaged == kind_of(dense_layer(case)).is_linear_map
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("release", [None, 8])
 def test_a_target_size_is_met(case, release):
     # Between the smallest ranks that save anything and the whole.

@@ -210,6 +210,7 @@ def train(model, optimizer, method, steps, first=0):
 GROUPED = {"2.weight": (4, 6, 36), "6.weight": (2, 8, 36)}
 
 
+@pytest.mark.slow
 def test_the_method_on_groups():
     model, optimizer, method = make()
     reports = {report.name: report for report in method.layers}
@@ -258,6 +259,7 @@ def test_conversion_of_groups_leaves_the_function(kind):
             torch.testing.assert_close(mine, expected.detach())
 
 
+@pytest.mark.slow
 def test_sgd_with_momentum_does_not_feel_a_rotation_of_groups():
     model, optimizer, method = make("momentum", cutoff=1e-9)
     other, other_optimizer, other_method = make("momentum", update_interval=10**6)
@@ -268,6 +270,7 @@ def test_sgd_with_momentum_does_not_feel_a_rotation_of_groups():
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [2, 8])
 def test_state_dict_rebuilds_groups(steps):
     model, optimizer, method = make()
@@ -325,6 +328,7 @@ def test_what_is_sent_of_a_stack_arrives(monkeypatch):
         torch.testing.assert_close(U @ torch.diag_embed(s) @ Vh, matrices[i])
 
 
+@pytest.mark.slow
 def test_the_stability_of_groups_is_measured_matrix_by_matrix():
     model, optimizer, method = make(cutoff=0.6)
     tracker = BasisTracker(method.survey, Processes(), window=1)

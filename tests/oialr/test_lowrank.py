@@ -274,6 +274,7 @@ def test_kept_rank(s, options, expected):
     assert kept_rank(torch.tensor(s), rule, full_rank=100) == expected
 
 
+@pytest.mark.slow
 @given(
     values=st.lists(st.floats(0, 1e3, width=32), min_size=1, max_size=12),
     share=st.floats(0.01, 0.99),

@@ -34,6 +34,7 @@ def test_a_storage_counts_once_until_its_last_tensor_is_gone():
     assert memory.peak_bytes == 150 * FLOAT
 
 
+@pytest.mark.slow
 def test_nothing_waits_for_the_storages_that_a_finished_measure_saw():
     here = torch.zeros(100)
     with TensorMemory([here]) as memory:
@@ -50,6 +51,7 @@ def test_nothing_waits_for_the_storages_that_a_finished_measure_saw():
     assert not any(type(thing) is TensorMemory for thing in gc.get_objects())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("measured", [False, True])
 def test_events_leave_nothing_behind_and_measure_memory_on_request(measured):
     model = nn.Sequential(nn.Linear(20, 32), nn.Linear(32, 24), nn.Linear(24, 5))

@@ -17,6 +17,7 @@ from oialr.transitions import Transitions
 NO_CUT = {"cutoff": 1e-9}
 
 
+@pytest.mark.slow
 def test_the_way_of_a_run():
     model, optimizer, method = make(cutoff=0.3, layer_fraction=0.5)
     assert [layer.name for layer in method.layers] == ["0.weight", "2.weight"]
@@ -57,6 +58,7 @@ def test_conversion_leaves_function_biases_and_their_state(kind):
     torch.testing.assert_close(dict(optimizer.state[bias]), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_every_optimizer_trains_across_conversion_and_cuts(kind):
     model, optimizer, method = make(kind, cutoff=0.4, layer_fraction=1)
@@ -103,6 +105,7 @@ def test_transported_moments_are_those_of_the_cores_gradient():
     assert mine["step"] == state["step"] == 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sgd", "momentum"])
 def test_sgd_is_unchanged_by_updates_that_cut_nothing(kind):
     """An update rotates the basis of the core; without a cut SGD cannot notice."""
@@ -115,6 +118,7 @@ def test_sgd_is_unchanged_by_updates_that_cut_nothing(kind):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_sgd_momentum_of_a_cut_core_is_rotated_before_it_is_cut():
     model, optimizer, method = make("momentum", cutoff=0.4, layer_fraction=1)
     uncut, uncut_optimizer, uncut_method = make("momentum", update_interval=10**6)
@@ -139,6 +143,7 @@ def test_update_without_cut_keeps_the_parameter_objects():
     torch.testing.assert_close(core, torch.diag(core.diagonal()))
 
 
+@pytest.mark.slow
 def test_cut_discards_exactly_the_small_singular_values():
     model, optimizer, method = make(cutoff=0.4, layer_fraction=1)
     train(model, optimizer, method, 7)
@@ -179,6 +184,7 @@ def test_an_event_computes_in_full_precision_whatever_the_program_allows(monkeyp
     assert set(seen) == {"ieee"}
 
 
+@pytest.mark.slow
 def test_gradient_accumulation_counts_optimizer_steps_and_loses_nothing():
     model, optimizer, method = make("momentum", delay=2, layer_fraction=1, **NO_CUT)
     other, other_optimizer, other_method = make("momentum", delay=2, layer_fraction=1, **NO_CUT)
@@ -209,6 +215,7 @@ def test_a_pending_gradient_follows_its_parameter():
     torch.testing.assert_close(layer.core.grad, layer.U.T @ G @ layer.Vh.T)
 
 
+@pytest.mark.slow
 def test_a_list_of_parameters_from_before_clips_by_no_norm_of_replaced_ones():
     model, optimizer, method = make("sgd", delay=1, cutoff=0.4, layer_fraction=1, update_interval=1)
     cached = list(model.parameters())
@@ -228,6 +235,7 @@ def test_a_list_of_parameters_from_before_clips_by_no_norm_of_replaced_ones():
         cached += model.parameters()
 
 
+@pytest.mark.slow
 def test_parameter_groups_with_their_own_options_survive():
     model = network()
     weight_group = {"params": [m.weight for m in model if hasattr(m, "weight")]}
@@ -245,6 +253,7 @@ def test_parameter_groups_with_their_own_options_survive():
     assert (dense["lr"], cores["lr"]) == (0.5e-2, 1.5e-2)
 
 
+@pytest.mark.slow
 def test_core_learning_rate_factor_scales_the_step():
     moves = {}
     for factor in (1, 3):
@@ -257,6 +266,7 @@ def test_core_learning_rate_factor_scales_the_step():
     torch.testing.assert_close(moves[3][2], moves[1][2])  # the dense head
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [4, 5, 6, 9, 20])
 @pytest.mark.parametrize("factor", [1, 3])
 @pytest.mark.parametrize("kind", ["adamw", "momentum"])
@@ -307,6 +317,7 @@ def test_the_delay_is_open_until_either_is_over(steps, delay, fits):
 FUSED = {"adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True), **OPTIMIZERS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["momentum", "adamw", "centered"])
 @pytest.mark.parametrize(("stored_at", "loaded_at"), [(12, 0), (12, 6), (2, 6)])
 def test_optimizer_state_of_other_ranks_is_refused_before_any_step(kind, stored_at, loaded_at):
@@ -338,6 +349,7 @@ class Lion(torch.optim.Optimizer):
                 p.data.sub_(m.sign(), alpha=group["lr"])
 
 
+@pytest.mark.slow
 def test_unknown_optimizer_gets_a_clear_error_or_a_reset():
     model = network()
     optimizer = Lion(model.parameters())
@@ -405,6 +417,7 @@ def test_a_diverged_weight_is_named(step):
         method.step()
 
 
+@pytest.mark.slow
 def test_random_state_is_left_alone():
     model, optimizer, method = make(layer_fraction=1)
     state = torch.get_rng_state()
@@ -434,6 +447,7 @@ def test_full_rank_weights_are_given_up_one_by_one(factor, monkeypatch):
     assert [weight() for weight in dense] == [None, None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interval", [2, 3])
 def test_no_event_is_lost_when_step_is_called_rarely(interval):
     model, optimizer, method = make(delay=3, update_interval=interval, layer_fraction=1)
@@ -477,6 +491,7 @@ def test_names_of_parameters_move_along_with_cores():
     assert optimizer.param_groups[1]["param_names"] == ["0.weight", "2.weight"]
 
 
+@pytest.mark.slow
 def test_a_compiled_network_is_trained_across_conversion_and_cuts():
     options = {"cutoff": 0.4, "layer_fraction": 1, "delay": 2}
     model, optimizer, method = make("momentum", **options)
@@ -495,6 +510,7 @@ def test_a_compiled_network_is_trained_across_conversion_and_cuts():
         torch.testing.assert_close(mine, theirs)
 
 
+@pytest.mark.slow
 def test_bfloat16_autocast_keeps_master_factors_in_float32():
     model = network(dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

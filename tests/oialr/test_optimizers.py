@@ -33,6 +33,7 @@ def outside():
     return names["Scaled"]
 
 
+@pytest.mark.slow
 def test_an_optimizer_from_outside_is_trained_through_all_events(outside):
     model = network()
     optimizer = outside(model.parameters(), lr=1e-2, weight_decay=0.1)
@@ -63,6 +64,7 @@ def test_an_optimizer_from_outside_is_trained_through_all_events(outside):
     assert all(torch.isfinite(w).all() for w in weights(model))
 
 
+@pytest.mark.slow
 def test_a_subclass_is_not_taken_for_what_it_is_derived_from():
     class Mine(torch.optim.AdamW):
         pass
@@ -198,6 +200,7 @@ def _square(factor):
     return None if factor is None else factor.square()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("cutoff", [1e-9, 0.4])
 def test_the_first_step_after_an_update_is_no_larger(kind, cutoff):
@@ -220,6 +223,7 @@ def test_the_first_step_after_an_update_is_no_larger(kind, cutoff):
         assert 0 < mine <= theirs * (1.02 if cutoff < 0.1 else 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", NEW)
 @pytest.mark.parametrize("stop", [8, 14])
 def test_a_resumed_training_is_the_one_that_was_not_stopped(kind, stop):
@@ -238,6 +242,7 @@ def test_a_resumed_training_is_the_one_that_was_not_stopped(kind, stop):
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.slow
 def test_muon_is_unchanged_by_updates_that_cut_nothing(monkeypatch):
     """As far as the polynomial goes; in bfloat16, as torch computes it, to a few percent."""
 
@@ -281,6 +286,7 @@ class Attention(nn.Module):
         return self.head(self.attention(x, x, x)[0])
 
 
+@pytest.mark.slow
 def test_muon_refuses_stacks_before_the_training_and_not_within_it():
     model = Attention()
     options = {"delay": 1, "update_interval": 1}
@@ -297,6 +303,7 @@ def test_muon_refuses_stacks_before_the_training_and_not_within_it():
     assert method.converted
 
 
+@pytest.mark.slow
 def test_other_parameters_may_be_trained_beside_muon():
     model = network()
     optimizer = muon(model.parameters())
@@ -313,6 +320,7 @@ def test_other_parameters_may_be_trained_beside_muon():
     assert others.state[model[0].bias]["step"] == 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [4, 5, 30])
 def test_no_entry_moves_by_more_than_adamax_allows(steps):
     """Its denominator bounds the first moment, in any basis: an entry moves by the learning rate.
@@ -336,6 +344,7 @@ def test_no_entry_moves_by_more_than_adamax_allows(steps):
         method.step()
 
 
+@pytest.mark.slow
 def test_lamb_counts_its_steps_alike_in_all_groups():
     """Also in those that the method adds when some steps have been taken."""
     model = network()

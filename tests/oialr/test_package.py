@@ -58,6 +58,7 @@ def wheel(tmp_path_factory):
     return next(folder.glob("oialr-*.whl"))
 
 
+@pytest.mark.slow
 def test_it_holds_the_library_alone(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"oialr"}
@@ -69,6 +70,7 @@ def test_it_holds_the_library_alone(wheel):
     assert all("extra ==" in line for line in needs[1:])
 
 
+@pytest.mark.slow
 def test_it_trains_and_measures_in_an_environment_of_torch_alone(wheel, tmp_path):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
     python = tmp_path / "venv" / "bin" / "python"

@@ -34,6 +34,7 @@ def assert_goes_on(parts, steps, expected):
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["adamw", pytest.param("momentum", marks=SLOW)])
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("steps", [4, 9, 14])
@@ -52,6 +53,7 @@ def test_a_training_goes_on_alike_whatever_the_network_was_before(
     assert_goes_on(parts, steps, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("steps", [4, 9, 14])
 def test_weights_come_before_optimizer_and_method(options, steps):
@@ -67,6 +69,7 @@ def test_weights_come_before_optimizer_and_method(options, steps):
     assert_goes_on((model, optimizer, method), steps, expected)
 
 
+@pytest.mark.slow
 def test_names_of_parameters_stay_in_the_optimizer():
     made = []
     for steps in (0, 6, 20):
@@ -126,6 +129,7 @@ def test_nothing_is_loaded_of_what_does_not_fit(damage):
         assert all(torch.equal(before[key], value) for key, value in other.state_dict().items())
 
 
+@pytest.mark.slow
 def test_another_order_is_one_clear_line():
     states, _ = stored("adamw", 14, **OPTIONS["cores"])
     optimizer = make("adamw", seed=9, **OPTIONS["cores"])[1]
@@ -147,6 +151,7 @@ def test_another_order_is_one_clear_line():
     assert list(model.state_dict()) == list(network().state_dict())
 
 
+@pytest.mark.slow
 def test_a_released_network_asks_for_the_state_of_its_method():
     states, _ = stored("adamw", 14, **OPTIONS["release"])
     model, optimizer, method = make("adamw", seed=9, **OPTIONS["release"])
@@ -206,6 +211,7 @@ def test_files(tmp_path, projection):
     assert torch.equal(other(x), model(x))
 
 
+@pytest.mark.slow
 def test_a_file_keeps_what_a_release_has_made_and_the_optimizer_follows(tmp_path):
     model, optimizer, method = make("adamw", **OPTIONS["release"])
     train(model, optimizer, method, 14)

@@ -147,6 +147,7 @@ def train_both(
     return events
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer_kind", OPTIMIZERS)
 @pytest.mark.parametrize("network_kind", NETWORKS)
 def test_fast_method_and_reference_train_alike(network_kind, optimizer_kind):
@@ -157,6 +158,7 @@ def test_fast_method_and_reference_train_alike(network_kind, optimizer_kind):
     assert any(layer.rank > layer.previous_rank / 2 for layer in cuts)  # not the guard's choice
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -173,6 +175,7 @@ def test_options_mean_the_same(network_kind, options):
     train_both(network_kind, "adam", **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fast_only",
     [
@@ -254,6 +257,7 @@ def test_the_page_names_arguments_and_files_that_exist():
         assert (PAGE.parent / target).is_file(), target
 
 
+@pytest.mark.slow
 def test_the_figure_can_be_drawn_anew(tmp_path):
     drawn = tmp_path / "method.png"
     command = [sys.executable, "-m", "docs.figures.method", "--output", str(drawn)]

@@ -94,6 +94,7 @@ def test_its_momentum_follows_exactly(page):
     torch.testing.assert_close(moved, layer.U.T @ M @ layer.Vh.T)
 
 
+@pytest.mark.slow
 def test_it_is_trained_through_conversion_cut_and_release(page):
     model, optimizer, method = make(page, **RELEASED)
     stored, scale = parameter_counts(model)[1], model[0].scale
@@ -110,6 +111,7 @@ def test_it_is_trained_through_conversion_cut_and_release(page):
     torch.testing.assert_close(model(x), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [2, 6, 10])
 def test_a_checkpoint_of_it_is_loaded(page, steps):
     model, optimizer, method = make(page, **RELEASED)

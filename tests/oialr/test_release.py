@@ -22,6 +22,7 @@ def factored(model, method):
     return [layer for layer in layers if isinstance(layer, FactoredLayer)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("delay", [5, 12])
 def test_the_way_of_a_release(kind, delay):
@@ -67,6 +68,7 @@ def test_the_way_of_a_release(kind, delay):
     assert all(torch.isfinite(w).all() for w in weights(model))
 
 
+@pytest.mark.slow
 def test_a_release_leaves_the_function_where_nothing_is_cut():
     model, optimizer, method = make("adamw", release=9, cutoff=0.6, largest_cut=0.8)
     twin, twin_optimizer, twin_method = make("adamw", cutoff=0.6, largest_cut=0.8)
@@ -80,6 +82,7 @@ def test_a_release_leaves_the_function_where_nothing_is_cut():
         assert torch.linalg.norm(mine - theirs) <= lost + 1e-9
 
 
+@pytest.mark.slow
 def test_layers_whose_factors_would_store_no_less_return_to_dense():
     model, optimizer, method = make("adamw", release=9, cutoff=1e-9)
     twin, twin_optimizer, twin_method = make("adamw", cutoff=1e-9)
@@ -129,6 +132,7 @@ def test_moments_at_a_release_from_the_dense_weight():
         assert optimizer.state[A]["step"] is not optimizer.state[B]["step"]
 
 
+@pytest.mark.slow
 def test_moments_at_a_release_from_cores():
     """With core = L diag(s) R^T: M_A = U L M' sqrt(s), M_B = sqrt(s) M' R^T Vh, M' = L^T M R."""
     options = {"delay": 5, "update_interval": 4, "layer_fraction": 1, **CUT}
@@ -156,6 +160,7 @@ def test_moments_at_a_release_from_cores():
         torch.testing.assert_close(optimizer.state[A]["exp_avg_sq"], expected)
 
 
+@pytest.mark.slow
 def test_second_moments_are_right_in_expectation_for_gradients_of_noise():
     """Of the variance of G B^T and A^T G: from the dense weight for any, from a core for equal."""
     generator = torch.Generator().manual_seed(0)
@@ -185,6 +190,7 @@ def test_second_moments_are_right_in_expectation_for_gradients_of_noise():
             assert ratio == pytest.approx(1, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("delay", [8, 20])
 @pytest.mark.parametrize("seed", range(2))
@@ -229,6 +235,7 @@ def test_the_learning_rate_rises_over_the_warm_up_and_is_left_to_schedules():
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 / 6)
 
 
+@pytest.mark.slow
 def test_an_average_of_the_weights_follows():
     options = {"delay": 5, "update_interval": 4, "layer_fraction": 1, **CUT}
     for delay in (5, 9):
@@ -259,6 +266,7 @@ def test_an_average_of_the_weights_follows():
             torch.testing.assert_close(A @ B, averages[i] @ onto)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["adamw", "momentum", "centered"])
 @pytest.mark.parametrize("factors", [{}, {"core_learning_rate_factor": 3.0}])
 @pytest.mark.parametrize("cutoff", [1e-9, 0.6, 0.75])
@@ -311,6 +319,7 @@ def test_a_release_that_is_not_over_may_be_moved():
     make("sgd", release=30)[2].load_state_dict(method.state_dict())
 
 
+@pytest.mark.slow
 def test_a_network_is_given_back_what_a_release_has_made():
     model, optimizer, method = make("adamw", release=12, layer_fraction=1, **CUT)
     train(model, optimizer, method, 14)
@@ -321,6 +330,7 @@ def test_a_network_is_given_back_what_a_release_has_made():
     torch.testing.assert_close(other(x), expected)
 
 
+@pytest.mark.slow
 def test_stability_after_a_release():
     model, optimizer, method = make("sgd", release=12, layer_fraction=1, **CUT)
     tracker = BasisTracker(survey(network()), Processes(), window=1)

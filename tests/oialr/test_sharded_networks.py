@@ -125,6 +125,7 @@ def split_as_one(model):
     return fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
 
 
+@pytest.mark.slow
 def test_a_sharded_network_trains_on_with_all_that_its_optimizer_has():
     """Groups, a schedule, a warm-up, a decay and an average: as if it were whole."""
     options = {**CUT, "release": 5, "release_warmup": 8, "frobenius_decay": 0.1}
@@ -168,6 +169,7 @@ def test_a_full_rank_network_is_not_yet_to_be_sharded():
     assert type(model[0]) is nn.Linear
 
 
+@pytest.mark.slow
 def test_a_wrapper_from_before_says_so():
     model, _, method = low_rank()
     wrapper = nn.parallel.DistributedDataParallel(model)
@@ -189,6 +191,7 @@ def test_weights_of_other_ranks_are_refused_before_any_is_loaded(shard, options)
     assert all(map(torch.equal, before, [p.full_tensor() for p in model.parameters()]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "use",
     [

@@ -182,6 +182,7 @@ class Shapes(TorchDispatchMode):
         return result
 
 
+@pytest.mark.slow
 def test_in_the_low_rank_phase_no_product_of_the_size_of_a_weight_is_formed():
     model, optimizer, method = make()
     train(model, optimizer, method, DELAY + 5)
@@ -222,6 +223,7 @@ def test_undetermined_directions_are_left_out():
     assert mean_stability(list(rows.values())) == pytest.approx(sum(averaged) / 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-3)], ids=str
 )
@@ -279,6 +281,7 @@ def test_references_of_another_unit_or_before_the_window_are_of_no_use():
     assert not steps.state_dicts()
 
 
+@pytest.mark.slow
 def test_a_measurement_in_the_background_is_that_of_the_moment_it_began():
     model, optimizer, method = make()
     tracker, reference = tracker_of(method), tracker_of(method)

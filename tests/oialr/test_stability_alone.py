@@ -90,6 +90,7 @@ def test_stability_is_that_of_the_dense_weights(prepare, options):
         assert row.stability < 0.9999
 
 
+@pytest.mark.slow
 def test_it_follows_layers_that_turn_low_rank_meanwhile():
     model = network()
     tracker = StabilityTracker(model, window=1)

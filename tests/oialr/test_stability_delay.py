@@ -51,6 +51,7 @@ def train(model, optimizer, method, steps, *, first=0, moving=13):
     return events
 
 
+@pytest.mark.slow
 def test_each_layer_is_converted_when_it_has_stood_still():
     model, optimizer, method = make()
     events = train(model, optimizer, method, 18)
@@ -69,12 +70,14 @@ def test_each_layer_is_converted_when_it_has_stood_still():
     assert method.last_conversion == 16
 
 
+@pytest.mark.slow
 def test_nothing_is_converted_before_a_window_after_the_start():
     model, optimizer, method = make(stability_start=7, stability_threshold=1e-6)
     events = train(model, optimizer, method, 16, moving=0)
     assert events[0] == (12, "convert", BOTH)  # from step 8 on
 
 
+@pytest.mark.slow
 def test_what_moves_is_converted_at_the_latest_bound():
     model, optimizer, method = make(latest_delay=13)
     due = []
@@ -85,6 +88,7 @@ def test_what_moves_is_converted_at_the_latest_bound():
     assert due == [(8, BOTH[:1]), (14, BOTH)]
 
 
+@pytest.mark.slow
 def test_the_conversion_that_is_certain_is_told_before():
     model, optimizer, method = make(latest_delay=13)
     told = []
@@ -103,6 +107,7 @@ def test_the_conversion_that_is_certain_is_told_before():
     assert told == [14]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["momentum", "adamw"])
 @pytest.mark.parametrize("method_first", [True, False])
 @pytest.mark.parametrize("steps", [5, 8, 10, 13, 16])
@@ -128,6 +133,7 @@ def test_a_resumed_training_goes_on_bit_for_bit(steps, method_first, kind):
     assert method.last_conversion == its_method.last_conversion == 16
 
 
+@pytest.mark.slow
 def test_a_state_does_not_change_with_the_training():
     model, optimizer, method = make()
     train(model, optimizer, method, 9)
@@ -157,6 +163,7 @@ def test_a_release_converts_what_waits(release):
     assert not method.event_due
 
 
+@pytest.mark.slow
 def test_a_target_size_is_met_after_several_conversions():
     options = {"release": 22, "target_size": 0.6, "rank_multiple": 1}
     model, optimizer, method = make(**options)
@@ -166,6 +173,7 @@ def test_a_target_size_is_met_after_several_conversions():
     assert method.compression_percent() > 50
 
 
+@pytest.mark.slow
 def test_ranks_of_what_is_updated_beside_a_conversion_follow_the_target():
     options = {"target_size": 0.3, "rank_multiple": 1, "update_interval": 4, "latest_delay": 12}
     options |= {"layer_fraction": 1, "cutoff": 1e-9}

@@ -21,6 +21,7 @@ def size(method):
     return method.compression_percent() / 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("delay", [5, 12])
 @pytest.mark.parametrize("target", [0.25, 0.4, 0.6, 0.9])
 @pytest.mark.parametrize("largest_cut", [0.1, 0.9])
@@ -66,6 +67,7 @@ def test_the_ranks_at_a_release_are_those_that_lose_least():
     assert min(options) - 1e-9 <= lost <= min(options) + max(gains)
 
 
+@pytest.mark.slow
 def test_the_size_is_approached_over_the_updates():
     model, optimizer, method = make(layer_fraction=1, largest_cut=0.3, target_size=0.3, release=60)
     sizes = []
@@ -78,6 +80,7 @@ def test_the_size_is_approached_over_the_updates():
     assert sizes[-1] <= 0.3
 
 
+@pytest.mark.slow
 def test_without_a_release_the_cores_count():
     model, optimizer, method = make(layer_fraction=1, target_size=0.35)
     train(model, optimizer, method, 5)
@@ -89,12 +92,14 @@ def test_without_a_release_the_cores_count():
     assert get_layer(model, "0.weight").core is not None
 
 
+@pytest.mark.slow
 def test_a_training_that_is_too_short_says_that_it_ends_above():
     model, optimizer, method = make(layer_fraction=1, target_size=0.2, largest_cut=0.1)
     train(model, optimizer, method, 11)
     assert "above target_size, 0.2" in method.missed_target()
 
 
+@pytest.mark.slow
 def test_a_layer_that_is_worth_its_size_stays_or_becomes_dense():
     for delay in (4, 8):
         torch.manual_seed(0)
@@ -138,6 +143,7 @@ def test_a_size_that_no_ranks_can_have_is_refused():
         make(target_size=1.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [8, 11, 12, 14])
 def test_a_resumed_training_meets_the_same_size(stop):
     options = {"release": 12, "target_size": 0.5, "layer_fraction": 1}

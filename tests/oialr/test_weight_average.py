@@ -128,6 +128,7 @@ def test_average_follows_a_conversion_and_rotations(kind: str) -> None:
     torch.testing.assert_close(averaged["wide"], U @ U.T @ wide)
 
 
+@pytest.mark.slow
 def test_average_is_cut_to_the_kept_directions() -> None:
     model, optimizer, method, average = parts(cutoff=0.3)
     take_steps(model, optimizer, method, average, range(8))
@@ -172,6 +173,7 @@ def test_parameter_without_a_gradient_keeps_the_optimizer_whole() -> None:
     assert {"exp_avg", WEIGHT_AVERAGE} <= set(optimizer.state[model.norm.weight])
 
 
+@pytest.mark.slow
 def test_stored_ranks_are_restored() -> None:
     model, optimizer, method, average = parts(cutoff=0.3)
     inputs = torch.randn(4, 3, 8, dtype=torch.float64)

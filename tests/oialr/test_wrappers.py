@@ -45,6 +45,7 @@ def group():
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_wrappers_of_network_and_optimizer_are_taken_off():
     plain = make(cutoff=0.4)
     train(*plain, 12)
@@ -59,6 +60,7 @@ def test_wrappers_of_network_and_optimizer_are_taken_off():
     assert all(map(torch.equal, model.parameters(), plain[0].parameters()))
 
 
+@pytest.mark.slow
 def test_a_wrapper_from_before_an_event_says_so(group):
     model, optimizer, _ = make()
     old = DistributedDataParallel(model)
@@ -86,6 +88,7 @@ def count_calls(state, bucket):
     return future
 
 
+@pytest.mark.slow
 def test_a_wrapper_may_be_renewed_in_its_place(group):
     """With what it was made with; replaced parameters are held by it no longer."""
     model, optimizer, _ = make()
@@ -109,6 +112,7 @@ def test_a_wrapper_may_be_renewed_in_its_place(group):
     assert weight() is None
 
 
+@pytest.mark.slow
 def test_a_compiled_network_is_told_when_it_is_compiled_no_more(caplog):
     import torch._dynamo
 
@@ -131,6 +135,7 @@ def constant_average(average, weight, _):
     return average.lerp(weight, 0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"cutoff": 0.4}, {**CUT, "release": 12, "layer_fraction": 1}])
 @pytest.mark.parametrize("first", [0, 6])
 def test_averaged_copies_follow_as_the_average_does(options, first):
@@ -198,6 +203,7 @@ def cosine(optimizer, _):
     return lambda _: schedule.step()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", [cosine, one_cycle, timm_cosine])
 def test_schedules_made_after_keep_the_factor_of_the_cores(schedule):
     model, optimizer, method = make(core_learning_rate_factor=3.0)
@@ -263,6 +269,7 @@ def several_rates(optimizer, method):
     return lambda _: schedule.step()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("schedule", "options", "kind"),
     [
