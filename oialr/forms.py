@@ -29,13 +29,20 @@ class Form:
     """Whether the factors are A and B, both trained."""
     groups: int = 1
     """Number of matrices that the factors are stacks of; 1 of a dense weight."""
+    is_by_direction: bool = False
+    """Whether the factors are those of a kernel that is read by its directions."""
 
     def __str__(self) -> str:
         """Describe the form within a sentence."""
         if self.rank is None:
             return "dense"
-        stack = f" in a stack of {self.groups}" if self.groups > 1 else ""
-        return f"{'released' if self.released else 'low-rank'} of rank {self.rank}{stack}"
+        reading = f" in a stack of {self.groups}" if self.groups > 1 else ""
+        reading += " by the directions of its kernel" if self.is_by_direction else ""
+        return f"{'released' if self.released else 'low-rank'} of rank {self.rank}{reading}"
+
+    def is_read_alike(self, reading: MatrixReading) -> bool:
+        """Whether factors of a weight that is read so have this form."""
+        return (self.groups, self.is_by_direction) == (reading.groups, reading.is_by_direction)
 
 
 DENSE = Form()
@@ -51,7 +58,7 @@ def form_of(model: nn.Module, name: str) -> Form:
     layer = get_layer(model, name)
     if not isinstance(layer, FactoredLayer):
         return DENSE
-    return Form(layer.rank, layer.released, layer.groups)
+    return Form(layer.rank, layer.released, layer.groups, layer.reading.is_by_direction)
 
 
 def stored_forms(model: nn.Module, state: Mapping[str, Any], prefix: str = "") -> dict[str, Form]:
@@ -139,7 +146,7 @@ def take_form(
     if factors is None:
         factors = _unknown_factors(was, form, reading)
     if isinstance(layer, FactoredLayer):
-        layer.reading = _grouped(reading, form)
+        layer.reading = _as_held(reading, form)
         layer.set_factors(*factors)
     else:
         layer = factorize_layer(model, name, *factors)
@@ -195,6 +202,8 @@ def _stored_form(
     shapes = [tuple(factor.shape) for factor in there.values()]
     *stack, rank, _ = (1, 1, 1, *shapes[-1])
     form = Form(rank, released=len(there) == len(RELEASED), groups=stack[-1])
+    if reading.separable and shapes != _factor_shapes(form, reading):
+        form = replace(form, is_by_direction=True)
     if shapes != _factor_shapes(form, reading):
         sizes = ", ".join(f"{key} {size}" for key, size in zip(there, shapes, strict=True))
         raise ValueError(
@@ -207,7 +216,7 @@ def _stored_form(
 def _factor_shapes(form: Form, reading: MatrixReading) -> list[tuple[int, ...]]:
     """Return the shapes of U, core and Vh, or A and B; none of an impossible stack."""
     try:
-        m, n = _grouped(reading, form).matrix_shape
+        m, n = _as_held(reading, form).matrix_shape
     except ValueError:
         return []
     r, g = form.rank, form.groups
@@ -216,7 +225,10 @@ def _factor_shapes(form: Form, reading: MatrixReading) -> list[tuple[int, ...]]:
     return [(*([g] if g > 1 else []), *size) for size in [(m, r), *core, (r, n)]]
 
 
-def _grouped(reading: MatrixReading, form: Form) -> MatrixReading:
+def _as_held(reading: MatrixReading, form: Form) -> MatrixReading:
+    """Return how a weight is read of which the factors have a form."""
+    if reading.separable:
+        reading = reading.by_direction(form.is_by_direction)
     return replace(reading, groups=form.groups)
 
 

@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 Execution = Literal["auto", "factored", "folded", "dense"]
 AttentionProjection = Literal["packed", "separate"]
+Convolutions = Literal["matrix", "spatial"]
 UnknownState = Literal["error", "reset"]
 FrozenDtype = Literal["bfloat16"]
 ByStability = Literal["stability"]
@@ -145,6 +146,12 @@ class Selection:
         "Ours: in_proj_weight of nn.MultiheadAttention is one matrix (packed), or one each for "
         "query, key and value, all cut to the same rank (separate).",
         "packed",
+    )
+    convolutions: Convolutions = option(
+        "How the kernel of a convolution in two dimensions is read: as a matrix of a row for each "
+        "output channel (matrix, the paper's), or ours, of a row for each output channel and row "
+        "of the kernel (spatial), whose factors are a kernel in each direction.",
+        "matrix",
     )
     include_embeddings: bool = option(
         "Ours: weights of nn.Embedding are factorized too. It saves what is stored and the "

@@ -46,14 +46,15 @@ class LowRankLayers:
         """Give the layers their factors again, the same objects, with their optimizer state.
 
         Raises:
-            ValueError: a layer is none of the method's, or is read as another number of matrices.
+            ValueError: a layer is none of the method's, or is read otherwise.
         """
-        groups = {report.name: report.groups for report in reports}
+        readings = {report.name: report.reading for report in reports}
         for name, form in self._forms.items():
-            if groups.get(name) != form.groups:
+            if name not in readings or not form.is_read_alike(readings[name]):
                 raise ValueError(
                     f"{name} is {form}, and the options of OIALR do not make it so: do include, "
-                    "exclude or attention_projection differ from those of its training?"
+                    "exclude, attention_projection or convolutions differ from those of its "
+                    "training?"
                 )
         if not self._forms:
             return

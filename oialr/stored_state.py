@@ -62,7 +62,12 @@ def forms_of_state(state: Mapping[str, Any], layers: Sequence[LayerReport]) -> d
     """Return the forms that a state of the method tells of its layers, by name."""
     released = state.get("released", {})
     return {
-        layer.name: Form(rank, released.get(layer.name) == "factors", layer.groups)
+        layer.name: Form(
+            rank,
+            released.get(layer.name) == "factors",
+            layer.groups,
+            layer.reading.is_by_direction,
+        )
         if (rank := state["ranks"][layer.name]) is not None
         else DENSE
         for layer in layers
@@ -88,9 +93,9 @@ def forms_here(
         if name not in forms and form != form_of(model, name):
             why = reports[name].stays_dense if name in reports else "no layer of the method"
             raise ValueError(f"{name} is stored {form}, and stays full-rank here: {why}")
-        if name in forms and form.rank is not None and form.groups != reports[name].groups:
+        if name in forms and form.rank and not form.is_read_alike(reports[name].reading):
             raise ValueError(
-                f"{name} is stored {form}, and is read as {reports[name].groups} matrices "
-                "here: does attention_projection differ?"
+                f"{name} is stored {form}, and is read otherwise here, as {reports[name].reading}: "
+                "does attention_projection or convolutions differ?"
             )
     return forms | {name: form for name, form in stored.items() if name in forms}

@@ -19,6 +19,7 @@ def rebuild(
     layers: Mapping[str, tuple[int, ...]],
     figures: Sequence[str],
     not_averaged: Collection[str],
+    full_ranks: Mapping[str, int],
 ) -> tuple[MetricsStore, str]:
     """Start a new file in a damaged one's place, which stays beside it under another name.
 
@@ -28,14 +29,16 @@ def rebuild(
         path: of the damaged file.
         counts: rows that each group had.
         kept: all rows of some groups, from elsewhere.
-        configuration, layers, figures, not_averaged: as for :meth:`MetricsStore.create`.
+        configuration, layers, figures, not_averaged, full_ranks: as for
+            :meth:`MetricsStore.create`.
 
     Returns:
         The new file, and a line that says what became of the old one and which rows are lost.
     """
     groups = run_groups(figures)
     for layer, shape in layers.items():
-        groups |= {f"layers/{layer}/{name}": cols for name, cols in layer_groups(shape).items()}
+        of_layer = layer_groups(shape, full_ranks.get(layer))
+        groups |= {f"layers/{layer}/{name}": columns for name, columns in of_layer.items()}
 
     def columns(group: str) -> dict[str, np.dtype]:
         return {column.name: np.dtype(column.dtype) for column in groups[group]}
@@ -49,6 +52,7 @@ def rebuild(
         layers=layers,
         figures=figures,
         not_averaged=not_averaged,
+        full_ranks=full_ranks,
         rows=rows,
     )
     found = store.counts()

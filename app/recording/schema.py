@@ -94,9 +94,17 @@ def run_groups(figures: Sequence[str]) -> dict[str, tuple[Column, ...]]:
     }
 
 
-def layer_groups(shape: tuple[int, ...]) -> dict[str, tuple[Column, ...]]:
-    """Return the groups of a layer, by the shape of its dense weight."""
+def layer_groups(
+    shape: tuple[int, ...], full_rank: int | None = None
+) -> dict[str, tuple[Column, ...]]:
+    """Return the groups of a layer.
+
+    Args:
+        shape: of its dense weight.
+        full_rank: number of its singular values; None: those of the weight that is read by the
+            rule, the leading dimension makes the rows.
+    """
     text = "Singular values before a cut, descending, padded with NaN"
-    k = min(shape[0], math.prod(shape[1:]))
+    k = min(shape[0], math.prod(shape[1:])) if full_rank is None else full_rank
     spectrum = (STEP, Column("singular_values", "f4", "1", text, width=k))
     return {"rank": RANK, "stability": STABILITY, "spectrum": spectrum}

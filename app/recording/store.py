@@ -59,6 +59,7 @@ class MetricsStore:
         layers: Mapping[str, tuple[int, ...]],
         figures: Sequence[str] = ("accuracy",),
         not_averaged: Collection[str] = (),
+        full_ranks: Mapping[str, int] | None = None,
         rows: Mapping[str, Rows] | None = None,
     ) -> Self:
         """Start a new file.
@@ -69,6 +70,7 @@ class MetricsStore:
             layers: dense parameter name and shape of each layer, in the order of the network.
             figures: figures of merit of an evaluation, beside the loss.
             not_averaged: layers that means over the layers leave out.
+            full_ranks: numbers of singular values, of layers that are not read by the rule.
             rows: with which groups begin.
         """
         path = Path(path)
@@ -85,7 +87,7 @@ class MetricsStore:
                 attributes["shape"] = shape
                 attributes["index"] = index  # HDF5 lists groups by name
                 attributes["averaged"] = layer not in not_averaged
-                for name, columns in layer_groups(shape).items():
+                for name, columns in layer_groups(shape, (full_ranks or {}).get(layer)).items():
                     path_in_file = f"layers/{layer}/{name}"
                     create_group(file, path_in_file, columns, rows.get(path_in_file))
         return cls(file, path)

@@ -272,6 +272,9 @@ def _schema(
         "layers": {layer.name: layer.shape for layer in layers},
         "figures": figures,
         "not_averaged": {layer.name for layer in layers if not layer.is_linear_map},
+        "full_ranks": {
+            layer.name: layer.full_rank for layer in layers if layer.reading.is_by_direction
+        },
     }
 
 

@@ -11,6 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.checkpoint import checkpoint
 
 from oialr.layers.adapter import LayerAdapter
+from oialr.layers.base import FactoredLayer
 from oialr.layers.reading import MatrixReading
 from oialr.layers.twin import FactoredTwin
 from oialr.options import Execution, Selection
@@ -33,6 +34,10 @@ class FactoredConv(FactoredTwin):
 
     After a release, W = A B, it is B as a convolution of r output channels, then A as one with a
     kernel of one.
+
+    Where the kernel is read by its directions (:meth:`MatrixReading.by_direction`), Vh or B is a
+    convolution along the width, and U core or A one along the height, each with the stride,
+    padding and dilation of its direction.
 
     A convolution keeps its input for backward in any case. With ``recompute`` it keeps nothing
     beside it: the product with Vh or B, of r channels, is formed a second time in backward.
@@ -82,15 +87,26 @@ class FactoredConv(FactoredTwin):
             result: Tensor = convolve(inner, kernel, bias, groups=self.groups)
             return result
 
+        def along(x: Tensor, kernel: Tensor, direction: int, bias: Tensor | None) -> Tensor:
+            """Convolve x by a kernel that extends in one direction."""
+            kernel = kernel.contiguous(memory_format=layout)
+            result: Tensor = convolve(x, kernel, bias, **self._along(direction, padding))
+            return result
+
         def low_rank() -> Tensor:
-            if self.released:
-                A, B = self.operands
-                return pointwise(spatial(B), A, self.bias)
-            U, core, Vh = self.operands
-            inner = spatial(Vh)
-            if way == "factored":
-                return pointwise(pointwise(inner, core), U, self.bias)
-            return pointwise(inner, U @ core, self.bias)
+            left, *cores, right = self.operands
+            if self.reading.is_by_direction:
+                inner = along(x, self._horizontal(right), 1, None)
+            else:
+                inner = spatial(right)
+            for core in cores:
+                if way == "factored":
+                    inner = pointwise(inner, core)
+                else:
+                    left = left @ core
+            if self.reading.is_by_direction:
+                return along(inner, self._vertical(left), 0, self.bias)
+            return pointwise(inner, left, self.bias)
 
         layout = memory_layout(x, len(self.kernel_size))
         way = self.way(self._positions(x))
@@ -103,29 +119,62 @@ class FactoredConv(FactoredTwin):
         return low_rank()
 
     def plain_pair(self) -> nn.Sequential:
-        """Make two convolutions, that of r channels for each group and one with a kernel of one."""
+        """Make two convolutions, that of r channels for each group and one with a kernel of one.
+
+        Of a kernel that is read by its directions one along the width and one along the height.
+        """
         A, B = self.pair()
         kind: Any = PLAIN[len(self.kernel_size)]
-        g, r = self.groups, self.rank
-        common = {"groups": g, "device": "meta", "dtype": A.dtype}
-        spatial = kind(
-            self.in_channels,
-            g * r,
-            self.kernel_size,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            padding_mode=self.padding_mode,
-            bias=False,
-            **common,
-        )
-        has_bias = self.bias is not None
-        pointwise = kind(g * r, self.out_channels, 1, bias=has_bias, **common)
-        for layer, matrix in ((spatial, B), (pointwise, A)):
-            layer.weight = nn.Parameter(matrix.reshape(layer.weight.shape))
+        g = self.groups
+        whole = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+        if self.reading.is_by_direction:
+            kernels = self._horizontal(B), self._vertical(A).contiguous()
+            geometries = self._along(1, self.padding), self._along(0, self.padding)
+        else:
+            kernels = (
+                B.reshape(-1, *self.reading.shape[1:]),
+                A.reshape(self.out_channels, -1, *(1 for _ in self.kernel_size)),
+            )
+            geometries = whole, {}
+        pair = [
+            kind(
+                g * kernel.shape[1],
+                kernel.shape[0],
+                tuple(kernel.shape[2:]),
+                **geometry,
+                groups=g,
+                padding_mode=self.padding_mode if geometry else "zeros",
+                bias=False,
+                device="meta",
+                dtype=A.dtype,
+            )
+            for kernel, geometry in zip(kernels, geometries, strict=True)
+        ]
+        for layer, kernel in zip(pair, kernels, strict=True):
+            layer.weight = nn.Parameter(kernel)
         if self.bias is not None:
-            pointwise.bias = nn.Parameter(self.bias.detach())
-        return nn.Sequential(spatial, pointwise)
+            pair[-1].bias = nn.Parameter(self.bias.detach())
+        return nn.Sequential(*pair)
+
+    def _horizontal(self, right: Tensor) -> Tensor:
+        """Return Vh or B (r, i kw) as a kernel (r, i, 1, kw)."""
+        return right.reshape(-1, self.in_channels, 1, self.kernel_size[1])
+
+    def _vertical(self, left: Tensor) -> Tensor:
+        """Return U core or A (o kh, r) as a kernel (o, r, kh, 1)."""
+        return left.reshape(self.out_channels, self.kernel_size[0], -1, 1).transpose(1, 2)
+
+    def _along(self, direction: int, padding: str | tuple[int, ...]) -> dict[str, Any]:
+        """Return what a convolution along the height (0) or the width (1) takes of this one's."""
+
+        def only(values: Sequence[int], other: int) -> tuple[int, int]:
+            return (values[0], other) if direction == 0 else (other, values[1])
+
+        return {
+            "stride": only(self.stride, 1),
+            "padding": padding if isinstance(padding, str) else only(padding, 0),
+            "dilation": only(self.dilation, 1),
+        }
 
     def _positions(self, x: Tensor) -> int:
         """Positions of the output, over the batch; those of the input over the stride, about."""
@@ -148,15 +197,35 @@ class ConvAdapter(LayerAdapter):
     dense_types: ClassVar[tuple[type[nn.Module] | str, ...]] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     twin: ClassVar[type[FactoredTwin]] = FactoredConv
     example = (1, 1, 1)
+    separable: ClassVar[bool] = True
+    """Whether a kernel in two dimensions may be read by its directions."""
 
     def reading(
         self, layer: nn.Module, key: str, options: Selection | None = None
     ) -> MatrixReading:
-        """Every group has a matrix of its own; a depthwise kernel is one matrix."""
+        """Every group has a matrix of its own; a depthwise kernel is one matrix.
+
+        With the option ``convolutions="spatial"`` a kernel in two dimensions is read by its
+        directions; one with groups, or with a single row or column, by the rule.
+        """
         assert isinstance(layer, _ConvNd)
         shape = tuple(layer.get_parameter(key).shape)
         has_groups = not is_depthwise(layer) and shape[0] % layer.groups == 0
-        return MatrixReading(shape, groups=layer.groups if has_groups else 1)
+        groups = layer.groups if has_groups else 1
+        has_directions = self.separable and len(shape) == 4 and min(shape[2:]) > 1
+        reading = MatrixReading(shape, groups=groups, separable=has_directions and groups == 1)
+        is_asked = options is not None and options.convolutions == "spatial"
+        return reading.by_direction() if reading.separable and is_asked else reading
+
+    def factorize(
+        self, layer: nn.Module, key: str, factors: Sequence[Tensor]
+    ) -> tuple[nn.Module, FactoredLayer]:
+        """Hold the weight as factors; their shapes tell how it is read."""
+        reading = self.reading(layer, key)
+        if reading.separable:
+            reading = reading.by_direction(factors[0].shape[-2] != reading.matrix_shape[0])
+        twin = self.twin.from_dense(layer, *factors, reading=reading)
+        return twin, twin
 
     def obstacle(self, layer: nn.Module, key: str) -> str | None:
         """A depthwise kernel has nothing that could be saved."""

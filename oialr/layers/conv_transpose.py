@@ -135,6 +135,7 @@ class ConvTransposeAdapter(ConvAdapter):
     name = "a transposed convolution"
     dense_types = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
     twin = FactoredConvTranspose
+    separable = False
 
     def rows(self, layer: nn.Module, inputs: Sequence[Any], output: Any) -> int:
         """Count the positions of the input, over the batch: each is multiplied by all of W."""

@@ -1,7 +1,7 @@
 """How a dense weight is read as a matrix, or as a stack of matrices, and put back."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -26,6 +26,8 @@ class MatrixReading:
     """Permutation of the dimensions that comes first; None: they stay as they are stored."""
     row_dimensions: int = 1
     """How many dimensions, after the permutation, make the rows; the others make the columns."""
+    separable: bool = False
+    """Whether it is a kernel (o, i, kh, kw) that :meth:`by_direction` may read."""
 
     def __post_init__(self) -> None:
         if sorted(self._order) != list(range(len(self.shape))):
@@ -37,6 +39,23 @@ class MatrixReading:
             )
         if self.groups < 1 or self._rows % self.groups:
             raise ValueError(f"{self._rows} rows cannot be parted into {self.groups} groups")
+
+    @property
+    def is_by_direction(self) -> bool:
+        """Whether it is that of :meth:`by_direction`."""
+        return self.separable and self.row_dimensions == 2
+
+    def by_direction(self, wanted: bool = True) -> "MatrixReading":
+        """Return the reading of a kernel (o, i, kh, kw) as (o kh, i kw), or that by the rule.
+
+        Each side has a direction of the kernel, as in the factorizations of Khodak et al. (arXiv
+        2105.01029, section 2): W of rank r is a kernel (r, i, 1, kw), followed by one of (o, r, kh,
+        1). The matrix is nearly square, so that a core of full rank has the freedom of the kernel,
+        where the rule leaves a core of o numbers squared.
+        """
+        if not wanted:
+            return replace(self, order=None, row_dimensions=1)
+        return replace(self, order=(0, 2, 1, 3), row_dimensions=2)
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -61,6 +80,11 @@ class MatrixReading:
             return matrix.reshape(self.shape)
         back = sorted(range(len(self.order)), key=self.order.__getitem__)
         return matrix.reshape(self._permuted).permute(back).contiguous()
+
+    def __str__(self) -> str:
+        """Describe the reading within a sentence."""
+        stack = f"{self.groups} matrices " if self.groups > 1 else "a matrix "
+        return f"{stack}{self.matrix_shape}"
 
     @property
     def _order(self) -> tuple[int, ...]:

@@ -36,7 +36,7 @@ def formed(model):
 @pytest.mark.parametrize("case", kinds.CASES)
 def test_a_layer_computes_in_the_dtype_of_its_core(case, execution):
     dense = kinds.dense_layer(case)
-    twin = kinds.twin_of(dense, 4)
+    twin = kinds.twin_of(dense, case, 4)
     twin.execution = execution
     twin.store_frozen(LOW)
     exact = copy.deepcopy(twin)
@@ -66,7 +66,7 @@ def test_a_layer_runs_under_autocast(case, low):
             return model(x, x.flip(0), x, need_weights=False)[0]
 
     else:
-        model = kinds.twin_of(kinds.dense_layer(case), 4).float()
+        model = kinds.twin_of(kinds.dense_layer(case), case, 4).float()
         x = kinds.batch_for(case)
         x = x.float() if x.is_floating_point() else x
 

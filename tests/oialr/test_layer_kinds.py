@@ -56,11 +56,11 @@ def others(layer):
 @pytest.mark.parametrize("execution", ["auto", "factored", "folded", "dense"])
 def test_a_twin_equals_its_dense_layer(case, execution):
     layer, x = dense_layer(case), batch_for(case)
-    twin = twin_of(copy.deepcopy(layer))
+    twin = twin_of(copy.deepcopy(layer), case)
     twin.execution = execution
     torch.testing.assert_close(pull(twin, x), pull(layer, x))
     torch.testing.assert_close(twin.form_weight(), layer.weight)
-    G = reading_of(layer).to_matrix(layer.weight.grad)
+    G = reading_of(layer, case).to_matrix(layer.weight.grad)
     torch.testing.assert_close(twin.core.grad, twin.U.mT @ G @ twin.Vh.mT)
     assert twin.U.grad is None
     assert twin.Vh.grad is None
@@ -70,10 +70,10 @@ def test_a_twin_equals_its_dense_layer(case, execution):
 @pytest.mark.parametrize("execution", ["auto", "dense"])
 def test_a_released_twin_equals_its_dense_layer(case, execution):
     layer, x = dense_layer(case), batch_for(case)
-    twin = twin_of(copy.deepcopy(layer), released=True)
+    twin = twin_of(copy.deepcopy(layer), case, released=True)
     twin.execution = execution
     torch.testing.assert_close(pull(twin, x), pull(layer, x))
-    G = reading_of(layer).to_matrix(layer.weight.grad)
+    G = reading_of(layer, case).to_matrix(layer.weight.grad)
     torch.testing.assert_close(twin.A.grad, G @ twin.B.mT)
     torch.testing.assert_close(twin.B.grad, twin.A.mT @ G)
     torch.testing.assert_close(others(twin), others(layer))
@@ -85,7 +85,7 @@ def test_a_transposed_convolution_takes_the_size_of_its_output(size, released):
     torch.manual_seed(0)
     layer = nn.ConvTranspose2d(12, 8, 3, stride=2, groups=2, padding=1).double()
     x = torch.randn(6, 12, 6, 5, dtype=torch.float64)
-    twin = twin_of(layer, released=released)
+    twin = twin_of(layer, case, released=released)
     size = [*size[:-2], size[-2] + 1, size[-1] + 1]
     torch.testing.assert_close(twin(x, size), layer(x, output_size=size))
     torch.testing.assert_close(twin(x[0], output_size=size[-2:]), layer(x[0], size[-2:]))
@@ -96,7 +96,7 @@ def test_a_transposed_convolution_takes_the_size_of_its_output(size, released):
 def test_a_transposed_convolution_keeps_channels_last():
     layer = nn.ConvTranspose2d(12, 8, 3, stride=2)
     x = torch.randn(2, 12, 6, 5).to(memory_format=torch.channels_last)
-    y = twin_of(layer)(x)
+    y = twin_of(layer, case)(x)
     assert y.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(y, layer(x), rtol=1e-4, atol=1e-5)
 
@@ -106,7 +106,7 @@ def test_copies_pickles_and_the_way_back(case, released, monkeypatch):
     for name in ("transformers", "transformers.pytorch_utils"):
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(Conv1D=Conv1D))
     layer, x = dense_layer(case), batch_for(case)
-    twin = twin_of(layer, rank=2, released=released).eval()
+    twin = twin_of(layer, case, rank=2, released=released).eval()
     expected = twin(x)
     assert isinstance(twin, type(layer))
     dense = twin.to_dense()
@@ -123,7 +123,7 @@ def test_copies_pickles_and_the_way_back(case, released, monkeypatch):
 
 def test_a_reading_puts_back_what_it_took(case):
     layer = dense_layer(case)
-    reading = reading_of(layer)
+    reading = reading_of(layer, case)
     matrix = reading.to_matrix(layer.weight)
     assert tuple(matrix.shape) == reading.stack_shape
     assert torch.equal(reading.to_weight(matrix), layer.weight)
@@ -138,7 +138,7 @@ def test_linear_state_is_carried_exactly_at_the_conversion(case, released):
     train(case, dense, dense_optimizer, None, DELAY)
     layer, weight = model[0], dense[0].weight
     assert isinstance(layer, FactoredLayer)
-    reading = reading_of(dense[0])
+    reading = reading_of(dense[0], case)
     M = reading.to_matrix(dense_optimizer.state[weight]["momentum_buffer"])
     G = reading.to_matrix(weight.grad)
     if released:
@@ -160,7 +160,7 @@ def test_a_layer_that_a_release_makes_dense_again_has_its_momentum_back(case):
     train(case, model, optimizer, method, 1, first=DELAY + 1)
     train(case, other, other_optimizer, None, 1, first=DELAY + 1)
     twin = other[0]
-    expected = reading_of(model[0]).to_weight(
+    expected = reading_of(model[0], case).to_weight(
         twin.U @ other_optimizer.state[twin.core]["momentum_buffer"] @ twin.Vh
     )
     torch.testing.assert_close(model[0].weight, twin.form_weight())
@@ -216,7 +216,7 @@ def test_a_resumed_training_is_the_same_over_cuts_and_release(case, steps):
 def test_the_stability_is_that_of_the_matrices(case):
     model, optimizer, method = make(case, cutoff=0.6)
     tracker = BasisTracker(method.survey, Processes(), window=1)
-    reading, bases = reading_of(model[0]), []
+    reading, bases = reading_of(model[0], case), []
     for time, steps in enumerate((0, DELAY + 3)):
         train(case, model, optimizer, method, steps)
         row = tracker.measure(model, time)[0]
@@ -250,9 +250,9 @@ def test_rows_and_costs_are_those_that_torch_counts(case, way):
     x = batch_for(case)
     rows = rows_per_sample(model, method.layers, lambda: model(x), 1)["0.weight"]
     layer = dense_layer(case)
-    adapter, reading = kind_of(layer), reading_of(layer)
+    adapter, reading = kind_of(layer), reading_of(layer, case)
     (m, n), r = reading.matrix_shape, 2
-    twin = twin_of(layer, rank=r)
+    twin = twin_of(layer, case, rank=r)
     twin.execution = way
     counted = adapter.multiply_adds(way, rows=rows, m=m, n=n, r=r) * reading.groups
     whole = adapter.full_rank_multiply_adds(rows=rows, m=m, n=n) * reading.groups
@@ -266,15 +266,16 @@ def test_rows_and_costs_are_those_that_torch_counts(case, way):
 
 
 def test_what_an_embedding_multiplies_is_what_torch_counts():
-    layer, x, r = dense_layer("Embedding"), batch_for("Embedding"), 2
-    twin, sizes = twin_of(layer, rank=r), {"rows": x.numel(), "m": 30, "n": 12}
+    case, r = "Embedding", 2
+    layer, x = dense_layer(case), batch_for(case)
+    twin, sizes = twin_of(layer, case, rank=r), {"rows": x.numel(), "m": 30, "n": 12}
     additions = kind_of(layer).full_rank_multiply_adds(**sizes)
     assert multiply_adds(layer, x) == 0
     for way, added in (("factored", 0), ("folded", 0), ("dense", additions)):
         twin.execution = way
         counted = kind_of(layer).multiply_adds(way, **sizes, r=r)
         assert multiply_adds(twin, x) == counted - added
-    released = twin_of(layer, rank=r, released=True)
+    released = twin_of(layer, case, rank=r, released=True)
     assert multiply_adds(released, x) == kind_of(layer).released_multiply_adds(**sizes, r=r)
     # Few rows are looked up first; for many of a small table it is cheaper to form the table.
     ways = [twin.cheapest_way(rows, 30, 12, 6) for rows in (1, 10**6)]

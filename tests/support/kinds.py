@@ -6,6 +6,7 @@ from torch import nn
 from oialr import OIALR
 from oialr.layers.registry import kind_of
 from oialr.linalg.svd import economy_svd
+from oialr.options import Selection
 
 try:
     from transformers.pytorch_utils import Conv1D
@@ -48,6 +49,10 @@ def tokens(seed):
 CASES = {
     "Linear": (lambda: nn.Linear(12, 16), normal(5, 12)),
     "Conv2d": (lambda: nn.Conv2d(8, 24, 3, stride=2, padding=1), normal(8, 6, 5)),
+    "Conv2d, spatial": (
+        lambda: nn.Conv2d(8, 6, (2, 3), stride=(1, 2), padding=1, dilation=(2, 1)),
+        normal(8, 6, 5),
+    ),
     "Conv2d, groups": (lambda: nn.Conv2d(8, 24, 3, padding=1, groups=2), normal(8, 4, 5)),
     "ConvTranspose1d": (
         lambda: nn.ConvTranspose1d(12, 8, 3, stride=2, padding=1, output_padding=1),
@@ -64,6 +69,9 @@ CASES = {
 }
 """By name: makes the dense layer, makes a batch from a seed."""
 
+OPTIONS = {"Conv2d, spatial": {"convolutions": "spatial"}}
+"""Of the method, by name, where a case is one of these options."""
+
 
 def dense_layer(case):
     torch.manual_seed(0)
@@ -74,13 +82,14 @@ def batch_for(case, seed=0):
     return CASES[case][1](seed)
 
 
-def reading_of(layer):
-    return kind_of(layer).reading(layer, "weight")
+def reading_of(layer, case):
+    options = Selection(**OPTIONS.get(case, {}))
+    return kind_of(layer).reading(layer, "weight", options)
 
 
-def twin_of(layer, rank=None, *, released=False):
+def twin_of(layer, case, rank=None, *, released=False):
     """Return the factorized layer of a dense one, cut to a rank."""
-    U, s, Vh = economy_svd(reading_of(layer).to_matrix(layer.weight.detach()))
+    U, s, Vh = economy_svd(reading_of(layer, case).to_matrix(layer.weight.detach()))
     r = rank or s.shape[-1]
     U, s, Vh = U[..., :r].contiguous(), s[..., :r], Vh[..., :r, :].contiguous()
     root = s.sqrt()
@@ -105,7 +114,7 @@ def make(case, kind="adamw", **options):
     model = nn.Sequential(layer, nn.Flatten(), *head)
     optimizer = OPTIMIZERS[kind](model.parameters())
     options = {"delay": DELAY, "update_interval": 2, "cutoff": 0.3, **options}
-    options["include_embeddings"] = True
+    options |= {"include_embeddings": True, **OPTIONS.get(case, {})}
     return model, optimizer, OIALR(model, optimizer, layer_fraction=1, rank_multiple=1, **options)
 
 
