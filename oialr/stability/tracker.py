@@ -252,7 +252,7 @@ class _Measured(NamedTuple):
 def _take(model: nn.Module, report: LayerReport) -> list[Tensor]:
     """Return what a measurement needs of a weight, as stacks: its factors, or the weight."""
     layer = get_layer(model, report.name)
-    if isinstance(layer, FactoredLayer) and layer.reading == report.reading:
+    if isinstance(layer, FactoredLayer) and layer.reading.stack_shape == report.stack_shape:
         return [
             factor.detach().reshape(report.groups, *factor.shape[-2:]) for factor in layer.operands
         ]
