@@ -22,6 +22,9 @@ UnknownState = Literal["error", "reset"]
 FrozenDtype = Literal["bfloat16"]
 ByStability = Literal["stability"]
 
+READINGS = ("attention_projection", "convolutions")
+"""Options that say how a weight is read as a matrix."""
+
 BOUNDS = ("gt", "ge", "lt", "le")
 """Names of the bounds of a range, as pydantic has them: >, >=, <, <=."""
 

@@ -16,6 +16,7 @@ def check_stored_state(
     delay: int | str,
     release: int | None,
     frobenius_decay: float | None,
+    readings: Mapping[str, str],
 ) -> None:
     """Reject a state that cannot be gone on with.
 
@@ -23,10 +24,12 @@ def check_stored_state(
         state: of :meth:`oialr.method.OIALR.state_dict`, of this or an earlier version.
         names: of the layers that the method factorizes.
         delay, release, frobenius_decay: as they are now.
+        readings: options that say how weights are read as matrices, by name, as they are now.
 
     Raises:
         ValueError: the state is of another network; or a step of an event is another one now, and
-            either of them is over; or what the optimizer's groups were made by is another.
+            either of them is over; or what the optimizer's groups were made by is another; or the
+            layers turned low-rank in another reading.
     """
     if list(state["ranks"]) != list(names):
         other = sorted(set(state["ranks"]) ^ set(names))
@@ -56,6 +59,13 @@ def check_stored_state(
             f"oialr.frobenius_decay: cannot change from {decay} to {frobenius_decay}: the "
             "optimizer's stored state has the weight decay that goes with it"
         )
+    is_low_rank = any(rank is not None for rank in state["ranks"].values())
+    for name, reading in readings.items():
+        if is_low_rank and (was := state.get(name, reading)) != reading:
+            raise ValueError(
+                f"oialr.{name}: cannot change from {was} to {reading} after layers turned "
+                "low-rank: their factors are those of another matrix"
+            )
 
 
 def forms_of_state(state: Mapping[str, Any], layers: Sequence[LayerReport]) -> dict[str, Form]:

@@ -86,6 +86,7 @@ GRAPH = {
         "layer_survey",
         "layers",
         "linalg",
+        "options",
         "placement",
         "sharding",
         "skeleton",

@@ -8,6 +8,7 @@ from torch import nn
 
 from oialr.errors import UserError
 from oialr.layer_survey import survey
+from oialr.options import Convolutions
 from oialr.placement.processes import Processes
 from oialr.sharding import whole
 from oialr.skeleton import dense_skeleton
@@ -41,6 +42,7 @@ class StabilityTracker:
         window: int = 5,
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
+        convolutions: Convolutions = "matrix",
         processes: Processes | None = None,
     ) -> None:
         """Look at the network's weights; nothing is measured yet.
@@ -53,6 +55,8 @@ class StabilityTracker:
             include, exclude: shell-style patterns of dense parameter names, such as
                 "blocks.*.attn.*". Measured are the weights of linear maps (linear layers,
                 convolutions, attention) that match one of the first and none of the second.
+            convolutions: how kernels are read, as of :class:`oialr.OIALR`: a low-rank network is
+                measured between the bases that it has only if it was made so.
             processes: who shares the work, as of :class:`oialr.OIALR`; then all of them must call
                 :meth:`measure`. None: this process alone, so that one of several may measure.
 
@@ -63,7 +67,8 @@ class StabilityTracker:
         if window < 1:
             raise ValueError(f"window must be at least 1, not {window!r}")
         self._model = whole(model)
-        layers = [report for report in survey(dense_skeleton(self._model)) if report.is_linear_map]
+        reports = survey(dense_skeleton(self._model), convolutions=convolutions)
+        layers = [report for report in reports if report.is_linear_map]
         if not layers:
             raise ValueError("the network has no linear layer, convolution or attention")
         self._tracker = BasisTracker(

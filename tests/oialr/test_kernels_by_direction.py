@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.functional import conv2d
 
-from oialr import OIALR, load, prepare, save, survey
+from oialr import OIALR, StabilityTracker, load, prepare, save, survey
 from oialr.layers.reading import MatrixReading
 from oialr.layers.registry import kind_of
 from oialr.linalg.svd import economy_svd
@@ -180,6 +180,31 @@ def test_weights_of_the_other_reading_are_refused():
         other.load_state_dict(model.state_dict())
     assert before.keys() == other.state_dict().keys()
     assert its_method.ranks() == {"0.weight": 8, "2.weight": 8}  # full, of (8, 27) and (8, 72)
+
+
+def test_a_state_of_the_other_reading_is_refused():
+    _, method = trained(network(), convolutions="spatial")
+    other = network()
+    _, its_method = trained(other, steps=0)
+    before = copy.deepcopy(other.state_dict())
+    line = "oialr.convolutions: cannot change from spatial to matrix after layers turned low-rank"
+    with pytest.raises(ValueError, match=line):
+        its_method.load_state_dict(method.state_dict())
+    after = other.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    # Before the conversion the reading may still be chosen.
+    _, early = trained(network(), steps=1, convolutions="spatial")
+    its_method.load_state_dict(early.state_dict())
+
+
+def test_the_stability_is_that_of_the_bases_that_are_there():
+    model = network()
+    _, method = trained(model, convolutions="spatial")
+    rows = StabilityTracker(model, convolutions="spatial").measure()
+    ranks = {row.name: row.rank for row in rows if row.name in method.ranks()}
+    assert ranks == method.ranks()
+    assert all(row.orthonormality_error < 1e-12 for row in rows if row.name in ranks)
 
 
 def test_the_survey_tells_the_shape_of_the_matrix():
