@@ -3,6 +3,7 @@
 from support.metrics_rows import LAYERS
 
 from app.training.recorder import Recorder
+from oialr.layers.reading import MatrixReading
 
 SCHEMA = {"configuration": "run: {}\n", "layers": [], "figures": ["accuracy"]}
 
@@ -12,6 +13,7 @@ class Layer:
 
     def __init__(self, name):
         self.name, self.shape, self.is_linear_map = name, LAYERS[name], True
+        self.reading = MatrixReading(LAYERS[name])
 
 
 def resume(path, counts, kept=None):
