@@ -1,6 +1,6 @@
 """What does it cost to use a trained network, dense against factored, in time and memory?
 
-  python -m benchmarks.inference                                   # twenty minutes
+  python -m benchmarks.inference                                   # 25 minutes, by estimate
   python -m benchmarks.inference --models MLP ViT-192 ResNet       # two minutes
   python -m benchmarks.inference --quick                           # half a minute
 

@@ -99,7 +99,8 @@ class LayerAdapter:
             What takes the layer's place in the network, and what holds the factors: the same, but
             for a layer of several weights.
         """
-        twin = self.twin.from_dense(layer, *factors, reading=self.reading(layer, key))
+        reading = self.reading(layer, key).with_rows(factors[0].shape[-2])
+        twin = self.twin.from_dense(layer, *factors, reading=reading)
         return twin, twin
 
     def opened(self, layer: nn.Module) -> nn.Module:

@@ -11,7 +11,6 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.checkpoint import checkpoint
 
 from oialr.layers.adapter import LayerAdapter
-from oialr.layers.base import FactoredLayer
 from oialr.layers.reading import MatrixReading
 from oialr.layers.twin import FactoredTwin
 from oialr.options import Execution, Selection
@@ -216,16 +215,6 @@ class ConvAdapter(LayerAdapter):
         reading = MatrixReading(shape, groups=groups, separable=has_directions and groups == 1)
         is_asked = options is not None and options.convolutions == "spatial"
         return reading.by_direction() if reading.separable and is_asked else reading
-
-    def factorize(
-        self, layer: nn.Module, key: str, factors: Sequence[Tensor]
-    ) -> tuple[nn.Module, FactoredLayer]:
-        """Hold the weight as factors; their shapes tell how it is read."""
-        reading = self.reading(layer, key)
-        if reading.separable:
-            reading = reading.by_direction(factors[0].shape[-2] != reading.matrix_shape[0])
-        twin = self.twin.from_dense(layer, *factors, reading=reading)
-        return twin, twin
 
     def obstacle(self, layer: nn.Module, key: str) -> str | None:
         """A depthwise kernel has nothing that could be saved."""

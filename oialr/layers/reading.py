@@ -48,14 +48,21 @@ class MatrixReading:
     def by_direction(self, wanted: bool = True) -> "MatrixReading":
         """Return the reading of a kernel (o, i, kh, kw) as (o kh, i kw), or that by the rule.
 
-        Each side has a direction of the kernel, as in the factorizations of Khodak et al. (arXiv
-        2105.01029, section 2): W of rank r is a kernel (r, i, 1, kw), followed by one of (o, r, kh,
-        1). The matrix is nearly square, so that a core of full rank has the freedom of the kernel,
+        Each side has a direction of the kernel, as in the low-rank convolutions of Tai et al.
+        (arXiv 1511.06067): W of rank r is a kernel (r, i, 1, kw), followed by one of (o, r, kh, 1).
+        The matrix is nearly square, so that a core of full rank has the freedom of the kernel,
         where the rule leaves a core of o numbers squared.
         """
         if not wanted:
             return replace(self, order=None, row_dimensions=1)
         return replace(self, order=(0, 2, 1, 3), row_dimensions=2)
+
+    def with_rows(self, m: int) -> "MatrixReading":
+        """Return the reading of the same weight that factors with m rows belong to."""
+        if not self.separable:
+            return self
+        rule = self.by_direction(False)
+        return rule if m == rule.matrix_shape[0] else self.by_direction()
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
