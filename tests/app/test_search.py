@@ -144,10 +144,10 @@ def test_faults_are_results_and_the_search_goes_on(tmp_path, tiny):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_an_evaluation_leaves_an_individual_and_nothing_else(tmp_path, tiny, processes):
-    arguments = [f"search.processes_per_worker={processes}", "search.evaluations=9"]
+    arguments = [f"search.processes_per_worker={processes}", "search.evaluations=14"]
     arguments += ["training.epochs=1", "training.warmup_epochs=0", "training.batch_size=25"]
     arguments += [f"run.dir={tmp_path / 'run'}"]
-    result = launch(processes, FLAT, 4, 8, "--config", tiny, *arguments)
+    result = launch(processes, FLAT, 4, 13, "--config", tiny, *arguments)
     lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
     assert lines == processes * [{"more": {}}]
     assert stored(tmp_path / "run")[5].status == "hopeless"
