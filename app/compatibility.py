@@ -12,6 +12,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from app.errors import StorageError
+
 
 def compile_alone(module: Any, *, backend: str) -> Any:
     """Compile a network, regardless of what was compiled before.
@@ -83,6 +85,9 @@ def remove_stale_shared_memory_of_mpich(folder: Path = Path("/dev/shm")) -> None
 
     Args:
         folder: where POSIX shared memory lies.
+
+    Raises:
+        StorageError: such a file is another user's; MPI could not use it either.
     """
     step, daemon_start = os.environ.get("PMI_JOBID"), _start_of_step_daemon()
     if step is None or daemon_start is None or not folder.exists():
@@ -96,9 +101,20 @@ def remove_stale_shared_memory_of_mpich(folder: Path = Path("/dev/shm")) -> None
         fcntl.flock(lock, fcntl.LOCK_EX)
         for path in folder.glob(f"mpich_*_{name:x}_*"):
             if path.stat().st_mtime < daemon_start:  # files of this step are younger
-                path.unlink()
+                _unlink_what_is_in_the_way(path)
     finally:
         os.close(lock)
+
+
+def _unlink_what_is_in_the_way(path: Path) -> None:
+    try:
+        path.unlink()
+    except PermissionError:
+        raise StorageError(
+            f"{path} on {os.uname().nodename}, left by an earlier Slurm step of this number, is in "
+            f"the way of MPI and belongs to user {path.stat().st_uid}, who may delete it: submit "
+            "the job again, for another number"
+        ) from None
 
 
 def _start_of_step_daemon() -> float | None:

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from support.launching import launch
 
+from app import compatibility
+from app.errors import StorageError
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -154,3 +157,37 @@ def test_scikit_learn_leaves_the_random_generator_alone() -> None:
         "print('sklearn.datasets' in sys.modules, random.getstate() == state)\n"
     )
     assert (result.returncode, result.stdout) == (0, "True True\n"), result.stderr
+
+
+def test_shared_memory_of_an_earlier_slurm_step_is_taken_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FNV-1a of "12.0" is in their names; younger ones are this step's own."""
+    started = 1_000_000.0
+    monkeypatch.setenv("PMI_JOBID", "12.0")
+    monkeypatch.setattr(compatibility, "_start_of_step_daemon", lambda: started)
+    name = "mpich_shm_fb904474_node"
+    old, new, other = (tmp_path / one for one in (name, f"{name}2", "mpich_shm_1_node"))
+    for path, time in ((old, started - 1), (new, started + 1), (other, started - 1)):
+        path.touch()
+        os.utime(path, (time, time))
+    compatibility.remove_stale_shared_memory_of_mpich(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([new, other])
+
+
+def test_shared_memory_of_another_user_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PMI_JOBID", "12.0")
+    monkeypatch.setattr(compatibility, "_start_of_step_daemon", lambda: 1_000_000.0)
+    path = tmp_path / "mpich_shm_fb904474_node"
+    path.touch()
+    os.utime(path, (1, 1))
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(path)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(StorageError, match=rf"{path.name} on .*belongs to user {os.getuid()}, "):
+        compatibility.remove_stale_shared_memory_of_mpich(tmp_path)
+    assert path.exists()
