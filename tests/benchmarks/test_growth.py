@@ -84,12 +84,22 @@ def looks(memory, handles=lambda i: 9):
     return [{"KiB": memory(i), "handles": handles(i), "threads": 3} for i in range(100)]
 
 
+def test_what_comes_at_once_is_told_and_is_no_slope():
+    doubled = _growth(looks(lambda i: 5000 + 4000 * (i > 70)), 1, "evaluation")
+    assert doubled["KiB at once"] == 4000
+    assert doubled["KiB more for each evaluation"] == pytest.approx(0, abs=1e-9)
+    assert doubled["flat"]
+    growing = _growth(looks(lambda i: 5000 + 3 * i + 4000 * (i > 70)), 1, "evaluation")
+    assert growing["KiB more for each evaluation"] == pytest.approx(3, rel=0.05)
+    assert not growing["flat"]
+
+
 def test_growth_is_the_slope_after_caches_have_filled():
     filling = _growth(looks(lambda i: 5000 + 80 * min(i, 40)), 10, "event")
     assert filling["KiB more for each event"] == 0
     assert filling["flat"]
-    growing = _growth(looks(lambda i: 5000 + 4 * i + i % 2), 2, "evaluation")
-    assert abs(growing["KiB more for each evaluation"] - 2) < 0.01
+    growing = _growth(looks(lambda i: 5000 + 8 * i + i % 2), 2, "evaluation")
+    assert abs(growing["KiB more for each evaluation"] - 4) < 0.1
     assert not growing["flat"]
     passing = _growth(looks(lambda i: 5000, handles=lambda i: 9 + (i % 7 == 1)), 1, "event")
     assert (passing["handles more"], passing["flat"]) == (0, True)
