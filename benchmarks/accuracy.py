@@ -43,7 +43,7 @@ from benchmarks.study.cell import (
 from benchmarks.study.definition import Study
 from benchmarks.study.figure import draw
 from benchmarks.study.plan import Plan, Waiting
-from benchmarks.study.table import as_dict, markdown, tabulate
+from benchmarks.study.table import as_dict, markdown, put_into, tabulate
 
 QUICK = ("training.epochs=2", "training.warmup_epochs=1")
 Arguments = tuple[str, str, int, float]
@@ -56,8 +56,6 @@ def main() -> None:
     study, name = _study(options)
     folder = (options.folder or Path("runs") / "accuracy") / name
     overrides = [*options.overrides, *(QUICK if options.quick else ())]
-    if options.quick and not options.study:  # whose methods have delays of their own
-        overrides.append("oialr.delay=20")
     plan = Plan(study, folder.parent / "cells", overrides)
     code = present_code()
     runner = Runner(code)
@@ -78,6 +76,8 @@ def main() -> None:
     draw(tables, folder / "fronts.png")
     document = {table.network: as_dict(table) for table in tables}
     (folder / "table.json").write_text(json.dumps(document, indent=1) + "\n")
+    if options.into:
+        put_into(options.into, name, text)
     print(json.dumps(document) if options.json else text)
     sys.exit(1 if failed else 0)
 
@@ -267,6 +267,13 @@ def _study(options: argparse.Namespace) -> tuple[Study, str]:
     return definition.restrict(study, methods=options.methods, networks=options.networks), name
 
 
+def _document(text: str) -> Path:
+    path = Path(text)
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {text}")
+    return path
+
+
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -293,6 +300,13 @@ def _parse() -> argparse.Namespace:
         help="also run a cell of each method with nothing beside it, for its CPU time",
     )
     parser.add_argument("--table", action="store_true", help="run nothing, print what is there")
+    parser.add_argument(
+        "--into",
+        type=_document,
+        metavar="PATH",
+        help="a document, such as docs/results.md: the tables are put between <!-- study NAME --> "
+        "and <!-- end -->",
+    )
     parser.add_argument("--folder", type=Path, help="of all studies (runs/accuracy)")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.add_argument("--quick", action="store_true", help="one seed, two epochs")

@@ -45,7 +45,7 @@ columns with 174 layers. Long runs add about 1 % to what a process holds by thes
 LOOKS = 200
 """At memory, at least, over all events or epochs."""
 SEARCH = f"""
-extends: {ROOT}/configs/digits_vit.yaml
+extends: {ROOT}/configs/paper/digits_vit.yaml
 training: {{epochs: 1, warmup_epochs: 0, batch_size: 50}}
 data: {{train_samples: 100}}
 model:

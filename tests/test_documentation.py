@@ -76,7 +76,8 @@ FILLED_IN = {
 }
 TRAIN = (
     "data.name=digits data.train_samples=128 data.augmentation=none training.epochs=2 "
-    "training.warmup_epochs=1 oialr.delay=2 oialr.update_interval=1 stability.window=1"
+    "training.warmup_epochs=1 oialr.delay=2 oialr.release=3 oialr.update_interval=1 "
+    "stability.window=1"
 )
 # 260 steps, more than the longest delay of the space.
 SEARCH = (

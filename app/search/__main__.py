@@ -33,7 +33,7 @@ examples:
 
 A search configuration extends another one and names a space:
 
-  extends: ../digits_vit.yaml             # relative to this file
+  extends: ../paper/digits_vit.yaml       # relative to this file
   space:
     oialr.cutoff: [0.01, 0.9]             # a range; integers where the key wants them
     training.learning_rate: {range: [1.0e-4, 1.0e-2], scale: log}

@@ -20,6 +20,9 @@ from benchmarks.gpu.measuring import Results, choose_device, command_line
 NEEDED = ("pydantic", "yaml", "h5py", "rich", "sklearn", "timm")
 SHORT = (
     "training.epochs=12",
+    "oialr.release=null",  # the paper's algorithm, which has more events than the recipe
+    "oialr.target_size=null",
+    "oialr.frobenius_decay=null",
     "oialr.delay=60",
     "oialr.update_interval=40",
     "run.keep_checkpoints=1",

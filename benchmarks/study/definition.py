@@ -30,6 +30,8 @@ class Network(Section):
     rates_of: str | None = None
     """Another network, such as the same one trained for shorter: the learning rates that are chosen
     there count here."""
+    methods: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Keys that methods set otherwise here, above their own and those that they extend."""
 
 
 class Method(Section):
@@ -89,6 +91,9 @@ class Study(Section):
                 if other not in self.networks:
                     raise ValueError(f"methods.{name}.networks: there is no network {other!r}")
         for name, network in self.networks.items():
+            for other in network.methods:
+                if other not in self.methods:
+                    raise ValueError(f"networks.{name}.methods: there is no method {other!r}")
             rates_of = network.rates_of
             if rates_of is None:
                 continue
@@ -129,11 +134,12 @@ class Study(Section):
             if self.methods[name].networks is None or network in (self.methods[name].networks or ())
         ]
 
-    def keys_of(self, name: str) -> dict[str, Any]:
-        """Return what a method sets, those that it extends included."""
+    def keys_of(self, name: str, network: str | None = None) -> dict[str, Any]:
+        """Return what a method sets (with a network), those that it extends included."""
         method = self.methods[name]
-        inherited = self.keys_of(method.extends) if method.extends else {}
-        return {**inherited, **method.set}
+        inherited = self.keys_of(method.extends, network) if method.extends else {}
+        own = self.networks[network].methods.get(name, {}) if network else {}
+        return {**inherited, **method.set, **own}
 
 
 def read_study(path: Path) -> Study:

@@ -54,7 +54,7 @@ class Plan:
         """
         path, base = self._path(network, method), self._base(network)
         common = config.load(path, [*base, *self._overrides])
-        set_keys = self.study.keys_of(method)
+        set_keys = self.study.keys_of(method, network)
         follows, ranks = self._follow(network, method, seed, factor)
         epochs = follows.get("training.epochs", common.training.epochs)
         steps = epochs * self._tasks(network, path).steps_per_epoch
@@ -201,7 +201,7 @@ class Plan:
         """Return delay and release at the end of the full-rank phase, and ranks, as Cuttlefish."""
         if (place := watched.finished) is None:
             raise Waiting(f"{watched}")
-        keys = self.study.keys_of(method)
+        keys = self.study.keys_of(method, network)
         kept = {key: keys[key] for key in keys if re.match(r"oialr.(keep|in|ex)", key)}
         path = self._path(network, method)
         assignments = [*self._base(network), *_assignments(kept), *self._overrides]

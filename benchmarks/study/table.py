@@ -4,8 +4,10 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from app.errors import UserError
 from benchmarks.study.cell import (
     FINGERPRINT_STEPS,
     IDLE,
@@ -175,6 +177,26 @@ def markdown(table: Table, baseline: str) -> list[str]:
         lines.append(f"| {row.method} | " + " | ".join(cells) + " |")
     remarks = [f"{row.method}: {note}" for row in table.rows for note in row.notes]
     return [*lines, "", *(f"- {note}" for note in [*table.notes, *remarks]), ""]
+
+
+def put_into(document: Path, study: str, text: str) -> None:
+    """Put the tables of a study into a document, in place of those that stand there.
+
+    Args:
+        document: of which a line ``<!-- study NAME -->`` is before the tables, and ``<!-- end -->``
+            after them.
+        study: its name.
+        text: the tables.
+
+    Raises:
+        UserError: there is no such place in it.
+    """
+    begin, end = f"<!-- study {study} -->\n", "<!-- end -->\n"
+    before, found, rest = document.read_text().partition(begin)
+    _, ends, after = rest.partition(end)
+    if not found or not ends:
+        raise UserError(f"--into {document}: it has no line {begin.strip()}, then {end.strip()}")
+    document.write_text(f"{before}{begin}\n{text.strip()}\n\n{end}{after}")
 
 
 def as_dict(table: Table) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class Format:
     write: Callable[[Path], None]
     """Makes the set below a folder."""
     arguments: Sequence[str]
-    config: str = "digits_vit"
+    config: str = "paper/digits_vit"
     has_checksums: bool = False
     may_lack_files: bool = False
     """What is in the folder is the set."""
@@ -86,7 +86,7 @@ def data_formats() -> list[Format]:
             arguments=folder,
             may_lack_files=True,
         ),
-        Format(name="ETT", write=_series, arguments=series, config="ettm2_autoformer"),
+        Format(name="ETT", write=_series, arguments=series, config="paper/ettm2_autoformer"),
     ]
 
 

@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import pytest
 from support.launching import ROOT, TIMEOUT, environment
+from support.tiny_run import PAPER
 
 import oialr
 from app import config
@@ -257,8 +258,8 @@ def test_a_missing_file_is_named(tmp_path):
 
 def test_a_delay_beyond_the_last_step():
     with pytest.raises(UserError, match=r"oialr\.delay: 360 is not less than the 360 steps"):
-        config.load().check_steps(360)
-    config.load().check_steps(361)
+        config.load(None, [*PAPER, "oialr.delay=360"]).check_steps(360)
+    config.load(None, [*PAPER, "oialr.delay=360"]).check_steps(361)
     config.load(None, ["oialr.enabled=false"]).check_steps(1)
 
 

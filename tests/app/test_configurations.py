@@ -19,6 +19,7 @@ from app.training.run import train
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PATHS = sorted(CONFIGS.glob("*.yaml"))
+PAPER = [CONFIGS / "paper" / path.name for path in PATHS]
 TRAIN_SIZES = {
     "digits": 1257,
     "image_folder": 1_255_544,  # 98 % of ImageNet-2012
@@ -36,6 +37,10 @@ SMALL_NETWORKS = {
 }
 
 
+def _id(path: Path) -> str:
+    return str(path.relative_to(CONFIGS).with_suffix(""))
+
+
 @pytest.fixture(autouse=True)
 def _small_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     expect_small_sets(monkeypatch)
@@ -47,9 +52,23 @@ def test_there_are_the_named_ones() -> None:
         *("cifar10_vit", "cifar10_vgg16", "cifar10_resnet", "mnist_lenet5", "fashion_mnist_vit"),
         *("imagenet_resnetrs101", "imagenet_vit_b16", "ettm2_autoformer", "digits_vit"),
     }
+    beside = {path.stem for path in (CONFIGS / "paper").glob("*.yaml")}
+    assert beside == {*names, "settings"}
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_the_paper_s_settings_are_those_of_the_method_alone(path: Path) -> None:
+    recipe, paper = (config.load(one).model_dump() for one in (path, CONFIGS / "paper" / path.name))
+    for section in recipe:
+        assert section == "oialr" or recipe[section] == paper[section]
+    assert recipe["oialr"]["release"] == recipe["oialr"]["delay"]
+    assert recipe["oialr"]["target_size"] <= 0.35
+    assert (recipe["oialr"]["frobenius_decay"] or 0) == recipe["training"]["weight_decay"]
+    assert not paper["oialr"]["release"]
+    assert not paper["oialr"]["target_size"]
+
+
+@pytest.mark.parametrize("path", PATHS + PAPER, ids=_id)
 def test_configuration_fits_its_data(path: Path) -> None:
     """The network as it is takes the data, and the conversion comes within the run, in both twins.
 
@@ -76,8 +95,10 @@ def test_configuration_fits_its_data(path: Path) -> None:
     per_epoch = size // training.batch_size if data.drop_last else -(-size // training.batch_size)
     steps = training.epochs * per_epoch
     configuration.check_steps(steps)
-    updates = (steps - configuration.oialr.delay) // configuration.oialr.update_interval
-    assert updates * configuration.oialr.layer_fraction >= 1  # all layers get their turn
+    options = configuration.oialr.options(steps)
+    if options.release is None:
+        updates = (steps - options.delay) // options.update_interval
+        assert updates * options.layer_fraction >= 1  # all layers get their turn
     config.load(path, ["oialr.enabled=false"]).check_steps(steps)
     if said := re.search(r"delay: .*[^\d,]([\d,]+) steps$", path.read_text(), re.MULTILINE):
         assert int(said[1].replace(",", "")) == steps
@@ -104,9 +125,11 @@ def data_root(root: Path, _small_sets: None, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
-def test_small_run_converts_and_cuts(path: Path, data_root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", PATHS + PAPER, ids=_id)
+def test_a_small_run_does_what_is_said(path: Path, data_root: Path, tmp_path: Path) -> None:
+    """The recipe releases at once, the paper's algorithm converts and cuts."""
     plain = config.load(path)
+    is_recipe = path in PATHS
     options = [
         f"run.dir={tmp_path / 'run'}",
         f"data.root={data_root}",
@@ -114,10 +137,6 @@ def test_small_run_converts_and_cuts(path: Path, data_root: Path, tmp_path: Path
         "training.epochs=2",
         "training.batch_size=12",
         "training.warmup_epochs=0.2",
-        "oialr.delay=2",
-        "oialr.update_interval=2",
-        "oialr.layer_fraction=1",
-        "oialr.cutoff=0.95",
         "oialr.rank_multiple=1",
         "stability.window=1",
         "distributed.device=cpu",
@@ -128,11 +147,15 @@ def test_small_run_converts_and_cuts(path: Path, data_root: Path, tmp_path: Path
         options += [
             "oialr.include=[features.0, features.3, pre_logits.*]",
             "stability.enabled=false",
+            *(["oialr.target_size=0.98"] if is_recipe else []),  # the others count too
         ]
     elif plain.data.name == "digits":
         options += ["data.train_samples=36"]
     elif plain.data.name in ett.STEP_MINUTES:
         options += ["data.input_length=12", "data.horizon=20", "data.train_samples=36"]
+    if not is_recipe:
+        options += ["oialr.delay=2", "oialr.update_interval=2"]
+        options += ["oialr.layer_fraction=1", "oialr.cutoff=0.95"]
     configuration = config.load(path, options)
     with start_runtime(device="cpu", timeout=60) as runtime:
         summary = train(configuration, runtime, StopSignal(), resume=False).summary
@@ -140,6 +163,6 @@ def test_small_run_converts_and_cuts(path: Path, data_root: Path, tmp_path: Path
     assert summary["trainable_percent"] < 100
     assert np.isfinite(summary["test_loss"])
     events = read_rows(tmp_path / "run" / "metrics.h5", "lowrank")
-    assert list(events["event"]) == ["convert", "cut", "cut"]
+    assert list(events["event"]) == (["release"] if is_recipe else ["convert", "cut", "cut"])
     losses = read_rows(tmp_path / "run" / "metrics.h5", "train")["loss"]
     assert np.isfinite(losses).all()

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from support.image_folders import CLASSES, SIZE, folder_task, together, write_images
 from support.launching import train
+from support.tiny_run import PAPER
 from torch import Tensor
 
 from app.data import Task
@@ -522,6 +523,7 @@ def test_a_damaged_image_that_one_process_meets_ends_all_of_them_alike(
         "training.epochs=3",
         "training.warmup_epochs=0",
         "model.arguments={patch_size: 8, embed_dim: 16, depth: 1, num_heads: 2}",
+        *PAPER,
         "oialr.delay=3",
         "oialr.update_interval=2",
         code=2,

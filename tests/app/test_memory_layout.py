@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from support.launching import train
+from support.tiny_run import PAPER
 from torch import nn
 
 from app import models
@@ -65,7 +66,7 @@ def test_a_training_comes_to_the_same(tmp_path) -> None:
         folder = tmp_path / layout
         keys = ["data.train_samples=200", "training.epochs=2", "training.warmup_epochs=1"]
         keys += ["model.name=cifar_resnet", "model.arguments={depth: 8}"]
-        keys += ["oialr.delay=4", "oialr.update_interval=2", "training.learning_rate=1e-4"]
+        keys += [*PAPER, "oialr.delay=4", "oialr.update_interval=2", "training.learning_rate=1e-4"]
         train(1, *keys, f"training.channels_last={layout}", f"run.dir={folder}")
         losses.append(json.loads((folder / "summary.json").read_text())["test_loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)

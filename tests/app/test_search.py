@@ -21,7 +21,7 @@ from app.search.store import read_evaluations
 FLAT = ROOT / "tests" / "support" / "workers" / "flat_search.py"
 DISTURBED = ROOT / "tests" / "support" / "workers" / "search_disturbed.py"
 TINY = f"""
-extends: {ROOT}/configs/digits_vit.yaml
+extends: {ROOT}/configs/paper/digits_vit.yaml
 training: {{epochs: 3, warmup_epochs: 1}}
 data: {{train_samples: 300}}
 model:

@@ -4,7 +4,9 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,12 +29,21 @@ from benchmarks.study.cell import (
 )
 from benchmarks.study.definition import Study, compare, read_study, restrict
 from benchmarks.study.plan import Plan, Waiting
-from benchmarks.study.table import Row, Table, as_dict, front, interval, markdown, tabulate
+from benchmarks.study.table import (
+    Row,
+    Table,
+    as_dict,
+    front,
+    interval,
+    markdown,
+    put_into,
+    tabulate,
+)
 
 STUDIES = sorted((ROOT / "benchmarks" / "accuracy").glob("*.yaml"))
 HERE, OTHER = Code(commit="here", digest="1"), Code(commit="other", digest="2")
 TINY = {
-    "config": "configs/digits_vit.yaml",
+    "config": "configs/paper/digits_vit.yaml",
     "set": {
         "training.epochs": 6,
         "training.warmup_epochs": 1,
@@ -114,6 +125,9 @@ def test_a_study_that_is_not_right_is_told_in_a_line(tmp_path):
         path.write_text(networks + text)
         with pytest.raises(UserError, match=culprit):
             read_study(path)
+    path.write_text("networks: {a: {config: c, methods: {fast: {}}}}\nmethods: {full-rank: {}}")
+    with pytest.raises(UserError, match=r"networks.a.methods: there is no method 'fast'"):
+        read_study(path)
     with pytest.raises(UserError, match="--methods: 'fast' is none of full-rank, paper"):
         restrict(study(), methods=["fast"], networks=[])
     assert restrict(study(), methods=["paper"], networks=[]).table_rows == ["full-rank", "paper"]
@@ -142,6 +156,44 @@ def test_shares_become_steps_and_other_keys_their_values(tmp_path):
     # The command line gives the same configuration.
     _, path, *overrides = at_once.arguments
     assert config.load(path, overrides).oialr.delay == 1
+
+
+def test_a_network_may_have_its_own_keys_of_a_method(tmp_path):
+    methods = {
+        "full-rank": {"set": {"oialr.enabled": False}},
+        "late": {"set": {"oialr.delay": "50 %", "oialr.cutoff": 0.3}},
+        "wide": {"extends": "late", "set": {"oialr.cutoff": 0.2}},
+    }
+    networks = {"tiny": {**TINY, "methods": {"late": {"oialr.delay": "10 %"}}}, "other": TINY}
+    read = study(methods=methods, networks=networks)
+    assert read.keys_of("late", "tiny") == {"oialr.delay": "10 %", "oialr.cutoff": 0.3}
+    assert read.keys_of("wide", "tiny") == {"oialr.delay": "10 %", "oialr.cutoff": 0.2}
+    assert read.keys_of("wide", "other") == {"oialr.delay": "50 %", "oialr.cutoff": 0.2}
+    plan = Plan(read, tmp_path)
+    delays = {name: plan.cell(name, "late", 0, 1).settings["oialr"]["delay"] for name in networks}
+    assert delays == {"tiny": round(0.1 * STEPS), "other": round(0.5 * STEPS)}
+
+
+@pytest.mark.parametrize("name", ["finals", "digits"])
+def test_the_recipe_of_a_study_is_that_of_the_shipped_configuration(name, tmp_path, monkeypatch):
+    """Both name the same numbers, since what is measured is what is shipped."""
+    per_epoch = 40
+    monkeypatch.setattr(Plan, "_task", lambda *_: SimpleNamespace(steps_per_epoch=per_epoch))
+    read = read_study(ROOT / "benchmarks" / "accuracy" / f"{name}.yaml")
+    plan = Plan(read, tmp_path)
+    for network, definition in read.networks.items():
+        settings = plan.cell(network, "recipe", 0, 1).settings
+        shipped = config.load(ROOT / "configs" / Path(definition.config).name)
+        measured = type(shipped.oialr).model_validate(settings["oialr"])
+        steps = settings["training"]["epochs"] * per_epoch
+        options = [asdict(one.options(steps)) for one in (measured, shipped.oialr)]
+        for one in options:
+            one["frobenius_decay"] = one["frobenius_decay"] or 0
+            for unused in ("update_interval", "cutoff", "layer_fraction"):  # a release ends them
+                del one[unused]
+        assert options[0] == options[1], network
+        layout = shipped.training.channels_last
+        assert settings["training"].get("channels_last", False) == layout, network
 
 
 def test_where_the_data_lie_and_new_options_leave_a_cell_what_it_is(tmp_path):
@@ -451,6 +503,22 @@ def test_cells_of_several_commits_stand_in_a_table_where_their_fingerprints_agre
             assert notes == "made at commits here, other, which take the same first 50 steps"
         else:
             assert "2 of paper left out: made at commit other" in notes
+
+
+def test_tables_are_put_into_a_document_in_place_of_the_old_ones(tmp_path):
+    path = tmp_path / "results.md"
+    path.write_text(
+        "Head\n\n<!-- study a -->\nold\n<!-- end -->\n\n<!-- study b -->\n<!-- end -->\n"
+    )
+    put_into(path, "a", "| new |\n")
+    put_into(path, "b", "| other |\n")
+    put_into(path, "a", "| newer |\n")
+    assert path.read_text() == (
+        "Head\n\n<!-- study a -->\n\n| newer |\n\n<!-- end -->\n\n"
+        "<!-- study b -->\n\n| other |\n\n<!-- end -->\n"
+    )
+    with pytest.raises(UserError, match=r"it has no line <!-- study c -->, then <!-- end -->"):
+        put_into(path, "c", "")
 
 
 def test_a_table_of_errors_counts_downwards():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 from support.launching import ROOT, TIMEOUT, command, environment, launch, train
-from support.tiny_run import DISTURBED, TINY, assert_same_run, last_checkpoint, metrics
+from support.tiny_run import DISTURBED, PAPER, TINY, assert_same_run, last_checkpoint, metrics
 
 from app.recording.store import read_rows
 from app.runtime.stop_signal import StopSignal
@@ -350,7 +350,7 @@ def test_a_fault_on_one_process_ends_all(tmp_path, what, code):
 
 MISTAKES = [
     (["training.epoch=3"], "error: training.epoch: unknown key; did you mean training.epochs?"),
-    (["oialr.delay=5000"], "error: oialr.delay: 5000 is not less than the 1200 steps"),
+    ([*PAPER, "oialr.delay=5000"], "error: oialr.delay: 5000 is not less than the 1200 steps"),
     (["--config", "gone.yaml"], "error: --config: cannot read gone.yaml"),
     (["--bogus"], "error: unrecognized arguments: --bogus"),
     (["--resume", "gone"], "error: --resume: gone holds no run"),
@@ -379,7 +379,7 @@ def test_a_folder_that_cannot_be_made_is_told_before_the_data_are_read(tmp_path)
         assert result.stderr == line
 
 
-@pytest.mark.parametrize("arguments", [["training.epoch=3"], ["oialr.delay=5000"]])
+@pytest.mark.parametrize("arguments", [["training.epoch=3"], [*PAPER, "oialr.delay=5000"]])
 def test_a_mistake_is_reported_by_one_process(tmp_path, arguments):
     result = train(2, *arguments, f"run.dir={tmp_path / 'run'}", code=2)
     assert result.stderr.count("error:") == 1

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from support.launching import launch, train
-from support.tiny_run import TINY, assert_same_run
+from support.tiny_run import PAPER, TINY, assert_same_run
 
 from app import config
 from app.errors import UserError
@@ -77,7 +77,7 @@ def test_a_run_that_ends_above_its_size_says_so(tmp_path):
 )
 def test_a_mistake_is_told(settings, message):
     with pytest.raises(UserError) as caught:
-        config.load(None, ["oialr.delay=360", *settings])
+        config.load(None, [*PAPER, "oialr.delay=360", *settings])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -91,13 +91,14 @@ def test_a_mistake_is_told(settings, message):
     ],
 )
 def test_a_release_that_a_run_cannot_have_is_told(release, message):
-    configuration = config.load(None, ["oialr.delay=360", f"oialr.release={release}"])
+    configuration = config.load(None, [*PAPER, "oialr.delay=360", f"oialr.release={release}"])
     with pytest.raises(UserError, match=message):
         configuration.check_steps(1200)
 
 
 def test_a_share_of_the_run_is_a_step():
     for release, step in ((0.4, 480), (0.3, 360), (500, 500), ("null", None)):
-        configuration = config.load(None, ["oialr.delay=360", f"oialr.release={release}"])
+        keys = [*PAPER, "oialr.delay=360", f"oialr.release={release}"]
+        configuration = config.load(None, keys)
         configuration.check_steps(1200)
         assert configuration.oialr.step_of("release", 1200) == step

@@ -4,6 +4,7 @@ import threading
 
 import pytest
 from support.launching import ROOT, launch
+from support.tiny_run import PAPER
 
 from app.runtime.watchdog import Watchdog
 
@@ -11,6 +12,7 @@ DISTURBED = ROOT / "tests" / "support" / "workers" / "disturbed.py"
 SMALL = [
     "training.epochs=4",
     "training.warmup_epochs=1",
+    *PAPER,
     "oialr.delay=30",
     "model.arguments={patch_size: 2, embed_dim: 32, depth: 2, num_heads: 2}",
 ]

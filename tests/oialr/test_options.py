@@ -5,6 +5,7 @@ import inspect
 
 import pytest
 import torch
+from support.tiny_run import PAPER
 from torch import nn
 
 from app import config
@@ -115,7 +116,7 @@ def test_a_delay_is_a_step_a_share_or_by_stability():
         ):
             config.load(None, [f"oialr.delay={wrong}"])
     assert "Or stability." in config.describe_keys(config.load())
-    configuration = config.load(None, ["oialr.delay=stability", "oialr.latest_delay=1200"])
+    configuration = config.load(None, [*PAPER, "oialr.delay=stability", "oialr.latest_delay=1200"])
     with pytest.raises(Exception, match=r"oialr\.latest_delay: 1200 is not less than the 1200"):
         configuration.check_steps(1200)
     configuration.check_steps(1201)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from support.emulated_slurm import PROGRAMS, EmulatedSlurm, wait_for
 from support.machine import need
+from support.tiny_run import PAPER
 
 from app.recording.store import read_rows
 
@@ -38,6 +39,7 @@ TINY = [
     f"training.epochs={EPOCHS}",
     "training.batch_size=64",
     "training.warmup_epochs=1",
+    *PAPER,
     "oialr.delay=50",
     "oialr.update_interval=20",
     "oialr.layer_fraction=0.5",

@@ -433,6 +433,7 @@ def test_configuration_fits_the_header(name: str) -> None:
     assert configuration.model.name == "resnetrs101"
     images = round(1_281_167 * (1 - configuration.data.validation_fraction))
     steps = images // configuration.training.batch_size
-    assert configuration.oialr.delay == 10 * steps  # as the comments in the file say
-    assert configuration.oialr.update_interval == steps // 2
+    paper = load(CONFIGURATION.parent / "paper" / CONFIGURATION.name)
+    assert paper.oialr.delay == 10 * steps  # as the comments in the file say
+    assert paper.oialr.update_interval == steps // 2
     configuration.check_steps(configuration.training.epochs * steps)

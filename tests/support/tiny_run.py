@@ -6,14 +6,18 @@ from support.launching import ROOT
 
 from app.recording.store import read_rows
 
+# Of the default configuration the paper's algorithm, without what its recipe sets.
+PAPER = ["oialr.release=null", "oialr.target_size=null", "oialr.frobenius_decay=null"]
 # Nine factorized layers; conversion after step 15, cuts after 21 and 27, epochs of 8 steps.
 TINY = [
     "training.epochs=4",
     "training.warmup_epochs=1",
+    *PAPER,
     "oialr.delay=15",
     "oialr.update_interval=6",
     "oialr.layer_fraction=0.5",
     "oialr.cutoff=0.4",
+    "oialr.core_learning_rate_factor=3.0",
     "model.arguments={patch_size: 2, embed_dim: 32, depth: 2, num_heads: 2, proj_drop_rate: 0.1}",
     "data.train_samples=500",
     "data.augmentation=crop",
