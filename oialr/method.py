@@ -31,7 +31,7 @@ from oialr.forms import Form, check_can_take, form_of
 from oialr.gradients import GradientWatch
 from oialr.layer_survey import LayerReport, parameter_counts, survey
 from oialr.optimizer_state import check_forms, check_optimizer, check_stored_optimizer
-from oialr.options import READINGS, Options, signature_with_options
+from oialr.options import RATE_FACTORS, READINGS, Options, signature_with_options
 from oialr.parameter_groups import TwinGroups
 from oialr.placement.assignment import Factorization, Plan
 from oialr.placement.buckets import MatrixInfo
@@ -327,7 +327,7 @@ class OIALR:
             "step_count": self.step_count,
             "handled": self._timetable.handled,
             "delay": self.options.delay,
-            **{name: getattr(self.options, name) for name in READINGS},
+            **{name: getattr(self.options, name) for name in (*READINGS, *RATE_FACTORS)},
             "turns": self._turns.state_dict() if self._turns.by_stability else None,
             "ranks": {
                 report.name: None if self._transitions.is_dense(report) else ranks[report.name]
@@ -355,6 +355,10 @@ class OIALR:
             release=self.options.release,
             frobenius_decay=self.options.frobenius_decay,
             readings={name: getattr(self.options, name) for name in READINGS},
+            rate_factors={
+                name: getattr(self.options, name)
+                for name in RATE_FACTORS[: None if self.options.release else 1]
+            },
         )
         forms = forms_of_state(state, self.layers)
         for name, form in forms.items() if self.converted else ():

@@ -24,6 +24,8 @@ ByStability = Literal["stability"]
 
 READINGS = ("attention_projection", "convolutions")
 """Options that say how a weight is read as a matrix."""
+RATE_FACTORS = ("core_learning_rate_factor", "factor_learning_rate_factor")
+"""Options that the optimizer's parameter groups, and schedules, are made by."""
 
 BOUNDS = ("gt", "ge", "lt", "le")
 """Names of the bounds of a range, as pydantic has them: >, >=, <, <=."""

@@ -17,6 +17,7 @@ def check_stored_state(
     release: int | None,
     frobenius_decay: float | None,
     readings: Mapping[str, str],
+    rate_factors: Mapping[str, float],
 ) -> None:
     """Reject a state that cannot be gone on with.
 
@@ -25,6 +26,7 @@ def check_stored_state(
         names: of the layers that the method factorizes.
         delay, release, frobenius_decay: as they are now.
         readings: options that say how weights are read as matrices, by name, as they are now.
+        rate_factors: learning rates over that of full-rank weights, by option, as they are now.
 
     Raises:
         ValueError: the state is of another network; or a step of an event is another one now, and
@@ -59,6 +61,12 @@ def check_stored_state(
             f"oialr.frobenius_decay: cannot change from {decay} to {frobenius_decay}: the "
             "optimizer's stored state has the weight decay that goes with it"
         )
+    for name, factor in rate_factors.items():
+        if (before := state.get(name, factor)) != factor:
+            raise ValueError(
+                f"oialr.{name}: cannot change from {before} to {factor}: the optimizer's stored "
+                "state has the learning rates that go with it"
+            )
     is_low_rank = any(rank is not None for rank in state["ranks"].values())
     for name, reading in readings.items():
         if is_low_rank and (was := state.get(name, reading)) != reading:

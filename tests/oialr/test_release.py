@@ -304,6 +304,16 @@ def test_a_resumed_training_is_the_one_that_was_not_stopped(kind, factors, cutof
             {"release": 20, "frobenius_decay": 0.1},
             "oialr.frobenius_decay: cannot change from None to 0.1",
         ),
+        (
+            {"release": 20},
+            {"release": 20, "factor_learning_rate_factor": 0.5},
+            "oialr.factor_learning_rate_factor: cannot change from 1.0 to 0.5: the optimizer",
+        ),
+        (
+            {"core_learning_rate_factor": 3.0},
+            {},
+            "oialr.core_learning_rate_factor: cannot change from 3.0 to 1.0: the optimizer",
+        ),
     ],
 )
 def test_what_cannot_change_when_a_training_is_resumed(stored, now, message):
@@ -311,6 +321,12 @@ def test_what_cannot_change_when_a_training_is_resumed(stored, now, message):
     train(model, optimizer, method, 8)
     with pytest.raises(ValueError, match=message):
         make("sgd", **now)[2].load_state_dict(method.state_dict())
+
+
+def test_what_is_not_used_may_change_when_a_training_is_resumed():
+    model, optimizer, method = make("sgd")
+    train(model, optimizer, method, 8)
+    make("sgd", factor_learning_rate_factor=0.5)[2].load_state_dict(method.state_dict())
 
 
 def test_a_release_that_is_not_over_may_be_moved():
