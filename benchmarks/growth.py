@@ -40,8 +40,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FLAT = {"event": 0.1, "evaluation": 2.5, "epoch": 0.5}
 """KiB for each. An event leaves nothing, and the bound is what chance does to a few thousand of
 them. What an evaluation leaves is its individual, the search's result: 1 KiB of Python's objects,
-and what the allocators add to it. What an epoch leaves is HDF5's index of the rows, of a thousand
-columns with 174 layers. Long runs add about 1 % to what a process holds by these."""
+and what the allocators add to it. What an epoch leaves is HDF5's, for a thousand columns with 174
+layers. By these bounds long runs add about 1 % to what a process holds, and 4 % to a writer."""
 LOOKS = 200
 """At memory, at least, over all events or epochs."""
 SEARCH = f"""
