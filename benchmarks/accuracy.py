@@ -43,7 +43,7 @@ from benchmarks.study.cell import (
 from benchmarks.study.definition import Study
 from benchmarks.study.figure import draw
 from benchmarks.study.plan import Plan, Waiting
-from benchmarks.study.table import as_dict, markdown, put_into, tabulate
+from benchmarks.study.table import as_dict, markdown, parts_around, put_into, tabulate
 
 QUICK = ("training.epochs=2", "training.warmup_epochs=1")
 Arguments = tuple[str, str, int, float]
@@ -54,6 +54,10 @@ def main() -> None:
     """Run what is left to run, print the tables."""
     options = _parse()
     study, name = _study(options)
+    if options.into:
+        if options.quick or options.methods or options.networks:
+            raise UserError("--into: a document takes a whole study, without --quick and choices")
+        parts_around(options.into, name)  # which is told before the trainings
     folder = (options.folder or Path("runs") / "accuracy") / name
     overrides = [*options.overrides, *(QUICK if options.quick else ())]
     plan = Plan(study, folder.parent / "cells", overrides)

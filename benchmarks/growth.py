@@ -10,10 +10,10 @@ reader has it open with its layers, and what the writer holds.
 
 Memory is looked at often, and what is told is the slope of a straight line through the second half
 of it: caches are full by then, and a single page more or less at an end does not count. What comes
-at once, the most from one look to the next, is told by itself and is not part of the slope, since a
-table that doubles would be taken for a growth that goes on. The slope is in KiB of resident memory
-for each event, evaluation or epoch, and is called flat where it is no more than FLAT; handles and
-threads are to be as many at the end as in the middle.
+at once, from one look to the next more than all the rest, is told by itself and is not part of the
+slope, since a table that doubles would be taken for a growth that goes on. The slope is in KiB of
+resident memory for each event, evaluation or epoch, and is called flat where it is no more than
+FLAT; handles and threads are to be as many at the end as in the middle.
 """
 
 import argparse
@@ -37,11 +37,9 @@ from app.runtime.launch import read_launch
 from benchmarks._tables import table
 
 ROOT = Path(__file__).resolve().parents[1]
-FLAT = {"event": 0.1, "evaluation": 2.5, "epoch": 0.5}
-"""KiB for each. An event leaves nothing, and the bound is what chance does to a few thousand of
-them. What an evaluation leaves is its individual, the search's result: 1 KiB of Python's objects,
-and what the allocators add to it. What an epoch leaves is HDF5's, for a thousand columns with 174
-layers. By these bounds long runs add about 1 % to what a process holds, and 4 % to a writer."""
+FLAT = {"event": 0.1, "evaluation": 1.5, "epoch": 0.1}
+"""KiB for each. What an evaluation leaves is its individual, of about 1 KiB, which is the search's
+result; the others leave nothing, and the bound is what chance does to a few thousand of them."""
 LOOKS = 200
 """At memory, at least, over all events or epochs."""
 SEARCH = f"""
@@ -122,9 +120,11 @@ def _growth(seen: Sequence[dict[str, int]], each: float, kind: str) -> dict[str,
     half = seen[len(seen) // 2 :]
     memory = np.array([one["KiB"] for one in half])
     steps = np.diff(memory)
-    largest = int(steps.argmax())
-    at_once = max(0, int(steps[largest]))
-    memory[largest + 1 :] -= at_once
+    at_once = int(steps.max(initial=0))
+    if at_once > steps.sum() - at_once:
+        memory[int(steps.argmax()) + 1 :] -= at_once
+    else:
+        at_once = 0
     slope = float(np.polyfit(each * np.arange(len(half)), memory, 1)[0])
     # The fewest, since a look may come in the middle of something that is open for a moment.
     middle = (len(half) + 1) // 2

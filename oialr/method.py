@@ -355,10 +355,7 @@ class OIALR:
             release=self.options.release,
             frobenius_decay=self.options.frobenius_decay,
             readings={name: getattr(self.options, name) for name in READINGS},
-            rate_factors={
-                name: getattr(self.options, name)
-                for name in RATE_FACTORS[: None if self.options.release else 1]
-            },
+            rate_factors={name: getattr(self.options, name) for name in RATE_FACTORS},
         )
         forms = forms_of_state(state, self.layers)
         for name, form in forms.items() if self.converted else ():

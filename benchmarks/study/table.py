@@ -191,12 +191,22 @@ def put_into(document: Path, study: str, text: str) -> None:
     Raises:
         UserError: there is no such place in it.
     """
+    before, after = parts_around(document, study)
+    document.write_text(f"{before}\n{text.strip()}\n\n{after}")
+
+
+def parts_around(document: Path, study: str) -> tuple[str, str]:
+    """Return what is before the tables of a study in a document, and after them, lines included.
+
+    Raises:
+        UserError: there is no such place in it.
+    """
     begin, end = f"<!-- study {study} -->\n", "<!-- end -->\n"
     before, found, rest = document.read_text().partition(begin)
     _, ends, after = rest.partition(end)
     if not found or not ends:
         raise UserError(f"--into {document}: it has no line {begin.strip()}, then {end.strip()}")
-    document.write_text(f"{before}{begin}\n{text.strip()}\n\n{end}{after}")
+    return f"{before}{begin}", f"{end}{after}"
 
 
 def as_dict(table: Table) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from support.launching import ROOT, environment, launch
 from app import config
 from app.errors import UserError
 from app.recording.store import MetricsStore
+from benchmarks.accuracy import main
 from benchmarks.study import derived
 from benchmarks.study.cell import (
     FINGERPRINT_STEPS,
@@ -570,3 +571,16 @@ def test_a_mistake_is_a_line_and_exit_code_2(tmp_path):
     assert done.stderr.startswith("error: --compare nothing: expected NAME=PATH")
     assert done.stderr.count("\n") == 1
     assert np.size(list(tmp_path.iterdir())) == 0
+
+
+def test_a_document_without_a_place_is_told_before_the_trainings(tmp_path, monkeypatch):
+    path = tmp_path / "results.md"
+    path.write_text("<!-- study other -->\n<!-- end -->\n")
+    digits = str(ROOT / "benchmarks" / "accuracy" / "digits.yaml")
+    for arguments, message in (
+        ([], "it has no line <!-- study digits -->"),
+        (["--networks", "ViT of width 64, digits"], "--into: a document takes a whole study"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["", "--study", digits, "--into", str(path), *arguments])
+        with pytest.raises(UserError, match=message):
+            main()

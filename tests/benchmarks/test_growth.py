@@ -98,8 +98,8 @@ def test_growth_is_the_slope_after_caches_have_filled():
     filling = _growth(looks(lambda i: 5000 + 80 * min(i, 40)), 10, "event")
     assert filling["KiB more for each event"] == 0
     assert filling["flat"]
-    growing = _growth(looks(lambda i: 5000 + 8 * i + i % 2), 2, "evaluation")
-    assert abs(growing["KiB more for each evaluation"] - 4) < 0.1
+    growing = _growth(looks(lambda i: 5000 + 4 * i + i % 2), 2, "evaluation")
+    assert abs(growing["KiB more for each evaluation"] - 2) < 0.01
     assert not growing["flat"]
     passing = _growth(looks(lambda i: 5000, handles=lambda i: 9 + (i % 7 == 1)), 1, "event")
     assert (passing["handles more"], passing["flat"]) == (0, True)
