@@ -5,7 +5,10 @@ weights are truncated (Eckart and Young, 1936) to ranks that :mod:`oialr.allocat
 that costs in accuracy is won back by some training of the factors.
 """
 
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,14 +16,19 @@ from torch import Tensor, nn
 
 from oialr.convert import factorize_layer
 from oialr.errors import DivergedError
+from oialr.input_moments import InputMoments, unseen
 from oialr.layer_survey import LayerReport, parameter_counts, survey
 from oialr.layers.base import FactoredLayer
 from oialr.linalg.precision import full_precision
 from oialr.linalg.svd import Factors, economy_svd
+from oialr.linalg.weighting import taken_back, weighted
 from oialr.options import Options, Selection
+from oialr.placement.processes import Processes
 from oialr.sharding import whole
 from oialr.target import TargetSize
 from oialr.wrappers import Wrappers
+
+logger = logging.getLogger(__name__)
 
 _TAKEN = ("minimum_rank_fraction", "rank_multiple", "execution", "recompute_convolutions")
 """Options that count here, beside those that select layers."""
@@ -36,18 +44,26 @@ class CompressedLayer:
     rank: int | None
     """None: it stays dense, since no rank that stores less is worth its loss."""
     lost: float
-    """Share of its spectral energy, the sum of the squared singular values, that is discarded."""
+    """Share that is discarded of its spectral energy, the sum of the squared singular values; with
+    inputs of the mean square of what it computes of them, but for its bias."""
 
 
 @torch.no_grad()
 def compress(
-    model: nn.Module, *, target_size: float, release: bool = True, **options: Any
+    model: nn.Module,
+    *,
+    target_size: float,
+    inputs: Iterable[Any] = (),
+    release: bool = True,
+    **options: Any,
 ) -> list[CompressedLayer]:
     """Factorize a trained network in place, to a stored size.
 
     The ranks are those that discard least of the layers' energies, each layer's energy counted as
     1, for the size: within the largest gain of a single step of the best ones
-    (:func:`oialr.allocation.allocate`). Every weight becomes its best approximation of its rank.
+    (:func:`oialr.allocation.allocate`). Every weight becomes its best approximation of its rank:
+    by its entries, or where inputs are given by what the layer computes of them, which is far more
+    accurate (docs/compress.md); a few hundred samples of the training data do.
     The network has new Parameter objects afterwards: an optimizer is made after it. Weights with
     requires_grad=False stay dense. Every process that calls it does all the work by itself.
 
@@ -55,6 +71,8 @@ def compress(
         model: the network, full-rank; on any device, in float32 or float64. What is around it
             (torch.compile, DistributedDataParallel) is made anew afterwards.
         target_size: stored parameters over those of the network as it is, in (0, 1].
+        inputs: batches that the network is called with, in evaluation mode: a tensor, a tuple or
+            list of positional arguments, or a mapping of named ones each.
         release: two factors of each weight, both trained, W = A B, balanced; False: U core Vh,
             with orthonormal U and Vh that are frozen.
         **options: minimum_rank_fraction, rank_multiple, execution, recompute_convolutions and what
@@ -86,12 +104,16 @@ def compress(
     target = TargetSize(
         chosen, layers, stored=parameter_counts(model)[1], is_released=chosen.release is not None
     )
-    factors = {layer.name: _factorize(model, layer) for layer in layers}
+    roots = _roots(model, layers, inputs)
+    factors = {layer.name: _factorize(model, layer, roots.get(layer.name)) for layer in layers}
     energies = {name: _energies(s) for name, (_, s, _) in factors.items()}
     ranks = target.ranks(energies, fixed={}, may_stay_dense=energies)
     for layer in layers:
         if (r := ranks[layer.name]) is not None:
-            _replace(model, layer, factors.pop(layer.name), r, chosen)
+            kept = factors.pop(layer.name)
+            if (S := roots.pop(layer.name, None)) is not None:
+                kept = taken_back(kept, r, S, layer.adapter.inputs_meet)
+            _replace(model, layer, kept, r, chosen)
     Wrappers(model).tell()
     return [
         CompressedLayer(
@@ -115,12 +137,42 @@ def _layers(model: nn.Module, options: Options) -> list[LayerReport]:
     return layers
 
 
-def _factorize(model: nn.Module, layer: LayerReport) -> Factors:
+def _roots(
+    model: nn.Module, layers: Sequence[LayerReport], inputs: Iterable[Any]
+) -> dict[str, Tensor]:
+    """Call the network, and return S of what each layer meets; nothing without inputs."""
+    moments = InputMoments(model)
+    batches = iter(inputs)
+    if (first := next(batches, None)) is None:
+        return {}
+    moments.watch(layers, without_gradients=True)
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        for batch in chain([first], batches):
+            if isinstance(batch, Mapping):
+                model(**batch)
+            elif isinstance(batch, tuple | list):
+                model(*batch)
+            else:
+                model(batch)
+    finally:
+        moments.end()
+        for module, mode in modes.items():
+            module.training = mode
+    roots = moments.roots(layers, Processes())
+    if text := unseen(layers, roots):
+        logger.warning("compress: %s", text)
+    return roots
+
+
+def _factorize(model: nn.Module, layer: LayerReport, S: Tensor | None) -> Factors:
     weight = model.get_parameter(layer.name).detach()
     if not weight.isfinite().all():
         raise DivergedError(f"{layer.name} holds NaN or infinity")
+    matrix = layer.reading.to_matrix(weight)
     with full_precision():
-        return economy_svd(layer.reading.to_matrix(weight))
+        return economy_svd(matrix if S is None else weighted(matrix, S, layer.adapter.inputs_meet))
 
 
 def _energies(s: Tensor) -> list[float]:

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from oialr.errors import DifferingReplicasError, DivergedError
+from oialr.input_moments import InputMoments, unseen
 from oialr.layer_survey import LayerReport
 from oialr.linalg.checksum import checksum
 from oialr.linalg.precision import full_precision
 from oialr.linalg.svd import is_diagonal
+from oialr.linalg.weighting import weighted
 from oialr.memory import TensorMemory
 from oialr.placement.buckets import MatrixInfo
 from oialr.placement.comparison import compare
@@ -43,7 +45,8 @@ class LayerEvent:
     rank: int
     """The full rank of a layer that is dense."""
     singular_values: Tensor
-    """All of them before the cut (previous_rank,), descending, on the CPU.
+    """All of them before the cut (previous_rank,), descending, on the CPU; those of W S where a
+    full-rank weight was weighted by its inputs (:mod:`oialr.linalg.weighting`).
 
     Of a stack of matrices: of each place in the order the largest.
     """
@@ -91,9 +94,17 @@ class Events:
         processes: Processes,
         *,
         target: TargetSize | None,
+        moments: InputMoments | None,
         measure_memory: bool,
     ) -> None:
-        """Put the parts together; without a target, ranks are judged layer by layer."""
+        """Put the parts together.
+
+        Without a target, ranks are judged layer by layer; without moments full-rank weights are
+        cut by their own spectra.
+        """
+        self._moments = moments
+        self._roots: dict[str, Tensor] = {}
+        """During an event S of the inputs of full-rank layers by name."""
         self._target = target
         self._transitions = transitions
         self._factorizer = factorizer
@@ -127,6 +138,8 @@ class Events:
         reports, infos = self._check(reports, step)
         # What can fail is tried while no layer is replaced yet.
         self._transitions.check_optimizer(reports)
+        if self._moments and (kind == "release" or self._transitions.ranks.cuts_at_conversion):
+            self._roots = self._see_inputs(self._moments, reports)
         if self._target and self._transitions.ranks.wants(kind, reports):
             self._aim(self._target)
         was_dense = [self._transitions.is_dense(report) for report in reports]
@@ -135,6 +148,7 @@ class Events:
         memory = TensorMemory(self._transitions.all_tensors()) if self._measure_memory else None
         with memory or nullcontext(), full_precision():
             layers = self._factorize(reports, infos, release=kind == "release")
+        self._roots = {}
         seconds = self._prove(reports, layers, step)
         changed_form = any(
             dense != self._transitions.is_dense(report) or self._transitions.is_released(report)
@@ -159,7 +173,7 @@ class Events:
         transitions, layers = self._transitions, target.layers
         energies = gather_energies(
             [tuple(transitions.matrix(layer).shape) for layer in layers],
-            lambda i: transitions.matrix(layers[i]),
+            lambda i: self._matrix(layers[i]),
             self._processes,
         )
         mine = [obstacle is not None for obstacle in transitions.obstacles(layers)]
@@ -167,6 +181,24 @@ class Events:
         names = [layer.name for layer in layers]
         by_name = dict(zip(names, energies, strict=True))
         transitions.ranks.aim(target, by_name, [any(f) for f in flags])
+
+    def _see_inputs(
+        self, moments: InputMoments, reports: Sequence[LayerReport]
+    ) -> dict[str, Tensor]:
+        """Return what is known of the inputs of all layers that are full-rank as yet."""
+        layers = self._target.layers if self._target else reports
+        dense = [layer for layer in layers if self._transitions.is_dense(layer)]
+        with full_precision():
+            roots = moments.roots(dense, self._processes)
+        if (text := unseen(dense, roots)) and self._processes.index == 0:
+            logger.warning("truncation outputs: %s", text)
+        return roots
+
+    def _matrix(self, report: LayerReport) -> Tensor:
+        """Return what is factorized of a layer: W, the core, or W weighted by its inputs."""
+        matrix = self._transitions.matrix(report)
+        S = self._roots.get(report.name)
+        return matrix if S is None else weighted(matrix, S, report.adapter.inputs_meet)
 
     def _check(
         self, reports: Sequence[LayerReport], step: int
@@ -226,7 +258,7 @@ class Events:
         happened: dict[int, LayerEvent] = {}
         for i, factors, owner in self._factorizer.factorize(
             infos,
-            lambda i: transitions.matrix(reports[i]),
+            lambda i: self._matrix(reports[i]),
             columns_used=(lambda i, s: ranks.columns_used(reports[i], s, release=release))
             if converted and (ranks.cuts_at_conversion or release)
             else None,
@@ -243,7 +275,12 @@ class Events:
                 name=reports[i].name,
                 owner=owner,
                 previous_rank=factors.s.shape[-1],
-                rank=transitions.apply(reports[i], factors, release=release),
+                rank=transitions.apply(
+                    reports[i],
+                    factors,
+                    release=release,
+                    weighting=self._roots.get(reports[i].name),
+                ),
                 singular_values=factors.s.reshape(-1, factors.s.shape[-1]).amax(0).cpu(),
             )
         return [happened[i] for i in sorted(happened)]

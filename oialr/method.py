@@ -29,6 +29,7 @@ from oialr.events import Event, Events
 from oialr.factor_steps import FactorSteps
 from oialr.forms import Form, check_can_take, form_of
 from oialr.gradients import GradientWatch
+from oialr.input_moments import InputMoments
 from oialr.layer_survey import LayerReport, parameter_counts, survey
 from oialr.optimizer_state import check_forms, check_optimizer, check_stored_optimizer
 from oialr.options import RATE_FACTORS, READINGS, Options, signature_with_options
@@ -140,6 +141,7 @@ class OIALR:
         self._transitions = Transitions(
             model, optimizer, options=options, groups=groups, gradients=self._gradients
         )
+        self._moments = InputMoments(model) if options.truncation == "outputs" else None
         self._dense_counts = parameter_counts(model)
         self._events = Events(
             self._transitions,
@@ -151,6 +153,7 @@ class OIALR:
                 stored=self._dense_counts[1],
                 is_released=options.release is not None,
             ),
+            moments=self._moments,
             measure_memory=measure_memory,
         )
 
@@ -160,6 +163,7 @@ class OIALR:
         low_rank.put_back(self._transitions, self.layers)
         optimizer.register_load_state_dict_pre_hook(partial(check_stored_optimizer, model=model))
         follow_stored_forms(model, self._take_stored_forms)
+        self._watch_inputs()
 
     def step(self) -> Event | None:
         """Convert, update, release, or do nothing, as the number of optimizer steps says.
@@ -179,6 +183,8 @@ class OIALR:
             RuntimeError: somebody trains a parameter that an earlier event has replaced.
         """
         self._gradients.check()
+        if self._moments and self.event_due:
+            self._moments.end()
         if not self._schedule_checked and self.step_count:
             self._groups.check_schedule(self.optimizer)
             self._schedule_checked = True
@@ -212,6 +218,7 @@ class OIALR:
         table.handled = table.step_count
         if event and event.shapes_changed:
             self._wrappers.tell()
+        self._watch_inputs()
         return event
 
     @property
@@ -223,6 +230,14 @@ class OIALR:
     def event_due(self) -> bool:
         """Whether the next :meth:`step` converts, updates or releases layers."""
         return bool(self._timetable.due())
+
+    @property
+    def watches_inputs(self) -> bool:
+        """Whether the next forward pass tells what layers meet (``truncation="outputs"``).
+
+        It must be one of the network itself: what is compiled does not tell.
+        """
+        return self._moments is not None and self._moments.watching
 
     def plan(self) -> Plan:
         """Return the plan of a conversion of all layers at once. A collective call."""
@@ -372,6 +387,7 @@ class OIALR:
         table.step_count, table.handled = state["step_count"], state["handled"]
         table.released_at = state.get("released_at")
         self._turns.load_state_dict(state)
+        self._watch_inputs()
 
     def _take_stored_forms(self, stored: Mapping[str, Form]) -> None:
         """Give the network, whose weights are about to be loaded, the forms that they have.
@@ -384,6 +400,16 @@ class OIALR:
         returned = [name for name, form in self._transitions.released.items() if form == "dense"]
         if self._transitions.take_forms(self.layers, forms, returned=returned):
             self._wrappers.tell()
+
+    def _watch_inputs(self) -> None:
+        """Look at what full-rank layers meet in the step that ends with an event."""
+        if self._moments is None:
+            return
+        soon = bool(self._timetable.due(steps_ahead=1))
+        if soon and not self._moments.watching:
+            self._moments.watch(filter(self._transitions.is_dense, self.layers))
+        elif not soon:
+            self._moments.end()
 
     def _count_step(self, _: Optimizer, __: Any, options: Mapping[str, Any]) -> None:
         if is_made_up(self.optimizer, options):

@@ -20,6 +20,7 @@ AttentionProjection = Literal["packed", "separate"]
 Convolutions = Literal["matrix", "spatial"]
 UnknownState = Literal["error", "reset"]
 FrozenDtype = Literal["bfloat16"]
+Truncation = Literal["weights", "outputs"]
 ByStability = Literal["stability"]
 
 READINGS = ("attention_projection", "convolutions")
@@ -176,6 +177,12 @@ class Conversion:
         "which a step takes less time than full-rank; judged at the conversion and every update.",
         False,
     )
+    truncation: Truncation = option(
+        "What a cut of a full-rank weight loses least of, at its rank: the weight (the paper's), "
+        "or ours, what the layer computes of the inputs of that step (outputs). Full-rank weights "
+        "are cut by a release at the delay, cut_at_conversion and defer_conversion.",
+        "weights",
+    )
     execution: Execution = option(
         "Ours: how factorized weights are applied; auto: the cheapest exact way for each layer and "
         "rank.",
@@ -263,6 +270,12 @@ class Options(Release, Conversion, Selection, RankRule, Schedule):  # the last o
         if self.release is None and self.frobenius_decay is not None:
             raise ValueError(
                 "frobenius_decay is for the factors that a release makes: set release too"
+            )
+        cuts_dense = self.cut_at_conversion or self.defer_conversion or self.release == self.delay
+        if self.truncation == "outputs" and not cuts_dense:
+            raise ValueError(
+                "truncation 'outputs' is for cuts of full-rank weights, and there are none: let "
+                "release be the delay, or set cut_at_conversion or defer_conversion"
             )
         if self.frozen_dtype is not None and self.release == self.delay:
             raise ValueError(

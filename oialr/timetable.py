@@ -19,14 +19,15 @@ class Timetable:
         self.released_at: int | None = None
         """Step of the release; None before it."""
 
-    def due(self) -> list[int | Literal["release"]]:
-        """Events that are due.
+    def due(self, *, steps_ahead: int = 0) -> list[int | Literal["release"]]:
+        """Events that are due, or will be when so many more steps are taken.
 
         Returns:
             0 for the conversion, i for the i-th update, and "release"; where the delay is by
             stability, steps at which layers may be converted or updated in place of the numbers.
         """
-        options, steps = self._options, range(self.handled + 1, self.step_count + 1)
+        options = self._options
+        steps = range(self.handled + 1, self.step_count + steps_ahead + 1)
         if options.delay == "stability":
             return intervals_due(
                 steps,

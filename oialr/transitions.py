@@ -15,6 +15,7 @@ from oialr.gradients import GradientWatch
 from oialr.layer_survey import LayerReport
 from oialr.layers.base import FactoredLayer
 from oialr.linalg.svd import Factors
+from oialr.linalg.weighting import taken_back
 from oialr.memory import tensors_of
 from oialr.optimizer_state import check_before_event, replace_parameter, rotate_parameter
 from oialr.options import Options
@@ -85,7 +86,14 @@ class Transitions(PresentLayers):
             unknown=self._options.unknown_optimizer_state,
         )
 
-    def apply(self, report: LayerReport, factors: Factors, *, release: bool = False) -> int:
+    def apply(
+        self,
+        report: LayerReport,
+        factors: Factors,
+        *,
+        release: bool = False,
+        weighting: Tensor | None = None,
+    ) -> int:
         """Let factors take the place of what was factorized, and return the rank that is left.
 
         With deferral or at a release a dense layer may stay as it is, and at a release a factorized
@@ -95,10 +103,13 @@ class Transitions(PresentLayers):
             report: the layer.
             factors: of :meth:`matrix`; of U and Vh the first ``ranks.columns_used`` are enough.
             release: train both factors from now on.
+            weighting: S that the weight was multiplied by before (:mod:`oialr.linalg.weighting`).
         """
         r = self.ranks.after(report, factors.s.to(self.weight(report).dtype), release=release)
         if self.is_dense(report):
             if r is not None:
+                if weighting is not None:
+                    factors = taken_back(factors, r, weighting, report.adapter.inputs_meet)
                 self._convert(report, factors, r, release=release)
         elif not release:
             assert r is not None

@@ -71,11 +71,14 @@ class Replicas:
         self._wrapper: DistributedDataParallel | None = None
         self.module: nn.Module = model
         """What the loss is computed with."""
+        self.uncompiled: nn.Module = model
+        """The same, not compiled: modules are called one by one, as those that look on expect."""
         self.rebuild()
 
     def release(self) -> None:
         """Let go of the wrapper and of the gradients, and so of parameters that are replaced."""
-        self.module, self._wrapper = self.model, None
+        self.module = self.uncompiled = self.model
+        self._wrapper = None
         self.model.zero_grad(set_to_none=True)
 
     def rebuild(self) -> None:
@@ -84,6 +87,7 @@ class Replicas:
         module: nn.Module = self.model
         if self._processes.group:
             module = self._wrapper = self._wrap()
+        self.uncompiled = module
         self.module = Compiled(module) if self._compiled else module
 
     def _wrap(self) -> DistributedDataParallel:

@@ -36,12 +36,14 @@ class TrainingStep:
         training = parts.configuration.training
         learning_rate = parts.schedule.set(position.step)
         parts.optimizer.zero_grad(set_to_none=True)
+        tells = parts.method is not None and parts.method.watches_inputs
+        module = self.replicas.uncompiled if tells else self.replicas.module
         losses = []
         pieces = batch.split(training.accumulation)
         for piece in pieces:
             with self.replicas.synchronize(piece is pieces[-1]):
                 with parts.precision.autocast():
-                    loss = parts.task.loss(self.replicas.module, piece)
+                    loss = parts.task.loss(module, piece)
                 # Gradients are averaged over the processes; their sum is that of the mean loss.
                 parts.precision.backward(loss * parts.runtime.process_count)
             losses.append(loss.detach())

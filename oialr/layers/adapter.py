@@ -15,6 +15,7 @@ from oialr.layers.base import FactoredLayer
 from oialr.layers.cost import Way
 from oialr.layers.reading import MatrixReading
 from oialr.layers.twin import FactoredTwin
+from oialr.linalg.weighting import Side
 from oialr.options import Selection
 
 
@@ -42,6 +43,9 @@ class LayerAdapter:
     """Whether a subclass that adds nothing but plain values is the same kind."""
     is_linear_map: ClassVar[bool] = True
     """Whether means of the basis stability take the weights in: not those of embeddings."""
+    inputs_meet: ClassVar[Side | None] = None
+    """Which side of the matrix the layer's inputs meet, W x or x^T W; None: they are not looked at,
+    and ``truncation="outputs"`` cuts the weight by its own spectrum."""
     weights: ClassVar[tuple[str, ...]] = ("weight",)
     """Names of the parameters that can be factorized."""
     children: ClassVar[tuple[str, ...]] = ()
@@ -115,6 +119,19 @@ class LayerAdapter:
             beside: names of all that a checkpoint stores at the layer itself.
         """
         return None
+
+    def inputs(self, layer: nn.Module, reading: MatrixReading, x: Tensor) -> Tensor:
+        """Return what meets the matrix of a weight in a call, one input in each row.
+
+        Args:
+            layer: the dense layer that is called.
+            reading: of its weight.
+            x: that it is called with.
+
+        Returns:
+            (b, n), or (b, m) where ``inputs_meet`` are the rows; of a stack (g, b, n) or (g, b, m).
+        """
+        return x.reshape(-1, x.shape[-1])
 
     def rows(self, layer: nn.Module, inputs: Sequence[Any], output: Any) -> int:
         """Count the rows b of a call: how often each number of the weight is multiplied.

@@ -13,9 +13,12 @@ from torch.utils.checkpoint import checkpoint
 from oialr.layers.adapter import LayerAdapter
 from oialr.layers.reading import MatrixReading
 from oialr.layers.twin import FactoredTwin
+from oialr.linalg.weighting import Side
 from oialr.options import Execution, Selection
 
 PLAIN = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+LARGEST_PATCHES = 2**25
+"""Numbers that the patches of an input may take, whose second moments are formed."""
 CONVOLVE = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 
 
@@ -196,6 +199,7 @@ class ConvAdapter(LayerAdapter):
     dense_types: ClassVar[tuple[type[nn.Module] | str, ...]] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     twin: ClassVar[type[FactoredTwin]] = FactoredConv
     example = (1, 1, 1)
+    inputs_meet: ClassVar[Side | None] = "columns"
     separable: ClassVar[bool] = True
     """Whether a kernel in two dimensions may be read by its directions."""
 
@@ -222,6 +226,31 @@ class ConvAdapter(LayerAdapter):
         if is_depthwise(layer):
             return f"depthwise, a grouped convolution ({layer.groups} groups) of single channels"
         return None
+
+    def inputs(self, layer: nn.Module, reading: MatrixReading, x: Tensor) -> Tensor:
+        """Return the patches of the padded input that the kernel meets, (b, n) or (g, b, n).
+
+        Those of a kernel that is read by its directions are of its width alone. Of a large batch
+        the first samples count, so that the patches have no more than about LARGEST_PATCHES
+        numbers.
+        """
+        assert isinstance(layer, _ConvNd)
+        d = len(layer.kernel_size)
+        x = x if x.dim() == d + 2 else x[None]
+        x = x[: max(1, LARGEST_PATCHES // max(1, x[0].numel() * math.prod(layer.kernel_size)))]
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        x = functional.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+        x = x.unflatten(1, (reading.groups, -1))
+        directions = range(1, d) if reading.is_by_direction else range(d)
+        for i in directions:
+            dilation = layer.dilation[i]
+            span = dilation * (layer.kernel_size[i] - 1) + 1
+            x = x.unfold(3 + i, span, layer.stride[i])[..., ::dilation]
+        # (b, g, channels, positions..., kernel...) -> (g, b positions, channels kernel)
+        kernel = tuple(range(3 + d, x.dim()))
+        x = x.permute(1, 0, *range(3, 3 + d), 2, *kernel)
+        x = x.flatten(1, 1 + d).flatten(2)
+        return x if reading.groups > 1 else x[0]
 
     def rows(self, layer: nn.Module, inputs: Sequence[Any], output: Any) -> int:
         """Count the positions of the output, over the batch."""

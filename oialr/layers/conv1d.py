@@ -43,3 +43,4 @@ class Conv1DAdapter(LayerAdapter):
     name = "Conv1D of transformers"
     dense_types = ("transformers.pytorch_utils.Conv1D",)
     twin = FactoredConv1D
+    inputs_meet = "rows"

@@ -15,6 +15,7 @@ from torch.nn import functional
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from oialr.layers.conv import CONVOLVE, PLAIN, ConvAdapter, memory_layout
+from oialr.layers.reading import MatrixReading
 from oialr.layers.twin import FactoredTwin
 
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -136,6 +137,13 @@ class ConvTransposeAdapter(ConvAdapter):
     dense_types = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
     twin = FactoredConvTranspose
     separable = False
+    inputs_meet = "rows"
+
+    def inputs(self, layer: nn.Module, reading: MatrixReading, x: Tensor) -> Tensor:
+        """Return the input at every position, (b, in_channels), or (g, b, in_channels / g)."""
+        x = x if x.dim() == len(reading.shape) else x[None]
+        x = x.unflatten(1, (reading.groups, -1)).flatten(3).permute(1, 0, 3, 2).flatten(1, 2)
+        return x if reading.groups > 1 else x[0]
 
     def rows(self, layer: nn.Module, inputs: Sequence[Any], output: Any) -> int:
         """Count the positions of the input, over the batch: each is multiplied by all of W."""

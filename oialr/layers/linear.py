@@ -45,6 +45,7 @@ class LinearAdapter(LayerAdapter):
     name = "nn.Linear"
     dense_types = (nn.Linear, NonDynamicallyQuantizableLinear)
     twin = FactoredLinear
+    inputs_meet = "columns"
 
     def factorizes(self, kind: type[nn.Module], key: str, *, is_claimed: bool) -> bool:
         """Whoever is not known, and has such an output projection, may read its weight himself."""

@@ -209,3 +209,22 @@ def test_the_clipped_norm_is_that_of_the_unscaled_gradients():
         precision.backward(model(torch.ones(3, 4)).sum())
         precision.step(torch.optim.SGD(model.parameters(), lr=1.0), model, clip=0.1)
     torch.testing.assert_close(models[0].weight, models[1].weight)
+
+
+@pytest.mark.parametrize("form", ["module", "uncompiled"])
+def test_a_compiled_network_tells_nothing_of_its_inputs_and_the_same_uncompiled_does(
+    backend, form, caplog
+):
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    options = {"delay": 3, "release": 3, "update_interval": 2, "target_size": 0.5}
+    method = OIALR(model, optimizer, truncation="outputs", rank_multiple=1, **options)
+    replicas = Replicas(model, Processes.current(), CPU, lambda module: None, compiled=True)
+    for batch in batches([6, 6, 6]):
+        module = getattr(replicas, form if method.watches_inputs else "module")
+        optimizer.zero_grad()
+        module(batch).square().mean().backward()
+        optimizer.step()
+        event = method.step()
+    assert event.kind == "release"
+    assert ("cut by their own spectra" in caplog.text) == (form == "module")

@@ -13,6 +13,7 @@ CASES = {
     "to dense": {"delay": 4, "release": 10, "cutoff": 1e-9},
     "at the conversion": {"delay": 8, "release": 8, "target_size": 0.5},
     "some dense": {"delay": 4, "release": 10, "target_size": 0.8},
+    "by its inputs": {"delay": 8, "release": 8, "target_size": 0.5, "truncation": "outputs"},
     "decayed": {"delay": 4, "release": 10, "target_size": 0.4, "frobenius_decay": 0.1},
     "cores at a size": {"delay": 4, "target_size": 0.6, "layer_fraction": 1.0},
 }

@@ -1,0 +1,343 @@
+"""Cuts that keep what a layer computes: against closed forms, and dense layers, in float64."""
+
+import copy
+import gc
+import logging
+
+import pytest
+import torch
+from support.kinds import CASES, batch_for, dense_layer, make, reading_of, train
+from torch import nn
+
+from oialr import OIALR, compress, to_dense
+from oialr.layers.registry import kind_of
+from oialr.linalg.svd import economy_svd
+from oialr.linalg.weighting import DAMPING, root_of, taken_back, weighted
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def moments(side, groups=()):
+    """Of inputs that lie mostly in a few directions, with a mean that is not 0."""
+    x = normal(*groups, 50, side, seed=1) * 0.7 ** torch.arange(side) + 0.2
+    return x.mT @ x
+
+
+def symmetric_root(moment):
+    scaled = moment / moment.diagonal().mean() + DAMPING * torch.eye(len(moment))
+    values, Q = torch.linalg.eigh(scaled)
+    return Q @ values.sqrt().diag() @ Q.T, Q @ values.rsqrt().diag() @ Q.T
+
+
+def best(W, moment, r):
+    """W_r of the least |(W - W_r) S|, by the symmetric root in place of Cholesky's."""
+    S, inverse = symmetric_root(moment)
+    U, s, Vh = torch.linalg.svd(W @ S, full_matrices=False)
+    return U[:, :r] * s[:r] @ Vh[:r] @ inverse
+
+
+@pytest.mark.parametrize("shape", [(9, 7), (7, 9)])
+@pytest.mark.parametrize("r", [1, 3, 7])
+def test_what_is_kept_is_best_for_the_inputs(shape, r):
+    W, moment = normal(*shape), moments(shape[1])
+    S = root_of(moment)
+    U, s, Vh = taken_back(economy_svd(weighted(W, S, "columns")), r, S, "columns")
+    torch.testing.assert_close(U * s @ Vh, best(W, moment, r))
+    torch.testing.assert_close(U.T @ U, torch.eye(r, dtype=U.dtype))
+    torch.testing.assert_close(Vh @ Vh.T, torch.eye(r, dtype=U.dtype))
+    assert (s.diff() <= 0).all()
+    # Rows that meet the inputs are the columns of the transposed matrix.
+    U, s, Vh = taken_back(economy_svd(weighted(W.T, S, "rows")), r, S, "rows")
+    torch.testing.assert_close((U * s @ Vh).T, best(W, moment, r))
+    torch.testing.assert_close(U.T @ U, torch.eye(r, dtype=U.dtype))
+    torch.testing.assert_close(Vh @ Vh.T, torch.eye(r, dtype=U.dtype))
+
+
+@pytest.mark.parametrize("side", ["columns", "rows"])
+def test_each_matrix_of_a_stack_has_inputs_of_its_own(side):
+    W, moment = normal(3, 8, 8), moments(8, groups=(3,))
+    S = root_of(moment)
+    U, s, Vh = taken_back(economy_svd(weighted(W, S, side)), 2, S, side)
+    for i in range(3):
+        expected = best(W[i] if side == "columns" else W[i].T, moment[i], 2)
+        found = U[i] * s[i] @ Vh[i]
+        torch.testing.assert_close(found if side == "columns" else found.T, expected)
+
+
+def test_the_scale_of_inputs_does_not_matter_and_none_have_no_root():
+    moment = moments(6)
+    torch.testing.assert_close(root_of(moment), root_of(1e9 * moment))
+    assert root_of(torch.zeros(4, 4)) is None
+    assert root_of(torch.full((4, 4), torch.nan)) is None
+    assert root_of(torch.ones(4, 4)) is not None  # of rank one
+
+
+def output_of(layer, x):
+    """What a layer computes, without its bias."""
+    layer = copy.deepcopy(layer)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer(x)
+
+
+LINEAR = [case for case in CASES if case not in ("Embedding", "Conv2d, spatial")]
+
+
+@pytest.mark.parametrize("case", [case for case in LINEAR if "Transpose" not in case])
+def test_a_layer_computes_its_matrix_times_its_inputs(case):
+    layer, x = dense_layer(case), batch_for(case)
+    reading, kind = reading_of(layer, case), kind_of(layer)
+    inputs, W = kind.inputs(layer, reading, x), reading.to_matrix(layer.weight)
+    product = inputs @ (W.mT if kind.inputs_meet == "columns" else W)  # (b, m), or (g, b, m)
+    product = product.movedim(0, 1).flatten(1) if reading.groups > 1 else product
+    output = output_of(layer, x)
+    if "Conv2d" in case or "Transpose" in case:
+        output = output.movedim(1, -1)
+    torch.testing.assert_close(product, output.reshape(product.shape))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv1d(3, 4, 3, stride=2, padding=2, padding_mode="circular"),
+        nn.Conv2d(4, 6, (3, 5), padding="same", dilation=(2, 1), groups=2),
+        nn.Conv2d(2, 4, 3, padding=(1, 0), padding_mode="reflect", stride=(1, 2)),
+        nn.Conv3d(2, 3, 2, padding=1),
+    ],
+)
+def test_patches_are_those_of_any_geometry(layer):
+    layer = layer.double()
+    x = normal(2, layer.in_channels, *(7, 6, 5)[: len(layer.kernel_size)])
+    kind = kind_of(layer)
+    reading = kind.reading(layer, "weight")
+    inputs, W = kind.inputs(layer, reading, x), reading.to_matrix(layer.weight)
+    product = inputs @ W.mT
+    product = product.movedim(0, 1).flatten(1) if reading.groups > 1 else product
+    torch.testing.assert_close(product.flatten(), output_of(layer, x).movedim(1, -1).flatten())
+    # One volume without a batch is a batch of one.
+    torch.testing.assert_close(
+        kind.inputs(layer, reading, x[0]), kind.inputs(layer, reading, x[:1])
+    )
+
+
+def test_patches_of_a_kernel_by_its_directions_are_those_of_the_width():
+    case = "Conv2d, spatial"
+    layer, x = dense_layer(case), batch_for(case)
+    reading = reading_of(layer, case)
+    inputs = kind_of(layer).inputs(layer, reading, x)
+    W = reading.to_matrix(layer.weight)  # (o kh, i kw)
+    rows = W.view(6, 2, -1)[:, 0]  # of the kernel's first row
+    kernel = layer.weight[:, :, :1]
+    padded = nn.functional.pad(x, (1, 1, 1, 1))
+    expected = nn.functional.conv2d(padded, kernel, stride=(1, 2), dilation=(1, 1))
+    torch.testing.assert_close((inputs @ rows.T).flatten(), expected.movedim(1, -1).flatten())
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_transposed_convolution_spreads_its_inputs(groups):
+    # Patches of the output do not overlap where the stride is the kernel.
+    layer = nn.ConvTranspose2d(4, 6, 2, stride=2, groups=groups, bias=False).double()
+    x, kind = normal(3, 4, 5, 2), kind_of(layer)
+    reading = kind.reading(layer, "weight")
+    product = kind.inputs(layer, reading, x) @ reading.to_matrix(layer.weight)
+    torch.testing.assert_close(product.square().sum(), layer(x).square().sum())
+    torch.testing.assert_close(
+        kind.inputs(layer, reading, x[0]), kind.inputs(layer, reading, x[:1])
+    )
+
+
+def test_of_a_large_batch_the_first_images_count(monkeypatch):
+    layer = nn.Conv2d(2, 4, 3)
+    reading = kind_of(layer).reading(layer, "weight")
+    x = torch.randn(8, 2, 5, 5)
+    monkeypatch.setattr("oialr.layers.conv.LARGEST_PATCHES", 3 * 2 * 25 * 9)
+    inputs = kind_of(layer).inputs(layer, reading, x)
+    torch.testing.assert_close(inputs, kind_of(layer).inputs(layer, reading, x[:3]))
+
+
+def few_directions(step, dtype=torch.float64):
+    """Inputs (16, 12) that lie in three directions, the same in all steps."""
+    x = normal(16, 3, seed=step) @ normal(3, 12, seed=99)
+    return x.to(dtype), (x[:, 0] > 0).long()
+
+
+def two_layers(dtype=torch.float64):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 2)).to(dtype)
+
+
+def run(model, steps, *, first=0, method=None, look=lambda step: None, **options):
+    if method is None:
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
+        options = {"rank_multiple": 1, "update_interval": 50, **options}
+        method = OIALR(model, optimizer, **options)
+    events = []
+    for step in range(first, first + steps):
+        x, y = few_directions(step, next(model.parameters()).dtype)
+        method.optimizer.zero_grad()
+        look(step)
+        nn.functional.cross_entropy(model(x), y).backward()
+        method.optimizer.step()
+        look(step)
+        events.append(method.step())
+    return method, [event for event in events if event]
+
+
+AT_ONCE = {"delay": 4, "release": 4, "target_size": 0.75}
+# Three of twelve ranks, whatever the spectrum is.
+IN_PARTS = {"delay": 4, "cut_at_conversion": True, "retained_energy": 1e-9, "largest_cut": 0.75}
+
+
+@pytest.mark.parametrize("delay", [1, 4])
+@pytest.mark.parametrize("options", [AT_ONCE, IN_PARTS], ids=["released", "cores"])
+def test_a_cut_to_the_directions_of_the_inputs_leaves_what_is_computed(options, delay):
+    options = {**options, "delay": delay, **({"release": delay} if "release" in options else {})}
+    lost = {}
+    for truncation in ("weights", "outputs"):
+        model = two_layers()
+        method, _ = run(model, delay - 1, truncation=truncation, **options)
+        x, y = few_directions(7)
+        method.optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        method.optimizer.step()
+        before = model(x)
+        event = method.step()
+        assert 3 <= method.ranks()["0.weight"] <= 5
+        assert event.shapes_changed
+        lost[truncation] = float(((model(x) - before).norm() / before.norm()).detach())
+    assert lost["outputs"] < 1e-2
+    assert lost["weights"] > 0.05
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "Embedding"])
+@pytest.mark.parametrize("kind", ["adamw", "momentum"])
+def test_every_kind_is_cut_by_its_inputs_and_goes_on(case, kind, caplog):
+    options = {"release": 3, "target_size": 0.9, "truncation": "outputs"}
+    model, optimizer, method = make(case, kind, cutoff=0.1, **options)
+    (event,) = train(case, model, optimizer, method, 5)
+    assert event.kind == "release"
+    assert "inputs" not in caplog.text
+    assert method.missed_target() is None
+    assert method.ranks()["0.weight"] < method.layers[0].full_rank
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_a_kind_that_does_not_tell_is_cut_by_its_weight(caplog):
+    options = {"release": 3, "target_size": 0.7}
+    states = []
+    for truncation in ("weights", "outputs"):
+        with caplog.at_level(logging.WARNING):
+            model, optimizer, method = make("Embedding", truncation=truncation, **options)
+            train("Embedding", model, optimizer, method, 4)
+        states.append(model.state_dict())
+    assert "1 weights are cut by their own spectra" in caplog.text
+    assert "0.weight" in caplog.text
+    for name, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][name])
+
+
+def test_only_the_step_of_the_event_is_looked_at_and_no_trace_is_left():
+    seen = []
+    model = two_layers()
+    hooks = torch.nn.modules.module._global_forward_pre_hooks
+    method, _ = run(model, 3, truncation="outputs", **AT_ONCE)
+    assert method.watches_inputs
+    assert len(hooks) == 1
+    with torch.no_grad():  # a validation between
+        model.eval()(normal(16, 12, seed=5))
+    method, (event,) = run(
+        model.train(),
+        3,
+        first=3,
+        method=method,
+        look=lambda step: seen.append((step, method.watches_inputs)),
+    )
+    assert event.step == 4
+    assert [step for step, watches in seen if watches] == [3, 3]
+    assert not hooks
+    other = two_layers()
+    run(other, 6, truncation="outputs", **AT_ONCE)
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("stop", [2, 3, 4])
+def test_a_resume_next_to_the_cut_changes_no_bit(stop):
+    options = {"truncation": "outputs", **AT_ONCE}
+    whole = two_layers()
+    run(whole, 6, **options)
+    model = two_layers()
+    method, _ = run(model, stop, **options)
+    stored = copy.deepcopy((model.state_dict(), method.optimizer.state_dict(), method.state_dict()))
+    resumed = two_layers()
+    again, _ = run(resumed, 0, **options)
+    again.load_state_dict(stored[2])
+    resumed.load_state_dict(stored[0])
+    again.optimizer.load_state_dict(stored[1])
+    # A pass that is thrown away, such as that after DistributedDataParallel is made.
+    resumed(normal(16, 12, seed=5)).sum().backward()
+    again.optimizer.zero_grad()
+    run(resumed, 6 - stop, first=stop, method=again)
+    for one, two in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_a_method_that_is_given_up_leaves_no_hook():
+    method, _ = run(two_layers(), 3, truncation="outputs", **AT_ONCE)
+    assert torch.nn.modules.module._global_forward_pre_hooks
+    del method
+    gc.collect()
+    assert not torch.nn.modules.module._global_forward_pre_hooks
+
+
+def test_under_autocast_moments_are_of_the_weights_precision():
+    model = two_layers(torch.float32)
+    method, _ = run(model, 3, truncation="outputs", **AT_ONCE)
+    x, y = few_directions(3, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = nn.functional.cross_entropy(model(x).float(), y)
+    assert method._moments._moments["0.weight"].dtype == torch.float32
+    torch.testing.assert_close(method._moments._moments["0.weight"], x.T @ x)
+    loss.backward()
+    method.optimizer.step()
+    assert method.step().kind == "release"
+
+
+def test_what_cuts_no_full_rank_weight_is_refused():
+    with pytest.raises(ValueError, match="truncation 'outputs' is for cuts of full-rank weights"):
+        run(two_layers(), 0, truncation="outputs", delay=4, release=6)
+
+
+# A network that is trained already.
+def test_compress_keeps_what_is_computed_of_the_inputs():
+    x = torch.cat([few_directions(step)[0] for step in range(3)])
+    lost = {}
+    for name, inputs in (("weights", ()), ("outputs", [x[:20], (x[20:30],), {"input": x[30:]}])):
+        model = two_layers()
+        before = model(x)
+        (layer,) = compress(model, target_size=0.75, inputs=inputs, rank_multiple=1)
+        assert layer.rank < 12
+        lost[name] = float(((model(x) - before).norm() / before.norm()).detach())
+        dense = to_dense(model)[0].weight
+        if inputs:
+            expected = best(two_layers()[0].weight.detach(), x.T @ x, layer.rank)
+            torch.testing.assert_close(dense.detach(), expected)
+            assert layer.lost < 1e-2
+    assert lost["outputs"] < 1e-2
+    assert lost["weights"] > 0.05
+
+
+def test_compress_leaves_modes_and_hooks_as_they_were(caplog):
+    model = nn.Sequential(two_layers(), nn.Dropout(0.5), nn.Linear(2, 2).double())
+    model[1].eval()
+    compress(model, target_size=0.75, inputs=[few_directions(0)[0]], rank_multiple=1)
+    assert model.training
+    assert model[0].training
+    assert not model[1].training
+    assert not torch.nn.modules.module._global_forward_pre_hooks
+    with pytest.raises(TypeError):
+        compress(two_layers(), target_size=0.75, inputs=[{"wrong": 1}])
+    assert not torch.nn.modules.module._global_forward_pre_hooks
+    assert not caplog.text
