@@ -45,7 +45,7 @@ class CompressedLayer:
     """None: it stays dense, since no rank that stores less is worth its loss."""
     lost: float
     """Share that is discarded of its spectral energy, the sum of the squared singular values; with
-    inputs of the mean square of what it computes of them, but for its bias."""
+    inputs about that of the mean square of what it computes of them, its bias apart."""
 
 
 @torch.no_grad()
@@ -72,7 +72,8 @@ def compress(
             (torch.compile, DistributedDataParallel) is made anew afterwards.
         target_size: stored parameters over those of the network as it is, in (0, 1].
         inputs: batches that the network is called with, in evaluation mode: a tensor, a tuple or
-            list of positional arguments, or a mapping of named ones each.
+            list of positional arguments, or a mapping of named ones each; the same batches on
+            every process that calls it.
         release: two factors of each weight, both trained, W = A B, balanced; False: U core Vh,
             with orthonormal U and Vh that are frozen.
         **options: minimum_rank_fraction, rank_multiple, execution, recompute_convolutions and what
@@ -105,15 +106,20 @@ def compress(
         chosen, layers, stored=parameter_counts(model)[1], is_released=chosen.release is not None
     )
     roots = _roots(model, layers, inputs)
-    factors = {layer.name: _factorize(model, layer, roots.get(layer.name)) for layer in layers}
-    energies = {name: _energies(s) for name, (_, s, _) in factors.items()}
-    ranks = target.ranks(energies, fixed={}, may_stay_dense=energies)
-    for layer in layers:
-        if (r := ranks[layer.name]) is not None:
-            kept = factors.pop(layer.name)
-            if (S := roots.pop(layer.name, None)) is not None:
-                kept = taken_back(kept, r, S, layer.adapter.inputs_meet)
-            _replace(model, layer, kept, r, chosen)
+    device = next(model.parameters()).device.type
+    with full_precision(), torch.autocast(device, enabled=False):
+        factors = {layer.name: _factorize(model, layer, roots.get(layer.name)) for layer in layers}
+        energies = {name: _energies(s) for name, (_, s, _) in factors.items()}
+        ranks = target.ranks(energies, fixed={}, may_stay_dense=energies)
+        # What can fail comes before the first layer is replaced.
+        for layer in layers:
+            r, S = ranks[layer.name], roots.pop(layer.name, None)
+            if r is not None and S is not None:
+                kept = taken_back(factors[layer.name], r, S, layer.adapter.inputs_meet)
+                factors[layer.name] = kept
+        for layer in layers:
+            if (r := ranks[layer.name]) is not None:
+                _replace(model, layer, factors.pop(layer.name), r, chosen)
     Wrappers(model).tell()
     return [
         CompressedLayer(
@@ -141,13 +147,16 @@ def _roots(
     model: nn.Module, layers: Sequence[LayerReport], inputs: Iterable[Any]
 ) -> dict[str, Tensor]:
     """Call the network, and return S of what each layer meets; nothing without inputs."""
-    moments = InputMoments(model)
-    batches = iter(inputs)
+    if isinstance(inputs, Tensor | Mapping):
+        raise TypeError("inputs are a list of batches, each what the network is called with")
+    moments, batches = InputMoments(model), iter(inputs)
     if (first := next(batches, None)) is None:
         return {}
     moments.watch(layers, without_gradients=True)
     modes = {module: module.training for module in model.modules()}
     model.eval()
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # which calls no layers
     try:
         for batch in chain([first], batches):
             if isinstance(batch, Mapping):
@@ -157,12 +166,13 @@ def _roots(
             else:
                 model(batch)
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
         moments.end()
         for module, mode in modes.items():
             module.training = mode
     roots = moments.roots(layers, Processes())
-    if text := unseen(layers, roots):
-        logger.warning("compress: %s", text)
+    if names := [layer.name for layer in layers if layer.name not in roots]:
+        logger.warning("compress: %s", unseen(names))
     return roots
 
 

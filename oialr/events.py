@@ -19,7 +19,7 @@ from oialr.input_moments import InputMoments, unseen
 from oialr.layer_survey import LayerReport
 from oialr.linalg.checksum import checksum
 from oialr.linalg.precision import full_precision
-from oialr.linalg.svd import is_diagonal
+from oialr.linalg.svd import Factors, is_diagonal
 from oialr.linalg.weighting import weighted
 from oialr.memory import TensorMemory
 from oialr.placement.buckets import MatrixInfo
@@ -114,6 +114,8 @@ class Events:
         """Whether the owner's results are sent, since processes compute others from the same."""
         self._told: set[str] = set()
         """Names of layers of which was told that something keeps them full-rank."""
+        self._told_unseen: set[str] = set()
+        """Names of those of which was told that their inputs were not seen."""
 
     def run(
         self,
@@ -138,17 +140,21 @@ class Events:
         reports, infos = self._check(reports, step)
         # What can fail is tried while no layer is replaced yet.
         self._transitions.check_optimizer(reports)
-        if self._moments and (kind == "release" or self._transitions.ranks.cuts_at_conversion):
-            self._roots = self._see_inputs(self._moments, reports)
-        if self._target and self._transitions.ranks.wants(kind, reports):
-            self._aim(self._target)
         was_dense = [self._transitions.is_dense(report) for report in reports]
+        ranks = self._transitions.ranks
         # Around the factorizations alone: nothing large is made before and after, and it slows
         # down the many small operators of the checksums.
         memory = TensorMemory(self._transitions.all_tensors()) if self._measure_memory else None
-        with memory or nullcontext(), full_precision():
-            layers = self._factorize(reports, infos, release=kind == "release")
-        self._roots = {}
+        try:
+            with full_precision():
+                if self._moments and (kind == "release" or ranks.cuts_at_conversion):
+                    self._roots = self._see_inputs(self._moments, reports)
+                if self._target and ranks.wants(kind, reports):
+                    self._aim(self._target)
+            with memory or nullcontext(), full_precision():
+                layers = self._factorize(reports, infos, release=kind == "release")
+        finally:
+            self._roots = {}
         seconds = self._prove(reports, layers, step)
         changed_form = any(
             dense != self._transitions.is_dense(report) or self._transitions.is_released(report)
@@ -188,10 +194,12 @@ class Events:
         """Return what is known of the inputs of all layers that are full-rank as yet."""
         layers = self._target.layers if self._target else reports
         dense = [layer for layer in layers if self._transitions.is_dense(layer)]
-        with full_precision():
-            roots = moments.roots(dense, self._processes)
-        if (text := unseen(dense, roots)) and self._processes.index == 0:
-            logger.warning("truncation outputs: %s", text)
+        roots = moments.roots(dense, self._processes)
+        wanted = [report.name for report in reports if self._transitions.is_dense(report)]
+        names = [name for name in wanted if name not in roots and name not in self._told_unseen]
+        self._told_unseen.update(names)
+        if names and self._processes.index == 0:
+            logger.warning("truncation outputs: %s", unseen(names))
         return roots
 
     def _matrix(self, report: LayerReport) -> Tensor:
@@ -263,7 +271,8 @@ class Events:
             if converted and (ranks.cuts_at_conversion or release)
             else None,
         ):
-            if factors is None:
+            rank = None if factors is None else self._apply(reports[i], factors, release=release)
+            if factors is None or rank is None:
                 what = "full-rank weight" if transitions.is_dense(reports[i]) else "factors"
                 logger.warning(
                     "%s keeps its present %s for now: its factorization does not converge",
@@ -275,15 +284,20 @@ class Events:
                 name=reports[i].name,
                 owner=owner,
                 previous_rank=factors.s.shape[-1],
-                rank=transitions.apply(
-                    reports[i],
-                    factors,
-                    release=release,
-                    weighting=self._roots.get(reports[i].name),
-                ),
+                rank=rank,
                 singular_values=factors.s.reshape(-1, factors.s.shape[-1]).amax(0).cpu(),
             )
         return [happened[i] for i in sorted(happened)]
+
+    def _apply(self, report: LayerReport, factors: Factors, *, release: bool) -> int | None:
+        """Let factors take a layer's place; return the rank, None if they cannot be taken back."""
+        weighting = self._roots.get(report.name)
+        try:
+            return self._transitions.apply(report, factors, release=release, weighting=weighting)
+        except torch.linalg.LinAlgError:
+            if weighting is None:
+                raise
+            return None  # on all processes, which have the same factors
 
     def _prove(
         self, reports: Sequence[LayerReport], layers: Sequence[LayerEvent], step: int

@@ -5,13 +5,16 @@ that a weight is read as.
 """
 
 import weakref
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 
 from oialr.convert import get_layer
 from oialr.layer_survey import LayerReport
@@ -26,59 +29,77 @@ LARGEST_SIDE = 8192
 class InputMoments:
     """Looks at the inputs of dense layers, from :meth:`watch` to :meth:`end`.
 
-    The latest forward pass with gradients counts, in training or evaluation mode: a validation
-    leaves no trace. What is compiled already is not seen.
+    The latest pass of the network with gradients counts, with all calls of a layer in it: a
+    validation leaves no trace, nor does a pass that was thrown away before. What is compiled is not
+    seen.
     """
 
     def __init__(self, model: nn.Module) -> None:
         """Look at nothing yet."""
         self._model = model
-        self._remove_hook: Any = None
+        self._remove_hooks: Any = None
         self._moments: dict[str, Tensor] = {}
 
     @property
     def watching(self) -> bool:
         """Whether the next forward pass is looked at."""
-        return self._remove_hook is not None
+        return self._remove_hooks is not None
 
     def watch(self, reports: Iterable[LayerReport], *, without_gradients: bool = False) -> None:
         """Look at the inputs of layers from now on, and forget what was seen.
 
-        The hook is one for all modules: a layer with hooks of its own could not be replaced, and
-        copies of it would have them too. It goes with this object at the latest.
+        The hooks are those of all modules: a layer with hooks of its own could not be replaced, and
+        copies of it would have them too. They go with this object at the latest.
 
         Args:
             reports: of the layers, which are dense.
             without_gradients: look at passes without gradients, add them up, and at no others.
         """
-        self.end()
-        moments: dict[str, Tensor] = {}
+        self.forget()
+        moments = self._moments
         looked_at = WeakKeyDictionary(
             (get_layer(self._model, report.name), report)
             for report in reports
             if report.adapter.inputs_meet and _side_length(report) <= LARGEST_SIDE
         )
+        if not looked_at:
+            return
+        network = weakref.ref(self._model)
 
-        def look(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-            report = looked_at.get(layer)
-            if report is None or torch.is_grad_enabled() == without_gradients:
+        def passes_by() -> bool:
+            transformed = torch._C._functorch.maybe_current_level() is not None
+            others = torch.is_grad_enabled() == without_gradients
+            return torch.compiler.is_compiling() or transformed or others
+
+        def begin(module: nn.Module, _: Any) -> None:
+            if not without_gradients and module is network() and not passes_by():
+                moments.clear()
+
+        def look(layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any], _: Any) -> None:
+            report = None if passes_by() else looked_at.get(layer)
+            x = next((x for x in (*args, *named.values()) if isinstance(x, Tensor)), None)
+            if report is None or x is None or not _is_plain(x):
                 return
-            x = next((value for value in inputs if isinstance(value, Tensor)), None)
-            if x is None:
-                return
-            moment = _moment(layer, report, x)
-            before = moments.get(report.name) if without_gradients else None
+            moment = _moment(layer, report, x.detach())
+            before = moments.get(report.name)
             moments[report.name] = moment if before is None else before + moment
 
-        self._moments = moments
-        handle = register_module_forward_pre_hook(look)
-        self._remove_hook = weakref.finalize(self, handle.remove)
+        handles = (
+            register_module_forward_pre_hook(begin),
+            register_module_forward_hook(look, with_kwargs=True),
+        )
+        self._remove_hooks = weakref.finalize(self, _remove, handles)
 
     def end(self) -> None:
         """Look no more; what was seen is kept."""
-        if self._remove_hook is not None:
-            self._remove_hook()
-        self._remove_hook = None
+        if self._remove_hooks is not None:
+            self._remove_hooks()
+        self._remove_hooks = None
+
+    def forget(self) -> None:
+        """Look no more, and forget what was seen."""
+        self.end()
+        self._moments = {}
 
     def roots(self, reports: Sequence[LayerReport], processes: Processes) -> dict[str, Tensor]:
         """Return S of the mean over all processes for each layer that all have seen; collective.
@@ -94,19 +115,16 @@ class InputMoments:
                 S = root_of(processes.sum(self._moments.pop(report.name)))
                 if S is not None:
                     roots[report.name] = S
-        self._moments = {}
+        self.forget()
         return roots
 
 
-def unseen(reports: Iterable[LayerReport], roots: Collection[str]) -> str | None:
-    """Say of which layers nobody has seen inputs, if there are any; for a warning."""
-    names = [report.name for report in reports if report.name not in roots]
-    if not names:
-        return None
+def unseen(names: Sequence[str]) -> str:
+    """Say of which weights nobody has seen inputs, for a warning."""
     shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     return (
-        f"{len(names)} weights are cut by their own spectra, since no inputs of theirs were seen: "
-        f"{shown}; a layer of another kind, one that is not called, or a network that is compiled"
+        f"{len(names)} weights are cut by their own spectra, since what meets them was not seen: "
+        f"{shown}; layers of another kind, not called in this step, or of a compiled network"
     )
 
 
@@ -115,10 +133,20 @@ def _side_length(report: LayerReport) -> int:
     return n if report.adapter.inputs_meet == "columns" else m
 
 
+def _remove(handles: Iterable[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether a tensor is one of numbers that lie in memory: not sparse, nor nested."""
+    return not (x.is_nested or x.layout != torch.strided or x.is_meta)
+
+
 @torch.no_grad()
 def _moment(layer: nn.Module, report: LayerReport, x: Tensor) -> Tensor:
     """Return X^T X of a layer's inputs X (b, n), in the precision of its weight."""
-    dtype = layer.get_parameter(report.name.rpartition(".")[2]).dtype
+    dtype = getattr(layer, report.name.rpartition(".")[2]).dtype
     with torch.autocast(x.device.type, enabled=False), full_precision():
         inputs = report.adapter.inputs(layer, report.reading, x).to(dtype)
         return inputs.mT @ inputs

@@ -183,8 +183,6 @@ class OIALR:
             RuntimeError: somebody trains a parameter that an earlier event has replaced.
         """
         self._gradients.check()
-        if self._moments and self.event_due:
-            self._moments.end()
         if not self._schedule_checked and self.step_count:
             self._groups.check_schedule(self.optimizer)
             self._schedule_checked = True
@@ -387,7 +385,7 @@ class OIALR:
         table.step_count, table.handled = state["step_count"], state["handled"]
         table.released_at = state.get("released_at")
         self._turns.load_state_dict(state)
-        self._watch_inputs()
+        self._watch_inputs_anew()
 
     def _take_stored_forms(self, stored: Mapping[str, Form]) -> None:
         """Give the network, whose weights are about to be loaded, the forms that they have.
@@ -400,21 +398,29 @@ class OIALR:
         returned = [name for name, form in self._transitions.released.items() if form == "dense"]
         if self._transitions.take_forms(self.layers, forms, returned=returned):
             self._wrappers.tell()
+            self._watch_inputs_anew()
 
     def _watch_inputs(self) -> None:
         """Look at what full-rank layers meet in the step that ends with an event."""
         if self._moments is None:
             return
-        soon = bool(self._timetable.due(steps_ahead=1))
-        if soon and not self._moments.watching:
+        if self._timetable.due():
+            self._moments.end()  # what was seen is kept for the event
+        elif not self._timetable.due(steps_ahead=1):
+            self._moments.forget()
+        elif not self._moments.watching:
             self._moments.watch(filter(self._transitions.is_dense, self.layers))
-        elif not soon:
-            self._moments.end()
+
+    def _watch_inputs_anew(self) -> None:
+        if self._moments:
+            self._moments.forget()
+        self._watch_inputs()
 
     def _count_step(self, _: Optimizer, __: Any, options: Mapping[str, Any]) -> None:
         if is_made_up(self.optimizer, options):
             return
         self._timetable.step_count += 1
+        self._watch_inputs()
         self._gradients.look()
 
 

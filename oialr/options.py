@@ -271,7 +271,8 @@ class Options(Release, Conversion, Selection, RankRule, Schedule):  # the last o
             raise ValueError(
                 "frobenius_decay is for the factors that a release makes: set release too"
             )
-        cuts_dense = self.cut_at_conversion or self.defer_conversion or self.release == self.delay
+        at_release = self.release is not None and self.delay in (self.release, "stability")
+        cuts_dense = self.cut_at_conversion or self.defer_conversion or at_release
         if self.truncation == "outputs" and not cuts_dense:
             raise ValueError(
                 "truncation 'outputs' is for cuts of full-rank weights, and there are none: let "

@@ -108,9 +108,11 @@ class Transitions(PresentLayers):
         r = self.ranks.after(report, factors.s.to(self.weight(report).dtype), release=release)
         if self.is_dense(report):
             if r is not None:
+                side = None if weighting is None else report.adapter.inputs_meet
                 if weighting is not None:
-                    factors = taken_back(factors, r, weighting, report.adapter.inputs_meet)
-                self._convert(report, factors, r, release=release)
+                    factors = taken_back(factors, r, weighting, side)
+                kept: Literal["A", "B"] = "A" if side == "columns" else "B"
+                self._convert(report, factors, r, release=release, kept=kept)
         elif not release:
             assert r is not None
             self._update(report, factors, r)
@@ -120,7 +122,9 @@ class Transitions(PresentLayers):
             self._release(report, factors, r)
         return self.rank(report)
 
-    def put_factors(self, report: LayerReport, *factors: Tensor) -> None:
+    def put_factors(
+        self, report: LayerReport, *factors: Tensor, kept: Literal["A", "B"] = "B"
+    ) -> None:
         """Let a factorized layer take a dense one's place, in network and optimizer.
 
         Args:
@@ -133,7 +137,7 @@ class Transitions(PresentLayers):
         read = partial(FromDense, report.reading)
         if layer.released:
             A, B = factors
-            new = {layer.A: read(DenseToA(B)), layer.B: read(DenseToB(A, B))}
+            new = {layer.A: read(DenseToA(A, B, kept)), layer.B: read(DenseToB(A, B, kept))}
             self._replace_parameter(report, weight, new)
             self._move_factors(report, layer)
         else:
@@ -210,14 +214,22 @@ class Transitions(PresentLayers):
         self.released[report.name] = "dense"
         self._groups.move(self._optimizer, "dense", report.name, self.weight(report))
 
-    def _convert(self, report: LayerReport, factors: Factors, r: int, *, release: bool) -> None:
+    def _convert(
+        self,
+        report: LayerReport,
+        factors: Factors,
+        r: int,
+        *,
+        release: bool,
+        kept: Literal["A", "B"],
+    ) -> None:
         """W = U diag(s) Vh, or A B of balanced factors."""
         dtype = self.weight(report).dtype
         U, s, Vh = (factor.to(dtype) for factor in factors)
         U, s, Vh = U[..., :r].contiguous(), s[..., :r], Vh[..., :r, :].contiguous()
         if release:
             root = s.sqrt()
-            self.put_factors(report, U * root[..., None, :], root[..., :, None] * Vh)
+            self.put_factors(report, U * root[..., None, :], root[..., :, None] * Vh, kept=kept)
         else:
             self.put_factors(report, U, torch.diag_embed(s), Vh)
 

@@ -9,7 +9,7 @@ may be a stack, with a leading dimension.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -78,8 +78,14 @@ class Projection:
 class DenseToA:
     """From a dense weight W to A, where W is replaced by A B; the gradient is G B^T."""
 
+    A: Tensor
+    """U diag(s)^(1/2) (m, r)."""
     B: Tensor
     """diag(s)^(1/2) Vh (r, n)."""
+    kept: Literal["A", "B"] = "B"
+    """The factor that an average of the weight has as it is, the other one being the best for it.
+    Of W itself that leaves A B: A A^+ W is W_r but where W was cut for inputs that meet its rows,
+    and W B^+ B but where it was cut for inputs that meet its columns."""
 
     def linear(self, value: Tensor) -> Tensor:
         """M B^T, exactly."""
@@ -90,7 +96,9 @@ class DenseToA:
         return value @ self.B.square().mT
 
     def average(self, value: Tensor) -> Tensor:
-        """W B^+: with B the closest product to W."""
+        """W B^+: with B the closest product to W; A itself where B holds what is left."""
+        if self.kept == "A":
+            return self.A.clone()
         energy = self.B.square().sum(-1, keepdim=True)  # s, by rows
         return value @ (self.B * _inverse(energy)).mT
 
@@ -103,6 +111,8 @@ class DenseToB:
     """U diag(s)^(1/2) (m, r)."""
     B: Tensor
     """diag(s)^(1/2) Vh (r, n)."""
+    kept: Literal["A", "B"] = "B"
+    """As of :class:`DenseToA`."""
 
     def linear(self, value: Tensor) -> Tensor:
         """A^T M, exactly."""
@@ -113,8 +123,11 @@ class DenseToB:
         return self.A.square().mT @ value
 
     def average(self, value: Tensor) -> Tensor:
-        """B itself: A holds what is left of the average."""
-        return self.B.clone()
+        """B itself, where A holds what is left of the average; otherwise A^+ W."""
+        if self.kept == "B":
+            return self.B.clone()
+        energy = self.A.square().sum(-2)[..., None]  # s, by rows of A^T
+        return (self.A.mT * _inverse(energy)) @ value
 
 
 @dataclass(frozen=True)

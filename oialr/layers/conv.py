@@ -231,13 +231,18 @@ class ConvAdapter(LayerAdapter):
         """Return the patches of the padded input that the kernel meets, (b, n) or (g, b, n).
 
         Those of a kernel that is read by its directions are of its width alone. Of a large batch
-        the first samples count, so that the patches have no more than about LARGEST_PATCHES
-        numbers.
+        the first samples count, and of a large sample the middle of its first direction, so that
+        the patches have no more than about LARGEST_PATCHES numbers.
         """
         assert isinstance(layer, _ConvNd)
         d = len(layer.kernel_size)
         x = x if x.dim() == d + 2 else x[None]
-        x = x[: max(1, LARGEST_PATCHES // max(1, x[0].numel() * math.prod(layer.kernel_size)))]
+        numbers = max(1, x[0].numel() * math.prod(layer.kernel_size)) if len(x) else 1
+        x = x[: max(1, LARGEST_PATCHES // numbers)]
+        span = layer.dilation[0] * (layer.kernel_size[0] - 1) + 1
+        length = max(span, x.shape[2] * LARGEST_PATCHES // numbers)
+        if length < x.shape[2]:
+            x = x.narrow(2, (x.shape[2] - length) // 2, length)
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         x = functional.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
         x = x.unflatten(1, (reading.groups, -1))

@@ -211,6 +211,7 @@ def test_the_clipped_norm_is_that_of_the_unscaled_gradients():
     torch.testing.assert_close(models[0].weight, models[1].weight)
 
 
+@pytest.mark.filterwarnings("ignore:Using `torch.compile")  # while hooks of all modules are there
 @pytest.mark.parametrize("form", ["module", "uncompiled"])
 def test_a_compiled_network_tells_nothing_of_its_inputs_and_the_same_uncompiled_does(
     backend, form, caplog

@@ -176,7 +176,7 @@ def test_a_weight_that_is_not_finite_is_named():
 def test_the_page_says_what_works():
     (block,) = (b for b in blocks() if b.page == "docs/compress.md" and b.language == "python")
     model = network()
-    names = {"model": model, "torch": torch}
+    names = {"model": model, "torch": torch, "loader": [(INPUTS, None)]}
     exec(block.text, names)
     assert count(model) <= 0.35 * STORED
     held = {id(p) for group in names["optimizer"].param_groups for p in group["params"]}

@@ -6,13 +6,20 @@ import logging
 
 import pytest
 import torch
-from support.kinds import CASES, batch_for, dense_layer, make, reading_of, train
+from support.kinds import CASES, Conv1D, batch_for, dense_layer, make, reading_of, train
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
-from oialr import OIALR, compress, to_dense
+from oialr import OIALR, WeightAverage, compress, to_dense
 from oialr.layers.registry import kind_of
 from oialr.linalg.svd import economy_svd
 from oialr.linalg.weighting import DAMPING, root_of, taken_back, weighted
+
+
+def hooks():
+    """Of all modules, without those of methods that earlier tests have left."""
+    gc.collect()
+    return torch.nn.modules.module._global_forward_hooks
 
 
 def normal(*shape, seed=0):
@@ -241,10 +248,9 @@ def test_a_kind_that_does_not_tell_is_cut_by_its_weight(caplog):
 def test_only_the_step_of_the_event_is_looked_at_and_no_trace_is_left():
     seen = []
     model = two_layers()
-    hooks = torch.nn.modules.module._global_forward_pre_hooks
     method, _ = run(model, 3, truncation="outputs", **AT_ONCE)
     assert method.watches_inputs
-    assert len(hooks) == 1
+    assert len(hooks()) == 1
     with torch.no_grad():  # a validation between
         model.eval()(normal(16, 12, seed=5))
     method, (event,) = run(
@@ -255,8 +261,8 @@ def test_only_the_step_of_the_event_is_looked_at_and_no_trace_is_left():
         look=lambda step: seen.append((step, method.watches_inputs)),
     )
     assert event.step == 4
-    assert [step for step, watches in seen if watches] == [3, 3]
-    assert not hooks
+    assert [step for step, watches in seen if watches] == [3]
+    assert not hooks()
     other = two_layers()
     run(other, 6, truncation="outputs", **AT_ONCE)
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
@@ -286,10 +292,9 @@ def test_a_resume_next_to_the_cut_changes_no_bit(stop):
 
 def test_a_method_that_is_given_up_leaves_no_hook():
     method, _ = run(two_layers(), 3, truncation="outputs", **AT_ONCE)
-    assert torch.nn.modules.module._global_forward_pre_hooks
+    assert hooks()
     del method
-    gc.collect()
-    assert not torch.nn.modules.module._global_forward_pre_hooks
+    assert not hooks()
 
 
 def test_under_autocast_moments_are_of_the_weights_precision():
@@ -305,7 +310,179 @@ def test_under_autocast_moments_are_of_the_weights_precision():
     assert method.step().kind == "release"
 
 
+def step_to_the_cut(model, method, *, inputs=None):
+    """Take the step that ends with the cut; return the method's event."""
+    x, y = few_directions(7)
+    method.optimizer.zero_grad()
+    nn.functional.cross_entropy(model(x), y).backward()
+    method.optimizer.step()
+    return method.step()
+
+
+@pytest.mark.parametrize("kind", ["linear", "rows"])
+def test_an_average_keeps_what_the_network_keeps(kind):
+    model = two_layers()
+    if kind == "rows":
+        model[0] = Conv1D(20, 12).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
+    average = WeightAverage(model, optimizer, decay=0.01)
+    followed = AveragedModel(model)
+    method = OIALR(
+        model, optimizer, update_interval=50, rank_multiple=1, truncation="outputs", **AT_ONCE
+    )
+    method.follow(followed)
+    run(model, 3, method=method)
+    followed.module.load_state_dict(model.state_dict())
+    average.update(3)
+    x = few_directions(7)[0]
+
+    def averages():
+        with torch.no_grad(), average.applied():
+            return followed(x), model(x)
+
+    before = averages()
+    step_to_the_cut(model, method)
+    assert method.ranks()["0.weight"] <= 5
+    for one, other in zip(before, averages(), strict=True):
+        assert float((one - other).norm() / one.norm()) < 1e-2
+
+
+def test_a_layer_is_seen_in_all_its_calls_and_by_keyword():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.head = nn.Linear(12, 20), nn.Linear(20, 2)
+
+        def forward(self, x):
+            return self.head(self.layer(input=x) + self.layer(0.01 * x.flip(0)))
+
+    model = Twice().double()
+    method, _ = run(model, 3, truncation="outputs", **AT_ONCE)
+    x, y = few_directions(3)
+    model(normal(16, 12, seed=8)).sum().backward()  # thrown away
+    nn.functional.cross_entropy(model(x), y).backward()
+    moment = method._moments._moments["layer.weight"]
+    torch.testing.assert_close(moment, (1 + 0.01**2) * x.T @ x)
+
+
+def test_a_method_that_is_asked_seldom_sees_the_step_of_the_cut(caplog):
+    model = two_layers()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    options = {"update_interval": 50, "rank_multiple": 1, "truncation": "outputs", **AT_ONCE}
+    method = OIALR(model, optimizer, **options)
+    for step in range(6):
+        x, y = few_directions(step)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        if step % 2:
+            model(normal(16, 12, seed=5)).sum().backward()  # after the step: does not count
+            event = method.step()
+            assert (event is not None) == (step == 3)
+    assert not caplog.text
+
+
+def test_nothing_is_looked_at_where_no_layer_tells():
+    options = {**IN_PARTS, "update_interval": 2, "truncation": "outputs"}
+    method, events = run(two_layers(), 9, **options)
+    assert [event.step for event in events] == [4, 6, 8]
+    assert not method.watches_inputs  # though an update comes after the next step
+    assert not hooks()
+
+
+def test_a_state_that_is_loaded_into_a_running_method_changes_no_bit(caplog):
+    options = {**IN_PARTS, "update_interval": 3, "truncation": "outputs"}
+    model, whole = two_layers(), two_layers()
+    method, _ = run(model, 3, **options)
+    states = copy.deepcopy((model.state_dict(), method.state_dict(), method.optimizer.state_dict()))
+    run(model, 3, first=3, method=method)  # to the step before an update
+    model.load_state_dict(states[0])
+    method.load_state_dict(states[1])
+    method.optimizer.load_state_dict(states[2])
+    run(model, 4, first=3, method=method)
+    run(whole, 7, **options)
+    assert not caplog.text
+    for one, two in zip(whole.parameters(), model.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def transformed(model, x):
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    torch.func.grad(lambda p: torch.func.functional_call(model, p, (x,)).sum())(parameters)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        transformed,
+        lambda model, x: model(torch.nested.nested_tensor([x[:3], x[3:]], layout=torch.jagged)),
+        lambda model, x: model[0](x.relu().to_sparse()),
+    ],
+    ids=["functional", "nested", "sparse"],
+)
+def test_what_cannot_be_seen_runs_all_the_same(call):
+    model = two_layers()
+    options = {"delay": 1, "release": 1, "target_size": 0.75}
+    method, _ = run(model, 0, truncation="outputs", **options)
+    call(model, few_directions(0)[0])
+    assert method.watches_inputs
+    assert not method._moments._moments
+
+
+@pytest.mark.filterwarnings("ignore:Using `torch.compile")
+def test_a_network_compiled_as_one_graph_runs_and_is_not_seen(caplog):
+    torch.compiler.reset()
+    assert not hooks()  # one that goes while a network is compiled is missed
+    model = two_layers()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    method, _ = run(model, 0, truncation="outputs", delay=1, release=1, target_size=0.75)
+    compiled(few_directions(0)[0]).sum().backward()
+    method.optimizer.step()
+    assert method.step().kind == "release"
+    assert "1 weights are cut by their own spectra" in caplog.text
+
+
+def test_a_factorization_that_cannot_be_taken_back_leaves_the_layer_for_now(monkeypatch, caplog):
+    def fails(*_):
+        raise torch.linalg.LinAlgError("does not converge")
+
+    model = two_layers()
+    method, _ = run(model, 3, truncation="outputs", **AT_ONCE)
+    monkeypatch.setattr("oialr.transitions.taken_back", fails)
+    event = step_to_the_cut(model, method)
+    assert not event.layers
+    assert "0.weight keeps its present full-rank weight" in caplog.text
+    assert method.ranks()["0.weight"] == 12
+
+
+def test_it_is_told_once_which_weights_are_cut_by_themselves(caplog):
+    class Called(nn.Linear):
+        """Tells nothing, since nobody calls it."""
+
+    class Net(nn.Sequential):
+        def forward(self, x):
+            weight, bias = self[0].weight, self[0].bias
+            return self[2](torch.tanh(nn.functional.linear(x, weight, bias)))
+
+    model = Net(*two_layers()).double()
+    options = {"delay": 2, "update_interval": 2, "defer_conversion": True, "cutoff": 1e-9}
+    _, events = run(model, 9, truncation="outputs", **options)
+    assert len(events) == 4
+    assert caplog.text.count("cut by their own spectra") == 1
+
+
+def test_a_large_sample_is_looked_at_in_its_middle(monkeypatch):
+    layer = nn.Conv2d(2, 4, 3)
+    reading = kind_of(layer).reading(layer, "weight")
+    x = torch.randn(2, 2, 40, 5)
+    monkeypatch.setattr("oialr.layers.conv.LARGEST_PATCHES", 10 * 2 * 5 * 9)
+    inputs = kind_of(layer).inputs(layer, reading, x)
+    expected = kind_of(layer).inputs(layer, reading, x[:1, :, 15:25])
+    torch.testing.assert_close(inputs, expected)
+
+
 def test_what_cuts_no_full_rank_weight_is_refused():
+    run(two_layers(), 0, truncation="outputs", delay="stability", release=6)
     with pytest.raises(ValueError, match="truncation 'outputs' is for cuts of full-rank weights"):
         run(two_layers(), 0, truncation="outputs", delay=4, release=6)
 
@@ -329,6 +506,28 @@ def test_compress_keeps_what_is_computed_of_the_inputs():
     assert lost["weights"] > 0.05
 
 
+def test_compress_sees_the_layers_of_a_fused_encoder(caplog):
+    encoder = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
+    model = nn.Sequential(nn.Linear(16, 64), encoder, nn.Linear(64, 4)).eval()
+    compress(model, target_size=0.8, inputs=[torch.randn(8, 5, 16)], rank_multiple=1)
+    assert "2 weights are cut" in caplog.text  # the projections of the attention
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_compress_computes_in_full_precision_whatever_is_around_it():
+    model, x = two_layers(torch.float32), few_directions(0, torch.float32)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        compress(model, target_size=0.75, inputs=[x], rank_multiple=1, release=False)
+    U = model[0].U
+    assert float((U.T @ U - torch.eye(U.shape[1])).norm()) < 1e-5
+
+
+def test_compress_takes_batches():
+    for inputs in (few_directions(0)[0], {"input": few_directions(0)[0]}):
+        with pytest.raises(TypeError, match="inputs are a list of batches"):
+            compress(two_layers(), target_size=0.75, inputs=inputs)
+
+
 def test_compress_leaves_modes_and_hooks_as_they_were(caplog):
     model = nn.Sequential(two_layers(), nn.Dropout(0.5), nn.Linear(2, 2).double())
     model[1].eval()
@@ -336,8 +535,8 @@ def test_compress_leaves_modes_and_hooks_as_they_were(caplog):
     assert model.training
     assert model[0].training
     assert not model[1].training
-    assert not torch.nn.modules.module._global_forward_pre_hooks
+    assert not hooks()
     with pytest.raises(TypeError):
         compress(two_layers(), target_size=0.75, inputs=[{"wrong": 1}])
-    assert not torch.nn.modules.module._global_forward_pre_hooks
+    assert not hooks()
     assert not caplog.text
