@@ -23,7 +23,6 @@ from oialr.linalg.precision import full_precision
 from oialr.linalg.svd import Factors, economy_svd
 from oialr.linalg.weighting import taken_back, weighted
 from oialr.options import Options, Selection
-from oialr.placement.processes import Processes
 from oialr.sharding import whole
 from oialr.target import TargetSize
 from oialr.wrappers import Wrappers
@@ -170,7 +169,7 @@ def _roots(
         moments.end()
         for module, mode in modes.items():
             module.training = mode
-    roots = moments.roots(layers, Processes())
+    roots = moments.roots(layers)
     if names := [layer.name for layer in layers if layer.name not in roots]:
         logger.warning("compress: %s", unseen(names))
     return roots

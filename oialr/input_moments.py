@@ -5,7 +5,7 @@ that a weight is read as.
 """
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -101,13 +101,16 @@ class InputMoments:
         self.end()
         self._moments = {}
 
-    def roots(self, reports: Sequence[LayerReport], processes: Processes) -> dict[str, Tensor]:
+    def roots(
+        self, reports: Sequence[LayerReport], processes: Processes | None = None
+    ) -> dict[str, Tensor]:
         """Return S of the mean over all processes for each layer that all have seen; collective.
 
         Args:
             reports: of the layers, the same on all processes.
-            processes: of which each has seen its share.
+            processes: of which each has seen its share; None: this one alone has seen all.
         """
+        processes = processes or Processes()
         seen = processes.gather([report.name in self._moments for report in reports])
         roots = {}
         for report, flags in zip(reports, zip(*seen, strict=True), strict=True):
@@ -117,6 +120,47 @@ class InputMoments:
                     roots[report.name] = S
         self.forget()
         return roots
+
+
+class InputWatch:
+    """Lets inputs be looked at in the step that ends with an event, and at no other time."""
+
+    def __init__(
+        self,
+        moments: InputMoments | None,
+        due: Callable[..., Sequence[Any]],
+        dense: Callable[[], Iterable[LayerReport]],
+    ) -> None:
+        """Put the parts together.
+
+        Args:
+            moments: that look; None: nobody wants to know.
+            due: returns the events that are due, or will be ``steps_ahead``.
+            dense: returns the layers that are full-rank as yet.
+        """
+        self._moments, self._due, self._dense = moments, due, dense
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the next forward pass is looked at."""
+        return self._moments is not None and self._moments.watching
+
+    def look_ahead(self) -> None:
+        """Begin or end, as the step says that was taken last."""
+        if self._moments is None:
+            return
+        if self._due():
+            self._moments.end()  # what was seen is kept for the event
+        elif not self._due(steps_ahead=1):
+            self._moments.forget()
+        elif not self._moments.watching:
+            self._moments.watch(self._dense())
+
+    def begin_anew(self) -> None:
+        """Forget what was seen: the network is another one now."""
+        if self._moments:
+            self._moments.forget()
+        self.look_ahead()
 
 
 def unseen(names: Sequence[str]) -> str:

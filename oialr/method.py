@@ -29,9 +29,9 @@ from oialr.events import Event, Events
 from oialr.factor_steps import FactorSteps
 from oialr.forms import Form, check_can_take, form_of
 from oialr.gradients import GradientWatch
-from oialr.input_moments import InputMoments
+from oialr.input_moments import InputMoments, InputWatch
 from oialr.layer_survey import LayerReport, parameter_counts, survey
-from oialr.optimizer_state import check_forms, check_optimizer, check_stored_optimizer
+from oialr.optimizer_state import check_forms, check_held, check_optimizer, check_stored_optimizer
 from oialr.options import RATE_FACTORS, READINGS, Options, signature_with_options
 from oialr.parameter_groups import TwinGroups
 from oialr.placement.assignment import Factorization, Plan
@@ -117,12 +117,7 @@ class OIALR:
         if little and self.processes.index == 0:
             logger.warning("%s", little)
         weights = {report.name: model.get_parameter(report.name) for report in self.layers}
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if missing := [name for name, weight in weights.items() if id(weight) not in held]:
-            raise ValueError(
-                f"{missing[0]} is not among the optimizer's parameters; where weights of other "
-                "ranks have been loaded since the optimizer was made, make it afterwards"
-            )
+        check_held(optimizer, weights)
         check_forms(optimizer, {report.name: report.stack_shape for report in self.layers})
         self._gradients = GradientWatch(weights)
         self._groups = groups = TwinGroups(optimizer, weights)
@@ -141,7 +136,7 @@ class OIALR:
         self._transitions = Transitions(
             model, optimizer, options=options, groups=groups, gradients=self._gradients
         )
-        self._moments = InputMoments(model) if options.truncation == "outputs" else None
+        moments = InputMoments(model) if options.truncation == "outputs" else None
         self._dense_counts = parameter_counts(model)
         self._events = Events(
             self._transitions,
@@ -153,17 +148,19 @@ class OIALR:
                 stored=self._dense_counts[1],
                 is_released=options.release is not None,
             ),
-            moments=self._moments,
+            moments=moments,
             measure_memory=measure_memory,
         )
 
         self._timetable = Timetable(options)
+        dense = partial(filter, self._transitions.is_dense, self.layers)
+        self._inputs = InputWatch(moments, self._timetable.due, dense)
         self._turns = Turns(self.layers, self._transitions, self.processes, options)
         optimizer.register_step_post_hook(self._count_step)
         low_rank.put_back(self._transitions, self.layers)
         optimizer.register_load_state_dict_pre_hook(partial(check_stored_optimizer, model=model))
         follow_stored_forms(model, self._take_stored_forms)
-        self._watch_inputs()
+        self._inputs.look_ahead()
 
     def step(self) -> Event | None:
         """Convert, update, release, or do nothing, as the number of optimizer steps says.
@@ -189,16 +186,9 @@ class OIALR:
         table = self._timetable
         due = table.due()
         event = None
-        if (
-            due
-            and table.released_at is None
-            and any(map(self._transitions.is_released, self.layers))
-        ):
-            raise ValueError(
-                "the network's weights are those of after a release, and the method does not know "
-                "of it: load the method's state too, or give OIALR the full-rank network"
-            )
         if due:
+            if table.released_at is None:
+                self._transitions.check_not_released(self.layers)
             check_can_change(self.model, table.step_count)
             self._gradients.end_interval()
         else:
@@ -216,7 +206,7 @@ class OIALR:
         table.handled = table.step_count
         if event and event.shapes_changed:
             self._wrappers.tell()
-        self._watch_inputs()
+        self._inputs.look_ahead()
         return event
 
     @property
@@ -231,11 +221,8 @@ class OIALR:
 
     @property
     def watches_inputs(self) -> bool:
-        """Whether the next forward pass tells what layers meet (``truncation="outputs"``).
-
-        It must be one of the network itself: what is compiled does not tell.
-        """
-        return self._moments is not None and self._moments.watching
+        """Whether the next pass tells what layers meet, if it is not compiled (``truncation``)."""
+        return self._inputs.is_on
 
     def plan(self) -> Plan:
         """Return the plan of a conversion of all layers at once. A collective call."""
@@ -385,7 +372,7 @@ class OIALR:
         table.step_count, table.handled = state["step_count"], state["handled"]
         table.released_at = state.get("released_at")
         self._turns.load_state_dict(state)
-        self._watch_inputs_anew()
+        self._inputs.begin_anew()
 
     def _take_stored_forms(self, stored: Mapping[str, Form]) -> None:
         """Give the network, whose weights are about to be loaded, the forms that they have.
@@ -398,29 +385,13 @@ class OIALR:
         returned = [name for name, form in self._transitions.released.items() if form == "dense"]
         if self._transitions.take_forms(self.layers, forms, returned=returned):
             self._wrappers.tell()
-            self._watch_inputs_anew()
-
-    def _watch_inputs(self) -> None:
-        """Look at what full-rank layers meet in the step that ends with an event."""
-        if self._moments is None:
-            return
-        if self._timetable.due():
-            self._moments.end()  # what was seen is kept for the event
-        elif not self._timetable.due(steps_ahead=1):
-            self._moments.forget()
-        elif not self._moments.watching:
-            self._moments.watch(filter(self._transitions.is_dense, self.layers))
-
-    def _watch_inputs_anew(self) -> None:
-        if self._moments:
-            self._moments.forget()
-        self._watch_inputs()
+            self._inputs.begin_anew()
 
     def _count_step(self, _: Optimizer, __: Any, options: Mapping[str, Any]) -> None:
         if is_made_up(self.optimizer, options):
             return
         self._timetable.step_count += 1
-        self._watch_inputs()
+        self._inputs.look_ahead()
         self._gradients.look()
 
 

@@ -54,6 +54,20 @@ def check_optimizer(optimizer: Optimizer, unknown: UnknownState) -> None:
         )
 
 
+def check_held(optimizer: Optimizer, weights: Mapping[str, nn.Parameter]) -> None:
+    """Reject weights, by name, that an optimizer does not hold.
+
+    Raises:
+        ValueError: it does not hold one of them.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if missing := [name for name, weight in weights.items() if id(weight) not in held]:
+        raise ValueError(
+            f"{missing[0]} is not among the optimizer's parameters; where weights of other "
+            "ranks have been loaded since the optimizer was made, make it afterwards"
+        )
+
+
 def check_forms(optimizer: Optimizer, stacks: Mapping[str, Sequence[int]]) -> None:
     """Reject weights whose cores would be stacks of matrices, if the optimizer takes none.
 

@@ -86,6 +86,14 @@ class Transitions(PresentLayers):
             unknown=self._options.unknown_optimizer_state,
         )
 
+    def check_not_released(self, reports: Iterable[LayerReport]) -> None:
+        """Raise ValueError if the network has been released, and nobody has told the method."""
+        if any(map(self.is_released, reports)):
+            raise ValueError(
+                "the network's weights are those of after a release, and the method does not know "
+                "of it: load the method's state too, or give OIALR the full-rank network"
+            )
+
     def apply(
         self,
         report: LayerReport,

@@ -11,9 +11,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.checkpoint import checkpoint
 
 from oialr.layers.adapter import LayerAdapter
-from oialr.layers.reading import MatrixReading
+from oialr.layers.reading import MatrixReading, Side
 from oialr.layers.twin import FactoredTwin
-from oialr.linalg.weighting import Side
 from oialr.options import Execution, Selection
 
 PLAIN = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
