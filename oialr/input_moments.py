@@ -11,10 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import (
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
-)
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from oialr.convert import get_layer
 from oialr.layer_survey import LayerReport
@@ -37,19 +34,20 @@ class InputMoments:
     def __init__(self, model: nn.Module) -> None:
         """Look at nothing yet."""
         self._model = model
-        self._remove_hooks: Any = None
+        self._remove_hook: Any = None
         self._moments: dict[str, Tensor] = {}
 
     @property
     def watching(self) -> bool:
         """Whether the next forward pass is looked at."""
-        return self._remove_hooks is not None
+        return self._remove_hook is not None
 
     def watch(self, reports: Iterable[LayerReport], *, without_gradients: bool = False) -> None:
         """Look at the inputs of layers from now on, and forget what was seen.
 
-        The hooks are those of all modules: a layer with hooks of its own could not be replaced, and
-        copies of it would have them too. They go with this object at the latest.
+        The hook is one of all modules: a layer with hooks of its own could not be replaced, and
+        copies of it would have them too. It goes with this object at the latest. (One that is told
+        of arguments by name leaves a trace in torch 2.13 when it is removed.)
 
         Args:
             reports: of the layers, which are dense.
@@ -71,30 +69,27 @@ class InputMoments:
             others = torch.is_grad_enabled() == without_gradients
             return torch.compiler.is_compiling() or transformed or others
 
-        def begin(module: nn.Module, _: Any) -> None:
-            if not without_gradients and module is network() and not passes_by():
+        def look(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if passes_by():
+                return
+            if module is network() and not without_gradients:
                 moments.clear()
-
-        def look(layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any], _: Any) -> None:
-            report = None if passes_by() else looked_at.get(layer)
-            x = next((x for x in (*args, *named.values()) if isinstance(x, Tensor)), None)
+            report = looked_at.get(module)
+            x = next((x for x in args if isinstance(x, Tensor)), None)
             if report is None or x is None or not _is_plain(x):
                 return
-            moment = _moment(layer, report, x.detach())
+            moment = _moment(module, report, x.detach())
             before = moments.get(report.name)
             moments[report.name] = moment if before is None else before + moment
 
-        handles = (
-            register_module_forward_pre_hook(begin),
-            register_module_forward_hook(look, with_kwargs=True),
-        )
-        self._remove_hooks = weakref.finalize(self, _remove, handles)
+        handle = register_module_forward_pre_hook(look)
+        self._remove_hook = weakref.finalize(self, handle.remove)
 
     def end(self) -> None:
         """Look no more; what was seen is kept."""
-        if self._remove_hooks is not None:
-            self._remove_hooks()
-        self._remove_hooks = None
+        if self._remove_hook is not None:
+            self._remove_hook()
+        self._remove_hook = None
 
     def forget(self) -> None:
         """Look no more, and forget what was seen."""
@@ -168,18 +163,13 @@ def unseen(names: Sequence[str]) -> str:
     shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     return (
         f"{len(names)} weights are cut by their own spectra, since what meets them was not seen: "
-        f"{shown}; layers of another kind, not called in this step, or of a compiled network"
+        f"{shown}; layers of another kind, called by keyword or not at all, or compiled"
     )
 
 
 def _side_length(report: LayerReport) -> int:
     m, n = report.matrix_shape
     return n if report.adapter.inputs_meet == "columns" else m
-
-
-def _remove(handles: Iterable[Any]) -> None:
-    for handle in handles:
-        handle.remove()
 
 
 def _is_plain(x: Tensor) -> bool:
