@@ -61,8 +61,8 @@ def compress(
     The ranks are those that discard least of the layers' energies, each layer's energy counted as
     1, for the size: within the largest gain of a single step of the best ones
     (:func:`oialr.allocation.allocate`). Every weight becomes its best approximation of its rank:
-    by its entries, or where inputs are given by what the layer computes of them, which is far more
-    accurate (docs/compress.md); a few hundred samples of the training data do.
+    by its entries, or where inputs are given by what the layer computes of them, which was more
+    accurate at all but the smallest sizes (docs/compress.md, with 512 samples).
     The network has new Parameter objects afterwards: an optimizer is made after it. Weights with
     requires_grad=False stay dense. Every process that calls it does all the work by itself.
 
@@ -180,8 +180,7 @@ def _factorize(model: nn.Module, layer: LayerReport, S: Tensor | None) -> Factor
     if not weight.isfinite().all():
         raise DivergedError(f"{layer.name} holds NaN or infinity")
     matrix = layer.reading.to_matrix(weight)
-    with full_precision():
-        return economy_svd(matrix if S is None else weighted(matrix, S, layer.adapter.inputs_meet))
+    return economy_svd(matrix if S is None else weighted(matrix, S, layer.adapter.inputs_meet))
 
 
 def _energies(s: Tensor) -> list[float]:

@@ -137,7 +137,9 @@ class Transitions(PresentLayers):
 
         Args:
             report: the layer.
-            factors: U, core and Vh, or A and B.
+            factors: U (m, r), core (r, r) and Vh (r, n), or A (m, r) and B (r, n).
+            kept: of A and B the one that an average of the weight has too
+                (:class:`oialr.transport.DenseToA`).
         """
         weight = self.weight(report)
         layer = factorize_layer(self._model, report.name, *factors)
