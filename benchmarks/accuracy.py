@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from app.errors import UserError
-from benchmarks.study import definition
+from benchmarks.study import archive, definition
 from benchmarks.study.cell import (
     IDLE,
     Cell,
@@ -60,7 +60,9 @@ def main() -> None:
         parts_around(options.into, name)  # which is told before the trainings
     folder = (options.folder or Path("runs") / "accuracy") / name
     overrides = [*options.overrides, *(QUICK if options.quick else ())]
-    plan = Plan(study, folder.parent / "cells", overrides)
+    plan = Plan(study, cells := folder.parent / "cells", overrides)
+    if options.archive:
+        archive.unpack(options.archive, cells)
     code = present_code()
     runner = Runner(code)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -73,6 +75,8 @@ def main() -> None:
     except BaseException:
         runner.stop()
         raise
+    if options.archive:
+        archive.pack(options.archive, cells, plan.ended())
     tables = [tabulate(plan, network, code) for network in study.table_networks]
     text = "\n".join(line for table in tables for line in markdown(table, study.baseline))
     folder.mkdir(parents=True, exist_ok=True)
@@ -278,6 +282,13 @@ def _document(text: str) -> Path:
     return path
 
 
+def _file_to_be(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder, or would lie in none")
+    return path
+
+
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -310,6 +321,12 @@ def _parse() -> argparse.Namespace:
         metavar="PATH",
         help="a document, such as docs/results.md: the tables are put between <!-- study NAME --> "
         "and <!-- end -->",
+    )
+    parser.add_argument(
+        "--archive",
+        type=_file_to_be,
+        metavar="PATH",
+        help="a file of finished cells: those in it are read and not repeated, others join them",
     )
     parser.add_argument("--folder", type=Path, help="of all studies (runs/accuracy)")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")

@@ -107,10 +107,36 @@ def read_record(place: Path) -> dict[str, Any]:
 
 def write_record(place: Path, record: dict[str, Any]) -> None:
     """Write cell.json at once or not at all."""
-    place.mkdir(parents=True, exist_ok=True)
-    temporary = place / "cell.json.partial"
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(temporary, place / "cell.json")
+    _write(place / "cell.json", record)
+
+
+def write_summary(place: Path, summary: dict[str, Any]) -> None:
+    """Write the summary.json of a run that was finished on another machine."""
+    _write(place / "summary.json", summary)
+
+
+def _write(path: Path, document: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.partial")
+    temporary.write_text(json.dumps(document, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def validation_figure(summary: dict[str, Any]) -> float:
+    """Return what tells of the tested weights on validation data: an error, the less the better.
+
+    Args:
+        summary: of a cell (:meth:`Cell.summary`).
+    """
+    if "validation" in summary["cell"]:  # it comes from another machine, without its metrics
+        return float(summary["cell"]["validation"])
+    from app.recording.store import read_rows
+
+    rows = read_rows(Path(summary["place"]) / "metrics.h5", "eval")
+    is_tested = (rows["step"] == summary["tested_step"]) & (rows["split"] == "validation")
+    if "accuracy" in rows:
+        return 1 - float(rows["accuracy"][is_tested][-1])
+    return float(rows["mse"][is_tested][-1])
 
 
 def diverged(cell: Cell, code: Code) -> str | None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from app import config
 from app.errors import UserError
 from benchmarks.study import derived
-from benchmarks.study.cell import Cell, read_record
+from benchmarks.study.cell import Cell, read_record, validation_figure
 from benchmarks.study.definition import ROOT, Study
 
 if TYPE_CHECKING:
@@ -113,6 +113,28 @@ class Plan:
         if not figures:
             raise Waiting("all of its learning rates failed")
         return min(figures, key=lambda factor: (figures[factor], factor))
+
+    def ended(self) -> list[Path]:
+        """Return the folders of all cells that are finished or diverged, but for watched ones."""
+        places = []
+        pairs = [(n, m) for n in self.study.networks for m in self.study.methods_for(n)]
+        for network, method in pairs:
+            wanted = self.tuning(network, method)
+            try:
+                factor = self.chosen(network, method)
+                seeds = self.study.seeds_of(network)
+                wanted += [(network, method, seed, factor) for seed in seeds]
+            except Waiting:
+                pass
+            for arguments in dict.fromkeys(wanted):
+                try:
+                    cell = self.cell(*arguments)
+                except Waiting:
+                    continue
+                both = (cell.place, cell.alone.place)
+                places += [place for place in both if (place / "summary.json").exists()]
+                places += [place for place in both[:1] if "failed" in read_record(place)]
+        return places
 
     def alone(self, network: str, method: str) -> Path | None:
         """Return the folder of a finished run that had the machine to itself; None: there is none.
@@ -215,17 +237,6 @@ class Plan:
         ranks = derived.scaled_stable_ranks(epochs[epoch], epochs[0], full)
         released = {"oialr.release": step} if "oialr.release" in keys else {}
         return {"oialr.delay": step, **released}, ranks
-
-
-def validation_figure(summary: dict[str, Any]) -> float:
-    """Return what tells of the tested weights on validation data: an error, the less the better."""
-    from app.recording.store import read_rows
-
-    rows = read_rows(Path(summary["place"]) / "metrics.h5", "eval")
-    is_tested = (rows["step"] == summary["tested_step"]) & (rows["split"] == "validation")
-    if "accuracy" in rows:
-        return 1 - float(rows["accuracy"][is_tested][-1])
-    return float(rows["mse"][is_tested][-1])
 
 
 def _settings(configuration: "Configuration") -> dict[str, Any]:

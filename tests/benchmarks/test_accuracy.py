@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -18,7 +19,7 @@ from app import config
 from app.errors import UserError
 from app.recording.store import MetricsStore
 from benchmarks.accuracy import main
-from benchmarks.study import derived
+from benchmarks.study import archive, derived
 from benchmarks.study.cell import (
     FINGERPRINT_STEPS,
     CellError,
@@ -532,6 +533,54 @@ def test_a_table_of_errors_counts_downwards():
     assert "| b | 0.1000 (1) | -0.1000 |" in "\n".join(markdown(table, "a"))
 
 
+# Cells in a file
+
+
+def test_an_archive_gives_another_machine_the_same_tables(tmp_path):
+    """Learning rates that were chosen, times, what diverged and another code's steps included."""
+    read = study(rows=["full-rank", "paper"], seeds=2, learning_rates=[0.5, 1.0])
+    path = tmp_path / "cells.jsonl"
+    here, there = (Plan(read, tmp_path / name) for name in ("here", "there"))
+    for method, ranks in (("full-rank", None), ("paper", {"a": 1})):
+        for factor, validation in ((0.5, 0.8), (1.0, 0.7)):
+            cell = here.cell("tiny", method, 0, factor)
+            finish(cell, OTHER, accuracy=validation, validation=validation, ranks=ranks)
+        for cell in (here.cell("tiny", method, 1, 0.5), here.cell("tiny", method, 0, 0.5).alone):
+            finish(cell, OTHER, accuracy=0.8, validation=0.8, ranks=ranks)
+        record = read_record(place := here.cell("tiny", method, 0, 0.5).place)
+        record["fingerprints"][HERE.digest] = record["fingerprints"][OTHER.digest]
+        write_record(place, record)
+    place = here.cell("tiny", "paper", 0, 1.0).place  # no choice any more
+    (place / "summary.json").unlink()
+    write_record(place, {**read_record(place), "failed": {"digest": "1", "reason": "nan"}})
+    archive.pack(path, tmp_path / "here", here.ended())
+    lines = path.read_text().splitlines()
+    assert len(lines) == 8
+    archive.unpack(path, tmp_path / "there")
+    tables = [tabulate(plan, "tiny", HERE) for plan in (here, there)]
+    assert tables[0] == tables[1]
+    assert there.chosen("tiny", "paper") == 0.5
+    assert len(tables[1].rows[1].figures) == 2
+    assert tables[1].rows[1].time == 1
+    # What is there counts more than the file, and the file keeps what a part of a study adds to.
+    (other := there.cell("tiny", "paper", 1, 0.5).place / "summary.json").write_text("{}")
+    archive.unpack(path, tmp_path / "there")
+    assert other.read_text() == "{}"
+    part = Plan(restrict(read, methods=["full-rank"], networks=[]), tmp_path / "here")
+    archive.pack(path, tmp_path / "here", part.ended())
+    assert path.read_text().splitlines() == lines
+
+
+def test_a_line_of_an_archive_that_is_no_cell_is_named(tmp_path):
+    path = tmp_path / "cells.jsonl"
+    archive.unpack(path, tmp_path / "cells")  # there is none yet
+    for text in ("{}", "[]", "{"):
+        path.write_text(f"\n{text}\n".lstrip())
+        with pytest.raises(UserError, match=r"--archive .*cells\.jsonl: line 1 is no cell"):
+            archive.unpack(path, tmp_path / "cells")
+    assert not (tmp_path / "cells").exists()
+
+
 # The whole
 
 
@@ -553,9 +602,13 @@ def test_a_study_is_run_once_and_read_ever_after(tmp_path):
         assert found == fingerprint(place)
     for name in ("table.md", "table.json", "fronts.png"):
         assert (tmp_path / "runs" / "small" / name).stat().st_size
-    again = launch(0, *command, cwd=tmp_path)
+    again = launch(0, *command, "--archive", tmp_path / "cells.jsonl", cwd=tmp_path)
     assert json.loads(again.stdout) == document
     assert again.stderr == ""
+    shutil.rmtree(tmp_path / "runs")
+    third = launch(0, *command, "--archive", tmp_path / "cells.jsonl", cwd=tmp_path)
+    assert json.loads(third.stdout) == document
+    assert third.stderr == ""
 
 
 def test_a_mistake_is_a_line_and_exit_code_2(tmp_path):
