@@ -276,7 +276,8 @@ class Options(Release, Conversion, Selection, RankRule, Schedule):  # the last o
         if self.truncation == "outputs" and not cuts_dense:
             raise ValueError(
                 "truncation 'outputs' is for cuts of full-rank weights, and there are none: let "
-                "release be the delay, or set cut_at_conversion or defer_conversion"
+                "release be the delay, set cut_at_conversion or defer_conversion, or truncation "
+                "to 'weights'"
             )
         if self.frozen_dtype is not None and self.release == self.delay:
             raise ValueError(

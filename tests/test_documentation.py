@@ -76,7 +76,7 @@ FILLED_IN = {
 }
 TRAIN = (
     "data.name=digits data.train_samples=128 data.augmentation=none training.epochs=2 "
-    "training.warmup_epochs=1 oialr.delay=2 oialr.release=3 oialr.update_interval=1 "
+    "training.warmup_epochs=1 oialr.delay=2 oialr.release=delay oialr.update_interval=1 "
     "stability.window=1"
 )
 # 260 steps, more than the longest delay of the space.
@@ -100,7 +100,7 @@ APPENDED = [
         f"{TRAIN} training.batch_size=16 training.compile=false "
         "'model.arguments={patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2}'",
     ),
-    (r"app\.train .*run\.name=small", f"{TRAIN} oialr.release=2 oialr.target_size=0.8"),
+    (r"app\.train .*run\.name=small", f"{TRAIN} oialr.target_size=0.8"),
     (r"app\.train", TRAIN),
     (r"app\.search .*--resume", "search.evaluations=2"),
     (r"app\.search", f"search.evaluations=1 {SEARCH}"),

@@ -25,6 +25,9 @@ SHARES = (
 )
 """Numbers of steps, which may be shares of the run's steps."""
 
+WORDS: dict[str, tuple[Any, str]] = {"release": (Literal["delay"], " delay: that of the delay.")}
+"""What the application takes beside numbers, and what it means."""
+
 
 def _definitions() -> dict[str, Any]:
     """Return type, default, range and text of every option, as pydantic takes them."""
@@ -41,18 +44,22 @@ def _definitions() -> dict[str, Any]:
             least = "ge" if each.metadata.get("ge") == 0 else "gt"
             kind, bounds = kind | float, {least: 0}
             text += " Below 1 it is a share of the run's steps."
+        if each.name in WORDS:
+            kind, text = kind | WORDS[each.name][0], text + WORDS[each.name][1]
         if choices(kind) and bounds:  # a range is for the numbers alone
-            kind, bounds = Annotated[kind, PlainValidator(_number_or(choices(kind)))], {}
+            check = _number_or(choices(kind), is_optional=default is None)
+            kind, bounds = Annotated[kind, PlainValidator(check)], {}
         definitions[each.name] = (kind, Field(default, description=text, **bounds))
     return definitions
 
 
-def _number_or(words: Sequence[str]) -> Callable[[Any], Any]:
-    """Return the check of a key that has a positive number or one of some words."""
+def _number_or(words: Sequence[str], *, is_optional: bool) -> Callable[[Any], Any]:
+    """Return the check of a key that has a positive number, one of some words, or perhaps None."""
 
     def check(value: Any) -> Any:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if (is_number and 0 < value < math.inf) or value in words:
+        is_none = value is None and is_optional
+        if is_none or (is_number and 0 < value < math.inf) or value in words:
             return value
         raise PydanticCustomError("option", f"should be greater than 0, or {', '.join(words)}")
 
@@ -66,7 +73,7 @@ if TYPE_CHECKING:
 
         delay: int | float | Literal["stability"] = 1000  # type: ignore[assignment]
         update_interval: int | float = 500  # type: ignore[assignment]
-        release: int | float | None = None  # type: ignore[assignment]
+        release: int | float | Literal["delay"] | None = None  # type: ignore[assignment]
         stability_window: int | float | None = None  # type: ignore[assignment]
         stability_start: int | float = 0  # type: ignore[assignment]
         latest_delay: int | float | None = 0.5  # type: ignore[assignment]
@@ -94,12 +101,30 @@ class OIALRSection(_MethodSection):
         delay = self.delay if isinstance(self.delay, int) else 1
         late = {"release": delay + 1, "latest_delay": LARGEST_INTEGER}
         steps: dict[str, Any] = {name: late.get(name, 1) for name in shares}
+        if self._released_at_delay():
+            steps |= {"delay": delay, "release": delay}
         try:
             Options(**{**self._values(), **steps})
         except ValueError as error:
             name, _, rest = str(error).partition(" ")
             raise ValueError(f"{name}: {rest}") from None
         return self
+
+    def _released_at_delay(self) -> bool:
+        """Tell whether release is the delay; where only the run tells, what the keys suppose."""
+        if self.release == "delay":
+            if self.delay == "stability":
+                raise ValueError(
+                    "release: 'delay' is that of all layers, and with delay=stability each has its "
+                    "own: name a step or a share of the run"
+                )
+            return True
+        if self.release is None or self.delay == "stability":
+            return False
+        if isinstance(self.release, float) == isinstance(self.delay, float):
+            return self.release == self.delay
+        cuts_at_conversion = self.cut_at_conversion or self.defer_conversion
+        return self.truncation == "outputs" and not cuts_at_conversion
 
     def _values(self) -> dict[str, Any]:
         return self.model_dump(exclude={"enabled"})
@@ -109,6 +134,8 @@ class OIALRSection(_MethodSection):
 
         A share is at least one step. A delay by stability has no step: None.
         """
+        if name == "release" and self.release == "delay":
+            name = "delay"
         value: int | float | str | None = getattr(self, name)
         if isinstance(value, str):
             return None

@@ -15,14 +15,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks._paper import paper_keys
 from benchmarks.gpu.measuring import Results, choose_device, command_line
 
 NEEDED = ("pydantic", "yaml", "h5py", "rich", "sklearn", "timm")
 SHORT = (
     "training.epochs=12",
-    "oialr.release=null",  # the paper's algorithm, which has more events than the recipe
-    "oialr.target_size=null",
-    "oialr.frobenius_decay=null",
     "oialr.delay=60",
     "oialr.update_interval=40",
     "run.keep_checkpoints=1",
@@ -67,7 +65,8 @@ def main() -> None:
         results.add(run="none", not_run=f"{', '.join(missing)} is not installed here")
         return
     runs = {key: RUNS[key] for key in (options.runs[:1] if options.dry_run else options.runs)}
-    short = [*SHORT, f"distributed.device={device.type}"]
+    # The paper's algorithm has more events than the recipe.
+    short = [*paper_keys(), *SHORT, f"distributed.device={device.type}"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for key, overrides in runs.items():

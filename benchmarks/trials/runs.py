@@ -7,17 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from app.recording.store import read_rows
+from benchmarks._paper import paper_keys
 from benchmarks.trials import programs
 from benchmarks.trials.comparison import Outcome, read_outcome
 from benchmarks.trials.programs import End, Program
 
 STEPS = 32
-TINY = (
+TINY = (  # with the paper's algorithm, which has more events than the recipe
     "training.epochs=4",  # of 8 steps, a checkpoint after each
     "training.warmup_epochs=1",
-    "oialr.release=null",  # the paper's algorithm, which has more events than the recipe
-    "oialr.target_size=null",
-    "oialr.frobenius_decay=null",
     "oialr.delay=11",  # then events after steps 11, 15, 19, 23, 27 and 31
     "oialr.update_interval=4",
     "oialr.layer_fraction=0.5",
@@ -78,7 +76,7 @@ def start(
     variables: Mapping[str, str] = {},
 ) -> Program:
     """Start a run, or go on with it where it has begun."""
-    arguments = [*TINY, *variant, f"run.dir={folder}", *more]
+    arguments = [*paper_keys(), *TINY, *variant, f"run.dir={folder}", *more]
     if (folder / "config.yaml").exists():
         arguments = ["--resume", str(folder), *more]
     output = folder.with_name(f"{folder.name}.txt")

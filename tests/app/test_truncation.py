@@ -2,7 +2,10 @@
 
 import pytest
 from support.launching import train
-from support.tiny_run import TINY, assert_same_run
+from support.tiny_run import PAPER, TINY, assert_same_run
+
+from app import config
+from app.errors import UserError
 
 CUT = ["oialr.release=15", "oialr.target_size=0.6", "oialr.truncation=outputs"]
 
@@ -21,3 +24,36 @@ def test_a_run_that_is_resumed_in_the_step_before_the_cut_changes_no_bit(tmp_pat
 def test_a_run_without_a_cut_of_full_rank_weights_is_refused(tmp_path) -> None:
     said = train(0, *TINY, "oialr.truncation=outputs", f"run.dir={tmp_path / 'run'}", code=2)
     assert "oialr.truncation: 'outputs' is for cuts of full-rank weights" in said.stderr
+
+
+@pytest.mark.parametrize(
+    ("keys", "refused"),
+    [
+        (["oialr.delay=0.4", "oialr.release=0.4"], False),
+        (["oialr.delay=480", "oialr.release=0.4"], False),  # the run tells whether they are one
+        (["oialr.delay=0.4", "oialr.release=480"], False),
+        (["oialr.delay=0.4", "oialr.release=0.5"], True),
+        (["oialr.delay=480", "oialr.release=481"], True),
+        (["oialr.delay=480", "oialr.release=0.4", "oialr.cut_at_conversion=true"], False),
+        (["oialr.delay=0.4", "oialr.release=0.5", "oialr.cut_at_conversion=true"], False),
+    ],
+)
+def test_shares_of_the_run_are_held_against_each_other_like_steps(keys, refused) -> None:
+    keys = [*PAPER, "oialr.truncation=outputs", *keys]
+    if refused:
+        with pytest.raises(UserError, match=r"oialr\.truncation: 'outputs' is for cuts of full"):
+            config.load(None, keys)
+    else:
+        assert config.load(None, keys).oialr.options(1200).truncation == "outputs"
+
+
+def test_a_share_and_a_step_that_are_two_are_refused_when_the_steps_are_known() -> None:
+    keys = [*PAPER, "oialr.truncation=outputs", "oialr.delay=480", "oialr.release=0.5"]
+    with pytest.raises(ValueError, match="'outputs' is for cuts of full-rank weights"):
+        config.load(None, keys).oialr.options(1200)
+
+
+def test_bases_of_bfloat16_between_equal_shares_are_refused() -> None:
+    keys = [*PAPER, "oialr.delay=0.5", "oialr.release=0.5", "oialr.frozen_dtype=bfloat16"]
+    with pytest.raises(UserError, match=r"oialr\.frozen_dtype: is for bases that are frozen"):
+        config.load(None, keys)

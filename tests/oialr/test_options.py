@@ -90,18 +90,16 @@ def test_words_beside_other_values_are_said_too():
     assert choices(kinds()["execution"]) == ("auto", "factored", "folded", "dense")
     assert choices(kinds()["frozen_dtype"]) == ("bfloat16",)
     assert choices(kinds()["release"]) == ()
-    text = config.describe_keys(config.load(None, ["oialr.frozen_dtype=bfloat16"]))
+    text = config.describe_keys(config.load(None, [*PAPER, "oialr.frozen_dtype=bfloat16"]))
     assert "  oialr.frozen_dtype=bfloat16  (default: null)\n" in text
     assert "      Or bfloat16.\n" in text
     with pytest.raises(Exception, match=r"oialr\.frozen_dtype: 'float16' is not one of bfloat16"):
         config.load(None, ["oialr.frozen_dtype=float16"])
-    shares = ["oialr.delay=0.2", "oialr.release=0.2", "oialr.frozen_dtype=bfloat16"]
-    with pytest.raises(ValueError, match="frozen_dtype is for bases that are frozen"):
-        config.load(None, shares).oialr.options(100)
 
 
 def test_a_delay_is_a_step_a_share_or_by_stability():
-    section = config.load(None, ["oialr.delay=stability", "oialr.stability_window=0.04"]).oialr
+    keys = ["oialr.delay=stability", "oialr.release=0.9", "oialr.stability_window=0.04"]
+    section = config.load(None, keys).oialr
     assert section.step_of("delay", 1000) is None
     options = section.options(1000, warmup=120)
     assert options.delay == "stability"
@@ -120,10 +118,28 @@ def test_a_delay_is_a_step_a_share_or_by_stability():
     with pytest.raises(Exception, match=r"oialr\.latest_delay: 1200 is not less than the 1200"):
         configuration.check_steps(1200)
     configuration.check_steps(1201)
+    keys = ["oialr.delay=stability", "oialr.latest_delay=30", "oialr.update_interval=40"]
     with pytest.raises(Exception, match=r"oialr\.latest_delay: must be at least 40"):
-        config.load(
-            None, ["oialr.delay=stability", "oialr.latest_delay=30", "oialr.update_interval=40"]
-        )
+        config.load(None, [*PAPER, *keys])
+
+
+def test_a_release_may_follow_the_delay():
+    for delay, step in (("0.4", 400), ("7", 7)):
+        section = config.load(None, [f"oialr.delay={delay}", "oialr.release=delay"]).oialr
+        assert section.step_of("release", 1000) == step
+        options = section.options(1000)
+        assert (options.delay, options.release) == (step, step)
+    with pytest.raises(Exception, match=r"oialr\.release: 'delay' is that of all layers, and with"):
+        config.load(None, ["oialr.delay=stability", "oialr.release=delay"])
+    with pytest.raises(Exception, match=r"oialr\.frozen_dtype: is for bases that are frozen"):
+        config.load(None, ["oialr.release=delay", "oialr.frozen_dtype=bfloat16"])
+    with pytest.raises(Exception, match=r"oialr\.delay: 1000 is not less than the 1000 steps"):
+        config.load(None, ["oialr.delay=1000", "oialr.release=delay"]).check_steps(1000)
+    for wrong in ("late", "-1", "true", "[1]"):
+        with pytest.raises(Exception, match=r"oialr\.release: should be greater than 0, or delay"):
+            config.load(None, [f"oialr.release={wrong}"])
+    assert config.load(None, [*PAPER, "oialr.release=null"]).oialr.release is None
+    assert "Or delay" in config.describe_keys(config.load())
 
 
 def test_keywords_replace_options():
@@ -136,15 +152,15 @@ def test_keywords_replace_options():
 
 
 def test_shares_are_of_the_runs_steps():
-    section = config.load(
-        None, ["oialr.delay=0.2", "oialr.update_interval=0.03", "oialr.release=0.5"]
-    ).oialr
+    keys = ["oialr.delay=0.2", "oialr.update_interval=0.03", "oialr.release=0.5"]
+    section = config.load(None, [*PAPER, *keys]).oialr
     options = section.options(1001)
     assert (options.delay, options.update_interval, options.release) == (200, 30, 500)
     assert section.options(3).update_interval == 1
+    keys = ["oialr.delay=10", "oialr.release=3", "oialr.update_interval=0.05"]
     with pytest.raises(Exception, match="release: must be at least delay, 10, not 3"):
-        config.load(None, ["oialr.delay=10", "oialr.release=3", "oialr.update_interval=0.05"])
-    configuration = config.load(None, ["oialr.delay=0.5", "oialr.release=400"])
+        config.load(None, [*PAPER, *keys])
+    configuration = config.load(None, [*PAPER, "oialr.delay=0.5", "oialr.release=400"])
     configuration.check_steps(800)
     with pytest.raises(Exception, match=r"oialr\.release: 400 of 900 steps is step 400, before"):
         configuration.check_steps(900)

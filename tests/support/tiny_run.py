@@ -5,9 +5,10 @@ import torch
 from support.launching import ROOT
 
 from app.recording.store import read_rows
+from benchmarks._paper import paper_keys
 
 # Of the default configuration the paper's algorithm, without what its recipe sets.
-PAPER = ["oialr.release=null", "oialr.target_size=null", "oialr.frobenius_decay=null"]
+PAPER = list(paper_keys())
 # Nine factorized layers; conversion after step 15, cuts after 21 and 27, epochs of 8 steps.
 TINY = [
     "training.epochs=4",
