@@ -62,6 +62,7 @@ def main() -> None:
     overrides = [*options.overrides, *(QUICK if options.quick else ())]
     plan = Plan(study, cells := folder.parent / "cells", overrides)
     if options.archive:
+        options.archive = archive.check(options.archive)
         archive.unpack(options.archive, cells)
     code = present_code()
     runner = Runner(code)
@@ -75,8 +76,9 @@ def main() -> None:
     except BaseException:
         runner.stop()
         raise
-    if options.archive:
-        archive.pack(options.archive, cells, plan.ended())
+    finally:
+        if options.archive:
+            archive.pack(options.archive, cells, plan.ended())
     tables = [tabulate(plan, network, code) for network in study.table_networks]
     text = "\n".join(line for table in tables for line in markdown(table, study.baseline))
     folder.mkdir(parents=True, exist_ok=True)
@@ -282,13 +284,6 @@ def _document(text: str) -> Path:
     return path
 
 
-def _file_to_be(text: str) -> Path:
-    path = Path(text)
-    if path.is_dir() or not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is a folder, or would lie in none")
-    return path
-
-
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -324,7 +319,7 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument(
         "--archive",
-        type=_file_to_be,
+        type=Path,
         metavar="PATH",
         help="a file of finished cells: those in it are read and not repeated, others join them",
     )

@@ -281,8 +281,8 @@ class Options(Release, Conversion, Selection, RankRule, Schedule):  # the last o
             )
         if self.frozen_dtype is not None and self.release == self.delay:
             raise ValueError(
-                f"frozen_dtype is for bases that are frozen, and a release after step {self.delay} "
-                "as the delay leaves none: raise release, or leave frozen_dtype out"
+                "frozen_dtype is for bases that are frozen, and a release at the delay leaves "
+                "none: leave one of the two out, or let the release come later"
             )
 
     def _check_stability(self) -> None:

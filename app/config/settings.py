@@ -259,15 +259,20 @@ class Configuration(Section):
                 f"oialr.latest_delay: {self.oialr.latest_delay} is not less than the {steps} steps "
                 f"of this run; lower it"
             )
-        if not self.oialr.enabled or release is None:
+        if not self.oialr.enabled:
             return
-        if release >= steps:
+        if release is not None and release >= steps:
             raise UserError(
                 f"oialr.release: {self.oialr.release} is not less than the {steps} steps of this "
                 f"run; lower it, or leave it out"
             )
-        if delay is not None and release < delay:
+        if delay is not None and release is not None and release < delay:
             raise UserError(
                 f"oialr.release: {self.oialr.release} of {steps} steps is step {release}, before "
                 f"oialr.delay, {delay}; raise it, or lower the delay"
             )
+        try:
+            self.oialr.options(steps)
+        except ValueError as error:  # only now is it known whether a share and a step are one
+            name, _, rest = str(error).partition(" ")
+            raise UserError(f"oialr.{name}: {rest}") from None

@@ -7,16 +7,49 @@ are, so a cell that comes from a file can be read, and not resumed.
 
 import json
 import os
+import shutil
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from pydantic import ValidationError, field_validator
+
+from app.config.section import Section
 from app.errors import UserError
 from benchmarks.study.cell import read_record, validation_figure, write_record, write_summary
 
 
+class Line(Section):
+    """A cell that is finished, or that diverged and has no summary."""
+
+    place: str
+    cell: dict[str, Any]
+    summary: dict[str, Any] | None
+
+    @field_validator("place")
+    @classmethod
+    def _lies_below(cls, place: str) -> str:
+        path = PurePosixPath(place)
+        if path.is_absolute() or not path.parts or ".." in path.parts:
+            raise ValueError("no folder below that of all cells")
+        return place
+
+
+def check(path: Path) -> Path:
+    """Return where a file of cells is, or will be.
+
+    Raises:
+        UserError: it cannot be there, is no file, or has a line that is no cell.
+    """
+    path = path.resolve()
+    if not path.parent.is_dir() or (path.exists() and not path.is_file()):
+        raise UserError(f"--archive {path}: is no file, or would lie in no folder")
+    _lines(path)
+    return path
+
+
 def unpack(path: Path, cells: Path) -> None:
-    """Make folders of the cells in a file, but for those that there are already.
+    """Make folders of the cells in a file, but for those that are finished there already.
 
     Args:
         path: the file; nothing happens where there is none yet.
@@ -27,11 +60,15 @@ def unpack(path: Path, cells: Path) -> None:
     """
     for name, line in _lines(path).items():
         place = cells / name
-        if place.exists():
+        if (place / "summary.json").exists() or (line.summary is None and place.exists()):
             continue
-        write_record(place, line["cell"])
-        if line["summary"] is not None:
-            write_summary(place, line["summary"])
+        made = place.with_name(f"{place.name}.partial")
+        shutil.rmtree(made, ignore_errors=True)
+        write_record(made, line.cell)
+        if line.summary is not None:
+            write_summary(made, line.summary)
+        shutil.rmtree(place, ignore_errors=True)  # begun here, and finished elsewhere
+        made.rename(place)
 
 
 def pack(path: Path, cells: Path, places: Iterable[Path]) -> None:
@@ -51,23 +88,33 @@ def pack(path: Path, cells: Path, places: Iterable[Path]) -> None:
         record, summary = read_record(place), None
         if (place / "summary.json").exists():
             summary = json.loads((place / "summary.json").read_text())
-            figures = {**summary, "cell": record, "place": str(place)}
-            record["validation"] = validation_figure(figures)
-        lines[name] = {"place": name, "cell": record, "summary": summary}
-    temporary = path.with_name(f"{path.name}.partial")
-    temporary.write_text("".join(json.dumps(lines[name]) + "\n" for name in sorted(lines)))
-    os.replace(temporary, path)
+            if (place / "metrics.h5").exists():
+                record["validation"] = validation_figure(
+                    {**summary, "cell": record, "place": str(place)}
+                )
+        elif name in lines:
+            continue  # what another machine has finished counts more than that it failed here
+        lines[name] = Line(place=name, cell=record, summary=summary)
+    text = "".join(json.dumps(lines[name].model_dump()) + "\n" for name in sorted(lines))
+    if not path.exists() or path.read_text() != text:
+        temporary = path.with_name(f"{path.name}.partial")
+        temporary.write_text(text)
+        os.replace(temporary, path)
 
 
-def _lines(path: Path) -> dict[str, dict[str, Any]]:
+def _lines(path: Path) -> dict[str, Line]:
     """Read the cells of a file, by their folders."""
     if not path.exists():
         return {}
     lines = {}
-    for number, text in enumerate(path.read_text().splitlines(), 1):
+    try:
+        texts = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--archive {path}: cannot be read: {error}") from None
+    for number, text in enumerate(texts, 1):
         try:
-            line = json.loads(text)
-            lines[line["place"]] = {key: line[key] for key in ("place", "cell", "summary")}
-        except (ValueError, KeyError, TypeError):
+            line = Line.model_validate_json(text)
+        except ValidationError:
             raise UserError(f"--archive {path}: line {number} is no cell") from None
+        lines[line.place] = line
     return lines

@@ -8,6 +8,7 @@ steps, where the run is stopped and resumed: to the last bit the run that is nev
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -35,18 +36,37 @@ class Code:
 
     commit: str
     digest: str
-    """Of the sources of :data:`PROGRAM` and the version of torch: what can change a training."""
+    """Of the sources of :data:`PROGRAM`, the version of torch and the kind of processor: what can
+    change a training's bits."""
+    machine: str = ""
+    """Processor and number of cores."""
 
 
 @cache
 def present_code() -> Code:
     """Return what is checked out, whether it is committed or not."""
-    digest = hashlib.sha256(version("torch").encode())
+    processor = _processor()
+    digest = hashlib.sha256(f"{version('torch')}\0{processor}".encode())
     for path in sorted(path for name in PROGRAM for path in (ROOT / name).rglob("*.py")):
         digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     commit = _git("rev-parse", "--short", "HEAD") or "unknown"
     changed = "-changed" if _git("status", "--porcelain", "--", *PROGRAM) else ""
-    return Code(commit=commit + changed, digest=digest.hexdigest()[:12])
+    return Code(
+        commit=commit + changed,
+        digest=digest.hexdigest()[:12],
+        machine=f"{processor}, {os.cpu_count()} cores",
+    )
+
+
+def _processor() -> str:
+    """Return the processor's name, with the family and model where the system tells them."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    keys = ("model name", "cpu family", "model", "CPU implementer", "CPU part")
+    lines = dict(re.findall(rf"^({'|'.join(keys)})\s*: (.*)$", text, re.M))
+    return ", ".join(f"{key} {lines[key]}" for key in keys if key in lines) or platform.machine()
 
 
 def _git(*arguments: str) -> str:
@@ -190,6 +210,7 @@ class Runner:
                 "learning_rate_factor": cell.factor,
                 "commit": self._code.commit,
                 "digest": self._code.digest,
+                "machine": self._code.machine,
                 "load": os.getloadavg()[0],
                 "settings": cell.settings,
                 "ranks": cell.ranks,

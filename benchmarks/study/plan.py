@@ -149,10 +149,11 @@ class Plan:
         return place if (place / "summary.json").exists() else None
 
     def time_ratio(self, network: str, method: str) -> float | None:
-        """Return CPU seconds over the baseline's, of runs that had the machine to themselves."""
+        """Return CPU seconds over the baseline's, of runs that had one machine to themselves."""
         places = [self.alone(network, name) for name in (method, self.study.baseline)]
         summaries = [json.loads((p / "summary.json").read_text()) for p in places if p is not None]
-        if len(summaries) < 2:
+        machines = {read_record(place).get("machine") for place in places if place is not None}
+        if len(summaries) < 2 or len(machines) > 1:
             return None
         mine, baseline = (float(summary["cpu_seconds"]) for summary in summaries)
         return mine / baseline
@@ -223,6 +224,8 @@ class Plan:
         """Return delay and release at the end of the full-rank phase, and ranks, as Cuttlefish."""
         if (place := watched.finished) is None:
             raise Waiting(f"{watched}")
+        if not (place / "metrics.h5").exists():  # it comes from an archive
+            raise Waiting(f"the metrics of {watched}: delete {place} to watch it again")
         keys = self.study.keys_of(method, network)
         kept = {key: keys[key] for key in keys if re.match(r"oialr.(keep|in|ex)", key)}
         path = self._path(network, method)

@@ -60,8 +60,9 @@ class FactoredConv(FactoredTwin):
         """Take the method's options for the execution of layers."""
         self.execution, self.recompute = execution, recompute_convolutions
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x (b, in_channels, ...) to (b, out_channels, ...), or the same without b."""
+    def forward(self, input: Tensor) -> Tensor:
+        """Map the input (b, in_channels, ...) to (b, out_channels, ...), or the same without b."""
+        x = input
         convolve: Any = CONVOLVE[len(self.kernel_size)]
         padding = self.padding
         if self.padding_mode != "zeros":

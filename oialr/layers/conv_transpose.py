@@ -44,15 +44,15 @@ class FactoredConvTranspose(FactoredTwin):
     dilation: tuple[int, ...]
     output_padding: tuple[int, ...]
 
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """Map x (b, in_channels, ...) to (b, out_channels, ...), or the same without b.
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """Map the input (b, in_channels, ...) to (b, out_channels, ...), or the same without b.
 
         Args:
-            x: the input.
+            input: of the layer.
             output_size: spatial size of the output where the stride leaves several; with or without
                 batch and channels.
         """
-        d = len(self.kernel_size)
+        x, d = input, len(self.kernel_size)
         layout = memory_layout(x, d)
         assert isinstance(self, _ConvTransposeNd)
         output_padding = self._output_padding(

@@ -24,8 +24,9 @@ class FactoredEmbedding(FactoredTwin):
     embedding_dim: int
     padding_idx: int | None
 
-    def forward(self, indices: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map token numbers (...) to (..., width)."""
+        indices = input
         way = self.way(indices.numel())
         if way == "dense":
             return functional.embedding(indices, self.form_weight(), self.padding_idx)

@@ -23,8 +23,9 @@ class FactoredLinear(FactoredTwin):
     in_features: int
     out_features: int
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x (..., in) to (..., out)."""
+    def forward(self, input: Tensor) -> Tensor:
+        """Map the input (..., in) to (..., out)."""
+        x = input
         way = self.way(x.numel() // max(1, x.shape[-1]))
         inner, left = ordered(x, self.operands, way)
         return functional.linear(inner, left, self.bias)

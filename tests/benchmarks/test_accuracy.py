@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -571,14 +572,75 @@ def test_an_archive_gives_another_machine_the_same_tables(tmp_path):
     assert path.read_text().splitlines() == lines
 
 
-def test_a_line_of_an_archive_that_is_no_cell_is_named(tmp_path):
+def test_what_is_finished_counts_more_than_what_was_begun_or_failed(tmp_path):
+    path, cells = tmp_path / "cells.jsonl", tmp_path / "cells"
+    plan = Plan(study(seeds=1), cells)
+    finish(cell := plan.cell("tiny", "paper", 0, 1), OTHER, accuracy=0.5, validation=0.5)
+    archive.pack(path, cells, [cell.place])
+    text = path.read_text()
+    assert (before := path.stat()).st_size
+    # It failed here: what another machine has finished stays, and comes back.
+    shutil.rmtree(cell.place)
+    write_record(cell.place, {"fingerprints": {}, "failed": {"digest": "1", "reason": "nan"}})
+    archive.pack(path, cells, plan.ended())
+    assert path.read_text() == text
+    assert path.stat().st_ino == before.st_ino  # nothing new was written
+    # It was begun here.
+    write_record(cell.place, {"fingerprints": {}})
+    (cell.place / "checkpoints").mkdir()
+    archive.unpack(path, cells)
+    assert cell.finished
+    assert read_record(cell.place)["commit"] == "other"
+    assert [each.name for each in cell.place.parent.iterdir()] == [cell.place.name]
+    # What diverged elsewhere is no reason to leave out what was begun here.
+    write_record(failed := tmp_path / "failed" / "x", {"fingerprints": {}, "failed": {}})
+    archive.pack(path, failed.parent, [failed])
+    write_record(cells / "x", {"fingerprints": {"1": "begun"}})
+    archive.unpack(path, cells)
+    assert read_record(cells / "x") == {"fingerprints": {"1": "begun"}}
+
+
+def test_times_of_two_machines_are_not_divided(tmp_path):
+    plan = Plan(study(seeds=1), tmp_path)
+    for method, seconds in (("full-rank", 10.0), ("paper", 5.0)):
+        cell = plan.cell("tiny", method, 0, 1).alone
+        finish(cell, HERE, accuracy=0.5, seconds=seconds)
+    assert plan.time_ratio("tiny", "paper") == 0.5
+    write_record(cell.place, {**read_record(cell.place), "machine": "another"})
+    assert plan.time_ratio("tiny", "paper") is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{}",
+        "[]",
+        "{",
+        '{"place": 5, "cell": {}, "summary": null}',
+        '{"place": "", "cell": {}, "summary": null}',
+        '{"place": "../a", "cell": {}, "summary": null}',
+        '{"place": "/a", "cell": {}, "summary": null}',
+        '{"place": "a", "cell": 3, "summary": null}',
+        '{"place": "a", "cell": {}, "summary": 3}',
+    ],
+)
+def test_a_line_of_an_archive_that_is_no_cell_is_named(tmp_path, text):
     path = tmp_path / "cells.jsonl"
-    archive.unpack(path, tmp_path / "cells")  # there is none yet
-    for text in ("{}", "[]", "{"):
-        path.write_text(f"\n{text}\n".lstrip())
-        with pytest.raises(UserError, match=r"--archive .*cells\.jsonl: line 1 is no cell"):
-            archive.unpack(path, tmp_path / "cells")
+    path.write_text(f"{text}\n")
+    with pytest.raises(UserError, match=r"--archive .*cells\.jsonl: line 1 is no cell"):
+        archive.unpack(path, tmp_path / "cells")
     assert not (tmp_path / "cells").exists()
+
+
+def test_an_archive_is_a_file(tmp_path):
+    (link := tmp_path / "link").symlink_to(tmp_path / "file")
+    assert archive.check(link) == tmp_path / "file"
+    for path in (tmp_path, tmp_path / "none" / "file", Path(os.devnull)):
+        with pytest.raises(UserError, match="is no file, or would lie in no folder"):
+            archive.check(path)
+    (tmp_path / "file").write_bytes(b"\xff")
+    with pytest.raises(UserError, match="cannot be read"):
+        archive.check(link)
 
 
 # The whole

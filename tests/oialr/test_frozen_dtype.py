@@ -209,7 +209,7 @@ def test_what_rounding_did_to_orthonormal_columns_is_undone():
     ("options", "message"),
     [
         ({"frozen_dtype": "float16"}, "frozen_dtype must be bfloat16, or None, not 'float16'"),
-        ({"frozen_dtype": "bfloat16", "release": 4}, "a release after step 4 as the delay leaves"),
+        ({"frozen_dtype": "bfloat16", "release": 4}, "a release at the delay leaves none"),
     ],
 )
 def test_what_makes_no_sense_is_refused(options, message):

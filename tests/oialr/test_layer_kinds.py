@@ -1,6 +1,7 @@
 """Every kind of layers through the whole method: what its adapter says is held against torch."""
 
 import copy
+import inspect
 import pickle
 import sys
 from types import SimpleNamespace
@@ -45,6 +46,13 @@ def pull(layer, x):
     generator = torch.Generator().manual_seed(1)
     (out * torch.randn(out.shape, generator=generator, dtype=out.dtype)).sum().backward()
     return [out.detach()] if x.grad is None else [out.detach(), x.grad]
+
+
+def test_a_twin_is_called_by_the_names_of_its_dense_layer(case):
+    layer = dense_layer(case)
+    twin = twin_of(copy.deepcopy(layer), case)
+    names, own = (list(inspect.signature(each.forward).parameters) for each in (layer, twin))
+    assert own == names
 
 
 def others(layer):

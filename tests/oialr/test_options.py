@@ -10,6 +10,7 @@ from torch import nn
 
 from app import config
 from app.config.method_section import DEFAULTS, NOT_FOR_A_RUN, SHARES, OIALRSection
+from app.errors import UserError
 from oialr import OIALR, Options
 from oialr.options import choices, described, kinds
 
@@ -121,6 +122,16 @@ def test_a_delay_is_a_step_a_share_or_by_stability():
     keys = ["oialr.delay=stability", "oialr.latest_delay=30", "oialr.update_interval=40"]
     with pytest.raises(Exception, match=r"oialr\.latest_delay: must be at least 40"):
         config.load(None, [*PAPER, *keys])
+
+
+def test_what_a_share_and_a_step_are_is_told_when_the_steps_are_known():
+    for key, keys in (
+        ("truncation", ["oialr.truncation=outputs", "oialr.delay=480", "oialr.release=0.5"]),
+        ("frozen_dtype", ["oialr.frozen_dtype=bfloat16", "oialr.delay=480", "oialr.release=0.4"]),
+    ):
+        configuration = config.load(None, [*PAPER, *keys])
+        with pytest.raises(UserError, match=rf"^oialr\.{key}: "):
+            configuration.check_steps(1200)
 
 
 def test_a_release_may_follow_the_delay():
