@@ -100,6 +100,7 @@ APPENDED = [
         f"{TRAIN} training.batch_size=16 training.compile=false "
         "'model.arguments={patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2}'",
     ),
+    (r"app\.train .*frozen_dtype", f"{TRAIN} oialr.release=3"),
     (r"app\.train .*run\.name=small", f"{TRAIN} oialr.target_size=0.8"),
     (r"app\.train", TRAIN),
     (r"app\.search .*--resume", "search.evaluations=2"),
