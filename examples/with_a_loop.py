@@ -79,6 +79,7 @@ def main() -> None:
         equal = all(map(torch.equal, network.parameters(), resumed.parameters()))
         print("resumed after 4 of 10 epochs, with the same bits in the end:", equal)
     if PROCESSES > 1:
+        torch.distributed.barrier()  # so that none leaves amid what the others still do
         torch.distributed.destroy_process_group()
 
 

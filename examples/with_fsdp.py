@@ -134,6 +134,7 @@ def main() -> None:
         print(f"accuracy on what was trained: {accuracy:.3f}")
         equal = all(map(torch.equal, weights.values(), resumed.values()))
         print("resumed after 90 of 120 steps, with the same bits in the end:", equal)
+    torch.distributed.barrier()  # so that none leaves amid what the others still do
     torch.distributed.destroy_process_group()
 
 

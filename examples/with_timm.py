@@ -118,6 +118,7 @@ def main() -> None:
         equal = all(all(map(torch.equal, a.parameters(), b.parameters())) for a, b in pairs)
         print("resumed after 4 of 8 epochs, with the same bits in the end:", equal)
     if PROCESSES > 1:
+        torch.distributed.barrier()  # so that none leaves amid what the others still do
         torch.distributed.destroy_process_group()
 
 

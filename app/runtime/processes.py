@@ -1,6 +1,7 @@
 """The runtime: which process this is, on which device, and how it reaches the others."""
 
 import gc
+import importlib
 import os
 import sys
 import time
@@ -118,6 +119,9 @@ class Groups:
         Args:
             launch, communicator, device, timeout: as for :func:`join`.
         """
+        # DistributedDataParallel imports it at its first use. Imported while there are groups it
+        # keeps them, and their connections and threads, for good (seen with torch 2.13).
+        importlib.import_module("torch._dynamo")
         self.timeout = timeout
         # Which torch wraps into one of its own, each time anew, and leaves so.
         self._excepthook = sys.excepthook

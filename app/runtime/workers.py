@@ -6,7 +6,6 @@ leaves nothing behind for the next. Never made anew without need: of the threads
 keeps something for ever (seen with 2.13: 120 bytes of each, in memory that nothing else can use).
 """
 
-import importlib
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -151,10 +150,6 @@ def start_workers(*, processes_per_worker: int, device: str) -> Workers:
             f"search.processes_per_worker: {processes_per_worker} does not divide the {size} "
             f"processes of this start"
         )
-    if processes_per_worker > 1:
-        # DistributedDataParallel imports it at its first use. A training that fails around a first
-        # import leaves references behind, and its connections open (seen with torch 2.13).
-        importlib.import_module("torch._dynamo")
     # Over all workers, so that no two of them share a GPU.
     _, chosen = choose_device(device, launch, world if size > 1 else None)
     index = rank // processes_per_worker

@@ -5,6 +5,7 @@ import threading
 
 import torch
 import torch.distributed as dist
+from support.launching import launch
 
 from app.runtime.launch import Launch
 from app.runtime.processes import Groups
@@ -66,3 +67,19 @@ def test_what_torch_hangs_on_the_interpreter_goes_with_the_groups():
         groups.close()
         assert not dist.is_initialized()
         assert sys.excepthook is hook
+
+
+def test_no_thread_of_the_groups_outlives_them():
+    # Such a thread aborts the process if it lets go of a tensor while the interpreter ends.
+    program = (
+        "import glob, torch\n"
+        "from app.runtime.processes import start_runtime\n"
+        "with start_runtime(device='cpu', timeout=60):\n"
+        "    network = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))\n"
+        "    network(torch.ones(1, 2)).sum().backward()\n"
+        "    del network\n"
+        "print([open(name).read() for name in glob.glob('/proc/self/task/*/comm')])\n"
+    )
+    result = launch(2, "-c", program)
+    assert result.stdout.count("python") >= 2
+    assert "gloo" not in result.stdout
