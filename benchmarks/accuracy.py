@@ -176,8 +176,9 @@ class Harness:
         """Run cells, several at the same time."""
         with ThreadPoolExecutor(self._jobs) as pool:
             try:
-                # Made here and not in the threads: the plan reads data and configurations.
-                for arguments in cells:
+                # Made here and not in the threads: the plan reads data and configurations. Networks
+                # that share their learning rates ask for the same cells.
+                for arguments in dict.fromkeys(cells):
                     if (cell := self._made(arguments)) and not cell.finished:
                         pool.submit(self._try, cell)
             except BaseException:

@@ -30,6 +30,7 @@ from oialr.layers.conv import FactoredConv
 from oialr.layers.cost import rank_pays
 from oialr.memory import TensorMemory, tensors_of
 from oialr.options import Execution
+from oialr.rank_choice import TENSOR_CORE_ALIGNMENT
 from oialr.schedule import rounded_up
 
 FLOOR = 0.01
@@ -139,6 +140,13 @@ class Variant:
         return after - before
 
 
+def rank_at(fraction: float, full_rank: int, device: torch.device) -> int:
+    """Return a share of a layer's full rank: a whole number, rounded up as OIALR does there."""
+    alignment = TENSOR_CORE_ALIGNMENT if device.type == "cuda" else 1
+    rank = max(1, int(fraction * full_rank))
+    return rounded_up(rank, full_rank=full_rank, multiple=MULTIPLE, alignment=alignment)
+
+
 def at_rank_fraction(model: nn.Module, fraction: float, option: str) -> nn.Module:
     """Return a factorized copy of a network, every rank that fraction of min(m, n).
 
@@ -158,8 +166,7 @@ def at_rank_fraction(model: nn.Module, fraction: float, option: str) -> nn.Modul
             weight = get_layer(model, report.name).weight
             assert isinstance(weight, Tensor)
             m, n = report.matrix_shape
-            r = max(1, int(fraction * min(m, n)))
-            r = rounded_up(r, full_rank=min(m, n), multiple=MULTIPLE)
+            r = rank_at(fraction, min(m, n), weight.device)
             if option == "deferred" and not rank_pays(m, n, r):
                 continue
             U = torch.linalg.qr(torch.randn(m, r, device=weight.device)).Q.contiguous()

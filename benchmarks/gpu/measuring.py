@@ -67,7 +67,7 @@ class Results:
         partial = self._path.with_suffix(".partial")
         partial.write_text(json.dumps(self._document, indent=1))
         os.replace(partial, self._path)
-        shown = {key: value for key, value in row.items() if key != "profile"}
+        shown = {key: value for key, value in row.items() if key not in ("profile", "traceback")}
         print(f"{self.seconds:6.1f} s  {json.dumps(shown)}", flush=True)
 
 

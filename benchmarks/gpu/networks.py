@@ -6,13 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.step_time import rank_at
 from oialr.convert import get_layer
 from oialr.layer_survey import LayerReport, survey
 from oialr.linalg.svd import economy_svd
-from oialr.schedule import rounded_up
-
-MULTIPLE = 16
-"""Of ranks, OIALR's default."""
 
 
 def perceptron(width: int) -> nn.Module:
@@ -41,12 +38,6 @@ def low_rank_layers(model: nn.Module) -> list[LayerReport]:
     return [report for report in reports if report.stays_dense is None]
 
 
-def rank_at(report: LayerReport, fraction: float) -> int:
-    """Return the rank of a layer at a share of its full rank, in OIALR's multiples."""
-    k = report.full_rank
-    return rounded_up(max(1, int(fraction * k)), full_rank=k, multiple=MULTIPLE)
-
-
 def with_two_factors(model: nn.Module, fraction: float) -> nn.Module:
     """Return a copy of a network with layers A B, both trained, in the place of W.
 
@@ -60,7 +51,7 @@ def with_two_factors(model: nn.Module, fraction: float) -> nn.Module:
     model = copy.deepcopy(model)
     for report in low_rank_layers(model):
         m, n = report.matrix_shape
-        r = rank_at(report, fraction)
+        r = rank_at(fraction, report.full_rank, next(model.parameters()).device)
         if report.groups > 1 or r * (m + n) >= m * n:
             continue
         path = report.name.rpartition(".")[0]

@@ -9,6 +9,7 @@ those of full-rank.
 """
 
 import statistics
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -175,6 +176,7 @@ def measure(name: str, case: Case, device: torch.device, results: Results, limit
         for key in dict.fromkeys((*case.eager, *case.compiled))
     }
     flops = {key: variant.flops() for key, variant in made.items()}
+    failed = []
     for mode in ("eager", "compiled"):
         keys = case.eager if mode == "eager" else case.compiled
         variants = []
@@ -185,13 +187,19 @@ def measure(name: str, case: Case, device: torch.device, results: Results, limit
                     continue
                 made[key].run = torch.compile(made[key].model)
             start = results.seconds
-            for _ in range(WARM_UP):
-                made[key].step()
-            synchronize(device)
+            try:
+                for _ in range(WARM_UP):
+                    made[key].step()
+                synchronize(device)
+            except Exception as error:  # of the compiler: the others are measured all the same
+                row = {"failed": repr(error)[:200], "traceback": traceback.format_exc()}
+                results.add(network=name, mode=mode, variant=key, **row)
+                failed.append(f"{name} {key} {mode}")
+                continue
             print(f"{name} {key} {mode}: first steps took {results.seconds - start:.1f} s")
             variants.append(made[key])
-        if not variants:
-            continue
+        if "full-rank" not in [variant.name for variant in variants]:
+            continue  # which the others are compared with
         rounds, repeat = (2, 1) if device.type == "cpu" else (ROUNDS, REPEAT)
         seconds = dict(
             zip(
@@ -203,6 +211,8 @@ def measure(name: str, case: Case, device: torch.device, results: Results, limit
             )
         )
         report((name, mode), variants, seconds, flops, results)
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 def report(

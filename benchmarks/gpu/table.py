@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-HIDDEN = {"profile", "summary", "last_lines"}
+HIDDEN = {"profile", "summary", "last_lines", "traceback"}
 
 
 def cell(value: Any) -> str:

@@ -19,7 +19,7 @@ from support.launching import ROOT, environment, launch
 from app import config
 from app.errors import UserError
 from app.recording.store import MetricsStore
-from benchmarks.accuracy import main
+from benchmarks.accuracy import Harness, main
 from benchmarks.study import archive, derived
 from benchmarks.study.cell import (
     FINGERPRINT_STEPS,
@@ -357,6 +357,21 @@ def test_stable_ranks_are_scaled_to_be_full_at_the_beginning():
 
 
 # Running a cell
+
+
+def test_cells_that_two_networks_share_are_run_once(tmp_path):
+    networks = {"tiny": TINY, "other": {**TINY, "rates_of": "tiny"}}
+    read = study(networks=networks, learning_rates=[0.5, 1.0])
+    asked = []
+
+    class Asked(Runner):
+        def run(self, cell):
+            asked.append(cell.place)
+            return False
+
+    Harness(Plan(read, tmp_path), Asked(HERE), jobs=1).run(time=False)
+    assert len(asked) == 4  # two methods with two learning rates
+    assert len(set(asked)) == 4
 
 
 class Pretended(Runner):

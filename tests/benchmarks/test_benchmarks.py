@@ -5,9 +5,11 @@ import json
 import re
 
 import pytest
+import torch
 from support.launching import ROOT, launch
 
 from benchmarks import inference
+from benchmarks.step_time import rank_at
 
 NAMES = sorted(path.stem for path in (ROOT / "benchmarks").glob("[!_]*.py"))
 QUICK = [name for name in NAMES if name != "faults"]
@@ -61,3 +63,12 @@ def test_the_short_form_prints_one_document(name, tmp_path):
     arguments = ("-m", f"benchmarks.{name}", "--quick", "--json")
     document = json.loads(launch(0, *arguments, cwd=tmp_path, timeout=600).stdout)
     assert document
+
+
+def test_ranks_that_are_measured_are_those_that_the_method_keeps_on_the_device():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [rank_at(0.4, k, device) for k in (64, 128, 256) for device in (cpu, gpu)] == [
+        *(25, 32),
+        *(51, 56),
+        *(112, 112),
+    ]

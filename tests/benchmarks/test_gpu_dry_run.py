@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.gpu import steps
+from benchmarks.gpu.measuring import Results
 from benchmarks.gpu.pack import TILES, pack, random_images, unpack
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,6 +74,23 @@ def test_every_part_of_the_benchmark_runs_on_the_cpu(part, rows, tmp_path):
     assert len(measured) == rows
     assert not any("not_run" in row for row in measured)
     assert f"## {part}" in (tmp_path / "gpu.md").read_text()
+
+
+def test_a_variant_that_fails_is_told_and_the_others_are_measured(tmp_path, monkeypatch):
+    def step(variant):
+        if variant.name == "0.1":
+            raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(steps.Variant, "step", step)
+    case = steps.cases(dry_run=True)["mlp"]
+    cpu = torch.device("cpu")
+    with pytest.raises(SystemExit, match=r"failed: mlp 0\.1 eager"):
+        steps.measure("mlp", case, cpu, Results("steps-mlp", tmp_path, cpu), limit=60)
+    rows = json.loads((tmp_path / "steps-mlp.json").read_text())["rows"]
+    assert [row["variant"] for row in rows if "failed" in row] == ["0.1"]
+    assert [row["variant"] for row in rows if "milliseconds" in row] == [
+        *("full-rank", "0.01", "0.25", "0.4", "two 0.25"),
+    ]
 
 
 @pytest.mark.slow
