@@ -58,6 +58,11 @@ class TrainingSection(Section):
     compile: bool = Field(
         False, description="torch.compile, anew after events that changed shapes."
     )
+    deterministic: bool = Field(
+        False,
+        description="torch's deterministic algorithms: on GPUs too, a run gives the same bits each "
+        "time, resumed or not, and steps may take longer. On CPUs it does so anyway.",
+    )
     channels_last: bool = Field(
         False,
         description="Images lie in memory with their channels last, in which convolutions may be "

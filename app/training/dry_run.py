@@ -20,6 +20,7 @@ from app.runtime.processes import Runtime
 from app.runtime.startup_check import check_nodes
 from app.training.batches import AgreedBatches
 from app.training.build import Parts, build
+from app.training.determinism import deterministic_algorithms
 from app.training.folder import find_folder
 from app.training.state import own_state, shared_state
 from app.training.steps import fetch
@@ -53,7 +54,8 @@ def dry_run(configuration: Configuration, runtime: Runtime) -> str:
         lambda: find_loggers(configuration.run.loggers if runtime.is_first else [])
     )
     bases = _bases(parts)
-    seconds = _measure(parts)
+    with deterministic_algorithms(wanted=configuration.training.deterministic):
+        seconds = _measure(parts)
     lines = [
         f"dry run: nothing is trained or written; {runtime.process_count} "
         f"{'process' if runtime.process_count == 1 else 'processes'} on {runtime.device.type}",

@@ -22,6 +22,7 @@ from app.runtime.startup_check import check_nodes
 from app.runtime.stop_signal import StopRequest
 from app.runtime.watchdog import Watchdog
 from app.training.build import Parts, build
+from app.training.determinism import deterministic_algorithms
 from app.training.folder import find_folder, finish, finished, mark_unfinished
 from app.training.position import Stopped
 from app.training.progress import EpochObserver, Progress
@@ -85,7 +86,12 @@ def train(
         abort=runtime.abort,
         name=f"process {runtime.process_index} of {runtime.process_count}",
     )
-    with ExitStack() as held, watchdog, _own_random_state(configuration.run.seed, runtime):
+    with (
+        ExitStack() as held,
+        watchdog,
+        _own_random_state(configuration.run.seed, runtime),
+        deterministic_algorithms(wanted=configuration.training.deterministic),
+    ):
         ownership = Ownership(held, runtime)
         if earlier:
             ownership.take(earlier)
