@@ -73,6 +73,8 @@ def test_every_part_of_the_benchmark_runs_on_the_cpu(part, rows, tmp_path):
     measured = json.loads((tmp_path / "gpu.json").read_text())[part]["rows"]
     assert len(measured) == rows
     assert not any("not_run" in row for row in measured)
+    if part == "application":
+        assert measured[-1]["test_loss"] == 0  # of a resumed run, less that of the other
     assert f"## {part}" in (tmp_path / "gpu.md").read_text()
 
 
