@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from app.errors import UserError
+from app.errors import AgreedUserError
 
 _REFUSED = "does not have a deterministic implementation"
 
@@ -19,7 +19,8 @@ def deterministic_algorithms(*, wanted: bool) -> Iterator[None]:
         wanted: whether; False changes nothing.
 
     Raises:
-        UserError: an operator of the network has no such algorithm on this device.
+        AgreedUserError: an operator of the network has no such algorithm on this device, which all
+            processes find alike.
     """
     if not wanted:
         yield
@@ -35,7 +36,7 @@ def deterministic_algorithms(*, wanted: bool) -> Iterator[None]:
         if _REFUSED not in str(error):
             raise
         operator = str(error).split(_REFUSED)[0].strip()
-        raise UserError(
+        raise AgreedUserError(
             f"training.deterministic: {operator} of this network {_REFUSED} on this device: leave "
             f"it false, or replace that operator"
         ) from error

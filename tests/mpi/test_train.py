@@ -488,3 +488,14 @@ def test_the_environment_is_not_inherited():
     assert "PMI_RANK" not in environment()
     assert os.path.exists(command(1)[0])
     assert sys.executable in command(0)
+
+
+def test_what_no_process_can_compute_deterministically_is_one_mistake(tmp_path):
+    result = train(
+        2,
+        *("model.name=tests.support.scatters:Scatters", "model.arguments={}"),
+        *("training.epochs=1", "training.warmup_epochs=0", "oialr.enabled=false"),
+        *("training.deterministic=true", f"run.dir={tmp_path / 'run'}"),
+        code=2,
+    )
+    assert result.stderr.count("error: training.deterministic: put_") == 1
