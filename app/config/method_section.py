@@ -101,6 +101,11 @@ class OIALRSection(_MethodSection):
         delay = self.delay if isinstance(self.delay, int) else 1
         late = {"release": delay + 1, "latest_delay": LARGEST_INTEGER}
         steps: dict[str, Any] = {name: late.get(name, 1) for name in shares}
+        if self.release == "delay" and self.delay == "stability":
+            raise ValueError(
+                "release: 'delay' is that of all layers, and with delay=stability each has its "
+                "own: name a step or a share of the run"
+            )
         if self._released_at_delay():
             steps |= {"delay": delay, "release": delay}
         try:
@@ -113,11 +118,6 @@ class OIALRSection(_MethodSection):
     def _released_at_delay(self) -> bool:
         """Tell whether release is the delay; where only the run tells, what the keys suppose."""
         if self.release == "delay":
-            if self.delay == "stability":
-                raise ValueError(
-                    "release: 'delay' is that of all layers, and with delay=stability each has its "
-                    "own: name a step or a share of the run"
-                )
             return True
         if self.release is None or self.delay == "stability":
             return False
