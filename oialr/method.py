@@ -290,9 +290,9 @@ class OIALR:
         """
         if not self.converted:
             raise ValueError("an event needs whole weights: shard the network after its conversion")
-        with followed(self.model, self.optimizer) as replaced:
+        exchanges = (self._gradients.exchange, self._groups.exchange)
+        with followed(self.model, self.optimizer, exchanges):
             yield
-        self._gradients.exchange(replaced)
         self._wrappers.tell()
 
     def ranks(self) -> dict[str, int]:

@@ -125,6 +125,16 @@ class TwinGroups:
             return self._momentary.positions(kind)
         return [twin for (key, _), twin in self._twins.items() if key == kind]
 
+    def exchange(self, replaced: Mapping[int, nn.Parameter]) -> None:
+        """Know other parameters of the same meaning: of each that was replaced, by its id, one.
+
+        What was replaced must be there still, since it is told by its id.
+        """
+        for places in self._places.values():
+            for i, place in enumerate(places):
+                if not isinstance(place, str) and id(place()) in replaced:
+                    places[i] = weakref.ref(replaced[id(place())])
+
     def awaits(self, name: str, weight: nn.Parameter) -> bool:
         """Whether a full-rank weight is the one that was there at first; without twins, any."""
         return not self._twins or self._weights[name]() is weight

@@ -4,7 +4,7 @@ They are told by the names of their types, since none of the packages needs to b
 low-rank may be split by torch's fully_shard and trained on; an event needs whole weights.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -104,7 +104,11 @@ def whole(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def followed(model: nn.Module, optimizer: Optimizer) -> Iterator[dict[int, nn.Parameter]]:
+def followed(
+    model: nn.Module,
+    optimizer: Optimizer,
+    exchanges: Iterable[Callable[[Mapping[int, nn.Parameter]], None]] = (),
+) -> Iterator[None]:
     """Let an optimizer hold the parameters that somebody makes of a network's meanwhile.
 
     torch's fully_shard replaces the parameters, and an optimizer from before would train what is
@@ -114,15 +118,13 @@ def followed(model: nn.Module, optimizer: Optimizer) -> Iterator[dict[int, nn.Pa
     Args:
         model: the network.
         optimizer: of its parameters; changed in place.
-
-    Yields:
-        What is filled at the end: of each parameter that was replaced, by its id, the new one.
+        exchanges: told at the end, of each parameter that was replaced, by its id, the new one; the
+            old one is still there.
     """
     before = dict(model.named_parameters())
-    replaced: dict[int, nn.Parameter] = {}
-    yield replaced
+    yield
     after = dict(model.named_parameters())
-    replaced |= {
+    replaced = {
         id(old): after[name] for name, old in before.items() if after.get(name, old) is not old
     }
     for group in optimizer.param_groups:
@@ -131,6 +133,8 @@ def followed(model: nn.Module, optimizer: Optimizer) -> Iterator[dict[int, nn.Pa
         if id(old) in replaced and old in optimizer.state:
             new, state = replaced[id(old)], optimizer.state.pop(old)
             optimizer.state[new] = {k: _split_like(v, old, new) for k, v in state.items()}
+    for exchange in exchanges:
+        exchange(replaced)
 
 
 def is_made_up(optimizer: Optimizer, options: Mapping[str, Any]) -> bool:

@@ -126,9 +126,11 @@ def split_as_one(model):
 
 
 @pytest.mark.slow
-def test_a_sharded_network_trains_on_with_all_that_its_optimizer_has():
+@pytest.mark.parametrize("has_schedule", [False, True])
+def test_a_sharded_network_trains_on_with_all_that_its_optimizer_has(has_schedule):
     """Groups, a schedule, a warm-up, a decay and an average: as if it were whole."""
     options = {**CUT, "release": 5, "release_warmup": 8, "frobenius_decay": 0.1}
+    options |= {"factor_learning_rate_factor": 3, "has_schedule": has_schedule}
     alone, parts = low_rank(**options), low_rank(**options)
     outputs = []
     for model, optimizer, method in (alone, parts):

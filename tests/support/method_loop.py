@@ -73,9 +73,12 @@ def weights(model):
     return [m.weight.detach().clone() for m in model if hasattr(m, "weight")]
 
 
-def make(kind="adamw", seed=0, **options):
+def make(kind="adamw", seed=0, *, has_schedule=False, **options):
+    """Make a network, its optimizer, perhaps with the rates of a schedule, and the method."""
     model = network(seed)
     optimizer = OPTIMIZERS[kind](model.parameters())
+    if has_schedule:
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     arguments = {"delay": 5, "update_interval": 3, **options}
     return model, optimizer, OIALR(model, optimizer, **arguments)
 
