@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from oialr.convert import factorize_layer
 from oialr.errors import DivergedError
-from oialr.input_moments import InputMoments, unseen
+from oialr.input_moments import InputMoments, scarce, unseen
 from oialr.layer_survey import LayerReport, parameter_counts, survey
 from oialr.layers.base import FactoredLayer
 from oialr.linalg.precision import full_precision
@@ -169,7 +169,9 @@ def _roots(
         moments.end()
         for module, mode in modes.items():
             module.training = mode
-    roots = moments.roots(layers)
+    roots, few = moments.roots(layers)
+    if few:
+        logger.warning("compress: %s; give more of them", scarce(few))
     if names := [layer.name for layer in layers if layer.name not in roots]:
         logger.warning("compress: %s", unseen(names))
     return roots

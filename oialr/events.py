@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from oialr.errors import DifferingReplicasError, DivergedError
-from oialr.input_moments import InputMoments, unseen
+from oialr.input_moments import InputMoments, scarce, unseen
 from oialr.layer_survey import LayerReport
 from oialr.linalg.checksum import checksum
 from oialr.linalg.precision import full_precision
@@ -115,7 +115,7 @@ class Events:
         self._told: set[str] = set()
         """Names of layers of which was told that something keeps them full-rank."""
         self._told_unseen: set[str] = set()
-        """Names of those of which was told that their inputs were not seen."""
+        """Names of those of which was told that their inputs were not seen, or few of them."""
 
     def run(
         self,
@@ -194,12 +194,19 @@ class Events:
         """Return what is known of the inputs of all layers that are full-rank as yet."""
         layers = self._target.layers if self._target else reports
         dense = [layer for layer in layers if self._transitions.is_dense(layer)]
-        roots = moments.roots(dense, self._processes)
+        roots, few = moments.roots(dense, self._processes)
         wanted = [report.name for report in reports if self._transitions.is_dense(report)]
         names = [name for name in wanted if name not in roots and name not in self._told_unseen]
-        self._told_unseen.update(names)
+        few = {name: few[name] for name in wanted if name in few and name not in self._told_unseen}
+        self._told_unseen.update(names, few)
         if names and self._processes.index == 0:
             logger.warning("truncation outputs: %s", unseen(names))
+        if few and self._processes.index == 0:
+            logger.warning(
+                "truncation outputs: %s; a larger batch in that step tells more, and the last one "
+                "of an epoch may be small",
+                scarce(few),
+            )
         return roots
 
     def _matrix(self, report: LayerReport) -> Tensor:

@@ -5,7 +5,7 @@ that a weight is read as.
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -36,6 +36,8 @@ class InputMoments:
         self._model = model
         self._remove_hook: Any = None
         self._moments: dict[str, Tensor] = {}
+        self._rows: dict[str, int] = {}
+        """Of each moment, how many rows of inputs it is of."""
 
     @property
     def watching(self) -> bool:
@@ -54,7 +56,7 @@ class InputMoments:
             without_gradients: look at passes without gradients, add them up, and at no others.
         """
         self.forget()
-        moments = self._moments
+        moments, rows = self._moments, self._rows
         looked_at = WeakKeyDictionary(
             (get_layer(self._model, report.name), report)
             for report in reports
@@ -74,13 +76,15 @@ class InputMoments:
                 return
             if module is network() and not without_gradients:
                 moments.clear()
+                rows.clear()
             report = looked_at.get(module)
             x = next((x for x in args if isinstance(x, Tensor)), None)
             if report is None or x is None or not _is_plain(x):
                 return
-            moment = _moment(module, report, x.detach())
+            moment, count = _moment(module, report, x.detach())
             before = moments.get(report.name)
             moments[report.name] = moment if before is None else before + moment
+            rows[report.name] = rows.get(report.name, 0) + count
 
         handle = register_module_forward_pre_hook(look)
         self._remove_hook = weakref.finalize(self, handle.remove)
@@ -94,27 +98,34 @@ class InputMoments:
     def forget(self) -> None:
         """Look no more, and forget what was seen."""
         self.end()
-        self._moments = {}
+        self._moments, self._rows = {}, {}
 
     def roots(
         self, reports: Sequence[LayerReport], processes: Processes | None = None
-    ) -> dict[str, Tensor]:
+    ) -> tuple[dict[str, Tensor], dict[str, tuple[int, int]]]:
         """Return S of the mean over all processes for each layer that all have seen; collective.
 
         Args:
             reports: of the layers, the same on all processes.
             processes: of which each has seen its share; None: this one alone has seen all.
+
+        Returns:
+            S by name; and of those of which fewer rows were seen than the matrix has singular
+            values, both numbers.
         """
         processes = processes or Processes()
-        seen = processes.gather([report.name in self._moments for report in reports])
-        roots = {}
-        for report, flags in zip(reports, zip(*seen, strict=True), strict=True):
-            if all(flags):
+        seen = processes.gather([self._rows.get(report.name, 0) for report in reports])
+        roots: dict[str, Tensor] = {}
+        scarce: dict[str, tuple[int, int]] = {}
+        for report, rows in zip(reports, zip(*seen, strict=True), strict=True):
+            if all(rows):
                 S = root_of(processes.sum(self._moments.pop(report.name)))
                 if S is not None:
                     roots[report.name] = S
+                    if sum(rows) < report.full_rank:
+                        scarce[report.name] = sum(rows), report.full_rank
         self.forget()
-        return roots
+        return roots, scarce
 
 
 class InputWatch:
@@ -167,6 +178,19 @@ def unseen(names: Sequence[str]) -> str:
     )
 
 
+def scarce(rows: Mapping[str, tuple[int, int]]) -> str:
+    """Say of which weights few inputs were seen, for a warning.
+
+    Args:
+        rows: as of :meth:`InputMoments.roots`.
+    """
+    shown = [f"{name} ({seen} inputs, rank {rank})" for name, (seen, rank) in rows.items()]
+    return (
+        f"{len(rows)} weights are cut by what they compute of fewer inputs than their rank: "
+        f"{', '.join(shown[:3])}{', ...' if len(shown) > 3 else ''}"
+    )
+
+
 def _side_length(report: LayerReport) -> int:
     m, n = report.matrix_shape
     return n if report.adapter.inputs_meet == "columns" else m
@@ -178,9 +202,9 @@ def _is_plain(x: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _moment(layer: nn.Module, report: LayerReport, x: Tensor) -> Tensor:
-    """Return X^T X of a layer's inputs X (b, n), in the precision of its weight."""
+def _moment(layer: nn.Module, report: LayerReport, x: Tensor) -> tuple[Tensor, int]:
+    """Return X^T X of a layer's inputs X (b, n), in the precision of its weight, and b."""
     dtype = getattr(layer, report.name.rpartition(".")[2]).dtype
     with torch.autocast(x.device.type, enabled=False), full_precision():
         inputs = report.adapter.inputs(layer, report.reading, x).to(dtype)
-        return inputs.mT @ inputs
+        return inputs.mT @ inputs, inputs.shape[-2]

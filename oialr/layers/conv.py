@@ -237,16 +237,20 @@ class ConvAdapter(LayerAdapter):
         assert isinstance(layer, _ConvNd)
         d = len(layer.kernel_size)
         x = x if x.dim() == d + 2 else x[None]
-        numbers = max(1, x[0].numel() * math.prod(layer.kernel_size)) if len(x) else 1
+        directions = range(1, d) if reading.is_by_direction else range(d)
+        strides = [layer.stride[i] if i in directions else 1 for i in range(d)]
+        positions = [-(-size // stride) for size, stride in zip(x.shape[2:], strides, strict=True)]
+        taps = math.prod(layer.kernel_size[i] for i in directions)
+        numbers = max(1, x.shape[1] * math.prod(positions) * taps)
         x = x[: max(1, LARGEST_PATCHES // numbers)]
         span = layer.dilation[0] * (layer.kernel_size[0] - 1) + 1
         length = max(span, x.shape[2] * LARGEST_PATCHES // numbers)
         if length < x.shape[2]:
-            x = x.narrow(2, (x.shape[2] - length) // 2, length)
+            start = (x.shape[2] - length) // 2
+            x = x.narrow(2, start - start % strides[0], length)  # on the grid of the whole
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         x = functional.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
         x = x.unflatten(1, (reading.groups, -1))
-        directions = range(1, d) if reading.is_by_direction else range(d)
         for i in directions:
             dilation = layer.dilation[i]
             span = dilation * (layer.kernel_size[i] - 1) + 1

@@ -176,6 +176,22 @@ def test_of_a_large_batch_the_first_images_count(monkeypatch):
     torch.testing.assert_close(inputs, kind_of(layer).inputs(layer, reading, x[:3]))
 
 
+def test_of_patches_without_overlap_all_are_looked_at(monkeypatch):
+    """And a part of them lies on the grid of the whole."""
+    layer = nn.Conv2d(3, 8, 4, stride=4, padding=2)
+    reading = kind_of(layer).reading(layer, "weight")
+    x = torch.randn(6, 3, 36, 12)
+    whole = kind_of(layer).inputs(layer, reading, x)
+    monkeypatch.setattr("oialr.layers.conv.LARGEST_PATCHES", 6 * 3 * 36 * 12)
+    torch.testing.assert_close(kind_of(layer).inputs(layer, reading, x), whole)
+    monkeypatch.setattr("oialr.layers.conv.LARGEST_PATCHES", 3 * 20 * 12)
+    part = kind_of(layer).inputs(layer, reading, x)
+    by_row = {tuple(row.tolist()) for row in whole}
+    inner = [row for row in part if row.all()]  # without padding
+    assert len(inner) >= 3 * 2
+    assert all(tuple(row.tolist()) in by_row for row in inner)
+
+
 def few_directions(step, dtype=torch.float64):
     """Inputs (16, 12) that lie in three directions, the same in all steps."""
     x = normal(16, 3, seed=step) @ normal(3, 12, seed=99)
@@ -481,6 +497,20 @@ def test_it_is_told_once_which_weights_are_cut_by_themselves(caplog):
     _, events = run(model, 9, truncation="outputs", **options)
     assert len(events) == 4
     assert caplog.text.count("cut by their own spectra") == 1
+
+
+@pytest.mark.parametrize("count", [3, 64])
+def test_it_is_told_which_weights_are_cut_by_few_inputs(caplog, count):
+    model = two_layers()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    options = {"delay": 1, "release": 1, "update_interval": 9, "target_size": 0.7}
+    method = OIALR(model, optimizer, truncation="outputs", rank_multiple=1, **options)
+    model(normal(count, 12)).square().sum().backward()
+    optimizer.step()
+    assert method.step().kind == "release"
+    line = "1 weights are cut by what they compute of fewer inputs than their rank: 0.weight"
+    assert (f"{line} (3 inputs, rank 12)" in caplog.text) == (count == 3)
+    assert len(caplog.records) == (count == 3)
 
 
 def test_a_large_sample_is_looked_at_in_its_middle(monkeypatch):
