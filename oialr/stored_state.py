@@ -69,12 +69,11 @@ def check_stored_state(
                 f"oialr.{name}: cannot change from {before} to {factor}: the optimizer's stored "
                 "state has the learning rates that go with it"
             )
-    is_low_rank = any(rank is not None for rank in state["ranks"].values())
     for name, reading in readings.items():
-        if is_low_rank and (was := state.get(name, reading)) != reading:
+        if (was := state.get(name, reading)) != reading:
             raise ValueError(
-                f"oialr.{name}: cannot change from {was} to {reading} after layers turned "
-                "low-rank: their factors are those of another matrix"
+                f"oialr.{name}: cannot change from {was} to {reading}: bases, also those that "
+                "stability is measured against, are those of another matrix"
             )
 
 

@@ -71,6 +71,12 @@ def restore(
     for key in _FIXED:
         if (was := stored["training"][key]) != current["training"][key]:
             raise UserError(f"training.{key}: cannot change when a run is resumed: it was {was}")
+    if stored["oialr"]["enabled"] != parts.configuration.oialr.enabled:
+        raise UserError(
+            "oialr.enabled: cannot change when a run is resumed: the method counts its steps from "
+            "their first one on; start a new run, with model.initial=DIR for the weights"
+        )
+    _check_shares(parts, shared["method"])
     if changes := _changes(stored, current):
         # On purpose by whoever resumes; but config.yaml may also have been damaged or mixed up.
         logger.warning(
@@ -83,6 +89,33 @@ def restore(
         raise UserError(
             f"the checkpoint does not fit the configuration (was it changed?): {message}"
         ) from None
+
+
+def _check_shares(parts: Parts, method: Mapping[str, Any] | None) -> None:
+    """Reject a share of the run that is another step now, of an event that is over.
+
+    Raises:
+        UserError: with the step that the share was.
+    """
+    section = parts.configuration.oialr
+    if parts.method is None or method is None:
+        return
+    moved = [
+        (name, was)
+        for name in ("delay", "release")
+        if isinstance(getattr(section, name), float)
+        and isinstance(was := method.get(name), int)
+        and was <= method["handled"]
+        and was != section.step_of(name, parts.steps)
+    ]
+    if moved:
+        name, was = moved[0]
+        cure = " ".join(f"oialr.{name}={was}" for name, was in moved)
+        raise UserError(
+            f"oialr.{name}: {getattr(section, name):g} of the run was step {was}, and is step "
+            f"{section.step_of(name, parts.steps)} of its {parts.steps} steps now; what happened "
+            f"then cannot be moved: add {cure} to go on"
+        )
 
 
 def _load(

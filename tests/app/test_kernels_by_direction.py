@@ -16,7 +16,11 @@ def test_a_run_records_and_resumes_it(tmp_path) -> None:
     keys += ["stability.interval=1", "stability.window=1"]
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     train(1, *keys, f"run.dir={whole}")
-    train(1, *keys, f"run.dir={parted}", "run.stop_after=6", code=75)
+    # Before the conversion, too: bases are kept, and figures have the width of the reading.
+    train(1, *keys, f"run.dir={parted}", "run.stop_after=2", code=75)
+    stopped = train(1, "--resume", parted, "oialr.convolutions=matrix", code=2)
+    assert "convolutions" in stopped.stderr.splitlines()[-1]
+    train(1, "--resume", parted, "run.stop_after=6", code=75)
     stopped = train(1, "--resume", parted, "oialr.convolutions=matrix", code=2)
     assert "convolutions" in stopped.stderr.splitlines()[-1]
     train(1, "--resume", parted)

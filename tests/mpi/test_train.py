@@ -277,7 +277,21 @@ def test_a_resume_that_does_not_fit_changes_nothing(tmp_path):
         result = train(0, "--resume", tmp_path, f"training.{key}={value}", code=2)
         line = f"error: training.{key}: cannot change when a run is resumed: it was {old}\n"
         assert result.stderr == line
+    result = train(0, "--resume", tmp_path, "oialr.enabled=false", code=2)
+    assert result.stderr.startswith("error: oialr.enabled: cannot change when a run is resumed")
     assert [file.read_bytes() for file in files] == before
+
+
+@pytest.mark.parametrize("keys", [["oialr.release=delay"], ["oialr.release=0.75"]])
+def test_a_share_that_is_another_step_now_is_told_with_the_one_that_it_was(tmp_path, keys):
+    train(0, *TINY, "oialr.delay=0.5", *keys, f"run.dir={tmp_path}")
+    result = train(0, "--resume", tmp_path, "training.epochs=6", code=2)
+    cure = "oialr.delay=16" + (" oialr.release=24" if len(keys[0]) < 19 else "")
+    told = "oialr.delay: 0.5 of the run was step 16, and is step 24 of its 48 steps now"
+    assert result.stderr.startswith(f"error: {told}")
+    assert result.stderr.endswith(f": add {cure} to go on\n")
+    train(0, "--resume", tmp_path, "training.epochs=6", *cure.split())
+    assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 48
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, undisturbed):
