@@ -84,10 +84,15 @@ def trained(configuration: Configuration, runtime: Runtime) -> Iterator[tuple[Pa
 
 def samples_of(parts: Parts, count: int) -> Tensor:
     """Return the first samples of the validation part, at most so many: (b, ...) on the device."""
+    found: list[Tensor] = []
     for batch in parts.task.evaluation_batches("validation"):
-        if batch.count:
-            return batch.inputs[:count]
-    raise UserError("data: the validation part has no samples to compare with")
+        if count <= 0:
+            break
+        found.append(batch.inputs[: min(count, batch.count)])
+        count -= len(found[-1])
+    if not any(map(len, found)):
+        raise UserError("data: the validation part has no samples to compare with")
+    return torch.cat(found)
 
 
 def evaluate_run(

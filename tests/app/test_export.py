@@ -63,6 +63,12 @@ def test_a_file_gives_the_figures_of_the_run(run, form, capsys):
     assert lines == figures(run)
 
 
+@pytest.mark.parametrize(("asked", "there"), [(1, 1), (100, 100), (10**6, 180)])
+def test_samples_to_compare_are_those_of_several_batches(run, capsys, asked, there):
+    assert export.main([str(run), "--samples", str(asked)]) == 0
+    assert f", {there} samples to compare\n" in capsys.readouterr().out
+
+
 def test_a_file_elsewhere_is_evaluated_by_its_run(run, tmp_path, capsys):
     path = tmp_path / "model of mine.pt"
     assert export.main([str(run), "--output", str(path)]) == 0
