@@ -34,7 +34,7 @@ LOG_FORMAT = "%(levelname)s: %(message)s"
 EXAMPLES = """\
 examples:
   python -m app.train
-  mpirun -n 8 python -m app.train training.epochs=30 oialr.cutoff=0.1
+  mpirun -n 8 python -m app.train training.epochs=30 oialr.target_size=0.2
   mpirun -n 8 python -m app.train --config configs/fashion_mnist_vit.yaml data.root=/data
   python -m app.train oialr.enabled=false run.dir=runs/full-rank
   mpirun -n 8 python -m app.train --resume runs/full-rank

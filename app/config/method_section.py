@@ -25,6 +25,12 @@ SHARES = (
 )
 """Numbers of steps, which may be shares of the run's steps."""
 
+STABILITY_KEYS = ("stability_threshold", "stability_window", "stability_start", "latest_delay")
+RELEASE_KEYS = ("release_warmup", "factor_learning_rate_factor")
+UPDATE_KEYS = ("update_interval", "layer_fraction", "core_learning_rate_factor")
+CUT_KEYS = ("cutoff", "retained_energy")
+BOUND_KEYS = ("largest_cut", "largest_energy_cut")
+
 WORDS: dict[str, tuple[Any, str]] = {"release": (Literal["delay"], " delay: that of the delay.")}
 """What the application takes beside numbers, and what it means."""
 
@@ -140,6 +146,35 @@ class OIALRSection(_MethodSection):
         if isinstance(value, str):
             return None
         return max(1, round(value * steps)) if isinstance(value, float) else value
+
+    def unused(self, steps: int) -> dict[str, str]:
+        """Return the keys of low-rank training without effect beside the others, with the reason.
+
+        Args:
+            steps: of the run.
+        """
+        release = self.step_of("release", steps)
+        at_delay = release is not None and release == self.step_of("delay", steps)
+        by_energy, sized = self.retained_energy is not None, self.target_size is not None
+        rules = (
+            (self.delay != "stability", STABILITY_KEYS, "it is for oialr.delay=stability"),
+            (release is None, RELEASE_KEYS, "there is no oialr.release"),
+            (at_delay, UPDATE_KEYS, "released at oialr.delay, layers have no core and no updates"),
+            (by_energy, ("cutoff",), "oialr.retained_energy takes its place"),
+            (sized, CUT_KEYS, "oialr.target_size takes its place"),
+            (sized and at_delay, BOUND_KEYS, "oialr.target_size is met at once, by the release"),
+        )
+        return {f"oialr.{name}": why for holds, names, why in rules if holds for name in names}
+
+    def told_in_vain(self, steps: int) -> list[str]:
+        """Return a line for each key that was changed and has no effect beside the others."""
+        fields = {f"oialr.{name}": field for name, field in type(self).model_fields.items()}
+        values = {f"oialr.{name}": value for name, value in self._values().items()}
+        return [
+            f"{key}={values[key]} has no effect: {reason}"
+            for key, reason in self.unused(steps).items()
+            if values[key] != fields[key].default
+        ]
 
     def options(self, steps: int, *, warmup: int = 0) -> Options:
         """Return the method's options in a run.

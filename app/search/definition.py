@@ -9,6 +9,8 @@ from typing import Any
 from app import config
 from app.config import yaml_text
 from app.config.settings import Configuration
+from app.data.sharding import steps_per_epoch
+from app.errors import UserError
 from app.search.space import Space, read_space
 
 STORED = "search.yaml"
@@ -43,6 +45,38 @@ class Definition:
             }
         )
         return configuration.model_copy(update={"run": run})
+
+    def check_candidates(self, train_size: int) -> None:
+        """Hold every delay against the number of steps, and every parameter against the others.
+
+        Args:
+            train_size: samples of the training part.
+
+        Raises:
+            UserError: candidates at an end of the space would fail, or a parameter is without
+                effect in all of them.
+        """
+        if any(key.startswith("data.") for key in self.space.keys):
+            return  # the size of the training part may be searched over
+        in_vain: dict[str, str] | None = None
+        for values in self.space.corners(self.base):
+            configuration = self.space.configure(self.base, values)
+            training = configuration.training
+            steps = training.epochs * steps_per_epoch(
+                train_size, training.batch_size, drop_last=configuration.data.drop_last
+            )
+            try:
+                configuration.check_steps(steps)
+            except UserError as error:
+                raise UserError(f"space: {error}") from None
+            unused = configuration.oialr.unused(steps)
+            in_vain = {key: unused[key] for key in unused if in_vain is None or key in in_vain}
+        for key, reason in (in_vain or {}).items():
+            if key in self.space.keys:
+                raise UserError(
+                    f"space: {key} has no effect in any candidate: {reason}; take it out, or "
+                    "extend a configuration in which it has one, such as those in configs/paper/"
+                )
 
     def best(self, number: int, values: Mapping[str, Any]) -> Configuration:
         """Return the configuration that trains an evaluation anew, as a run of its own."""

@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 
 from app.config import to_yaml
-from app.data.sharding import steps_per_epoch
-from app.errors import UserError
 from app.runtime.launch import Launch
 from app.runtime.lease import Claim, Lease
 from app.runtime.rendezvous import make_store
@@ -152,18 +150,7 @@ def _check(definition: Definition, workers: Workers) -> None:
     base = definition.base
     with workers.join(timeout=base.distributed.timeout) as runtime:
         train_size = check_run(base, runtime)
-    if any(key.startswith("data.") for key in definition.space.keys):
-        return  # the size of the training part may be searched over
-    for values in definition.space.corners(base):
-        configuration = definition.space.configure(base, values)
-        training = configuration.training
-        steps = training.epochs * steps_per_epoch(
-            train_size, training.batch_size, drop_last=configuration.data.drop_last
-        )
-        try:
-            configuration.check_steps(steps)
-        except UserError as error:
-            raise UserError(f"space: {error}") from None
+    definition.check_candidates(train_size)
 
 
 class _Session:

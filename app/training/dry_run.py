@@ -108,6 +108,7 @@ def _network(parts: Parts) -> list[str]:
     size = sum(p.numel() * p.element_size() for p in parts.model.parameters())
     lines = [f"network: {parts.configuration.model.name}, {count:,} parameters, {_mebibytes(size)}"]
     if method := parts.method:
+        lines += parts.configuration.oialr.told_in_vain(parts.steps)
         dense = sum(layer.stays_dense is not None for layer in method.survey)
         lines.append(
             f"method: {len(method.layers)} layers turn low-rank "

@@ -163,6 +163,7 @@ def _describe(parts: Parts, folder: Path) -> str:
         f"training samples, {parts.task.steps_per_epoch} steps per epoch"
     ]
     if method:
+        lines += parts.configuration.oialr.told_in_vain(parts.steps)
         dense = [layer for layer in method.survey if layer.stays_dense]
         release = method.options.release
         released = f", their factors are released after step {release}" if release else ""
