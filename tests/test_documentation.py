@@ -31,8 +31,6 @@ from oialr.placement.costs import Costs
 NOT_EXECUTED = {
     "make train": "installs packages from the network; its command is the block below it",
     "make test": "runs this test",
-    "python -m app.train model.name=mine.networks:build data.name=mine.data:Recordings "
-    "oialr.delay=0.2": "needs files of the reader's; test_own.py has such",
     "python -m examples.with_lightning 2": "is run by test_integration_lightning.py",
     "torchrun --nproc-per-node 2 -m examples.with_transformers": (
         "is run by test_integration_huggingface.py"
@@ -59,7 +57,7 @@ NOT_EXECUTED = {
     "--config configs/imagenet_vit_b16.yaml data.root=DATA": "needs eight GPUs and ImageNet",
     "python -m benchmarks.gpu.pack DATA packed": "needs CIFAR-10; see test_gpu_dry_run.py",
 }
-SLURM = ("sbatch ", "slurm/submit_with_report.sh ", "source slurm/env.sh && sbatch ", "srun ")
+SLURM = ("sbatch ", "slurm/submit_with_report.sh ", "srun ")
 """Beginnings of what needs a site's Slurm; test_slurm.py submits these scripts to a real one."""
 GPU = ("benchmarks/gpu.sh",)
 """Beginnings of what needs a GPU; test_gpu_dry_run.py runs every part of it on the CPU."""
@@ -322,7 +320,7 @@ def test_a_program_runs(block: Block, tmp_path, monkeypatch):
         assert names["method"].trainable_percent() < 100
 
 
-@pytest.mark.parametrize("block", _blocks("yaml"))
+@pytest.mark.parametrize("block", _blocks("yaml", elsewhere=["docs/own_networks_and_data.md"]))
 def test_a_file_is_a_configuration(block: Block, tmp_path):
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     if "space:" in block.text:

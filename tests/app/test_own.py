@@ -1,5 +1,6 @@
 """Networks and data by import path: from outside the packages, and what can go wrong with them."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -229,6 +230,30 @@ def test_the_page_says_what_works() -> None:
     assert task.loss(model, batch).item() > 0
     assert task.evaluate(model, batch)["count"] == 4
     assert 0 <= float(task.evaluate(model, batch)["accuracy"]) <= 4
+
+
+@pytest.mark.slow
+def test_the_files_of_the_page_train(tmp_path: Path) -> None:
+    """Typed as they stand there, with the imports and the reader that are left to the reader."""
+    page = [b for b in blocks() if b.page == "docs/own_networks_and_data.md"]
+    network, data = (block.text for block in page if block.language == "python")
+    (file,) = (block.text for block in page if block.language == "yaml")
+    reader = """
+def read(folder, name):
+    assert folder == "recordings"
+    y = torch.arange(200) % 10
+    return torch.nn.functional.one_hot(y, 40).float(), y
+"""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "networks.py").write_text(f"import math\n\nimport torch\n\n{network}")
+    imports = "import torch\n\nfrom app.data import TensorTask\n"
+    (tmp_path / "mine" / "data.py").write_text(f"{imports}{reader}\n{data}")
+    (tmp_path / "mine.yaml").write_text(file)
+    training = ["training.epochs=8", "training.warmup_epochs=1", "training.learning_rate=0.03"]
+    train(0, "--config", "mine.yaml", *training, "run.dir=run", cwd=tmp_path)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["test_accuracy"] > 0.9
+    assert list(read_rows(tmp_path / "run" / "metrics.h5", "lowrank")["event"]) == ["release"]
 
 
 @pytest.mark.slow
