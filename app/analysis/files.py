@@ -21,6 +21,7 @@ COMPANIONS = (
     "partial-*",
     "damaged-*",
     "best",
+    "exported",
     "optimizer*",
     "scheduler*",
     "rng_state*",

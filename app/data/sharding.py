@@ -65,6 +65,15 @@ def share(n: int, index: int, count: int) -> slice:
     return slice(start, start + base + (index < larger))
 
 
+def micro_batches(n: int, count: int, accumulation: int) -> int:
+    """Return into how many parts every process cuts its share of a global batch of n samples.
+
+    The same number for all, since normalizations that are synchronized let all wait for all in
+    every part: at most ``accumulation``, and none without a sample for who has the smallest share.
+    """
+    return max(1, min(accumulation, n // count))
+
+
 def evaluation_batches(size: int, batch_size: int, index: int, count: int) -> Iterator[slice]:
     """Yield this process's positions of a part of the data, in batches.
 

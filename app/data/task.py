@@ -26,13 +26,19 @@ class Batch:
     """Samples of the whole global batch, over all processes."""
 
     def split(self, parts: int) -> "list[Batch]":
-        """Cut into at most ``parts`` consecutive micro-batches, none of them without a sample."""
-        sizes = max(1, min(parts, self.count))
+        """Cut into consecutive micro-batches, at most as many as there are samples.
+
+        One without true samples is there so many times: it counts nothing, and takes part in what
+        the others' micro-batches ask for.
+        """
+        if not self.count:
+            return [self] * parts
+        sizes = min(parts, self.count)
         return [
             Batch(
                 inputs=inputs,
                 targets=targets,
-                count=len(inputs) if self.count else 0,
+                count=len(inputs),
                 global_count=self.global_count,
             )
             for inputs, targets in zip(

@@ -93,7 +93,9 @@ class MetricsStore:
         return cls(file, path)
 
     @classmethod
-    def resume(cls, path: Path | str, *, counts: Mapping[str, int]) -> Self:
+    def resume(
+        cls, path: Path | str, *, counts: Mapping[str, int], configuration: str | None = None
+    ) -> Self:
         """Go on after a number of rows of each group.
 
         The rows are copied into a new file, which then takes the old one's place atomically: a
@@ -102,6 +104,7 @@ class MetricsStore:
         Args:
             path: the file.
             counts: rows to keep of each group; a group that is not named keeps none.
+            configuration: that it goes on with, as YAML; None: that of the file.
 
         Raises:
             UnreadableFileError: the file is damaged.
@@ -110,6 +113,8 @@ class MetricsStore:
         path = Path(path)
         with open_for_reading(path) as old, new_file(path) as new:
             copy(old, new, counts, path)
+            if configuration is not None:
+                new.attrs["config"] = np.bytes_(configuration.encode())
         return cls(new, path)
 
     def append(self, group: str, **values: Any) -> None:

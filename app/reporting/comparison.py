@@ -148,7 +148,9 @@ def _figures(run: Run) -> dict[str, float]:
         if len(values):
             found[f"last validation {key}"] = float(values[-1])
     for key in ("trainable_percent", "compression_percent"):
-        if len(run.events["step"]):
+        if key in summary:  # of the weights that were tested, which may be those of an earlier step
+            found[key.replace("_percent", ", %")] = summary[key]
+        elif len(run.events["step"]):
             found[key.replace("_percent", ", %")] = float(run.events[key][-1])
         elif len(run.train["step"]):
             found[key.replace("_percent", ", %")] = 100.0

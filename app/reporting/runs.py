@@ -198,7 +198,10 @@ def read_run(path: Path | str) -> Run:
             name=folder.resolve().name,
             configuration=parse(yaml, source=f"{metrics}: config"),
             yaml=yaml,
-            summary=_read_summary(folder / "summary.json"),
+            # One that is trained on for more epochs has that of the epochs before.
+            summary=None
+            if (folder / "unfinished.json").exists()
+            else _read_summary(folder / "summary.json"),
             sessions=reader.rows("sessions"),
             train=reader.rows("train"),
             evaluation=reader.rows("eval"),

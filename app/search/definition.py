@@ -27,6 +27,10 @@ class Definition:
     entries: Mapping[str, Any]
     """The space as the file gives it."""
 
+    def seed(self, number: int) -> int:
+        """Return the seed of an evaluation: the base's plus its number."""
+        return (self.base.run.seed + number) % 2**32
+
     def candidate(self, number: int, values: Mapping[str, Any], folder: Path) -> Configuration:
         """Return the configuration of an evaluation.
 
@@ -40,7 +44,7 @@ class Definition:
             update={
                 "dir": str(folder),
                 "name": f"{configuration.run.name}-{number}",
-                "seed": (configuration.run.seed + number) % 2**32,
+                "seed": self.seed(number),
                 **({} if configuration.search.keep_checkpoints else {"keep_checkpoints": 0}),
             }
         )

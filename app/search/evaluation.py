@@ -16,7 +16,7 @@ import torch
 
 from app.config import to_yaml
 from app.config.settings import Configuration
-from app.errors import AgreedUserError, DivergedError, StorageError
+from app.errors import AgreedUserError, DivergedError, StorageError, UserError
 from app.runtime.stop_signal import StopRequest
 from app.runtime.workers import Workers
 from app.search import objective
@@ -139,14 +139,26 @@ def evaluate(
         TimeoutError: a process of the worker does not come back from the training.
     """
     run_folder = evaluation_folder(folder, number)
-    configuration = definition.candidate(number, values, run_folder)
+    started, start = datetime.now(UTC), time.perf_counter()
+    place = {
+        "number": number,
+        "started": started.isoformat(timespec="milliseconds"),
+        "seed": definition.seed(number),
+        "processes": workers.own.Get_size(),
+        "worker": workers.index,
+        "island": island,
+        "folder": str(run_folder.relative_to(folder)),
+    }
+    try:
+        configuration = definition.candidate(number, values, run_folder)
+    except UserError as error:  # keys contradict each other that no two ends of the space do
+        return _refused(dict(values), _as_failure(error), place)
     watch = _Watch(
         configuration,
         medians=medians,
         stop_signal=stop_signal,
         stopped_elsewhere=stopped_elsewhere,
     )
-    started, start = datetime.now(UTC), time.perf_counter()
     timeout = configuration.distributed.timeout
     summary: dict[str, Any] | None = None
     failure: _Failure | None = None
@@ -174,7 +186,7 @@ def evaluate(
     cause = min(failures, key=lambda failure: failure.when, default=None)
     step_seconds = summary["seconds"] / summary["steps"] if summary and not cause else math.nan
     return Evaluation(
-        number=number,
+        **place,
         parameters=definition.space.values_of(configuration),
         loss=_loss(configuration, watch, cause, step_seconds),
         status=cause.status if cause else "finished" if math.isfinite(watch.error) else "diverged",
@@ -183,14 +195,25 @@ def evaluate(
         step_seconds=step_seconds,
         epochs=len(watch.curve),
         seconds=time.perf_counter() - start,
-        started=started.isoformat(timespec="milliseconds"),
-        seed=configuration.run.seed,
-        processes=workers.own.Get_size(),
-        worker=workers.index,
-        island=island,
-        folder=str(run_folder.relative_to(folder)),
         traceback=cause.traceback if cause else "",
         curve=tuple(watch.curve),
+    )
+
+
+def _refused(parameters: dict[str, Any], failure: _Failure, place: Mapping[str, Any]) -> Evaluation:
+    """Return the evaluation of a candidate that is no configuration; nothing was trained."""
+    return Evaluation(
+        **place,
+        parameters=parameters,
+        loss=objective.FAILED,
+        status=failure.status,
+        error=math.nan,
+        trainable_percent=100.0,
+        step_seconds=math.nan,
+        epochs=0,
+        seconds=0.0,
+        traceback=failure.traceback,
+        curve=(),
     )
 
 

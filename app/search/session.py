@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from app.config import to_yaml
+from app.errors import AgreedUserError
 from app.runtime.launch import Launch
 from app.runtime.lease import Claim, Lease
 from app.runtime.rendezvous import make_store
@@ -94,6 +95,7 @@ def search(
         if workers.world.Get_rank() == 0:
             claim.check()
             write_text(folder / STORED, definition.to_yaml())
+            (folder / "summary.json").unlink(missing_ok=True)  # of the search that goes on now
         session = _Session(definition, workers, stop_signal, claim=claim, islands=islands)
         try:
             session.run(start)
@@ -360,7 +362,7 @@ def _train_best(
     Returns:
         The summary of the run, on all processes.
     """
-    summary, stopped = None, False
+    summary, stopped, problem = None, False, None
     if workers.index == 0:
         configuration = definition.best(best.number, best.parameters)
         run = configuration.run.model_copy(update={"dir": str(folder / "best")})
@@ -376,8 +378,13 @@ def _train_best(
                 summary = train(configuration, runtime, stop_signal, resume=same).summary
             except Stopped:
                 stopped = True
+            except AgreedUserError as error:  # of this worker: the others wait
+                problem = str(error)
     wait(workers.world)
-    if any(workers.world.allgather(stopped)):
+    reports = workers.world.allgather((stopped, problem))
+    if problem := next((problem for _, problem in reports if problem), None):
+        raise AgreedUserError(f"the best of {folder} cannot be trained: {problem}")
+    if any(stopped for stopped, _ in reports):
         raise Interrupted(f"the training of the best in {folder} was stopped by a signal")
     result: dict[str, Any] = workers.world.bcast(summary)
     return result

@@ -10,7 +10,7 @@ import json
 import math
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -196,7 +196,17 @@ def read_space(entries: Any, base: Configuration) -> Space:
             raise UserError(f"space: {parameter.key}: at_most: {parameter.at_most}: unknown key")
     space = Space(parameters)
     space.check(base)
-    return space
+    return Space([_as_configured(space, base, parameter) for parameter in parameters])
+
+
+def _as_configured(space: Space, base: Configuration, parameter: Parameter) -> Parameter:
+    """Return a parameter with its choices as the configuration has them: 1.0 for 1 of a float."""
+    usual = {each.key: _usual(each, base) for each in space.parameters}
+    choices = [
+        space.values_of(space.configure(base, {**usual, parameter.key: choice}))[parameter.key]
+        for choice in parameter.choices
+    ]
+    return replace(parameter, choices=tuple(choices))
 
 
 def _read_parameter(key: str, value: Any) -> Parameter:

@@ -302,7 +302,12 @@ def _as_element(name: str, value: Any, dtype: np.dtype) -> Any:
     if dtype.kind != "S":
         return value
     if name not in _COLUMNS:
-        return json.dumps(value).encode()
+        text = json.dumps(value).encode()
+        if len(text) > dtype.itemsize:  # cut, nobody could read it
+            raise ValueError(
+                f"{name}: {value!r} is none of the choices that the store was made for"
+            )
+        return text
     return value.encode(errors="replace")[-dtype.itemsize :]
 
 

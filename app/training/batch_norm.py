@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from app.config.settings import Configuration
 from app.data import Task
-from app.data.sharding import share
+from app.data.sharding import micro_batches, share
 from app.errors import UserError
 
 
@@ -66,13 +66,11 @@ def global_batches(size: int, batch_size: int, drop_last: bool) -> Sequence[int]
 def least_samples(batch: int, process_count: int, accumulation: int) -> int:
     """Return the fewest samples that any process takes at once of a global batch.
 
-    An empty share is one sample of padding, and a share is cut into at most ``accumulation`` parts.
+    An empty share is one sample of padding. Of the shares the last one is the smallest.
     """
     last = share(batch, process_count - 1, process_count)
-    smallest = max(1, last.stop - last.start)
-    first = share(batch, 0, process_count)
-    largest = max(1, first.stop - first.start)
-    return min(n // min(accumulation, n) for n in (smallest, largest))
+    parts = micro_batches(batch, process_count, accumulation)
+    return max(1, last.stop - last.start) // parts
 
 
 def _first_of_single_values(model: nn.Module, task: Task) -> str | None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from app.data import Batch, Task
+from app.data.sharding import global_batch
 from app.errors import UserError
 from app.runtime.stop_signal import StopRequest
 from oialr.placement.processes import Processes
@@ -21,15 +22,19 @@ class AgreedBatches:
     written on the way.
     """
 
-    def __init__(self, task: Task, processes: Processes, signal: StopRequest) -> None:
+    def __init__(
+        self, task: Task, batch_size: int, processes: Processes, signal: StopRequest
+    ) -> None:
         """Prepare.
 
         Args:
             task: gives the batches.
+            batch_size: samples of a global batch, but for the last one of an epoch.
             processes: who train together.
             signal: asks for a stop as well.
         """
         self._task = task
+        self._batch_size = batch_size
         self._processes = processes
         self._signal = signal
         self._problem: str | None = None
@@ -46,8 +51,8 @@ class AgreedBatches:
             UserError: data cannot be read, and this process is alone.
         """
         batches = self._task.train_batches(epoch, first_batch)
-        for _ in range(first_batch, self._task.steps_per_epoch):
-            yield self._next(batches)
+        for batch in range(first_batch, self._task.steps_per_epoch):
+            yield self._next(batches, batch)
 
     def check(self) -> None:
         """End all processes if one of them has found something. A collective call.
@@ -61,7 +66,7 @@ class AgreedBatches:
         if self._problem:
             raise UserError(self._problem)
 
-    def _next(self, batches: Iterator[Batch]) -> Batch:
+    def _next(self, batches: Iterator[Batch], batch: int) -> Batch:
         if not self._problem:
             try:
                 return next(batches)
@@ -69,4 +74,6 @@ class AgreedBatches:
                 if self._processes.count == 1:
                     raise
                 self._problem = str(error)
-        return replace(self._task.example_batch(), count=0, global_count=1)
+        positions = global_batch(self._task.train_size, self._batch_size, batch)
+        samples = positions.stop - positions.start  # by which all cut it into as many parts
+        return replace(self._task.example_batch(), count=0, global_count=samples)

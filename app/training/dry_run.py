@@ -73,7 +73,8 @@ def dry_run(configuration: Configuration, runtime: Runtime) -> str:
 def _measure(parts: Parts) -> list[float]:
     """Return the wall time of each measured step, of the process that took longest."""
     runtime = parts.runtime
-    batches = AgreedBatches(parts.task, runtime.processes, _NeverAsked())
+    batch_size = parts.configuration.training.batch_size
+    batches = AgreedBatches(parts.task, batch_size, runtime.processes, _NeverAsked())
     step = TrainingStep(parts)
     stream = _batches(batches, parts)
     seconds = []

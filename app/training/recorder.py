@@ -88,7 +88,7 @@ class Recorder:
             UserError: there is no such file, it is another one, or has fewer rows.
         """
         try:
-            return cls(MetricsStore.resume(path, counts=counts))
+            return cls(MetricsStore.resume(path, counts=counts, configuration=configuration))
         except UnreadableFileError as damage:
             store, line = rebuild(
                 path,

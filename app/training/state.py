@@ -144,7 +144,8 @@ def _load(
         parts.tracker.load_state_dicts([part["parts"] for part in own])
     if shared["process_count"] == parts.runtime.process_count:
         torch.set_rng_state(own[0]["random_state"])
-        if parts.runtime.device.type == "cuda":
+        # A checkpoint from a CPU has none, and the GPU's generator begins anew.
+        if parts.runtime.device.type == "cuda" and "random_state_cuda" in own[0]:
             torch.cuda.set_rng_state(own[0]["random_state_cuda"], parts.runtime.device)
 
 

@@ -67,7 +67,7 @@ def trained(configuration: Configuration, runtime: Runtime) -> Iterator[tuple[Pa
     """
     folder = Path(configuration.run.dir or "")
     processes = runtime.processes
-    parts = build(configuration, runtime, check_steps=False)
+    parts = build(configuration, runtime, check_steps=False, initial=False)
     checkpoints = Checkpoints(folder / "checkpoints", processes, keep=1, keys=CHECKPOINT_KEYS)
     state = checkpoints.load()
     if state is None:
@@ -117,7 +117,7 @@ def evaluate_file(
     Raises:
         UserError: the file cannot be read, or belongs to another network.
     """
-    parts = build(configuration, runtime, check_steps=False)
+    parts = build(configuration, runtime, check_steps=False, initial=False)
 
     def read() -> Any:
         try:

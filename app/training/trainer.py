@@ -65,7 +65,8 @@ class Trainer:
         self.tested_step: int | None = None
         """Step of which the tested weights are; None: nothing was tested."""
         self._unrecorded: list[Step] = []
-        self._batches = AgreedBatches(self.task, self.runtime.processes, stop_signal)
+        batch_size = parts.configuration.training.batch_size
+        self._batches = AgreedBatches(self.task, batch_size, self.runtime.processes, stop_signal)
         self._agreement = StopAgreement(self.runtime.processes, self._batches)
 
     def train(self) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from app.data import Batch
+from app.data.sharding import micro_batches
 from app.training.build import Parts
 from app.training.replicas import Replicas
 from app.training.steps import Step
@@ -39,7 +40,9 @@ class TrainingStep:
         tells = parts.method is not None and parts.method.watches_inputs
         module = self.replicas.uncompiled if tells else self.replicas.module
         losses = []
-        pieces = batch.split(training.accumulation)
+        pieces = batch.split(
+            micro_batches(batch.global_count, parts.runtime.process_count, training.accumulation)
+        )
         for piece in pieces:
             with self.replicas.synchronize(piece is pieces[-1]):
                 with parts.precision.autocast():

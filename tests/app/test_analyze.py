@@ -180,6 +180,15 @@ def test_every_form_of_a_state_dict_is_read(tmp_path):
     assert found["plain.pt"].epoch is None
 
 
+def test_what_was_exported_is_no_checkpoint(tmp_path):
+    state, _ = states()
+    for name in ("checkpoints/step-00000009/state.pt", "exported/dense.pt"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        torch.save(state, tmp_path / name)
+    (source,), _ = find_checkpoints([tmp_path])
+    assert source.path.name == "state.pt"
+
+
 class Harmful:
     """Writes a file when it is unpickled."""
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from app import config
 from app.data import Batch
-from app.data.sharding import share
+from app.data.sharding import micro_batches, share
 from app.errors import UserError
 from app.training.batch_norm import check_batch_norm, global_batches, least_samples
 
@@ -68,13 +68,15 @@ def test_the_fewest_samples_are_those_of_the_real_shares():
     for batch in range(1, 20):
         for processes in (1, 2, 3, 5):
             for accumulation in (1, 2, 3, 7):
-                found = []
+                found, pieces = [], micro_batches(batch, processes, accumulation)
                 for index in range(processes):
                     mine = share(batch, index, processes)
                     count = mine.stop - mine.start
                     inputs = torch.zeros(max(1, count), 1)
                     whole = Batch(inputs=inputs, targets=inputs, count=count, global_count=batch)
-                    found += [len(part.inputs) for part in whole.split(accumulation)]
+                    parts = whole.split(pieces)
+                    assert len(parts) == pieces <= accumulation  # the same for all
+                    found += [len(part.inputs) for part in parts]
                 assert least_samples(batch, processes, accumulation) == min(found)
     assert global_batches(17, 8, drop_last=False) == [8, 1]
     assert global_batches(17, 8, drop_last=True) == [8]

@@ -2,6 +2,7 @@
 
 import os
 import zipfile
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from app.errors import AgreedStorageError, UserError
 from app.training import checkpoint
 from app.training.checkpoint import Checkpoints
 from app.training.early_stopping import BEST_KEYS, EarlyStopping
+from app.training.state import _load
 from oialr.placement.processes import Processes
 
 
@@ -237,3 +239,17 @@ def test_where_the_newest_is_damaged_all_stay(tmp_path, name):
 
 def test_a_run_without_checkpoints_has_nothing_to_drop(tmp_path):
     assert Checkpoints(tmp_path / "checkpoints", Processes(), keep=0).tidy(1) == 0
+
+
+def test_a_checkpoint_of_a_cpu_is_restored_on_a_gpu(monkeypatch):
+    """It has no state of a GPU's generator; the message blamed the configuration."""
+    parts = MagicMock(method=None, average=None, tracker=None)
+    parts.runtime.device, parts.runtime.process_count = torch.device("cuda"), 1
+    keys = ("method", "model", "optimizer", "precision", "average", "early_stopping", "last_loss")
+    shared = {**dict.fromkeys(keys), "position": {}, "seconds": 1.0, "process_count": 1}
+    known, state = [], torch.get_rng_state()
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: known.append(state))
+    _load(parts, None, shared, [{"random_state": state}])
+    assert known == []
+    _load(parts, None, shared, [{"random_state": state, "random_state_cuda": state}])
+    assert known == [state]

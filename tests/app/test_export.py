@@ -69,6 +69,19 @@ def test_samples_to_compare_are_those_of_several_batches(run, capsys, asked, the
     assert f", {there} samples to compare\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_the_weights_that_a_run_began_with_need_not_be_there(tmp_path, capsys):
+    for name, keys in (("first", []), ("second", ["model.initial=first"])):
+        train(0, *TINY, *keys, f"run.dir={name}", cwd=tmp_path)
+    shutil.rmtree(tmp_path / "first")
+    second = tmp_path / "second"
+    assert evaluate.main([str(second)]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == figures(second)
+    assert export.main([str(second)]) == 0
+    assert evaluate.main([str(second / "exported" / "dense.pt")]) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == figures(second)
+
+
 def test_a_file_elsewhere_is_evaluated_by_its_run(run, tmp_path, capsys):
     path = tmp_path / "model of mine.pt"
     assert export.main([str(run), "--output", str(path)]) == 0

@@ -19,6 +19,7 @@ from app.recording.schema import LOWRANK, STABILITY
 from app.recording.store import MetricsStore
 from app.reporting import comparison, curves, drawing, layer_maps
 from app.reporting import report as whole_report
+from app.reporting.comparison import _figures
 from app.reporting.events import event_table
 from app.reporting.follow import follow, time_left
 from app.reporting.reference import REFERENCE_CURVES
@@ -136,6 +137,24 @@ def write_run(folder, *overrides, epochs=8, finished=True, figures=None, **optio
         writer.finish(**(figures or {}))
     writer.store.close()
     return folder
+
+
+def test_a_finished_run_that_is_trained_on_is_not_finished(tmp_path):
+    folder = write_run(tmp_path / "run")
+    assert read_run(folder).is_finished
+    (folder / "unfinished.json").write_text("{}")  # as when it is resumed for more epochs
+    run = read_run(folder)
+    assert run.state().startswith("not finished: in epoch 8")
+    assert not any(name.startswith("test") for name in _figures(run))
+
+
+def test_sizes_stand_beside_an_accuracy_as_those_of_the_tested_weights(tmp_path):
+    """Which early stopping may have taken from before the last cut."""
+    sizes = {"trainable_percent": 70.0, "compression_percent": 110.0}
+    finished = _figures(read_run(write_run(tmp_path / "finished", figures=sizes)))
+    assert (finished["trainable, %"], finished["compression, %"]) == (70.0, 110.0)
+    others = _figures(read_run(write_run(tmp_path / "others", finished=False)))
+    assert (others["trainable, %"], others["compression, %"]) == (40.0, 90.0)
 
 
 def test_series_hold_each_layer_and_means_leave_tokens_out(tmp_path):

@@ -242,6 +242,37 @@ def test_a_search_without_a_result_says_so(tmp_path, tiny):
     assert [one.status for one in stored(folder)] == ["diverged", "diverged"]
 
 
+@pytest.mark.slow
+def test_what_the_best_cannot_be_trained_with_ends_all_workers(tmp_path, tiny):
+    """The others waited for ever."""
+    arguments = [f"run.dir={tmp_path / 'run'}", "search.train_best=true", *ALONE]
+    result = disturbed(2, {"best": "refuse"}, "--config", tiny, *arguments, code=2)
+    told = f"the best of {tmp_path / 'run'} cannot be trained: data.root: an image is damaged"
+    assert [line for line in result.stderr.splitlines() if "error" in line] == [f"error: {told}"]
+
+
+@pytest.mark.slow
+def test_a_candidate_that_is_no_configuration_is_a_failed_evaluation(tmp_path, tiny):
+    """Three keys that contradict each other, each pair of ends of which does not."""
+    definition = yaml.safe_load(tiny.read_text())
+    definition["oialr"] = {"delay": "stability", "update_interval": 2, "stability_window": 2}
+    definition["space"] = {
+        "oialr.stability_start": [0, 8],
+        "oialr.stability_window": [2, 8],
+        "oialr.latest_delay": [9, 10],
+    }
+    tiny.write_text(yaml.safe_dump(definition))
+    folder = tmp_path / "run"
+    arguments = ["search.processes_per_worker=1", "search.evaluations=8"]
+    search(0, "--config", tiny, f"run.dir={folder}", *arguments)
+    evaluations = stored(folder)
+    assert [one.number for one in evaluations] == list(range(8))
+    refused = [one for one in evaluations if one.status == "failed"]
+    assert refused
+    assert all("latest_delay: must be at least" in one.traceback for one in refused)
+    assert {one.status for one in evaluations} == {"failed", "finished"}
+
+
 ALONE = ["search.processes_per_worker=1", "search.evaluations=2"]
 
 

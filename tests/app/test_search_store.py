@@ -13,9 +13,11 @@ import pytest
 from support.evaluations import PARAMETERS, create, evaluation
 from support.launching import TIMEOUT, environment
 
+from app import config
 from app.errors import StorageError, UserError
 from app.search.objective import FAILED
-from app.search.store import Additions, _read, mend, read_evaluations, sessions
+from app.search.space import read_space
+from app.search.store import Additions, Store, _read, mend, read_evaluations, sessions
 from app.search.tally import Tally, best_of
 
 
@@ -33,6 +35,19 @@ def test_what_is_written_is_read_while_others_write(tmp_path):
     later.append(evaluation(2, loss=0.0))  # counted once: the earlier session's
     assert read_evaluations(tmp_path)[2:] == [evaluation(2), evaluation(3)]
     assert sessions(tmp_path) == 2
+
+
+def test_choices_come_back_as_the_configuration_has_them(tmp_path):
+    """Whole numbers for a float: "1.0" was cut to "1.", which nobody could read."""
+    base = config.load()
+    space = read_space({"training.gradient_clip": {"choices": [1, 10]}}, base)
+    assert space.parameters[0].choices == (1.0, 10.0)
+    parameters = space.values_of(space.configure(base, space.decode([0.9])))
+    one = evaluation(0, parameters=parameters)
+    store = Store.create(tmp_path, session=0, worker=0, parameters=space.column_types())
+    store.append(one)
+    assert read_evaluations(tmp_path) == [one]
+    assert one.parameters == {"training.gradient_clip": 10.0}
 
 
 def test_a_look_brings_what_came_since_the_last_one(tmp_path):

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.launching import ROOT, TIMEOUT, environment
 from support.metrics_rows import create, spectrum_row, train_row
+from support.recorders import resume
 
 from app.errors import UserError
 from app.recording.store import Follower, MetricsStore, open_for_reading, read_rows
@@ -245,6 +246,17 @@ def test_resume_keeps_what_is_asked_for_nothing_twice_nothing_missing(
         assert list(file["layers/conv.weight"].attrs["shape"]) == [8, 3, 3, 3]
         assert file["train/loss"].attrs["unit"] == b"1"
         assert file["train/loss"].maxshape == (None,)
+
+
+def test_the_configuration_is_that_of_the_last_resume(tmp_path):
+    """A run that was trained on for more epochs was averaged with those of fewer."""
+    path = tmp_path / "metrics.h5"
+    create(path).close()
+    before = Follower(path).configuration()
+    MetricsStore.resume(path, counts={}).close()
+    assert Follower(path).configuration() == before
+    resume(path, {}, configuration="run: {seed: 7}\n").close()
+    assert Follower(path).configuration() == "run: {seed: 7}\n" != before
 
 
 def test_resume_while_a_reader_holds_the_old_file(tmp_path):

@@ -16,6 +16,6 @@ class Layer:
         self.reading = MatrixReading(LAYERS[name])
 
 
-def resume(path, counts, kept=None):
-    schema = {**SCHEMA, "layers": [Layer(name) for name in LAYERS]}
+def resume(path, counts, kept=None, **changes):
+    schema = {**SCHEMA, "layers": [Layer(name) for name in LAYERS], **changes}
     return Recorder.resume(path, counts, kept or {}, **schema)

@@ -7,6 +7,7 @@ import signal
 import sys
 
 from app.command import run_command
+from app.errors import AgreedUserError
 from app.search.__main__ import main
 
 
@@ -18,12 +19,14 @@ def disturb(plan):
     def disturbed(self, *arguments):
         train_step(self, *arguments)
         number = os.path.basename(self.configuration.run.dir)
-        what = plan.get(str(int(number))) if number.isdecimal() else None
+        what = plan.get(str(int(number)) if number.isdecimal() else number)
         if what is None or self.position.step != 3:
             return
         process = self.runtime.process_index
         if what == "raise" and process == 1:
             raise ValueError("a bad day")
+        if what == "refuse":  # on all processes of the worker
+            raise AgreedUserError("data.root: an image is damaged")
         if what == "memory" and process == 0:
             raise MemoryError("no room")
         if what == "diverge":
