@@ -1,6 +1,7 @@
 """The search as a user starts it: workers of several processes, faults, resume, mistakes."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,10 +14,10 @@ from app.config.search_section import SearchSection
 from app.config.settings import Configuration
 from app.recording.store import read_rows
 from app.search.definition import load
-from app.search.evaluation import Hopeless, _Watch
+from app.search.evaluation import Hopeless, _Watch, evaluate
 from app.search.objective import FAILED
 from app.search.session import _Session
-from app.search.store import read_evaluations
+from app.search.store import Store, read_evaluations
 
 FLAT = ROOT / "tests" / "support" / "workers" / "flat_search.py"
 DISTURBED = ROOT / "tests" / "support" / "workers" / "search_disturbed.py"
@@ -251,26 +252,35 @@ def test_what_the_best_cannot_be_trained_with_ends_all_workers(tmp_path, tiny):
     assert [line for line in result.stderr.splitlines() if "error" in line] == [f"error: {told}"]
 
 
-@pytest.mark.slow
 def test_a_candidate_that_is_no_configuration_is_a_failed_evaluation(tmp_path, tiny):
-    """Three keys that contradict each other, each pair of ends of which does not."""
+    """Three keys contradict each other, where no two ends of the space do."""
     definition = yaml.safe_load(tiny.read_text())
-    definition["oialr"] = {"delay": "stability", "update_interval": 2, "stability_window": 2}
-    definition["space"] = {
-        "oialr.stability_start": [0, 8],
-        "oialr.stability_window": [2, 8],
-        "oialr.latest_delay": [9, 10],
-    }
+    definition["oialr"] = {"delay": "stability", "update_interval": 2, "latest_delay": 12}
+    definition["oialr"] |= {"stability_window": 2}
+    ends = {"stability_start": [0, 4], "stability_window": [2, 6], "latest_delay": [7, 12]}
+    definition["space"] = {f"oialr.{name}": range_ for name, range_ in ends.items()}
     tiny.write_text(yaml.safe_dump(definition))
-    folder = tmp_path / "run"
-    arguments = ["search.processes_per_worker=1", "search.evaluations=8"]
-    search(0, "--config", tiny, f"run.dir={folder}", *arguments)
-    evaluations = stored(folder)
-    assert [one.number for one in evaluations] == list(range(8))
-    refused = [one for one in evaluations if one.status == "failed"]
-    assert refused
-    assert all("latest_delay: must be at least" in one.traceback for one in refused)
-    assert {one.status for one in evaluations} == {"failed", "finished"}
+    values = {"stability_start": 4, "stability_window": 6, "latest_delay": 7}
+    values = {f"oialr.{name}": value for name, value in values.items()}
+    one = evaluate(
+        load(tiny),
+        number=3,
+        values=values,
+        island=0,
+        folder=tmp_path,
+        workers=SimpleNamespace(own=SimpleNamespace(Get_size=lambda: 2), index=1),
+        medians=[],
+        stop_signal=None,
+        stopped_elsewhere=lambda: False,
+    )
+    assert (one.status, one.loss, one.parameters) == ("failed", FAILED, values)
+    assert (one.number, one.worker, one.processes) == (3, 1, 2)
+    assert "oialr.latest_delay: must be at least 10" in one.traceback
+    types = load(tiny).space.column_types()
+    store = Store.create(tmp_path, session=0, worker=0, parameters=types)
+    store.append(one)
+    (read,) = read_evaluations(tmp_path)
+    assert (read.status, read.traceback) == (one.status, one.traceback)
 
 
 ALONE = ["search.processes_per_worker=1", "search.evaluations=2"]
