@@ -105,8 +105,7 @@ def compress(
         chosen, layers, stored=parameter_counts(model)[1], is_released=chosen.release is not None
     )
     roots = _roots(model, layers, inputs)
-    device = next(model.parameters()).device.type
-    with full_precision(), torch.autocast(device, enabled=False):
+    with full_precision():
         factors = {layer.name: _factorize(model, layer, roots.get(layer.name)) for layer in layers}
         energies = {name: _energies(s) for name, (_, s, _) in factors.items()}
         ranks = target.ranks(energies, fixed={}, may_stay_dense=energies)

@@ -236,7 +236,7 @@ class Events:
             flags=[
                 torch.stack(not_finite),
                 torch.stack(not_diagonal),
-                torch.tensor([obstacle is not None for obstacle in obstacles]),
+                torch.tensor([obstacle is not None for obstacle in obstacles], device="cpu"),
             ],
         )
         # Before the replicas: a NaN may have any bits.

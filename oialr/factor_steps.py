@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from oialr.linalg.precision import full_precision
 from oialr.optimizers.registry import full_name, rule_of
 from oialr.optimizers.rule import OptimizerRule
 from oialr.options import Release
@@ -72,12 +73,15 @@ class FactorSteps:
         """Groups whose learning rate is lowered, with what it was and is."""
         optimizer.register_step_pre_hook(self._before)
         optimizer.register_step_post_hook(self._after)
+        optimizer.register_state_dict_pre_hook(self._after)  # if a step has ended in an error
 
-    @torch.no_grad()
-    def _before(self, optimizer: Optimizer, *_: Any) -> None:
+    def _before(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Prepare a step; where a closure makes its gradients, they decay behind it."""
         self._after()  # if the last step ended in an error
         if (since := self._since()) is None:
-            return
+            return None
         factors = self._groups.positions("factors")
         if since < self._warmup:
             share = (since + 1) / (self._warmup + 1)
@@ -86,9 +90,16 @@ class FactorSteps:
                 lowered = group["lr"] * share
                 self._changed.append((group, group["lr"], lowered))
                 group["lr"] = lowered
-        if self._decay:
-            for position in factors:
-                self._decay_factors(optimizer, optimizer.param_groups[position], self._decay)
+        if not (decay := self._decay):
+            return None
+        groups = [optimizer.param_groups[position] for position in factors]
+
+        def let_decay() -> None:
+            with torch.no_grad(), full_precision():
+                for group in groups:
+                    self._decay_factors(optimizer, group, decay)
+
+        return _behind_closure(let_decay, args, kwargs)
 
     def _after(self, *_: Any) -> None:
         for group, whole, lowered in self._changed:
@@ -104,6 +115,33 @@ class FactorSteps:
             terms = A @ (B @ B.mT), (A.mT @ A) @ B
             for parameter, term in zip((A, B), terms, strict=True):
                 _apply_decay(optimizer, group, parameter, decay * term, self._rule)
+
+
+def _behind_closure(
+    act: Callable[[], None], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Do something when an optimizer's gradients are there: now, or behind the step's closure.
+
+    Args:
+        act: what is to be done.
+        args, kwargs: of the optimizer's step, as torch hands them to a hook: the optimizer first.
+
+    Returns:
+        Those with which the step is to go on; None: as they are.
+    """
+    closure = args[1] if len(args) > 1 else kwargs.get("closure")
+    if closure is None:
+        act()
+        return None
+
+    def with_act() -> Any:
+        loss = closure()
+        act()
+        return loss
+
+    if len(args) > 1:
+        return (args[0], with_act, *args[2:]), kwargs
+    return args, {**kwargs, "closure": with_act}
 
 
 def _apply_decay(

@@ -11,11 +11,13 @@ from oialr.layers.base import FactoredParts
 from oialr.layers.cost import MANY_ROWS
 from oialr.layers.registry import adapter_of
 from oialr.layers.twin import FactoredTwin
+from oialr.linalg.precision import full_precision
 from oialr.sharding import whole
 
 logger = logging.getLogger(__name__)
 
 
+@full_precision()
 def for_inference(
     model: nn.Module, *, rows: int = MANY_ROWS, exclude: Sequence[str] = ()
 ) -> nn.Module:

@@ -205,6 +205,6 @@ def _is_plain(x: Tensor) -> bool:
 def _moment(layer: nn.Module, report: LayerReport, x: Tensor) -> tuple[Tensor, int]:
     """Return X^T X of a layer's inputs X (b, n), in the precision of its weight, and b."""
     dtype = getattr(layer, report.name.rpartition(".")[2]).dtype
-    with torch.autocast(x.device.type, enabled=False), full_precision():
+    with full_precision():
         inputs = report.adapter.inputs(layer, report.reading, x).to(dtype)
         return inputs.mT @ inputs, inputs.shape[-2]

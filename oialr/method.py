@@ -42,7 +42,7 @@ from oialr.placement.processes import Processes
 from oialr.preparation import follow_stored_forms
 from oialr.sharding import check_can_change, check_is_followed, followed, is_made_up, taken_whole
 from oialr.share import little_factorized
-from oialr.start import LowRankLayers
+from oialr.start import TAKEN, LowRankLayers, check_free
 from oialr.stored_state import check_stored_state, forms_here, forms_of_state
 from oialr.target import TargetSize
 from oialr.timetable import Timetable
@@ -95,6 +95,7 @@ class OIALR:
         """
         options = Options(**keywords) if options is None else replace(options, **keywords)
         model, optimizer = taken_whole(model, optimizer)
+        check_free(optimizer)
         check_optimizer(optimizer, options.unknown_optimizer_state)
 
         self.model = model
@@ -157,6 +158,7 @@ class OIALR:
         self._inputs = InputWatch(moments, self._timetable.due, dense)
         self._turns = Turns(self.layers, self._transitions, self.processes, options)
         optimizer.register_step_post_hook(self._count_step)
+        TAKEN.add(optimizer)
         low_rank.put_back(self._transitions, self.layers)
         optimizer.register_load_state_dict_pre_hook(partial(check_stored_optimizer, model=model))
         follow_stored_forms(model, self._take_stored_forms)

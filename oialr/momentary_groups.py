@@ -65,6 +65,8 @@ class MomentaryTwins:
         """While the optimizer steps, what its groups hold otherwise, by their positions."""
         optimizer.register_step_pre_hook(self._enter)
         optimizer.register_step_post_hook(self._leave)
+        # What a step has left behind that ended in an error would be stored.
+        optimizer.register_state_dict_pre_hook(self._leave)
 
     def add(self, twin: MomentaryTwin) -> None:
         """Let there be another twin from the next step on."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cache
 from inspect import Signature, signature
+from numbers import Real
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -314,9 +315,13 @@ def check(option: "Field[Any]", value: Any) -> None:
     has_range = bool(set(BOUNDS) & set(option.metadata))
     if not (words or has_range) or value in words or (value is None and is_optional):
         return
-    if has_range and isinstance(value, int | float) and _is_within(option.metadata, value):
+    is_whole = {int, float} & {kind, *get_args(kind)} == {int}
+    # No step is 70.5, a share of 235: nothing would ever be due.
+    is_between = is_whole and isinstance(value, Real) and bool(value % 1)
+    is_number = isinstance(value, Real) and not is_between
+    if has_range and is_number and _is_within(option.metadata, value):
         return
-    right = [described(option.metadata)] if has_range else []
+    right = [("a whole number, " * is_between) + described(option.metadata)] if has_range else []
     if words:
         right.append(f"one of {', '.join(words)}" if len(words) > 1 else words[0])
     right += ["None"] if is_optional else []

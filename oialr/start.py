@@ -1,4 +1,4 @@
-"""A method that begins with a network whose layers are low-rank already.
+"""A method that begins: with an optimizer of its own, and layers that may be low-rank already.
 
 Frameworks restore weights before they make the optimizer and the method. What the method finds out
 at its start (which layers there are, in which groups of the optimizer) is asked of the full-rank
@@ -7,6 +7,7 @@ network: so the low-rank layers are made dense for that, and then get the same f
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakSet
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -17,6 +18,21 @@ from oialr.layer_survey import LayerReport
 from oialr.layers.base import FactoredLayer
 from oialr.parameter_groups import exchange
 from oialr.transitions import Transitions
+
+TAKEN: WeakSet[Optimizer] = WeakSet()
+"""Optimizers on which a method hangs."""
+
+
+def check_free(optimizer: Optimizer) -> None:
+    """Reject an optimizer on which a method hangs already: its groups and steps would be both's.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if optimizer in TAKEN:
+        raise ValueError(
+            "the optimizer is that of another OIALR: go on with that one, or make a new optimizer"
+        )
 
 
 class LowRankLayers:

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from oialr.convert import densify_layer, to_dense
+from oialr.linalg.precision import full_precision
 from oialr.sharding import whole
 from oialr.skeleton import dense_skeleton, factored_weights
 
 
+@full_precision()
 def dense_state(model: nn.Module) -> dict[str, Tensor]:
     """Return the state_dict of the dense network, under the names that it had before a conversion.
 
@@ -31,6 +33,7 @@ def dense_state(model: nn.Module) -> dict[str, Tensor]:
     return to_dense(copy.deepcopy(model, copied)).state_dict()
 
 
+@full_precision()
 def two_factors(model: nn.Module) -> nn.Module:
     """Make a copy of a network that holds two factors of each factorized weight.
 

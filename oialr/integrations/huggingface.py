@@ -25,7 +25,7 @@ from oialr.method import OIALR
 from oialr.preparation import prepare
 from oialr.stability.alone import StabilityTracker
 from oialr.stability.tracker import mean_stability
-from oialr.wrappers import renew_wrappers
+from oialr.wrappers import renew_wrappers, unwrapped, unwrapped_optimizer
 
 
 class OIALRCallback(TrainerCallback, ExportableState):
@@ -59,15 +59,20 @@ class OIALRCallback(TrainerCallback, ExportableState):
         prepare(objects["model"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
-        """Begin, or go on where the checkpoint was.
+        """Begin, or go on where the checkpoint was, or where an earlier training of both ended.
 
         Raises:
             UserError: the network is not the one that was restored.
             ValueError: as :class:`oialr.OIALR`; a sharded network among others.
         """
-        stored = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
-        self.method = OIALR(objects["model"], objects["optimizer"], **self.options)
-        if not (stored := json.loads(stored.get("stored", "null"))):
+        model, optimizer = unwrapped(objects["model"]), unwrapped_optimizer(objects["optimizer"])
+        if not self.method or (self.method.model, self.method.optimizer) != (model, optimizer):
+            self.method = OIALR(model, optimizer, **self.options)
+        name, callbacks = type(self).__name__, state.stateful_callbacks
+        callback = callbacks.get(name, {})
+        callbacks.setdefault(name, self.state())  # the Trainer stores what a checkpoint has not had
+        stored = json.loads(callback.get("attributes", {}).get("stored", "null"))
+        if not stored or not state.global_step:  # a new training: what is there is the last one's
             return
         if any(stored["ranks"].values()) and not self.method.converted:
             raise UserError(

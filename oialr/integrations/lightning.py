@@ -17,6 +17,7 @@ from oialr.method import OIALR
 from oialr.preparation import prepare
 from oialr.stability.alone import StabilityTracker
 from oialr.stability.tracker import mean_stability
+from oialr.wrappers import unwrapped_optimizer
 
 
 class OIALRCallback(pl.Callback):
@@ -39,7 +40,11 @@ class OIALRCallback(pl.Callback):
         self._stored: dict[str, Any] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let the module take weights of whatever ranks, which are loaded next."""
+        """Let the module take weights of whatever ranks, which are loaded next, with a state.
+
+        What an earlier ``test`` or ``validate`` has loaded is of another module.
+        """
+        self._stored = None
         prepare(pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -54,11 +59,14 @@ class OIALRCallback(pl.Callback):
                 f"OIALRCallback needs one optimizer, and configure_optimizers of "
                 f"{type(pl_module).__name__} returns {len(trainer.optimizers)}"
             )
-        state, self._stored = self._stored, None
-        if state is None and self.method and self.method.model is pl_module:
-            state = self.method.state_dict()
-        self.method = OIALR(pl_module, trainer.optimizers[0], **self.options)
+        state, self._stored, last = self._stored, None, self.method
+        optimizer = unwrapped_optimizer(trainer.optimizers[0])
+        if last is None or last.model is not pl_module or last.optimizer is not optimizer:
+            if state is None and last and last.model is pl_module:
+                state = last.state_dict()
+            self.method = OIALR(pl_module, optimizer, **self.options)
         if state is not None:
+            assert self.method is not None
             self.method.load_state_dict(state)
 
     def on_train_batch_end(

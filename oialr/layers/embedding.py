@@ -29,7 +29,8 @@ class FactoredEmbedding(FactoredTwin):
         indices = input
         way = self.way(indices.numel())
         if way == "dense":
-            return functional.embedding(indices, self.form_weight(), self.padding_idx)
+            weight = self.form_weight().to(self.trained.dtype)
+            return functional.embedding(indices, weight, self.padding_idx)
         left, *others = self.operands
         rows = functional.embedding(indices, left)
         if way == "folded" and not self.released:
@@ -38,6 +39,7 @@ class FactoredEmbedding(FactoredTwin):
         else:
             for factor in others:
                 rows = rows @ factor
+        rows = rows.to(self.trained.dtype)  # as of nn.Embedding: autocast has no part in it
         if self.padding_idx is None:
             return rows
         # The padding gives no gradient, as of nn.Embedding.

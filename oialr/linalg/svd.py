@@ -107,7 +107,7 @@ def is_orthonormal(Q: Tensor, add_up: Callable[[Tensor], Tensor] = lambda x: x) 
     k, limit = Q.shape[-1], 0.7 * ORTHONORMAL[Q.dtype] * max(1.0, Q.shape[-1] / 1024)
     Q = Q.double()  # sums over many rows would be off by more than the limit in float32
     generator = torch.Generator().manual_seed(0)  # the global one is not touched
-    x = torch.randn(k, 1, generator=generator).to(Q)
+    x = torch.randn(k, 1, generator=generator, device="cpu").to(Q)
     previous = x
     for _ in range(_POWER_STEPS):
         previous, x = x, add_up(Q.mT @ (Q @ x)) - x

@@ -111,7 +111,7 @@ class SplitSVD:
             )
             Q, R = heat.linalg.qr(W)
         # One process's bits for all: rows of U made from other vectors would not fit together.
-        packed = torch.empty(2 * n + 1, n, dtype=shard.dtype)
+        packed = shard.new_empty(2 * n + 1, n)
         if group.Get_rank() == 0:
             packed.fill_(torch.nan)
             try:
@@ -158,6 +158,6 @@ def _gather(rows: Tensor, group: Any) -> Tensor | None:
     if counts is None:
         group.Gatherv(rows.numpy(), None)
         return None
-    whole = torch.empty(sum(counts) // rows.shape[1], rows.shape[1], dtype=rows.dtype)
+    whole = rows.new_empty(sum(counts) // rows.shape[1], rows.shape[1])
     group.Gatherv(rows.numpy(), [whole.numpy(), counts])
     return whole

@@ -63,7 +63,7 @@ class LayerStability:
             effective_rank=math.nan,
             stable_rank=math.nan,
             orthonormality_error=math.nan,
-            singular_values=torch.full((rank,), math.nan),
+            singular_values=torch.full((rank,), math.nan, device="cpu"),
         )
 
 
@@ -155,8 +155,9 @@ def measure_factored(U: Tensor, core: Tensor, Vh: Tensor) -> Snapshot:
 
     Args:
         U: (g, m, r), with orthonormal columns. core: (g, r, r), finite. Vh: (g, r, n), with
-            orthonormal rows.
+            orthonormal rows. Half precision is computed in float32.
     """
+    U, core, Vh = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (U, core, Vh))
     polars = [polar(matrix) for matrix in core]
     factors = list(zip(U, core, Vh, strict=True))
     return Snapshot(
@@ -181,8 +182,10 @@ def measure_released(A: Tensor, B: Tensor) -> Snapshot:
     With A = Q R and B^T = P S, A B = Q (R S^T) P^T has orthonormal bases and a core again.
 
     Args:
-        A: (g, m, r), finite, with r <= m. B: (g, r, n), finite, with r <= n.
+        A: (g, m, r), finite, with r <= m. B: (g, r, n), finite, with r <= n. Half precision is
+            computed in float32.
     """
+    A, B = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (A, B))
     Q, R = torch.linalg.qr(A)
     P, S = torch.linalg.qr(B.mT)
     snapshot = measure_factored(Q, R @ S.mT, P.mT)

@@ -59,6 +59,31 @@ def test_it_is_the_gradient_of_half_the_squared_norm(released):
         torch.testing.assert_close(mine, other)
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_gradients_that_a_closure_makes_decay_alike(released, named):
+    """As in Lightning, whose closures begin with zero_grad: the decay was lost there."""
+    _, model, optimizer, _ = released
+    twin = copy.deepcopy(model)
+    theirs = copy.deepcopy(optimizer.state_dict())
+    x = torch.linspace(-1, 1, 60, dtype=torch.float64).reshape(3, 20)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(x).square().sum()
+        loss.backward()
+        return loss
+
+    loss = closure()
+    optimizer.step()
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.load_state_dict(twin.state_dict())
+    optimizer.load_state_dict(theirs)
+    found = optimizer.step(closure=closure) if named else optimizer.step(closure)
+    assert found == loss
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], msg=name)
+
+
 def test_the_weight_decay_of_the_others_stays(released):
     kind, model, optimizer, _ = released
     factors = {id(p) for i in (0, 2) for p in model[i].factors}

@@ -152,6 +152,46 @@ def test_rates_follow_the_schedule_of_the_trainer_times_their_factors(tmp_path):
         assert equal(resumed.model, training.model)
 
 
+@pytest.mark.slow
+def test_a_second_training_goes_on_with_what_the_first_has_left(tmp_path):
+    """Two methods on one optimizer took it its parameters, step by step."""
+    callback = OIALRCallback(**{**OPTIONS, "core_learning_rate_factor": 3.0})
+    training = trainer(tmp_path, [callback], steps=6)
+    training.train()
+    before = [parameter.detach().clone() for parameter in training.model.parameters()]
+    training.train()
+    assert callback.method.step_count == 12
+    held = {id(p) for group in training.optimizer.param_groups for p in group["params"]}
+    for parameter, was in zip(training.model.parameters(), before, strict=False):
+        if parameter.requires_grad and parameter.shape == was.shape:
+            assert id(parameter) in held
+            assert not torch.equal(parameter, was)
+
+
+@pytest.mark.slow
+def test_a_network_that_is_made_anew_begins_anew(tmp_path):
+    """As for every trial of a search: what the callback remembers is the last one's."""
+    callback = OIALRCallback(**OPTIONS)
+    training = trainer(tmp_path, [callback], steps=6, model={"model_init": lambda: network(3)})
+    for _ in range(2):
+        training.train()
+        assert callback.method.step_count == 6
+        assert callback.method.model is training.model
+        assert callback.method.converted
+
+
+@pytest.mark.slow
+def test_a_full_rank_training_may_be_resumed_with_the_method(tmp_path):
+    trainer(tmp_path, [], steps=3).train()
+    callback = OIALRCallback(**OPTIONS)
+    training = trainer(tmp_path, [callback], steps=9)
+    training.train(resume_from_checkpoint=tmp_path / "checkpoint-3")
+    assert callback.method.step_count == 6
+    again = trainer(tmp_path / "again", [OIALRCallback(**OPTIONS)], seed=9, steps=9)
+    again.train(resume_from_checkpoint=tmp_path / "checkpoint-6")
+    assert equal(again.model, training.model)
+
+
 def test_a_delay_by_stability_is_refused_before_a_checkpoint_needs_it():
     with pytest.raises(UserError, match=r"delay: stability .* give OIALRCallback a number"):
         OIALRCallback(delay="stability", update_interval=2, latest_delay=20)

@@ -203,16 +203,61 @@ def test_a_module_that_prepares_itself_loads_checkpoints(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_fit_goes_on_where_the_last_one_ended():
+def test_a_fit_goes_on_where_the_last_one_ended(tmp_path):
     model, callback, training = fitted(3)
     before = callback.method.step_count
     training.fit_loop.max_epochs = 4
     training.fit(model, data())
     assert callback.method.step_count == before + 4
     assert callback.method.converted
-    training = trainer([callback], 1)
-    training.fit(module(), data())  # another one begins anew
+    training.save_checkpoint(tmp_path / "last.ckpt")
+    training.test(model, data(), ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    training, other = trainer([callback], 1), module()
+    training.fit(other, data())  # another one begins anew
     assert callback.method.step_count == BATCHES
+    assert all(parameter.isfinite().all() for parameter in other.parameters())
+
+
+class OneOptimizer(Module):
+    """Makes its optimizer once."""
+
+    def configure_optimizers(self):
+        self.made = getattr(self, "made", None) or super().configure_optimizers()[0]
+        return self.made
+
+
+@pytest.mark.slow
+def test_a_fit_goes_on_with_the_same_optimizer():
+    torch.manual_seed(0)
+    model, callback = OneOptimizer(), OIALRCallback(**{**OPTIONS, **FACTORS})
+    for epochs in (1, 2):
+        training = trainer([callback], epochs)
+        training.fit(model, data())
+    assert callback.method.step_count == 3 * BATCHES
+    held = {id(p) for group in model.made[0].param_groups for p in group["params"]}
+    assert {id(p) for p in model.parameters() if p.requires_grad} <= held
+
+
+@pytest.mark.slow
+def test_factors_decay_as_in_a_loop_of_ones_own():
+    """Lightning makes the gradients within the optimizer's step."""
+    options = {"release": 5, "frobenius_decay": 0.5, "cutoff": 0.6, "largest_cut": 0.8}
+    model, _, _ = fitted(4, **options)
+    other = module()
+    optimizer = torch.optim.AdamW(other.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6)
+    method = OIALR(other, optimizer, **{**OPTIONS, **options})
+    for _ in range(4):
+        for number, batch in enumerate(data()):
+            (other.training_step(batch, number) / 2).backward()
+            if number % 2:
+                nn.utils.clip_grad_norm_(other.parameters(), 0.5)
+                optimizer.step()
+                method.step()
+                optimizer.zero_grad()
+        schedule.step()
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs)  # where rates are the same but for rounding
 
 
 @pytest.mark.slow

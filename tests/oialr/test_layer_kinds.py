@@ -321,6 +321,19 @@ def test_embeddings_are_factorized_on_request_and_others_are_refused_by_name():
     assert first["plain"] == "the network's first layer (keep_first_layer)"
 
 
+@pytest.mark.parametrize("way", ["factored", "folded", "dense", "released"])
+def test_rows_of_an_embedding_have_the_dtype_of_its_weight_under_autocast(way):
+    """Those of nn.Embedding do; the sums that begin with them would be of half precision."""
+    layer = dense_layer("Embedding").float()
+    twin = twin_of(layer, "Embedding", 4).float()
+    twin.execution = "auto" if way == "released" else way
+    if way == "released":
+        twin.set_factors(*twin.pair())
+    with torch.autocast("cpu", torch.bfloat16):
+        rows = [module(batch_for("Embedding")) for module in (layer, twin)]
+    assert rows[0].dtype == rows[1].dtype == torch.float32
+
+
 def test_an_embedding_that_is_deferred_waits_for_the_release():
     model, optimizer, method = make(
         "Embedding", defer_conversion=True, release=8, retained_energy=0.5, largest_cut=0.9

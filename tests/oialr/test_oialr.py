@@ -10,6 +10,7 @@ from torch import nn
 
 from app import OIALR
 from app.errors import DivergedError
+from oialr import StabilityTracker
 from oialr.convert import get_layer
 from oialr.layers.base import FactoredLayer
 from oialr.transitions import Transitions
@@ -511,6 +512,51 @@ def test_a_compiled_network_is_trained_across_conversion_and_cuts():
 
 
 @pytest.mark.slow
+def test_an_optimizer_has_one_method():
+    """Two would move its parameters to and fro until it has none."""
+    model, optimizer, _ = make()
+    with pytest.raises(ValueError, match="the optimizer is that of another OIALR"):
+        OIALR(model, optimizer, delay=1, update_interval=1)
+    OIALR(model, torch.optim.SGD(model.parameters(), lr=0.1), delay=1, update_interval=1)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+@pytest.mark.parametrize("options", [{}, {"release": 7, "frobenius_decay": 0.1}])
+def test_events_may_be_within_autocast(kind, options):
+    """Bases were of bfloat16's precision then, or the optimizer's state of its dtype."""
+    made = [make(kind, cutoff=0.6, update_interval=2, **options) for _ in range(2)]
+    for model, *_ in made:
+        model.float()
+    for step in range(9):
+        x, y = (tensor.float() if tensor.is_floating_point() else tensor for tensor in batch(step))
+        for is_within, (model, optimizer, method) in enumerate(made):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=bool(is_within)):
+                optimizer.step()
+                method.step()
+    states = [model.state_dict() for model, *_ in made]
+    assert states[0].keys() == states[1].keys()
+    for name, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][name]), name
+
+
+def test_an_event_has_its_own_device_whatever_the_default():
+    """torch.set_default_device("cuda") made the first event a crash; "meta" tells without one."""
+    model, optimizer, method = make(cutoff=0.6, update_interval=2)
+    for step in range(9):
+        x, y = batch(step)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        with torch.device("meta"):
+            method.step()
+    assert min(method.ranks().values()) < 20
+    with torch.device("meta"):
+        rows = StabilityTracker(model).measure()
+    assert all(row.numerical_rank > 0 for row in rows)
+
+
 def test_bfloat16_autocast_keeps_master_factors_in_float32():
     model = network(dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

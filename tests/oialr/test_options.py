@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 
+import numpy as np
 import pytest
 import torch
 from support.tiny_run import PAPER
@@ -132,6 +133,16 @@ def test_what_a_share_and_a_step_are_is_told_when_the_steps_are_known():
         configuration = config.load(None, [*PAPER, *keys])
         with pytest.raises(UserError, match=rf"^oialr\.{key}: "):
             configuration.check_steps(1200)
+
+
+@pytest.mark.parametrize("name", ["delay", "update_interval", "release", "rank_multiple"])
+def test_steps_are_whole_numbers(name):
+    """No step is 70.5: the network stayed full-rank without a word."""
+    numbers = {"delay": 60, "update_interval": 20}
+    with pytest.raises(ValueError, match=rf"^{name} must be a whole number, at least 1.*not 70\.5"):
+        Options(**{**numbers, name: 70.5})
+    Options(**{**numbers, name: 70.0})
+    Options(**{**numbers, name: np.int64(70)})
 
 
 def test_a_release_may_follow_the_delay():

@@ -9,6 +9,7 @@ import torch
 from support.low_rank import low_rank
 from torch import nn
 
+import oialr
 from oialr import OIALR, DivergedError, StabilityTracker, UserError
 from oialr.convert import to_dense
 from oialr.linalg.svd import economy_svd
@@ -26,6 +27,19 @@ class Network(nn.Module):
         x = torch.relu(self.conv(self.embedding(tokens).mT)).mT
         x, _ = self.attention(x, x, x, need_weights=False)
         return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize("release", [False, True])
+def test_half_precision_is_measured_in_float32(release):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 24), nn.Linear(24, 4))
+    oialr.compress(model, target_size=0.7, release=release, rank_multiple=1)
+    tracker = StabilityTracker(model, window=1)
+    tracker.measure()
+    model.bfloat16()
+    rows = tracker.measure()
+    assert all(row.stability > 0.99 for row in rows)
+    assert all(row.singular_values.dtype == torch.float32 for row in rows)
 
 
 NAMES = ["conv.weight", "attention.in_proj_weight", "attention.out_proj.weight", "head.weight"]

@@ -219,6 +219,24 @@ def test_schedules_made_after_keep_the_factor_of_the_cores(schedule):
     assert len(optimizer.param_groups[1]["params"]) == 2
 
 
+@pytest.mark.parametrize("has_schedule", [False, True])
+def test_a_step_that_fails_leaves_nothing_in_a_stored_state(has_schedule):
+    """Its closure is Lightning's whole batch; a checkpoint after it could not be resumed."""
+    options = {**CUT, "release": 5, "core_learning_rate_factor": 3.0, "has_schedule": has_schedule}
+    model, optimizer, method = make(**options)
+    train(model, optimizer, method, 7)
+    groups = [(group["lr"], len(group["params"])) for group in optimizer.param_groups]
+
+    def fails():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(fails)
+    stored = optimizer.state_dict()["param_groups"]
+    assert [(group["lr"], len(group["params"])) for group in stored] == groups
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
 def test_schedules_that_would_pass_over_the_factor_are_refused():
     model, optimizer, method = make(core_learning_rate_factor=3.0)
     torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=20)
