@@ -141,7 +141,8 @@ class Harness:
         self._run_all(
             (network, method, seed, factor)
             for network, method in pairs
-            for seed in study.seeds_of(network)
+            # A network without seeds is there for its learning rates, chosen with the first one.
+            for seed in dict.fromkeys([study.first_seed, *study.seeds_of(network)])
             for factor in study.learning_rates
         )
 
@@ -174,13 +175,16 @@ class Harness:
 
     def _run_all(self, cells: Iterable[Arguments]) -> None:
         """Run cells, several at the same time."""
+        futures = []
         with ThreadPoolExecutor(self._jobs) as pool:
             try:
                 # Made here and not in the threads: the plan reads data and configurations. Networks
                 # that share their learning rates ask for the same cells.
                 for arguments in dict.fromkeys(cells):
                     if (cell := self._made(arguments)) and not cell.finished:
-                        pool.submit(self._try, cell)
+                        futures.append(pool.submit(self._try, cell))
+                for future in futures:
+                    future.result()
             except BaseException:
                 self._runner.stop()
                 pool.shutdown(cancel_futures=True)
@@ -252,7 +256,7 @@ def _study(options: argparse.Namespace) -> tuple[Study, str]:
         if options.seeds:
             update["seeds"] = options.seeds
             update["networks"] = {
-                name: network.model_copy(update={"seeds": None})
+                name: network.model_copy(update={"seeds": network.seeds and None})
                 for name, network in study.networks.items()
             }
         if options.first_seed is not None:

@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value")
     parser.add_argument("--sizes", type=float, nargs="+", default=[0.5, 0.35, 0.2, 0.1])
     parser.add_argument("--part", choices=("test", "validation"), default="test")
-    parser.add_argument("--samples", type=int, default=512, help="layers are looked at with, at most")
+    parser.add_argument("--samples", type=int, default=512, help="for looking at layers, at most")
     parser.add_argument("--convolutions", choices=("matrix", "spatial"), default="matrix")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.add_argument("--quick", action="store_true", help="of a small network as it begins")

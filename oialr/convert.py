@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from oialr.layers.base import FACTOR_NAMES, FactoredLayer, FactoredParts
 from oialr.layers.registry import adapter_of, claims, kind_of
 from oialr.layers.twin import FactoredTwin
+from oialr.linalg.precision import full_precision
 from oialr.replaced import retire
 
 
@@ -42,6 +43,7 @@ def factorize_layer(model: nn.Module, name: str, *factors: Tensor) -> FactoredLa
     return layer
 
 
+@full_precision()
 def densify_layer(model: nn.Module, name: str) -> nn.Parameter:
     """Put the dense twin in the place of a factorized layer, and return its weight.
 
@@ -61,6 +63,7 @@ def densify_layer(model: nn.Module, name: str) -> nn.Parameter:
     return dense.get_parameter(key)
 
 
+@full_precision()
 def to_dense(model: nn.Module) -> nn.Module:
     """Put the dense twin in the place of every factorized layer, in place, and return the model."""
     for path, module in list(model.named_modules()):

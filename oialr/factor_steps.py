@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from oialr.around_steps import AroundSteps
 from oialr.linalg.precision import full_precision
 from oialr.optimizers.registry import full_name, rule_of
 from oialr.optimizers.rule import OptimizerRule
@@ -18,7 +19,7 @@ from oialr.options import Release
 from oialr.parameter_groups import TwinGroups
 
 
-class FactorSteps:
+class FactorSteps(AroundSteps):
     """Guides the steps of the factors A and B, and of weights that a release made dense again.
 
     A step on balanced factors of W = A B moves W by -lr (G V s V^T + U s U^T G): by the singular
@@ -71,41 +72,47 @@ class FactorSteps:
         self._decay = options.frobenius_decay
         self._changed: list[tuple[dict[str, Any], Any, Any]] = []
         """Groups whose learning rate is lowered, with what it was and is."""
-        optimizer.register_step_pre_hook(self._before)
-        optimizer.register_step_post_hook(self._after)
-        optimizer.register_state_dict_pre_hook(self._after)  # if a step has ended in an error
+        super().__init__(optimizer)
 
-    def _before(
-        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Prepare a step; where a closure makes its gradients, they decay behind it."""
-        self._after()  # if the last step ended in an error
-        if (since := self._since()) is None:
-            return None
-        factors = self._groups.positions("factors")
-        if since < self._warmup:
-            share = (since + 1) / (self._warmup + 1)
-            for position in (*factors, *self._groups.positions("dense")):
-                group = optimizer.param_groups[position]
-                lowered = group["lr"] * share
-                self._changed.append((group, group["lr"], lowered))
-                group["lr"] = lowered
-        if not (decay := self._decay):
-            return None
-        groups = [optimizer.param_groups[position] for position in factors]
+    def enter(self, optimizer: Optimizer) -> None:
+        """Lower the learning rates within the warm-up."""
+        if (since := self._since()) is None or since >= self._warmup:
+            return
+        share = (since + 1) / (self._warmup + 1)
+        positions = (*self._groups.positions("factors"), *self._groups.positions("dense"))
+        for group in (optimizer.param_groups[position] for position in positions):
+            lowered = group["lr"] * share
+            self._changed.append((group, group["lr"], lowered))
+            group["lr"] = lowered
 
-        def let_decay() -> None:
-            with torch.no_grad(), full_precision():
-                for group in groups:
-                    self._decay_factors(optimizer, group, decay)
+    @torch.no_grad()
+    def with_gradients(self, optimizer: Optimizer) -> None:
+        """Let the factors decay."""
+        if not self._decay or self._since() is None:
+            return
+        with full_precision():
+            for position in self._groups.positions("factors"):
+                self._decay_factors(optimizer, optimizer.param_groups[position], self._decay)
 
-        return _behind_closure(let_decay, args, kwargs)
-
-    def _after(self, *_: Any) -> None:
+    def leave(self, optimizer: Optimizer) -> None:
+        """Raise the learning rates again, but for those that somebody has set meanwhile."""
         for group, whole, lowered in self._changed:
             if group["lr"] is lowered:
                 group["lr"] = whole
         self._changed = []
+
+    def suspend(self, optimizer: Optimizer) -> Callable[[], None]:
+        """Raise the learning rates for the time being."""
+        changed = self._changed
+        self.leave(optimizer)
+
+        def put_back() -> None:
+            self._changed = changed
+            for group, whole, lowered in changed:
+                if group["lr"] is whole:
+                    group["lr"] = lowered
+
+        return put_back
 
     def _decay_factors(self, optimizer: Optimizer, group: dict[str, Any], decay: float) -> None:
         parameters: list[nn.Parameter] = group["params"]
@@ -115,33 +122,6 @@ class FactorSteps:
             terms = A @ (B @ B.mT), (A.mT @ A) @ B
             for parameter, term in zip((A, B), terms, strict=True):
                 _apply_decay(optimizer, group, parameter, decay * term, self._rule)
-
-
-def _behind_closure(
-    act: Callable[[], None], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Do something when an optimizer's gradients are there: now, or behind the step's closure.
-
-    Args:
-        act: what is to be done.
-        args, kwargs: of the optimizer's step, as torch hands them to a hook: the optimizer first.
-
-    Returns:
-        Those with which the step is to go on; None: as they are.
-    """
-    closure = args[1] if len(args) > 1 else kwargs.get("closure")
-    if closure is None:
-        act()
-        return None
-
-    def with_act() -> Any:
-        loss = closure()
-        act()
-        return loss
-
-    if len(args) > 1:
-        return (args[0], with_act, *args[2:]), kwargs
-    return args, {**kwargs, "closure": with_act}
 
 
 def _apply_decay(

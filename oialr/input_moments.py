@@ -114,11 +114,11 @@ class InputMoments:
             values, both numbers.
         """
         processes = processes or Processes()
-        seen = processes.gather([self._rows.get(report.name, 0) for report in reports])
+        seen = processes.gather([self._rows.get(report.name) for report in reports])
         roots: dict[str, Tensor] = {}
         scarce: dict[str, tuple[int, int]] = {}
         for report, rows in zip(reports, zip(*seen, strict=True), strict=True):
-            if all(rows):
+            if None not in rows:  # none at all may have come to one of the processes
                 S = root_of(processes.sum(self._moments.pop(report.name)))
                 if S is not None:
                     roots[report.name] = S

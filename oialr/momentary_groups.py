@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from oialr.around_steps import AroundSteps
+
 Place = str | weakref.ref[nn.Parameter]
 """In a group: the name of a weight, or another parameter."""
 
@@ -34,7 +36,7 @@ class MomentaryTwin:
         return {**options, **(self.change(group) if self.change else {})}
 
 
-class MomentaryTwins:
+class MomentaryTwins(AroundSteps):
     """Takes parameters out of their groups into twins of these for the time of a step.
 
     A learning-rate schedule that is there already holds the groups that it found: it could not give
@@ -63,10 +65,7 @@ class MomentaryTwins:
         """Position of the first twin while the optimizer steps."""
         self._whole: dict[int, list[nn.Parameter]] = {}
         """While the optimizer steps, what its groups hold otherwise, by their positions."""
-        optimizer.register_step_pre_hook(self._enter)
-        optimizer.register_step_post_hook(self._leave)
-        # What a step has left behind that ended in an error would be stored.
-        optimizer.register_state_dict_pre_hook(self._leave)
+        super().__init__(optimizer)
 
     def add(self, twin: MomentaryTwin) -> None:
         """Let there be another twin from the next step on."""
@@ -78,8 +77,8 @@ class MomentaryTwins:
             return []
         return [self._first + i for i, twin in enumerate(self._twins) if twin.kind == kind]
 
-    def _enter(self, optimizer: Optimizer, *_: Any) -> None:
-        self._leave(optimizer)  # if the last step ended in an error
+    def enter(self, optimizer: Optimizer) -> None:
+        """Let the twins have what is theirs."""
         groups = optimizer.param_groups
         self._first = len(groups)
         members: dict[tuple[int, str], list[nn.Parameter]] = {
@@ -103,7 +102,22 @@ class MomentaryTwins:
             options = twin.options(groups[twin.origin])
             groups.append({"params": members[twin.origin, twin.kind], **options})
 
-    def _leave(self, optimizer: Optimizer, *_: Any) -> None:
+    def suspend(self, optimizer: Optimizer) -> Callable[[], None]:
+        """Give everything back for the time being."""
+        groups, whole = optimizer.param_groups, self._whole
+        twins, thinned = groups[self._first :], {i: [*groups[i]["params"]] for i in whole}
+        self.leave(optimizer)
+
+        def put_back() -> None:
+            for position, parameters in thinned.items():
+                groups[position]["params"][:] = parameters
+            groups.extend(twins)
+            self._whole = whole
+
+        return put_back
+
+    def leave(self, optimizer: Optimizer) -> None:
+        """Give everything back."""
         if self._whole:
             del optimizer.param_groups[self._first :]
         for position, parameters in self._whole.items():

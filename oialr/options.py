@@ -14,7 +14,7 @@ from functools import cache
 from inspect import Signature, signature
 from numbers import Real
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 Execution = Literal["auto", "factored", "folded", "dense"]
 AttentionProjection = Literal["packed", "separate"]
@@ -263,7 +263,9 @@ class Options(Release, Conversion, Selection, RankRule, Schedule):  # the last o
                 raise ValueError(f"{name} must be a list of patterns, not {patterns!r}")
             object.__setattr__(self, name, tuple(patterns))
         for each in fields(self):
-            check(each, getattr(self, each.name))
+            value = getattr(self, each.name)
+            check(each, value)
+            object.__setattr__(self, each.name, _as_plain_number(each, value))
         if self.delay == "stability":
             self._check_stability()
         elif self.release is not None and self.release < self.delay:
@@ -304,6 +306,12 @@ def kinds() -> dict[str, Any]:
     return get_type_hints(Options)
 
 
+def is_whole(option: "Field[Any]") -> bool:
+    """Whether an option's numbers are whole ones."""
+    kind = kinds()[option.name]
+    return {int, float} & {kind, *get_args(kind)} == {int}
+
+
 def check(option: "Field[Any]", value: Any) -> None:
     """Reject a value that is out of an option's range, or none of its choices.
 
@@ -315,9 +323,8 @@ def check(option: "Field[Any]", value: Any) -> None:
     has_range = bool(set(BOUNDS) & set(option.metadata))
     if not (words or has_range) or value in words or (value is None and is_optional):
         return
-    is_whole = {int, float} & {kind, *get_args(kind)} == {int}
     # No step is 70.5, a share of 235: nothing would ever be due.
-    is_between = is_whole and isinstance(value, Real) and bool(value % 1)
+    is_between = is_whole(option) and isinstance(value, Real) and bool(value % 1)
     is_number = isinstance(value, Real) and not is_between
     if has_range and is_number and _is_within(option.metadata, value):
         return
@@ -326,6 +333,15 @@ def check(option: "Field[Any]", value: Any) -> None:
         right.append(f"one of {', '.join(words)}" if len(words) > 1 else words[0])
     right += ["None"] if is_optional else []
     raise ValueError(f"{option.name} must be {', or '.join(right)}, not {value!r}")
+
+
+def _as_plain_number(option: "Field[Any]", value: Any) -> Any:
+    """Return a number as Python's: checkpoints hold none of NumPy's, and 16.0 is no length."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    if is_whole(option):
+        return int(cast(int, value))
+    return value if isinstance(value, int) else float(value)
 
 
 def signature_with_options(constructor: Callable[..., None]) -> Signature:

@@ -12,6 +12,7 @@ APP, LIBRARY = ROOT / "app", ROOT / "oialr"
 
 # What each part of the library imports of the others: the whole graph, and not a bit more.
 GRAPH = {
+    "around_steps": set(),
     "allocation": {"schedule"},
     "compatibility": set(),
     "compression": {
@@ -26,7 +27,7 @@ GRAPH = {
         "target",
         "wrappers",
     },
-    "convert": {"layers", "replaced"},
+    "convert": {"layers", "linalg", "replaced"},
     "errors": set(),
     "events": {
         "errors",
@@ -40,7 +41,7 @@ GRAPH = {
     },
     "explain": {"folding", "layer_survey", "layers", "options"},
     "export": {"convert", "errors", "files", "inference", "linalg", "sharding", "skeleton"},
-    "factor_steps": {"linalg", "optimizers", "options", "parameter_groups"},
+    "factor_steps": {"around_steps", "linalg", "optimizers", "options", "parameter_groups"},
     "files": {"forms", "layers", "linalg", "preparation", "sharding"},
     "folding": set(),
     "followers": {"convert", "forms", "layers", "preparation", "transport", "wrappers"},
@@ -75,7 +76,7 @@ GRAPH = {
         "turns",
         "wrappers",
     },
-    "momentary_groups": set(),
+    "momentary_groups": {"around_steps"},
     "obstacles": {"layers"},
     "optimizer_state": {"optimizers", "options", "parameter_groups", "transport"},
     "optimizers": {"transport"},

@@ -50,11 +50,12 @@ class Definition:
         )
         return configuration.model_copy(update={"run": run})
 
-    def check_candidates(self, train_size: int) -> None:
+    def check_candidates(self, train_size: int, *, resume: bool = False) -> None:
         """Hold every delay against the number of steps, and every parameter against the others.
 
         Args:
             train_size: samples of the training part.
+            resume: of a search that goes on, whose space cannot change any more.
 
         Raises:
             UserError: candidates at an end of the space would fail, or a parameter is without
@@ -76,7 +77,7 @@ class Definition:
             unused = configuration.oialr.unused(steps)
             in_vain = {key: unused[key] for key in unused if in_vain is None or key in in_vain}
         for key, reason in (in_vain or {}).items():
-            if key in self.space.keys:
+            if key in self.space.keys and not resume:
                 raise UserError(
                     f"space: {key} has no effect in any candidate: {reason}; take it out, or "
                     "extend a configuration in which it has one, such as those in configs/paper/"

@@ -88,7 +88,7 @@ def search(
         if resume:
             assert definition.base.run.dir is not None
             claim = own(Path(definition.base.run.dir))
-        _check_all(definition, workers)
+        _check_all(definition, workers, resume=resume)
         folder = _prepare_folder(definition, workers)
         on_folder(folder)
         claim = claim or own(folder)
@@ -104,13 +104,13 @@ def search(
         return _conclude(definition, workers, stop_signal, claim, session.times)
 
 
-def _check_all(definition: Definition, workers: Workers) -> None:
+def _check_all(definition: Definition, workers: Workers, *, resume: bool) -> None:
     """Find out on every process whether what all candidates share can be built."""
     if definition.base.distributed.factorization == "heat" and find_spec("heat"):
         import_heat()  # a collective call of all processes, which no worker can make later
     # The first worker before the others, so that data are downloaded once.
-    workers.agree(lambda: None if workers.index else _check(definition, workers))
-    workers.agree(lambda: _check(definition, workers) if workers.index else None)
+    workers.agree(lambda: None if workers.index else _check(definition, workers, resume=resume))
+    workers.agree(lambda: _check(definition, workers, resume=resume) if workers.index else None)
 
 
 def _check_free(definition: Definition, workers: Workers, *, resume: bool) -> None:
@@ -143,7 +143,7 @@ def _prepare_folder(definition: Definition, workers: Workers) -> Path:
     return folder
 
 
-def _check(definition: Definition, workers: Workers) -> None:
+def _check(definition: Definition, workers: Workers, *, resume: bool) -> None:
     """Build what all candidates share, once, and hold every delay against the number of steps.
 
     Raises:
@@ -152,7 +152,7 @@ def _check(definition: Definition, workers: Workers) -> None:
     base = definition.base
     with workers.join(timeout=base.distributed.timeout) as runtime:
         train_size = check_run(base, runtime)
-    definition.check_candidates(train_size)
+    definition.check_candidates(train_size, resume=resume)
 
 
 class _Session:

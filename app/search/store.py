@@ -321,7 +321,10 @@ def _as_evaluation(row: np.void, curve: np.ndarray) -> Evaluation:
     parameters = {name: values.pop(name) for name in names if name not in _COLUMNS}
     for name, value in parameters.items():
         if row.dtype[name].kind == "S":
-            parameters[name] = json.loads(value)
+            try:
+                parameters[name] = json.loads(value)
+            except ValueError:  # earlier versions cut 1.0 to "1."
+                parameters[name] = json.loads(f"{value}0")
     known = {field.name for field in fields(Evaluation)} - {"parameters", "curve"}
     assert values.keys() == known
     return Evaluation(

@@ -167,9 +167,7 @@ def measure(options: Any, device: torch.device, results: Results) -> None:
                 def one(W: Tensor = W, method: Any = method) -> tuple[Tensor, int]:
                     if method == "svd":
                         return by_svd(W)
-                    if method == "economy_svd":
-                        return polar(W, "svd").factor, polar(W, "svd").rank
-                    found = polar(W, method)
+                    found = polar(W, "svd" if method == "economy_svd" else method)
                     return found.factor, found.rank
 
                 B, r = one()

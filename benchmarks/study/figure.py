@@ -37,7 +37,8 @@ def _front(axes: Any, table: Table, points: Sequence[tuple[Row, float]]) -> None
     """Draw points with their names and deviations, and a line through those that none beats."""
     for row, cost in points:
         values = list(row.figures.values())
-        low, high = row.mean - min(values), max(values) - row.mean
+        # A mean of equal values may be off by the last bit.
+        low, high = max(0.0, row.mean - min(values)), max(0.0, max(values) - row.mean)
         axes.errorbar([cost], [row.mean], yerr=[[low], [high]], fmt="o", markersize=4, capsize=2)
         axes.annotate(
             row.method, (cost, row.mean), textcoords="offset points", xytext=(5, 4), fontsize=7

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 LATEST_SETTLED = 0.5
 """Share of the epochs after which Cuttlefish's full-rank phase ends at the latest."""
+SHARE = re.compile(r"(\d+(?:\.\d+)?) %")
+REFERENCE = re.compile(r"= (\w+)\.(\w+)")
 _NOT_PART = {"run": {"name", "dir", "stop_after"}, "data": {"root", "download"}}
 """Keys that change where a run is and where its data lie, and not the run."""
 
@@ -53,19 +55,32 @@ class Plan:
             UserError: the network's configuration is not right, or its data are not there.
         """
         path, base = self._path(network, method), self._base(network)
-        common = config.load(path, [*base, *self._overrides])
+        config.load(path, [*base, *self._overrides])  # what is wrong from here on is the method's
         set_keys = self.study.keys_of(method, network)
+        # What shares of the steps are shares of, and what other keys' values are.
+        run = tuple(
+            _assignments(
+                {
+                    key: value
+                    for key, value in set_keys.items()
+                    if not key.startswith("oialr.") and not _follows(value)
+                }
+            )
+        )
+        try:
+            common = config.load(path, [*base, *run, *self._overrides])
+        except UserError as error:
+            raise Waiting(str(error)) from None
         follows, ranks = self._follow(network, method, seed, factor)
         epochs = follows.get("training.epochs", common.training.epochs)
-        steps = epochs * self._tasks(network, path).steps_per_epoch
-        rate = set_keys.get("training.learning_rate", common.training.learning_rate)
+        steps = epochs * self._tasks(network, path, run).steps_per_epoch
+        rate = common.training.learning_rate
         follows |= {"training.learning_rate": float(f"{factor * rate:.6g}"), "run.seed": seed}
         keys = {key: _resolve(value, steps, common) for key, value in set_keys.items()}
         arguments = [*base, *_assignments(keys), *self._overrides, *_assignments(follows)]
         try:
             configuration = config.load(path, arguments)
         except UserError as error:
-            # The network's own configuration is right: it is the method that the program refuses.
             raise Waiting(str(error)) from None
         settings = _settings(configuration)
         text = json.dumps([settings, ranks], sort_keys=True)
@@ -168,13 +183,19 @@ class Plan:
         """Return the assignments that are no method's."""
         return _assignments({**self.study.set, **self.study.networks[network].set})
 
-    def _task(self, network: str, path: str) -> "Task":
-        """Read the data of a network once: it knows the steps of an epoch."""
+    def _task(self, network: str, path: str, assignments: tuple[str, ...] = ()) -> "Task":
+        """Read the data of a network once: it knows the steps of an epoch.
+
+        Args:
+            network: its name.
+            path: of the configuration.
+            assignments: of a method's keys of the run.
+        """
         import torch
 
         from app.data import build_task
 
-        configuration = config.load(path, [*self._base(network), *self._overrides])
+        configuration = config.load(path, [*self._base(network), *assignments, *self._overrides])
         device = torch.device("cpu")
         return build_task(configuration, process_index=0, process_count=1, device=device)
 
@@ -248,7 +269,12 @@ def _settings(configuration: "Configuration") -> dict[str, Any]:
     for section, names in _NOT_PART.items():
         for name in names:
             settings.get(section, {}).pop(name, None)
-    return settings
+    return {section: keys for section, keys in settings.items() if keys}
+
+
+def _follows(value: Any) -> bool:
+    """Whether a value is a share of the steps, or another key's."""
+    return isinstance(value, str) and bool(SHARE.fullmatch(value) or REFERENCE.fullmatch(value))
 
 
 def _resolve(value: Any, steps: int, common: "Configuration") -> Any:
@@ -258,9 +284,9 @@ def _resolve(value: Any, steps: int, common: "Configuration") -> Any:
     """
     if not isinstance(value, str):
         return value
-    if share := re.fullmatch(r"(\d+(?:\.\d+)?) %", value):
+    if share := SHARE.fullmatch(value):
         return min(steps - 1, max(1, math.floor(float(share[1]) / 100 * steps + 0.5)))
-    if key := re.fullmatch(r"= (\w+)\.(\w+)", value):
+    if key := REFERENCE.fullmatch(value):
         return getattr(getattr(common, key[1]), key[2])
     return value
 

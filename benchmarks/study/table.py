@@ -144,11 +144,16 @@ def tabulate(plan: Plan, network: str, code: Code) -> Table:
         )
     elif commits:
         notes.insert(0, f"made at commit {commits.pop()}")
-    loads = [
-        read_record(place).get("load", 0.0)
+    alone = {
+        method: read_record(place)
         for method in methods
         if (place := plan.alone(network, method)) is not None
-    ]
+    }
+    loads = [record.get("load", 0.0) for record in alone.values()]
+    timed = {record["commit"] for record in alone.values()}
+    if len(timed) > 1:
+        pairs = ", ".join(f"{method} {record['commit']}" for method, record in alone.items())
+        notes.append(f"CPU times are of several commits: {pairs}")
     if max(loads, default=0.0) > IDLE:
         notes.append(f"CPU times are of runs beside other work (load {max(loads):.1f})")
     return Table(network=network, figure="accuracy" if accuracy else "mse", rows=rows, notes=notes)

@@ -15,7 +15,6 @@ from oialr.sharding import whole
 from oialr.skeleton import dense_skeleton, factored_weights
 
 
-@full_precision()
 def dense_state(model: nn.Module) -> dict[str, Tensor]:
     """Return the state_dict of the dense network, under the names that it had before a conversion.
 

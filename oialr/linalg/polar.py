@@ -72,7 +72,7 @@ def choose_method(shape: tuple[int, int], dtype: torch.dtype, device: torch.devi
 
     On CPUs the Gram matrix pays where the matrix is small or far from square: 0.23 s against 0.58 s
     for (768, 3072), 0.15 s against 0.13 s for (768, 768) (benchmarks/stability.py). On GPUs it pays
-    always: all of ViT-B/16 in 0.45 s against 1.05 s (docs/gpu.md). A Gram matrix in float64
+    always: all of ViT-B/16 in 0.45 s against 0.52 s (docs/gpu.md). A Gram matrix in float64
     resolves singular values down to 1e-8 s[0]: not enough for a float64 matrix.
 
     Args:

@@ -15,6 +15,7 @@ from torch import Tensor
 from oialr.errors import DivergedError
 from oialr.layer_survey import LayerReport
 from oialr.linalg.polar import polar
+from oialr.linalg.precision import full_precision
 from oialr.linalg.stability import DenseBasis, basis_stability
 from oialr.placement.assignment import assign, svd_cost
 from oialr.placement.processes import Processes
@@ -73,6 +74,7 @@ class Standstill:
         self._began, self._earlier = None, {}
 
     @torch.no_grad()
+    @full_precision()
     def _stabilities(self, weights: Mapping[LayerReport, Tensor]) -> dict[str, float]:
         """Return the stability of each layer over the window; NaN: unknown, -inf: it diverged."""
         if not weights:

@@ -15,6 +15,7 @@ from oialr.convert import get_layer
 from oialr.errors import DivergedError, UserError
 from oialr.layer_survey import LayerReport
 from oialr.layers.base import FactoredLayer
+from oialr.linalg.precision import without_autocast
 from oialr.placement.assignment import assign, svd_cost
 from oialr.placement.processes import Processes
 from oialr.stability.background import Background
@@ -86,8 +87,9 @@ class BasisTracker:
             DivergedError: a weight holds NaN or infinity; on all processes.
         """
         assert not self.under_way
-        taken = {layer.name: _take(model, layer) for layer in self._mine}
-        return self._share(self._measure_mine(taken, time))
+        with without_autocast():
+            taken = {layer.name: _take(model, layer) for layer in self._mine}
+            return self._share(self._measure_mine(taken, time))
 
     @torch.no_grad()
     def start(self, model: nn.Module, time: int) -> None:
@@ -99,9 +101,11 @@ class BasisTracker:
         Args:
             model, time: as of :meth:`measure`.
         """
-        taken = {
-            layer.name: [tensor.clone() for tensor in _take(model, layer)] for layer in self._mine
-        }
+        with without_autocast():
+            taken = {
+                layer.name: [tensor.clone() for tensor in _take(model, layer)]
+                for layer in self._mine
+            }
         device = next(model.parameters()).device
         self._background.start(lambda: self._measure_mine(taken, time), device)
 

@@ -50,6 +50,18 @@ def test_choices_come_back_as_the_configuration_has_them(tmp_path):
     assert one.parameters == {"training.gradient_clip": 10.0}
 
 
+def test_choices_that_an_earlier_version_cut_are_read(tmp_path):
+    store = create(tmp_path)
+    store.append(evaluation(0))
+    rows = store._file["evaluations"]
+    row = rows[0]
+    row["training.gradient_clip"] = b"1."
+    rows[0] = row
+    rows.flush()
+    (one,) = read_evaluations(tmp_path)
+    assert one.parameters["training.gradient_clip"] == 1.0
+
+
 def test_a_look_brings_what_came_since_the_last_one(tmp_path):
     additions, tally = Additions(tmp_path), Tally()
     first, second = create(tmp_path), create(tmp_path, worker=1)

@@ -104,3 +104,4 @@ def test_a_search_over_what_has_no_effect_is_refused(tmp_path):
             continue
         with pytest.raises(UserError, match=wrong):
             load(path).check_candidates(1200)
+        load(path).check_candidates(1200, resume=True)  # whose space cannot change any more

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 from dataclasses import asdict
@@ -19,7 +20,7 @@ from support.launching import ROOT, environment, launch
 from app import config
 from app.errors import UserError
 from app.recording.store import MetricsStore
-from benchmarks.accuracy import Harness, main
+from benchmarks.accuracy import Harness, _parse, _study, main
 from benchmarks.study import archive, derived
 from benchmarks.study.cell import (
     FINGERPRINT_STEPS,
@@ -31,6 +32,7 @@ from benchmarks.study.cell import (
     write_record,
 )
 from benchmarks.study.definition import Study, compare, read_study, restrict
+from benchmarks.study.figure import draw
 from benchmarks.study.plan import Plan, Waiting
 from benchmarks.study.table import (
     Row,
@@ -161,6 +163,27 @@ def test_shares_become_steps_and_other_keys_their_values(tmp_path):
     assert config.load(path, overrides).oialr.delay == 1
 
 
+@pytest.mark.parametrize(
+    ("keys", "steps"),
+    [
+        ({"training.epochs": 12}, 2 * STEPS),
+        ({"training.epochs": 3}, STEPS // 2),
+        ({"training.batch_size": 128}, STEPS // 2),
+        ({"data.train_samples": 320}, STEPS // 2),
+    ],
+)
+def test_shares_are_of_the_steps_that_the_method_itself_has(tmp_path, keys, steps):
+    methods = {
+        "full-rank": {"set": {"oialr.enabled": False}},
+        "mine": {"set": {"oialr.delay": "50 %", "training.learning_rate": 0.25, **keys}},
+    }
+    cell = Plan(study(methods=methods), tmp_path).cell("tiny", "mine", 0, 2.0)
+    assert cell.settings["oialr"]["delay"] == steps // 2
+    assert cell.settings["training"]["learning_rate"] == 0.5
+    plan = Plan(study(methods=methods), tmp_path, ["training.learning_rate=0.125"])
+    assert plan.cell("tiny", "mine", 0, 2.0).settings["training"]["learning_rate"] == 0.25
+
+
 def test_a_network_may_have_its_own_keys_of_a_method(tmp_path):
     methods = {
         "full-rank": {"set": {"oialr.enabled": False}},
@@ -206,6 +229,12 @@ def test_where_the_data_lie_and_new_options_leave_a_cell_what_it_is(tmp_path):
         cell == other.cell("tiny", "paper", 0, 1)
         or cell.place == other.cell("tiny", "paper", 0, 1).place
     )
+    networks = {"tiny": {**TINY, "set": {"training.epochs": 6}}}  # nothing else of data
+    places = {
+        Plan(study(networks=networks), tmp_path, keys).cell("tiny", "paper", 0, 1).place
+        for keys in ([], ["data.root=a"], ["run.name=mine"])
+    }
+    assert len(places) == 1
     assert "execution" not in cell.settings["oialr"]  # as by default
     assert cell.place != one.cell("tiny", "paper", 1, 1).place
     assert cell.place != one.cell("tiny", "paper", 0, 2).place
@@ -372,6 +401,58 @@ def test_cells_that_two_networks_share_are_run_once(tmp_path):
     Harness(Plan(read, tmp_path), Asked(HERE), jobs=1).run(time=False)
     assert len(asked) == 4  # two methods with two learning rates
     assert len(set(asked)) == 4
+
+
+def test_a_method_of_watched_ranks_watches_where_there_are_learning_rates_alone(tmp_path):
+    methods = {
+        "full-rank": {"set": {"oialr.enabled": False}},
+        "watched": {"set": {"oialr.enabled": False, "stability.enabled": True}},
+        "ranks": {"stable_ranks_of": "watched"},
+    }
+    networks = {"small": {**TINY, "seeds": 0}, "big": {**TINY, "rates_of": "small"}}
+    networks["big"]["set"] = {**TINY["set"], "training.epochs": 7}
+    read = study(
+        methods=methods, networks=networks, learning_rates=[0.5, 1.0], rows=["full-rank", "ranks"]
+    )
+    asked = []
+
+    class Asked(Runner):
+        def run(self, cell):
+            asked.append((cell.network, cell.method))
+            return False
+
+    Harness(Plan(read, tmp_path), Asked(HERE), jobs=1).run(time=False)
+    assert ("small", "watched") in asked
+
+
+def test_a_fault_of_the_harness_is_raised(tmp_path):
+    class Full(Runner):
+        def run(self, cell):
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        Harness(Plan(study(), tmp_path), Full(HERE), jobs=2).run(time=False)
+
+
+def test_a_network_for_its_learning_rates_stays_one(monkeypatch):
+    path = ROOT / "benchmarks" / "accuracy" / "finals.yaml"
+    asked = ["accuracy", "--study", str(path), "--seeds", "5"]
+    monkeypatch.setattr(sys, "argv", asked)
+    read, _ = _study(_parse())
+    seeds = {name: len(list(read.seeds_of(name))) for name in read.networks}
+    assert set(seeds.values()) == {0, 5}
+    before = read_study(path)
+    assert [n for n in seeds if not seeds[n]] == [n for n in seeds if not before.seeds_of(n)]
+
+
+def test_a_figure_may_be_of_equal_values(tmp_path):
+    """Whose mean is off by the last bit."""
+    x = 100 * (346 / 360)
+    assert statistics.fmean([x] * 3) != x
+    row = Row(method="paper", figures={0: x, 1: x, 2: x}, stored=40.0, time=0.5)
+    table = Table(network="tiny", figure="accuracy", rows=[row], notes=[])
+    draw([table], tmp_path / "fronts.png")
+    assert (tmp_path / "fronts.png").exists()
 
 
 class Pretended(Runner):
@@ -621,6 +702,10 @@ def test_times_of_two_machines_are_not_divided(tmp_path):
         cell = plan.cell("tiny", method, 0, 1).alone
         finish(cell, HERE, accuracy=0.5, seconds=seconds)
     assert plan.time_ratio("tiny", "paper") == 0.5
+    assert not any("CPU times are of" in note for note in tabulate(plan, "tiny", HERE).notes)
+    write_record(cell.place, {**read_record(cell.place), "commit": "later"})
+    told = "CPU times are of several commits: full-rank here, paper later"
+    assert told in tabulate(plan, "tiny", HERE).notes
     write_record(cell.place, {**read_record(cell.place), "machine": "another"})
     assert plan.time_ratio("tiny", "paper") is None
 

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from oialr.linalg.precision import full_precision
 from oialr.linalg.stability import (
     DenseBasis,
     FactoredBasis,
@@ -330,3 +331,17 @@ def test_a_tiny_or_huge_matrix_is_factorized_as_any_other(scale):
     assert torch.linalg.norm(U.T @ U - torch.eye(600), 2) < 1e-4
     with pytest.raises(torch.linalg.LinAlgError, match=r"beyond the range of torch\.float32"):
         economy_svd(torch.full((10, 10), 1e38))
+
+
+def test_full_precision_is_asked_of_cpus_too():
+    """oneDNN may multiply float32 matrices in bfloat16 where a program allows it."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    settings = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    try:
+        allowed = [each.fp32_precision for each in settings]
+        with full_precision():
+            assert [each.fp32_precision for each in settings] == ["ieee", "ieee"]
+        assert [each.fp32_precision for each in settings] == allowed != ["ieee", "ieee"]
+    finally:
+        torch.set_float32_matmul_precision(before)

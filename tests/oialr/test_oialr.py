@@ -10,7 +10,7 @@ from torch import nn
 
 from app import OIALR
 from app.errors import DivergedError
-from oialr import StabilityTracker
+from oialr import StabilityTracker, compress, to_dense
 from oialr.convert import get_layer
 from oialr.layers.base import FactoredLayer
 from oialr.transitions import Transitions
@@ -511,7 +511,6 @@ def test_a_compiled_network_is_trained_across_conversion_and_cuts():
         torch.testing.assert_close(mine, theirs)
 
 
-@pytest.mark.slow
 def test_an_optimizer_has_one_method():
     """Two would move its parameters to and fro until it has none."""
     model, optimizer, _ = make()
@@ -521,7 +520,14 @@ def test_an_optimizer_has_one_method():
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
-@pytest.mark.parametrize("options", [{}, {"release": 7, "frobenius_decay": 0.1}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"release": 7, "frobenius_decay": 0.1},
+        {"delay": "stability", "stability_threshold": 0.97, "latest_delay": 8},
+    ],
+)
 def test_events_may_be_within_autocast(kind, options):
     """Bases were of bfloat16's precision then, or the optimizer's state of its dtype."""
     made = [make(kind, cutoff=0.6, update_interval=2, **options) for _ in range(2)]
@@ -541,6 +547,25 @@ def test_events_may_be_within_autocast(kind, options):
         assert torch.equal(tensor, states[1][name]), name
 
 
+def test_the_way_back_and_a_new_beginning_may_be_within_autocast():
+    """Weights became bfloat16 ones, for good."""
+    model = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 24), nn.Linear(24, 4))
+    compress(model, target_size=0.7, rank_multiple=1)
+    exact = to_dense(copy.deepcopy(model)).state_dict()
+    with torch.autocast("cpu", torch.bfloat16):
+        dense = to_dense(copy.deepcopy(model))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        options = {"delay": 1, "release": 1, "update_interval": 1}
+        method = OIALR(model, optimizer, rank_multiple=1, **options)
+        stability = StabilityTracker(model, window=1)
+        stability.measure()
+        rows = stability.measure()
+    assert method.converted
+    for name, tensor in dense.state_dict().items():
+        assert torch.equal(tensor, exact[name]), name
+    assert all(row.stability == pytest.approx(1, abs=1e-5) for row in rows)
+
+
 def test_an_event_has_its_own_device_whatever_the_default():
     """torch.set_default_device("cuda") made the first event a crash; "meta" tells without one."""
     model, optimizer, method = make(cutoff=0.6, update_interval=2)
@@ -557,6 +582,7 @@ def test_an_event_has_its_own_device_whatever_the_default():
     assert all(row.numerical_rank > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_bfloat16_autocast_keeps_master_factors_in_float32():
     model = network(dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

@@ -141,8 +141,10 @@ def test_steps_are_whole_numbers(name):
     numbers = {"delay": 60, "update_interval": 20}
     with pytest.raises(ValueError, match=rf"^{name} must be a whole number, at least 1.*not 70\.5"):
         Options(**{**numbers, name: 70.5})
-    Options(**{**numbers, name: 70.0})
-    Options(**{**numbers, name: np.int64(70)})
+    for value in (70.0, np.int64(70), np.float32(70)):
+        found = getattr(Options(**{**numbers, name: value}), name)
+        assert (found, type(found)) == (70, int)  # what checkpoints hold, and lengths are
+    assert type(Options(**numbers, cutoff=np.float64(0.2)).cutoff) is float
 
 
 def test_a_release_may_follow_the_delay():

@@ -10,7 +10,9 @@ from support.kinds import CASES, Conv1D, batch_for, dense_layer, make, reading_o
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from oialr import OIALR, WeightAverage, compress, to_dense
+from oialr import OIALR, Processes, WeightAverage, compress, to_dense
+from oialr.input_moments import InputMoments
+from oialr.layer_survey import survey
 from oialr.layers.registry import kind_of
 from oialr.linalg.svd import economy_svd
 from oialr.linalg.weighting import DAMPING, root_of, taken_back, weighted
@@ -511,6 +513,33 @@ def test_it_is_told_which_weights_are_cut_by_few_inputs(caplog, count):
     line = "1 weights are cut by what they compute of fewer inputs than their rank: 0.weight"
     assert (f"{line} (3 inputs, rank 12)" in caplog.text) == (count == 3)
     assert len(caplog.records) == (count == 3)
+
+
+class Two(Processes):
+    """Two processes, of which the other has seen as much of each layer as it is told."""
+
+    def __init__(self, theirs):
+        super().__init__()
+        self.theirs = theirs
+
+    def gather(self, value):
+        return [value, self.theirs]
+
+    def sum(self, tensor):
+        return tensor
+
+
+@pytest.mark.parametrize("theirs", [0, None])
+def test_a_layer_that_no_row_came_to_on_one_process_is_seen(theirs):
+    """As an expert of a mixture; and one that is not called there is not."""
+    model = two_layers()
+    reports = survey(model)[:1]
+    moments = InputMoments(model)
+    moments.watch(reports)
+    model(normal(20, 12))
+    roots, few = moments.roots(reports, Two([theirs]))
+    assert list(roots) == ([] if theirs is None else ["0.weight"])
+    assert not few
 
 
 def test_a_large_sample_is_looked_at_in_its_middle(monkeypatch):

@@ -227,14 +227,76 @@ def test_a_step_that_fails_leaves_nothing_in_a_stored_state(has_schedule):
     train(model, optimizer, method, 7)
     groups = [(group["lr"], len(group["params"])) for group in optimizer.param_groups]
 
-    def fails():
-        raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
         optimizer.step(fails)
     stored = optimizer.state_dict()["param_groups"]
     assert [(group["lr"], len(group["params"])) for group in stored] == groups
     optimizer.load_state_dict(optimizer.state_dict())
+
+
+def fails():
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("has_schedule", [False, True])
+@pytest.mark.parametrize("how", ["load", "schedule"])
+def test_training_goes_on_after_a_step_that_failed(has_schedule, how):
+    """Where the batch before was too large, for instance; within the warm-up after a release."""
+    options = {
+        **CUT,
+        "release": 5,
+        "factor_learning_rate_factor": 0.5,
+        "has_schedule": has_schedule,
+    }
+    parts = [make("sgd", **options) for _ in range(2)]
+    for number, (model, optimizer, method) in enumerate(parts):
+        train(model, optimizer, method, 7)
+        saved = copy.deepcopy(optimizer.state_dict())
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        if number:
+            with pytest.raises(KeyboardInterrupt):
+                optimizer.step(fails)
+        if how == "load":
+            optimizer.load_state_dict(saved)
+        else:
+            schedule.step()
+        train(model, optimizer, method, 3, first=7)
+    for mine, other in zip(parts[0][0].parameters(), parts[1][0].parameters(), strict=True):
+        assert torch.equal(mine, other)
+    rates = [[group["lr"] for group in optimizer.param_groups] for _, optimizer, _ in parts]
+    assert rates[0] == rates[1]
+
+
+@pytest.mark.parametrize("has_schedule", [False, True])
+@pytest.mark.parametrize("steps", [4, 7])
+def test_a_state_that_is_stored_within_a_step_is_that_between_steps(has_schedule, steps):
+    """As by a checkpoint from Lightning's training_step; and the step goes on as it would.
+
+    Of cores, and in the warm-up of factors.
+    """
+    options = {**CUT, "delay": 2, "release": 5, "release_warmup": 9, "has_schedule": has_schedule}
+    options |= {"core_learning_rate_factor": 100.0, "factor_learning_rate_factor": 0.1}
+    x, y = batch(steps)
+    ends = []
+    for does_store in (False, True):
+        model, optimizer, method = make("sgd", **options)
+        train(model, optimizer, method, steps)
+        between, stored = optimizer.state_dict()["param_groups"], []
+
+        def closure(parts=(model, optimizer, stored), does_store=does_store):
+            model, optimizer, stored = parts
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), y)
+            loss.backward()
+            if does_store:
+                stored.append(optimizer.state_dict()["param_groups"])
+            return loss
+
+        optimizer.step(closure)
+        assert stored == [between] * does_store
+        assert optimizer.state_dict()["param_groups"] == between
+        ends.append(list(model.parameters()))
+    assert all(map(torch.equal, *ends))
 
 
 def test_schedules_that_would_pass_over_the_factor_are_refused():
