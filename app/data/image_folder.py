@@ -6,7 +6,9 @@ the validation part is ``data.validation_fraction`` of train/, by a fixed seed. 
 is left out, and told of in one line (:mod:`app.data.image_listing`).
 """
 
+import hashlib
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -75,6 +77,15 @@ class ImageFolderClassification(Classification):
         )
         if data.check_images != "none" and process_index == 0:
             warn_of_dark_parts(self._parts, data.image_bits)
+
+    @property
+    def digest(self) -> str:
+        """Of the files and classes of all parts, wherever they lie."""
+        text = hashlib.sha256()
+        for part, files in self._parts.items():
+            for path, label in files:
+                text.update(f"{part} {path.rsplit(os.sep, 2)[1:]} {label}\n".encode())
+        return text.hexdigest()[:12]
 
     def train_batches(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
         """Yield this process's shares of the global batches; see :class:`app.data.Task`.

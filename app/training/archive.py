@@ -43,7 +43,9 @@ def verify(path: Path) -> bool:
                     with archive.open(entry) as content:
                         while content.read(_CHUNK_BYTES):
                             pass
-        except Exception as error:  # a damaged archive may raise anything, and memory runs out
+        except MemoryError:
+            raise
+        except Exception as error:  # a damaged archive may raise anything
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise DamagedFileError(f"{path.name} is damaged ({reason})") from None
     return True
@@ -74,6 +76,8 @@ def load_verified(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # written whole, but not by torch.save
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            raise  # no damage: others may read it
         reason = f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0]
         raise DamagedFileError(f"{path.name} cannot be loaded ({reason})") from None
     if not isinstance(content, dict):

@@ -24,7 +24,7 @@ from app.training.memory_layout import lay_channels_last
 from app.training.optimizer import Schedule, build_optimizer, warmup_steps
 from app.training.position import Position
 from app.training.precision import Precision
-from app.training.replicas import synchronize_batch_norm
+from app.training.replicas import check_replicas, check_same_data, synchronize_batch_norm
 from app.training.stopwatch import Stopwatch
 from oialr.layer_survey import LayerReport, survey
 from oialr.method import OIALR
@@ -97,6 +97,7 @@ def build(
     task, model = _build_task_and_model(configuration, runtime)
     if initial:
         processes.agree(lambda: read_initial(configuration, model))
+        check_replicas(model, processes)
     tell("method and optimizer")
     steps = training.epochs * task.steps_per_epoch
     if check_steps:
@@ -165,6 +166,7 @@ def _build_task_and_model(
             device=runtime.device,
         )
     )
+    check_same_data(task, processes)
     model = processes.agree(lambda: _build_model(configuration, task))
     if configuration.training.synchronize_batch_norm:
         dense = model

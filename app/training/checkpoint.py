@@ -59,6 +59,7 @@ class Checkpoints:
         keep: int,
         keys: Collection[str] = (),
         check_owner: Callable[[], None] = lambda: None,
+        read_only: bool = False,
     ) -> None:
         """Take hold of the folder, which need not exist yet.
 
@@ -69,7 +70,9 @@ class Checkpoints:
             keys: what all processes share has at least these; without one it counts as damaged.
             check_owner: called by the first process before others see a checkpoint; raises
                 StorageError where the folder is not this program's any more.
+            read_only: leave names as they are: the folder may be another program's.
         """
+        self._read_only = read_only
         self._folder = folder
         self._processes = processes
         self._keep = keep
@@ -124,7 +127,7 @@ class Checkpoints:
             # What comes after it is of a killed session, whose steps are taken again.
             end = complete.index(folder) + 1
             for old in complete[: max(0, end - self._keep)] + complete[end:]:
-                shutil.rmtree(old)
+                _remove_old(old)
             return folder
 
         self._together(lambda: begin() if first else None)
@@ -264,6 +267,8 @@ class Checkpoints:
 
     def _set_aside(self, damaged: Sequence[Path]) -> None:
         """Take damaged checkpoints out of the way, so that they are not among those kept."""
+        if self._read_only:
+            return
         for folder in damaged if self._processes.index == 0 else []:
             folder.rename(self._free_name(f"damaged-{folder.name}"))
 
@@ -362,6 +367,14 @@ def _size(folder: Path) -> int:
     """Return the bytes of the files in a folder; of one that has several links once."""
     files = [path.stat() for path in folder.rglob("*.pt")]
     return sum({(file.st_dev, file.st_ino): file.st_size for file in files}.values())
+
+
+def _remove_old(folder: Path) -> None:
+    """Remove a checkpoint that a newer one has followed; one that stays is no reason to end."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        logger.warning("%s cannot be removed: %s", folder, error.strerror)
 
 
 def _remove(path: Path) -> None:

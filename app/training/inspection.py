@@ -28,7 +28,9 @@ def explain_run(configuration: Configuration, runtime: Runtime, *, resume: bool)
     ranks, released = None, {}
     if resume:
         folder = Path(configuration.run.dir or "")
-        state = Checkpoints(folder / "checkpoints", runtime.processes, keep=1).load()
+        state = Checkpoints(
+            folder / "checkpoints", runtime.processes, keep=1, read_only=True
+        ).load()
         if state:
             ranks = state[0]["method"]["ranks"]
             released = state[0]["method"].get("released", {})

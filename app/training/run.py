@@ -78,7 +78,7 @@ def train(
     """
     earlier = find_folder(configuration, runtime, resume=resume)
     log = log or Log(is_first=runtime.is_first and on_epoch is None)
-    if earlier and (summary := finished(earlier, configuration)):
+    if earlier and (summary := _finished(earlier, configuration, runtime)):
         return Outcome(folder=earlier, summary=summary, finished_before=True)
     watchdog = Watchdog(
         timeout=configuration.distributed.timeout,
@@ -151,6 +151,14 @@ class _own_random_state:  # noqa: N801 - a context manager
 
     def __exit__(self, *error: Any) -> None:
         self._scope.__exit__(*error)
+
+
+def _finished(
+    folder: Path, configuration: Configuration, runtime: Runtime
+) -> dict[str, Any] | None:
+    """Return the summary of a run that has nothing left to do, as the first process finds it."""
+    summary = finished(folder, configuration) if runtime.is_first else None
+    return runtime.processes.from_first(summary)
 
 
 def _describe(parts: Parts, folder: Path) -> str:

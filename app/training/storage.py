@@ -123,6 +123,8 @@ def early_stopping_of(
     folder: Path,
     processes: Processes,
     check_owner: Callable[[], None] = lambda: None,
+    *,
+    read_only: bool = False,
 ) -> EarlyStopping | None:
     """Return what keeps a run's best weights; None without training.early_stopping. Collective.
 
@@ -130,7 +132,7 @@ def early_stopping_of(
         configuration: of the run.
         folder: of the run.
         processes: who writes and reads together.
-        check_owner: as of :class:`Checkpoints`.
+        check_owner, read_only: as of :class:`Checkpoints`.
     """
     patience = configuration.training.early_stopping
     if patience is None:
@@ -141,6 +143,7 @@ def early_stopping_of(
         keep=1,
         keys=BEST_KEYS,
         check_owner=check_owner,
+        read_only=read_only,
     )
     return EarlyStopping(best, patience=patience)
 

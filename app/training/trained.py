@@ -68,11 +68,13 @@ def trained(configuration: Configuration, runtime: Runtime) -> Iterator[tuple[Pa
     folder = Path(configuration.run.dir or "")
     processes = runtime.processes
     parts = build(configuration, runtime, check_steps=False, initial=False)
-    checkpoints = Checkpoints(folder / "checkpoints", processes, keep=1, keys=CHECKPOINT_KEYS)
+    checkpoints = Checkpoints(
+        folder / "checkpoints", processes, keep=1, keys=CHECKPOINT_KEYS, read_only=True
+    )
     state = checkpoints.load()
     if state is None:
         raise UserError(f"{folder} has no checkpoint: there are no weights as yet")
-    early_stopping = early_stopping_of(configuration, folder, processes)
+    early_stopping = early_stopping_of(configuration, folder, processes, read_only=True)
     processes.agree(lambda: restore(parts, early_stopping, *state))
     step = None
     if early_stopping:

@@ -153,6 +153,45 @@ def test_a_flipped_bit_in_any_file_is_named_and_the_one_before_is_taken(tmp_path
     assert {path.name for path in tmp_path.iterdir()} == {"step-00000010", "damaged-step-00000020"}
 
 
+def test_who_reads_alone_renames_nothing(tmp_path):
+    """Such as app.evaluate, beside the training whose folder it is."""
+    checkpoints = Checkpoints(tmp_path, Processes(), keep=2)
+    save(checkpoints, 10)
+    save(checkpoints, 20)
+    newest = checkpoints.complete()[-1]
+    flip(newest / "state.pt")
+    reader = Checkpoints(tmp_path, Processes(), keep=2, read_only=True)
+    assert reader.load()[0]["step"] == 10
+    assert reader.newest_step() == 10
+    assert checkpoints.complete()[-1] == newest
+
+
+def test_memory_that_runs_out_is_no_damage(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, Processes(), keep=2)
+    save(checkpoints, 10)
+
+    def no_memory(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+
+    monkeypatch.setattr(torch, "load", no_memory)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        checkpoints.load()
+    assert [path.name for path in checkpoints.complete()] == ["step-00000010"]
+
+
+def test_an_old_checkpoint_that_stays_is_no_reason_to_end(tmp_path, monkeypatch, caplog):
+    checkpoints = Checkpoints(tmp_path, Processes(), keep=1)
+    save(checkpoints, 10)
+
+    def gone(path, **_):
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr("shutil.rmtree", gone)
+    save(checkpoints, 20)
+    assert checkpoints.complete()[-1].name == "step-00000020"
+    assert "step-00000010 cannot be removed: No such file" in caplog.text
+
+
 def test_a_checkpoint_without_one_of_its_keys_is_passed_over(tmp_path, caplog):
     save(Checkpoints(tmp_path, Processes(), keep=2), 10)
     checkpoints = Checkpoints(tmp_path, Processes(), keep=2)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.image_folders import write_images
 from support.launching import ROOT, launch
 
 from app.config.settings import Configuration
@@ -154,6 +155,54 @@ def test_a_folder_that_is_not_shared_is_one_mistake(tmp_path):
     result = launch(2, "-c", program, code=2)
     assert result.stderr.count("error: run.dir: node ") == 1
     assert "(process 1): is not the folder that process 0 sees: choose a folder" in result.stderr
+
+
+def begun(folder, *keys):
+    """Start a training on two processes, each in a folder of its own; it is refused."""
+    program = (
+        "import os, sys\n"
+        f"sys.path.insert(0, os.path.join({str(folder)!r}, os.environ['PMI_RANK']))\n"
+        f"os.chdir(os.path.join({str(folder)!r}, os.environ['PMI_RANK']))\n"
+        "from app.command import run_command\n"
+        "from app.train import main\n"
+        f"run_command(lambda: main({['oialr.enabled=false', *keys]!r}))\n"
+    )
+    (error,) = launch(2, "-c", program, code=2).stderr.splitlines()
+    assert not list(folder.glob("**/metrics.h5"))
+    return error
+
+
+def test_networks_that_begin_with_other_bits_are_refused(tmp_path):
+    """A full-rank training went on with them, and nobody was told."""
+    for index in (0, 1):
+        place = tmp_path / str(index) / "mine"
+        place.mkdir(parents=True)
+        (place / "network.py").write_text(
+            "import numpy, torch\n\n"
+            "def build(*, input_shape, outputs):\n"
+            "    first = [torch.nn.Flatten(), torch.nn.Linear(64, 32)]\n"
+            "    model = torch.nn.Sequential(*first, torch.nn.Linear(32, outputs))\n"
+            "    model[2].bias.data += float(numpy.random.default_rng().random())\n"
+            "    return model\n"
+        )
+    error = begun(tmp_path, "model.name=mine.network:build", "model.arguments={}")
+    assert error.startswith(
+        "error: model: 2.bias is not the same on all processes: a network draws"
+    )
+
+
+def test_data_that_differ_between_nodes_are_refused(tmp_path):
+    """With an image less on one node, samples were trained on there and validated on here."""
+    for index in (0, 1):
+        for name in ("train", "val"):
+            write_images(tmp_path / str(index) / "data" / name, 12)
+    next((tmp_path / "1" / "data" / "train").glob("*/5.png")).unlink()
+    keys = ["data.name=image_folder", "data.root=data", "data.image_size=16", "data.workers=0"]
+    keys += ["training.batch_size=8", "model.name=lenet5", "model.arguments={}"]
+    error = begun(tmp_path, *keys)
+    assert error.startswith("error: data.root: process 1 on ")
+    assert "(train_size 31 and 32)" in error
+    assert "data.stage_to" in error
 
 
 def test_the_digest_of_the_program_covers_application_and_library(monkeypatch, tmp_path):

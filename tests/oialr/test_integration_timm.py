@@ -30,10 +30,10 @@ EXAMPLE = "with_timm"
 class Program:
     """As train.py: what is there, in its order, and the loop."""
 
-    def __init__(self, options, *, seed=0, resume=None):
+    def __init__(self, options, *, seed=0, resume=None, take=oialr_in_loop):
         self.model = network(seed)
         self.optimizer = create_optimizer_v2(self.model, opt="adamw", lr=1e-2, weight_decay=0.1)
-        self.method = oialr_in_loop(self.model, self.optimizer, **options)
+        self.method = take(self.model, self.optimizer, **options)
         if resume:
             resume_checkpoint(self.model, str(resume), self.optimizer, log_info=False)
         self.average = ModelEmaV3(self.model, decay=0.9)
@@ -75,9 +75,7 @@ def equal(one, two):
 @pytest.mark.slow
 def test_it_is_what_a_loop_of_ones_own_does():
     program = Program(OPTIONS).train(STEPS)
-    other = Program({**OPTIONS, "delay": 10**6})
-    other.method = OIALR(other.model, other.optimizer, **OPTIONS)
-    other.method.follow(other.average)
+    other = Program(OPTIONS, take=OIALR)
     other.average.update = lambda model: other.method.step() and None
     other.train(STEPS)
     assert equal(program.model, other.model)

@@ -62,7 +62,8 @@ def test_wrappers_of_network_and_optimizer_are_taken_off():
 
 @pytest.mark.slow
 def test_a_wrapper_from_before_an_event_says_so(group):
-    model, optimizer, _ = make()
+    model = network(0)
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
     old = DistributedDataParallel(model)
     method = OIALR(old, optimizer, **SCHEDULE)
     train(old, optimizer, method, 5)
@@ -91,7 +92,8 @@ def count_calls(state, bucket):
 @pytest.mark.slow
 def test_a_wrapper_may_be_renewed_in_its_place(group):
     """With what it was made with; replaced parameters are held by it no longer."""
-    model, optimizer, _ = make()
+    model = network(0)
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
     wrapper, calls = DistributedDataParallel(model, find_unused_parameters=True), []
     wrapper.register_comm_hook(calls, count_calls)
     method = OIALR(wrapper, optimizer, cutoff=0.4, **SCHEDULE)
