@@ -116,6 +116,17 @@ supervise() {
     elif [ "$exit_code" -eq 2 ] || $terminated; then
         exit "$exit_code"
     elif [ "$exit_code" -eq 75 ] || $stopped; then
+        # A search's evaluation that is longer than a job would begin anew in each, for ever.
+        local in_vain="$run_dir/.stopped-in-vain"
+        if [ "$(results || true)" != "$before" ]; then
+            rm -f "$in_vain"
+        elif [ -e "$in_vain" ]; then
+            echo "Stopped (exit code $exit_code) for the second time without new results: give it" \
+                "more time (--time), or --signal=B:USR1@SECONDS: $run_dir" >&2
+            exit "$exit_code"
+        elif [ -d "$run_dir" ]; then
+            touch "$in_vain"
+        fi
         requeue "Stopped (exit code $exit_code)" "$exit_code"
     elif [ "$(results || true)" != "$before" ]; then
         requeue "Failed (exit code $exit_code), after new results" "$exit_code"

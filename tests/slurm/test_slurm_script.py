@@ -249,6 +249,27 @@ def test_exit_code_75_requeues_the_job(site: Path) -> None:
     assert (site / "scontrol_arguments").read_text() == f"requeue {JOB}\n"
 
 
+def test_what_is_stopped_twice_in_vain_is_not_requeued(site: Path) -> None:
+    """As a search whose evaluation is longer than the time limit; a result begins anew."""
+    folder = site / "runs" / f"oialr_resnet-{JOB}"
+    folder.mkdir(parents=True)
+    step = folder / "checkpoints" / "step-00000100"
+    asked = site / "scontrol_arguments"
+    for body, requeued in (
+        ("exit 75", True),
+        ("exit 75", False),
+        (f"mkdir -p {step}; exit 75", True),
+        ("exit 75", True),
+        ("exit 75", False),
+    ):
+        install(site, "srun", FAKE_SRUN.format(body=body))
+        asked.unlink(missing_ok=True)
+        exit_code, _, errors = submit(site)
+        assert exit_code == 75
+        assert asked.exists() == requeued
+        assert ("for the second time without new results" in errors) == (not requeued)
+
+
 def test_failed_requeue_names_the_run(site: Path) -> None:
     install(site, "srun", FAKE_SRUN.format(body="exit 75"))
     install(site, "scontrol", FAKE_SCONTROL.format(exit_code=1))
