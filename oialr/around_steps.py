@@ -70,6 +70,7 @@ class AroundSteps:
         self.leave(optimizer)
 
     def _before_storing(self, optimizer: Optimizer) -> None:
+        self._put_back = None  # of a state that could not be stored
         if self._in_closure:
             self._put_back = self.suspend(optimizer)
         else:

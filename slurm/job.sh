@@ -78,10 +78,13 @@ train() {
     supervise "${launch[@]}" app.train "${from[@]}" "${data[@]}" "$@" "run.dir=$run_dir"
 }
 
-# What the run has brought so far: checkpoints, or finished evaluations of a search.
+# What the run has brought so far: checkpoints by their steps, or evaluations of a search, which
+# count whatever they came to.
 results() {
     find -H "$run_dir" -maxdepth 3 \
-        \( -path '*/checkpoints/step-*' -o -path '*/evaluations/*/summary.json' \) 2>/dev/null | sort
+        \( -path '*/checkpoints/step-*' -o -path '*/evaluations/*/recorded' \
+        -o -path '*/evaluations/*/summary.json' \) 2>/dev/null |
+        sed -E 's|(/step-[0-9]+)-[0-9]+$|\1|' | sort -u
 }
 
 # Run a step in run_dir to its end; return only if it is done, otherwise requeue the job or fail.
@@ -117,15 +120,16 @@ supervise() {
         exit "$exit_code"
     elif [ "$exit_code" -eq 75 ] || $stopped; then
         # A search's evaluation that is longer than a job would begin anew in each, for ever.
-        local in_vain="$run_dir/.stopped-in-vain"
-        if [ "$(results || true)" != "$before" ]; then
+        local in_vain="$run_dir/.stopped-in-vain" now
+        now="$SLURM_JOB_ID $(results || true)"
+        if [ "$now" != "$SLURM_JOB_ID $before" ]; then
             rm -f "$in_vain"
-        elif [ -e "$in_vain" ]; then
+        elif [ "$(cat "$in_vain" 2>/dev/null)" = "$now" ]; then
             echo "Stopped (exit code $exit_code) for the second time without new results: give it" \
                 "more time (--time), or --signal=B:USR1@SECONDS: $run_dir" >&2
             exit "$exit_code"
-        elif [ -d "$run_dir" ]; then
-            touch "$in_vain"
+        elif [ -d "$run_dir" ]; then # what the next stop in vain is held against
+            echo "$now" >"$in_vain" || true
         fi
         requeue "Stopped (exit code $exit_code)" "$exit_code"
     elif [ "$(results || true)" != "$before" ]; then

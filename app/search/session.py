@@ -277,6 +277,7 @@ class _Session:
         if self._store:
             self._claim.check()
             self._store.append(evaluation)
+            _leave_sign(self._folder / evaluation.folder)
             self._tally.add(self._additions.read())
             best = self._tally.best
             self._progress.evaluation(evaluation, self._tally.count, best)
@@ -348,6 +349,13 @@ def _conclude(
         claim.check()
         write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
+
+
+def _leave_sign(folder: Path) -> None:
+    """Leave in an evaluation's folder that it is in the store, for slurm/job.sh."""
+    with naming("run.dir", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "recorded").touch()
 
 
 def _train_best(

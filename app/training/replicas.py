@@ -41,20 +41,25 @@ def check_same_data(task: Task, processes: Processes) -> None:
 
 
 def check_replicas(model: nn.Module, processes: Processes) -> None:
-    """Reject networks that begin with different bits. A collective call.
+    """Reject networks whose parameters begin with different bits. A collective call.
+
+    Buffers become those of process 0 with the first step.
 
     Raises:
-        AgreedUserError: they do; it names the first parameter or buffer.
+        AgreedUserError: they do; it names the first of them.
     """
-    if processes.count == 1:
+    parameters = dict(model.named_parameters())
+    if processes.count == 1 or not parameters:
         return
-    tensors = model.state_dict()
     device = next(model.parameters()).device
-    checksums = torch.stack([checksum([tensor], device) for tensor in tensors.values()])
-    different, _ = compare(checksums, processes)
+    checksums = [
+        checksum([torch.view_as_real(p) if p.is_complex() else p], device)
+        for p in parameters.values()
+    ]
+    different, _ = compare(torch.stack(checksums), processes)
     if different:
         raise AgreedUserError(
-            f"model: {list(tensors)[different[0]]} is not the same on all processes: a network "
+            f"model: {list(parameters)[different[0]]} is not the same on all processes: a network "
             "draws its numbers from torch's generator alone, which run.seed has seeded, and "
             "model.initial must be the same file on all nodes"
         )

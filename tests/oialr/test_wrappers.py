@@ -301,6 +301,24 @@ def test_a_state_that_is_stored_within_a_step_is_that_between_steps(has_schedule
     assert all(map(torch.equal, *ends))
 
 
+def test_a_state_that_could_not_be_stored_within_a_step_is_forgotten():
+    options = {**CUT, "delay": 2, "core_learning_rate_factor": 3.0, "has_schedule": True}
+    model, optimizer, method = make("sgd", **options)
+    train(model, optimizer, method, 4)
+    groups = len(optimizer.param_groups)
+
+    def closure():
+        hook = optimizer.register_state_dict_post_hook(lambda *_: fails(), prepend=True)
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.state_dict()
+        hook.remove()
+        return model(batch(4)[0]).square().sum()
+
+    optimizer.step(closure)
+    optimizer.state_dict()
+    assert len(optimizer.param_groups) == groups
+
+
 def test_schedules_that_would_pass_over_the_factor_are_refused():
     model, optimizer, method = make(core_learning_rate_factor=3.0)
     torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=20)

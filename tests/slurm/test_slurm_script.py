@@ -255,18 +255,22 @@ def test_what_is_stopped_twice_in_vain_is_not_requeued(site: Path) -> None:
     folder.mkdir(parents=True)
     step = folder / "checkpoints" / "step-00000100"
     asked = site / "scontrol_arguments"
+    recorded = folder / "evaluations" / "00003"
     for body, requeued in (
         ("exit 75", True),
         ("exit 75", False),
         (f"mkdir -p {step}; exit 75", True),
+        (f"mv {step} {step}-1; exit 75", True),  # the same step once more is nothing new
+        ("exit 75", False),
+        (f"mkdir -p {recorded}; touch {recorded}/recorded; exit 1", True),
         ("exit 75", True),
         ("exit 75", False),
     ):
         install(site, "srun", FAKE_SRUN.format(body=body))
         asked.unlink(missing_ok=True)
         exit_code, _, errors = submit(site)
-        assert exit_code == 75
-        assert asked.exists() == requeued
+        assert exit_code == (1 if "exit 1" in body else 75)
+        assert asked.exists() == requeued, body
         assert ("for the second time without new results" in errors) == (not requeued)
 
 
