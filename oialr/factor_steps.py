@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from oialr.around_steps import AroundSteps
-from oialr.linalg.precision import full_precision
+from oialr.linalg.precision import without_autocast
 from oialr.optimizers.registry import full_name, rule_of
 from oialr.optimizers.rule import OptimizerRule
 from oialr.options import Release
@@ -90,7 +90,7 @@ class FactorSteps(AroundSteps):
         """Let the factors decay."""
         if not self._decay or self._since() is None:
             return
-        with full_precision():
+        with without_autocast():
             for position in self._groups.positions("factors"):
                 self._decay_factors(optimizer, optimizer.param_groups[position], self._decay)
 

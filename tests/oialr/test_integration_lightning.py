@@ -76,18 +76,13 @@ def fitted(epochs, seed=0, checkpoint=None, **options):
     return model, callback, training
 
 
-def equal(one, two):
-    return all(map(torch.equal, one.parameters(), two.parameters()))
-
-
-@pytest.mark.slow
-def test_it_is_what_a_loop_of_ones_own_does():
-    model, callback, _ = fitted(6)
+def by_a_loop(epochs, **options):
+    """Train as :func:`fitted` does, in a loop of one's own; return the module and its method."""
     other = module()
     optimizer = torch.optim.AdamW(other.parameters(), lr=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6)
-    method = OIALR(other, optimizer, **OPTIONS)
-    for _ in range(6):
+    method = OIALR(other, optimizer, **{**OPTIONS, **options})
+    for _ in range(epochs):
         for number, batch in enumerate(data()):
             (other.training_step(batch, number) / 2).backward()
             if number % 2:
@@ -96,6 +91,17 @@ def test_it_is_what_a_loop_of_ones_own_does():
                 method.step()
                 optimizer.zero_grad()
         schedule.step()
+    return other, method
+
+
+def equal(one, two):
+    return all(map(torch.equal, one.parameters(), two.parameters()))
+
+
+@pytest.mark.slow
+def test_it_is_what_a_loop_of_ones_own_does():
+    model, callback, _ = fitted(6)
+    other, method = by_a_loop(6)
     assert method.step_count == callback.method.step_count == 6 * BATCHES // 2
     assert callback.method.ranks() == method.ranks() != {name: 20 for name in method.ranks()}
     assert equal(model, other)
@@ -243,19 +249,7 @@ def test_factors_decay_as_in_a_loop_of_ones_own():
     """Lightning makes the gradients within the optimizer's step."""
     options = {"release": 5, "frobenius_decay": 0.5, "cutoff": 0.6, "largest_cut": 0.8}
     model, _, _ = fitted(4, **options)
-    other = module()
-    optimizer = torch.optim.AdamW(other.parameters(), lr=1e-2)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6)
-    method = OIALR(other, optimizer, **{**OPTIONS, **options})
-    for _ in range(4):
-        for number, batch in enumerate(data()):
-            (other.training_step(batch, number) / 2).backward()
-            if number % 2:
-                nn.utils.clip_grad_norm_(other.parameters(), 0.5)
-                optimizer.step()
-                method.step()
-                optimizer.zero_grad()
-        schedule.step()
+    other, _ = by_a_loop(4, **options)
     for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs)  # where rates are the same but for rounding
 
