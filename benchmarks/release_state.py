@@ -96,10 +96,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=10, help="at least 2, for the standard errors")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.add_argument("--quick", action="store_true", help="two seeds of Adam alone")
     options = parser.parse_args()
+    if options.seeds < 2:
+        parser.error(f"--seeds must be at least 2, not {options.seeds}: a standard error needs two")
     from sklearn.datasets import load_digits
 
     bunch: Any = load_digits()

@@ -1,8 +1,9 @@
 """A cell of a study: one training of one network by one method, in a folder of its own.
 
 The folder is that of an ordinary run, with two files beside: cell.json tells configuration, commit
-and fingerprint, log.txt what the run has said. The fingerprint is a hash of the weights after 50
-steps, where the run is stopped and resumed: to the last bit the run that is never stopped.
+and fingerprint, output.txt what its processes have printed. The fingerprint is a hash of the
+weights after 50 steps, where the run is stopped and resumed: to the last bit the run that is never
+stopped.
 """
 
 import hashlib
@@ -24,6 +25,7 @@ from app.command import EXIT_STOPPED
 from benchmarks.study.definition import ROOT
 
 FINGERPRINT_STEPS = 50
+OUTPUT = "output.txt"
 PROGRAM = ("app", "oialr")
 """Folders of the program."""
 IDLE = 0.5
@@ -264,7 +266,7 @@ class Runner:
             ranks = place / "ranks.json"
             ranks.write_text(json.dumps(cell.ranks))
             program = ["-m", "benchmarks.study.given_ranks", str(ranks)]
-        with (place / "log.txt").open("a+") as log:
+        with (place / OUTPUT).open("a+") as log:
             code = self._call([sys.executable, *program, *arguments], log)
             if code == 0 or (code == EXIT_STOPPED and not self._stopped):
                 return
@@ -277,7 +279,7 @@ class Runner:
         if code == 1 and re.search("the loss is|has diverged", reason):  # and would do so again
             failed = {"digest": self._code.digest, "reason": reason}
             write_record(place, {**read_record(place), "failed": failed})
-        raise CellError(f"{reason} ({place / 'log.txt'})")
+        raise CellError(f"{reason} ({place / OUTPUT})")
 
     def _call(self, command: list[str], log: Any) -> int:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

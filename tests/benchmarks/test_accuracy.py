@@ -762,6 +762,9 @@ def test_a_study_is_run_once_and_read_ever_after(tmp_path):
     for place in (tmp_path / "runs" / "cells" / "tiny").iterdir():
         (found,) = read_record(place)["fingerprints"].values()
         assert found == fingerprint(place)
+        said = (place / "log.txt").read_text().splitlines()
+        assert len(said) == len(set(said))  # what was printed is kept beside it
+        assert said[-1] in (place / "output.txt").read_text()
     for name in ("table.md", "table.json", "fronts.png"):
         assert (tmp_path / "runs" / "small" / name).stat().st_size
     again = launch(0, *command, "--archive", tmp_path / "cells.jsonl", cwd=tmp_path)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.launching import ROOT, launch
 
-from benchmarks import inference
+from benchmarks import inference, release_state
 from benchmarks.step_time import rank_at
 
 NAMES = sorted(path.stem for path in (ROOT / "benchmarks").glob("[!_]*.py"))
@@ -47,6 +47,13 @@ def test_the_table_of_inference_is_that_of_its_page():
     for case in inference.CASES:
         for batch in inference.BATCHES[:2]:
             assert f"| {case.name} | {batch} | " in page
+
+
+def test_a_standard_error_of_one_seed_is_refused_before_the_trainings(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["release_state", "--seeds", "1"])
+    with pytest.raises(SystemExit, match="2"):
+        release_state.main()
+    assert "--seeds must be at least 2, not 1" in capsys.readouterr().err
 
 
 @pytest.mark.slow
