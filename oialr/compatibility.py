@@ -82,3 +82,20 @@ def free_communicators_of_heat() -> Iterator[None]:
             communicator.Free()
     finally:
         MPICommunication.Split = split  # type: ignore[method-assign]
+
+
+@contextmanager
+def without_fused_attention() -> Iterator[None]:
+    """Keep nn.TransformerEncoderLayer and nn.MultiheadAttention from their one kernel for all.
+
+    It calls none of their layers, so that nobody sees what these meet, and ONNX does not know it.
+    The setting is the whole program's and comes back at the end.
+    """
+    import torch
+
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

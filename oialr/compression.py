@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from oialr.compatibility import without_fused_attention
 from oialr.convert import factorize_layer
 from oialr.errors import DivergedError
 from oialr.input_moments import InputMoments, scarce, unseen
-from oialr.layer_survey import LayerReport, parameter_counts, survey
+from oialr.layer_survey import LayerReport, factorizable, parameter_counts, survey
 from oialr.layers.base import FactoredLayer
 from oialr.linalg.precision import full_precision
-from oialr.linalg.svd import Factors, economy_svd
+from oialr.linalg.svd import Factors, balanced, economy_svd, truncated
 from oialr.linalg.weighting import taken_back, weighted
 from oialr.options import Options, Selection
 from oialr.sharding import whole
@@ -133,12 +134,7 @@ def compress(
 def _layers(model: nn.Module, options: Options) -> list[LayerReport]:
     if any(isinstance(module, FactoredLayer) for module in model.modules()):
         raise ValueError("the network is low-rank already: oialr.to_dense(model) makes it dense")
-    found = survey(model, options, minimum_rank_fraction=options.minimum_rank_fraction)
-    layers = [layer for layer in found if layer.stays_dense is None]
-    if not layers:
-        reasons = {layer.stays_dense or "" for layer in found}
-        raise ValueError(f"no layer can be factorized: {'; '.join(sorted(reasons))}")
-    return layers
+    return factorizable(survey(model, options, minimum_rank_fraction=options.minimum_rank_fraction))
 
 
 def _roots(
@@ -153,18 +149,16 @@ def _roots(
     moments.watch(layers, without_gradients=True)
     modes = {module: module.training for module in model.modules()}
     model.eval()
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # which calls no layers
     try:
-        for batch in chain([first], batches):
-            if isinstance(batch, Mapping):
-                model(**batch)
-            elif isinstance(batch, tuple | list):
-                model(*batch)
-            else:
-                model(batch)
+        with without_fused_attention():
+            for batch in chain([first], batches):
+                if isinstance(batch, Mapping):
+                    model(**batch)
+                elif isinstance(batch, tuple | list):
+                    model(*batch)
+                else:
+                    model(batch)
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
         moments.end()
         for module, mode in modes.items():
             module.training = mode
@@ -199,13 +193,11 @@ def _replace(
     model: nn.Module, layer: LayerReport, factors: Factors, r: int, options: Options
 ) -> None:
     weight = model.get_parameter(layer.name)
-    U, s, Vh = (factor.to(weight.dtype) for factor in factors)
-    U, s, Vh = U[..., :r].contiguous(), s[..., :r], Vh[..., :r, :].contiguous()
+    kept = truncated(factors, r, weight.dtype)
     if options.release is not None:
-        root = s.sqrt()
-        parts: tuple[Tensor, ...] = (U * root[..., None, :], root[..., :, None] * Vh)
+        parts: tuple[Tensor, ...] = balanced(kept)
     else:
-        parts = (U, torch.diag_embed(s), Vh)
+        parts = (kept.U, torch.diag_embed(kept.s), kept.Vh)
     twin = factorize_layer(model, layer.name, *parts)
     twin.configure(
         execution=options.execution, recompute_convolutions=options.recompute_convolutions

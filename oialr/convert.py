@@ -72,12 +72,16 @@ def to_dense(model: nn.Module) -> nn.Module:
     return model
 
 
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module, path: str) -> None:
+def put_in_place(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put a module in the place of another, wherever the network holds it."""
-    if new is old:
-        return
     for parent in list(model.modules()):
         for key, child in parent._modules.items():
             if child is old:
                 parent._modules[key] = new
-    retire(old, path, [*kind_of(old).weights, *FACTOR_NAMES])
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module, path: str) -> None:
+    """Put a module in the place of another, and let the old one say so to whoever has kept it."""
+    if new is not old:
+        put_in_place(model, old, new)
+        retire(old, path, [*kind_of(old).weights, *FACTOR_NAMES])

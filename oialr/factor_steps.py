@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 
 from oialr.around_steps import AroundSteps
 from oialr.linalg.precision import without_autocast
-from oialr.optimizers.registry import full_name, rule_of
+from oialr.naming import full_name
+from oialr.optimizers.registry import rule_of
 from oialr.optimizers.rule import OptimizerRule
 from oialr.options import Release
 from oialr.parameter_groups import TwinGroups

@@ -28,6 +28,7 @@ from oialr.forms import (
 )
 from oialr.layers.base import FACTOR_NAMES
 from oialr.linalg.checksum import checksum
+from oialr.naming import some
 from oialr.preparation import prepare
 from oialr.sharding import whole
 
@@ -134,8 +135,8 @@ def _tensors_of(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
             continue
         seen[place] = name
         tensor = value.detach().cpu().contiguous()
-        whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-        tensors[name] = tensor if whole else tensor.clone()
+        is_all = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+        tensors[name] = tensor if is_all else tensor.clone()
     return tensors, same
 
 
@@ -186,14 +187,9 @@ def _check_fits(network: nn.Module, state: Mapping[str, Tensor]) -> None:
         if forms.get(name) == DENSE:
             shapes[name] = torch.Size(shape)
     if missing := sorted(set(shapes) - set(state)):
-        raise ValueError(f"the file lacks {_some(missing)}")
+        raise ValueError(f"the file lacks {some(missing)}")
     if unknown := sorted(set(state) - set(shapes)):
-        raise ValueError(f"the network has no {_some(unknown)}")
+        raise ValueError(f"the network has no {some(unknown)}")
     for name, shape in shapes.items():
         if state[name].shape != shape:
             raise ValueError(f"{name} is {tuple(state[name].shape)}, and {tuple(shape)} there")
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from oialr.convert import put_in_place
 from oialr.layers.base import FactoredParts
 from oialr.layers.cost import MANY_ROWS
 from oialr.layers.registry import adapter_of
@@ -58,7 +59,7 @@ def for_inference(
         new = layer.plain(None if is_excluded else rows)
         if adapter_of(type(new)) is not None:  # as it was before the method
             logger.info("%s is dense: %s", path, "excluded" if is_excluded else "faster so")
-        _replace(plain, layer, new)
+        put_in_place(plain, layer, new)
     _leave_fused_kernels(plain)
     return plain.requires_grad_(False)
 
@@ -92,11 +93,3 @@ def _leave_fused_kernels(model: nn.Module) -> None:
     for encoder in model.modules():
         if isinstance(encoder, nn.TransformerEncoder) and changed & set(encoder.modules()):
             encoder.use_nested_tensor = False
-
-
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put a module in the place of another, wherever the network holds it."""
-    for parent in list(model.modules()):
-        for key, child in parent._modules.items():
-            if child is old:
-                parent._modules[key] = new

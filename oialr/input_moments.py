@@ -17,6 +17,7 @@ from oialr.convert import get_layer
 from oialr.layer_survey import LayerReport
 from oialr.linalg.precision import full_precision
 from oialr.linalg.weighting import root_of
+from oialr.naming import some
 from oialr.placement.processes import Processes
 
 LARGEST_SIDE = 8192
@@ -171,10 +172,9 @@ class InputWatch:
 
 def unseen(names: Sequence[str]) -> str:
     """Say of which weights nobody has seen inputs, for a warning."""
-    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     return (
         f"{len(names)} weights are cut by their own spectra, since what meets them was not seen: "
-        f"{shown}; layers of another kind, called by keyword or not at all, or compiled"
+        f"{some(names)}; layers of another kind, called by keyword or not at all, or compiled"
     )
 
 
@@ -187,7 +187,7 @@ def scarce(rows: Mapping[str, tuple[int, int]]) -> str:
     shown = [f"{name} ({seen} inputs, rank {rank})" for name, (seen, rank) in rows.items()]
     return (
         f"{len(rows)} weights are cut by what they compute of fewer inputs than their rank: "
-        f"{', '.join(shown[:3])}{', ...' if len(shown) > 3 else ''}"
+        f"{some(shown)}"
     )
 
 

@@ -1,16 +1,18 @@
 """Which layers of a network can be factorized, and why each of the others cannot."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
+from oialr.allocation import stored_parameters
 from oialr.layers.adapter import LayerAdapter
 from oialr.layers.base import FactoredLayer
 from oialr.layers.reading import MatrixReading
-from oialr.layers.registry import OTHER, adapter_of, full_name, is_layer, kind_of
+from oialr.layers.registry import OTHER, adapter_of, is_layer, kind_of
+from oialr.naming import full_name
 from oialr.obstacles import Obstacles
 from oialr.options import RankRule, Selection
 from oialr.outputs import output_layers
@@ -117,6 +119,20 @@ def survey(
     return reports
 
 
+def factorizable(reports: Iterable[LayerReport]) -> list[LayerReport]:
+    """Return the weights that can be factorized, in their order.
+
+    Raises:
+        ValueError: there is none; says why of all.
+    """
+    reports = list(reports)
+    layers = [report for report in reports if report.stays_dense is None]
+    if not layers:
+        reasons = {report.stays_dense or "" for report in reports}
+        raise ValueError(f"no layer can be factorized: {'; '.join(sorted(reasons))}")
+    return layers
+
+
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
     """Count the numbers in the trained parameters, and in all parameters."""
     parameters = list(model.parameters())
@@ -138,7 +154,7 @@ def _why_not(obstacles: Obstacles, report: LayerReport, minimum_rank_fraction: f
         return reason
     m, n = report.matrix_shape
     r = minimum_rank(report.full_rank, minimum_rank_fraction)
-    if r * (m + n) + r * r >= m * n:
+    if stored_parameters((m, n), r, has_core=True) >= m * n:
         return "too small to save anything at any rank"
     return None
 

@@ -30,7 +30,7 @@ from oialr.factor_steps import FactorSteps
 from oialr.forms import Form, check_can_take, form_of
 from oialr.gradients import GradientWatch
 from oialr.input_moments import InputMoments, InputWatch
-from oialr.layer_survey import LayerReport, parameter_counts, survey
+from oialr.layer_survey import LayerReport, factorizable, parameter_counts, survey
 from oialr.optimizer_state import check_forms, check_held, check_optimizer, check_stored_optimizer
 from oialr.options import RATE_FACTORS, READINGS, Options, signature_with_options
 from oialr.parameter_groups import TwinGroups
@@ -109,11 +109,8 @@ class OIALR:
             model, options, minimum_rank_fraction=options.minimum_rank_fraction
         )
         """Every multidimensional weight of the network, and why it stays dense if it does."""
-        self.layers = [report for report in self.survey if report.stays_dense is None]
+        self.layers = factorizable(self.survey)
         """Layers that the method factorizes, in the order of the network's modules."""
-        if not self.layers:
-            reasons = {report.stays_dense or "" for report in self.survey}
-            raise ValueError(f"no layer can be factorized: {'; '.join(sorted(reasons))}")
         little = little_factorized(model, self.survey)
         if little and self.processes.index == 0:
             logger.warning("%s", little)

@@ -15,8 +15,12 @@ Place = str | weakref.ref[nn.Parameter]
 """In a group: the name of a weight, or another parameter."""
 
 
+LISTS = ("params", "param_names")
+"""Keys of a group that have an entry for each parameter."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class MomentaryTwin:
+class Twin:
     """What a group is made by, of another."""
 
     kind: str
@@ -29,7 +33,7 @@ class MomentaryTwin:
 
     def options(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """Return the options, by those of the other group."""
-        kept = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        kept = {key: value for key, value in group.items() if key not in LISTS}
         # A copy: what an optimizer counts up in the group itself may not be counted up twice.
         options = copy.deepcopy(kept)
         options["lr"] = group["lr"] * self.learning_rate_factor
@@ -60,14 +64,14 @@ class MomentaryTwins(AroundSteps):
         """
         self._places = places
         self._kinds = kinds
-        self._twins: list[MomentaryTwin] = []
+        self._twins: list[Twin] = []
         self._first = 0
         """Position of the first twin while the optimizer steps."""
         self._whole: dict[int, list[nn.Parameter]] = {}
         """While the optimizer steps, what its groups hold otherwise, by their positions."""
         super().__init__(optimizer)
 
-    def add(self, twin: MomentaryTwin) -> None:
+    def add(self, twin: Twin) -> None:
         """Let there be another twin from the next step on."""
         self._twins.append(twin)
 

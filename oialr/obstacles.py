@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from oialr.layers.base import FACTOR_NAMES, FactoredLayer, FactoredParts
-from oialr.layers.registry import adapter_of, claims, full_name, is_plain, kind_of
+from oialr.layers.registry import adapter_of, claims, is_plain, kind_of
+from oialr.naming import full_name
 
 MASTER_DTYPES = (torch.float32, torch.float64)
 """Products of bases in half precision lose their orthogonality."""

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from oialr.naming import full_name
 from oialr.optimizers.registry import (
-    full_name,
     known_averages,
     known_base,
     known_names,

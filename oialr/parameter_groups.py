@@ -1,6 +1,5 @@
 """Groups of the optimizer for what takes the place of full-rank weights."""
 
-import copy
 import weakref
 from bisect import bisect
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +8,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.optim import Optimizer
 
-from oialr.momentary_groups import MomentaryTwin, MomentaryTwins, Place
+from oialr.momentary_groups import LISTS, MomentaryTwins, Place, Twin
 
 Kind = Literal["cores", "factors", "dense"]
 """Cores; the factors A and B after a release; full-rank weights that a release has brought back."""
@@ -79,24 +78,17 @@ class TwinGroups:
         if has_schedule and self._momentary is None:
             self._momentary = MomentaryTwins(optimizer, self._places, self._kinds)
         for i in sorted(set(self._origin.values())):
+            twin = Twin(
+                kind=kind, origin=i, learning_rate_factor=learning_rate_factor, change=change
+            )
             if self._momentary:
-                self._momentary.add(
-                    MomentaryTwin(
-                        kind=kind,
-                        origin=i,
-                        learning_rate_factor=learning_rate_factor,
-                        change=change,
-                    )
-                )
+                self._momentary.add(twin)
                 continue
-            origin, twin = optimizer.param_groups[i], len(optimizer.param_groups)
-            lists: dict[str, Any] = {key: [] for key in ("params", "param_names") if key in origin}
-            # A copy: what an optimizer counts up in the group itself may not be counted up twice.
-            options = copy.deepcopy({key: origin[key] for key in origin if key not in lists})
-            options["lr"] = origin["lr"] * learning_rate_factor
-            optimizer.add_param_group({**options, **(change(origin) if change else {}), **lists})
-            self._twins[kind, i], self._keys[twin] = twin, []
-            self._rate_factors[twin] = learning_rate_factor
+            origin, position = optimizer.param_groups[i], len(optimizer.param_groups)
+            lists: dict[str, Any] = {key: [] for key in LISTS if key in origin}
+            optimizer.add_param_group({**twin.options(origin), **lists})
+            self._twins[kind, i], self._keys[position] = position, []
+            self._rate_factors[position] = learning_rate_factor
 
     def rate_factors(self, optimizer: Optimizer) -> list[float]:
         """Return the learning rate of each group over that of its origin; 1 of any other group."""

@@ -88,7 +88,7 @@ class RankChoice:
             s, self._options, full_rank=report.full_rank, alignment=alignment, wanted=wanted
         )
         if release:
-            return r if r * (m + n) < m * n else None
+            return r if stored_parameters((m, n), r, has_core=False) < m * n else None
         waits = (
             is_dense and self._options.defer_conversion and not report.adapter.rank_pays(m, n, r)
         )

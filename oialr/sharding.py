@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from oialr.naming import names_of
 from oialr.wrappers import unwrapped, unwrapped_optimizer
 
 
@@ -30,7 +31,7 @@ def taken_whole(model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Opti
             "; what is low-rank already needs no OIALR to be trained on; or use "
             "DistributedDataParallel"
         )
-    if "ZeroRedundancyOptimizer" in _names(inner):
+    if "ZeroRedundancyOptimizer" in names_of(inner):
         raise ValueError(
             "ZeroRedundancyOptimizer chooses at its start which parameters each process trains, "
             "and the cores would never be among them: use the optimizer inside, such as AdamW; its "
@@ -153,7 +154,7 @@ def is_made_up(optimizer: Optimizer, options: Mapping[str, Any]) -> bool:
 
 def _split_like(value: Any, old: nn.Parameter, new: Any) -> Any:
     """Split an optimizer's average of a parameter as the parameter is; leave all else."""
-    if not isinstance(value, Tensor) or value.shape != old.shape or "DTensor" not in _names(new):
+    if not isinstance(value, Tensor) or value.shape != old.shape or "DTensor" not in names_of(new):
         return value
     from torch.distributed.tensor import distribute_tensor
 
@@ -164,18 +165,13 @@ def _split_like(value: Any, old: nn.Parameter, new: Any) -> Any:
 def split_by(model: nn.Module) -> str | None:
     """Return what splits the weights of a network, if something does."""
     modules = list(model.modules())
-    kinds = {name for module in modules for name in _names(module)}
+    kinds = {name for module in modules for name in names_of(module)}
     if "FullyShardedDataParallel" in kinds:
         return "FullyShardedDataParallel (FSDP)"
     if "FSDPModule" in kinds:
         return "fully_shard (FSDP2)"
-    if any("DTensor" in _names(parameter) for parameter in model.parameters()):
+    if any("DTensor" in names_of(parameter) for parameter in model.parameters()):
         return "DTensor"
     if any("_is_fsdp_managed_module" in module.__dict__ for module in modules):
         return "FullyShardedDataParallel (FSDP)"  # is around this network, and marks what is in it
     return None
-
-
-def _names(thing: object) -> set[str]:
-    """Return the names of an object's types."""
-    return {kind.__name__ for kind in type(thing).__mro__}

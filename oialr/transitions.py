@@ -14,7 +14,7 @@ from oialr.forms import Form, form_of, take_form
 from oialr.gradients import GradientWatch
 from oialr.layer_survey import LayerReport
 from oialr.layers.base import FactoredLayer
-from oialr.linalg.svd import Factors
+from oialr.linalg.svd import Factors, balanced, truncated
 from oialr.linalg.weighting import taken_back
 from oialr.memory import tensors_of
 from oialr.optimizer_state import check_before_event, replace_parameter, rotate_parameter
@@ -99,8 +99,8 @@ class Transitions(PresentLayers):
         report: LayerReport,
         factors: Factors,
         *,
-        release: bool = False,
-        weighting: Tensor | None = None,
+        release: bool,
+        weighting: Tensor | None,
     ) -> int:
         """Let factors take the place of what was factorized, and return the rank that is left.
 
@@ -130,7 +130,7 @@ class Transitions(PresentLayers):
             self._release(report, factors, r)
         return self.rank(report)
 
-    def put_factors(
+    def _put_factors(
         self, report: LayerReport, *factors: Tensor, kept: Literal["A", "B"] = "B"
     ) -> None:
         """Let a factorized layer take a dense one's place, in network and optimizer.
@@ -219,7 +219,7 @@ class Transitions(PresentLayers):
                 recompute_convolutions=self._options.recompute_convolutions,
             )
 
-    def put_dense(self, report: LayerReport) -> None:
+    def _put_dense(self, report: LayerReport) -> None:
         """Let a dense weight be one that a release has brought back, for the optimizer."""
         self.released[report.name] = "dense"
         self._groups.move(self._optimizer, "dense", report.name, self.weight(report))
@@ -234,14 +234,12 @@ class Transitions(PresentLayers):
         kept: Literal["A", "B"],
     ) -> None:
         """W = U diag(s) Vh, or A B of balanced factors."""
-        dtype = self.weight(report).dtype
-        U, s, Vh = (factor.to(dtype) for factor in factors)
-        U, s, Vh = U[..., :r].contiguous(), s[..., :r], Vh[..., :r, :].contiguous()
+        kept_part = truncated(factors, r, self.weight(report).dtype)
         if release:
-            root = s.sqrt()
-            self.put_factors(report, U * root[..., None, :], root[..., :, None] * Vh, kept=kept)
+            self._put_factors(report, *balanced(kept_part), kept=kept)
         else:
-            self.put_factors(report, U, torch.diag_embed(s), Vh)
+            U, s, Vh = kept_part
+            self._put_factors(report, U, torch.diag_embed(s), Vh)
 
     @torch.no_grad()
     def _release(self, report: LayerReport, factors: Factors, r: int) -> None:
@@ -272,7 +270,7 @@ class Transitions(PresentLayers):
         weight = densify_layer(self._model, report.name)
         weight.requires_grad_(core.requires_grad)
         self._replace_parameter(report, core, {weight: transport})
-        self.put_dense(report)
+        self._put_dense(report)
 
     @torch.no_grad()
     def _update(self, report: LayerReport, factors: Factors, r: int) -> None:

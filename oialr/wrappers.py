@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from oialr.naming import names_of
+
 logger = logging.getLogger(__name__)
 
 INSIDE = {
@@ -33,7 +35,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def unwrapped_optimizer(optimizer: Optimizer) -> Optimizer:
     """Return the optimizer inside that of accelerate."""
-    while "AcceleratedOptimizer" in _names(optimizer):
+    while "AcceleratedOptimizer" in names_of(optimizer):
         inside: Any = optimizer
         optimizer = inside.optimizer
     return optimizer
@@ -55,10 +57,10 @@ class Wrappers:
         nobody. torch.compile compiles again, but not for ever.
         """
         for wrapper in _around(self._model):
-            if "DistributedDataParallel" in _names(wrapper):
+            if "DistributedDataParallel" in names_of(wrapper):
                 if _refuse not in wrapper._forward_pre_hooks.values():
                     wrapper.register_forward_pre_hook(_refuse)
-            elif "OptimizedModule" in _names(wrapper):
+            elif "OptimizedModule" in names_of(wrapper):
                 self._count(wrapper)
         if getattr(self._model, "_compiled_call_impl", None) is not None:  # by its compile method
             self._count(self._model)
@@ -92,7 +94,7 @@ def renew_wrappers(model: nn.Module) -> None:
     """
     network = unwrapped(model)
     for wrapper in _around(network):
-        if "DistributedDataParallel" not in _names(wrapper):
+        if "DistributedDataParallel" not in names_of(wrapper):
             continue
         ddp: Any = wrapper
         state = ddp.__getstate__()
@@ -121,7 +123,7 @@ def _around(network: nn.Module) -> list[nn.Module]:
 
 
 def _wraps(thing: object) -> bool:
-    return issubclass(type(thing), nn.Module) and any(name in INSIDE for name in _names(thing))
+    return issubclass(type(thing), nn.Module) and any(name in INSIDE for name in names_of(thing))
 
 
 def _refuse(wrapper: nn.Module, _: Any) -> None:
@@ -135,9 +137,4 @@ def _refuse(wrapper: nn.Module, _: Any) -> None:
 
 
 def _name_inside(model: nn.Module) -> str | None:
-    return next((INSIDE[name] for name in _names(model) if name in INSIDE), None)
-
-
-def _names(thing: object) -> list[str]:
-    """Return the names of an object's types."""
-    return [kind.__name__ for kind in type(thing).__mro__]
+    return next((INSIDE[name] for name in names_of(model) if name in INSIDE), None)

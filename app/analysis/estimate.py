@@ -11,6 +11,7 @@ import torch
 from app.analysis.portions import operations, peak_bytes
 from app.runtime.processes import Runtime
 from oialr.layer_survey import LayerReport
+from oialr.placement.assignment import svd_cost
 from oialr.stability.measurement import measure_dense
 
 _OPERATIONS_PER_SECOND = 4e9
@@ -78,7 +79,7 @@ def measure_speed(
     mine = {shape: _time(shape, runtime.device) for shape in chosen}
     gathered = runtime.processes.gather(mine)
     measured = {shape: max(part[shape] for part in gathered) for shape in chosen}
-    ratios = [measured[m, n] / (max(m, n) * min(m, n) ** 2) for m, n in chosen]
+    ratios = [measured[shape] / svd_cost(shape) for shape in chosen]
     return Speed(measured=measured, others=sum(ratios) / len(ratios))
 
 

@@ -7,6 +7,7 @@ portion of the weights is measured over all checkpoints before the next one is l
 from collections.abc import Sequence
 
 from oialr.layer_survey import LayerReport
+from oialr.placement.assignment import svd_cost
 
 LARGEST = 2**24
 """Values of the weights that are measured together, unless a single one has more."""
@@ -15,8 +16,7 @@ _PORTIONS = 4  # for each process at least, so that little is lost by a kill, an
 
 def operations(layer: LayerReport) -> float:
     """Return l k^2 of a weight, summed over its matrices: to it a decomposition's time is due."""
-    m, n = layer.matrix_shape
-    return float(layer.groups * max(m, n) * min(m, n) ** 2)
+    return svd_cost(layer.stack_shape)
 
 
 def divide(layers: Sequence[LayerReport], process_count: int) -> list[list[LayerReport]]:

@@ -1,6 +1,6 @@
 """The weights that a run starts from, out of a file (model.initial), in place of random ones."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -16,9 +16,9 @@ from app.training.foreign_files import (
     without_wrappers,
 )
 from oialr.layers.base import FROZEN
+from oialr.naming import some
 from oialr.placement.processes import Processes
 
-_NAMED = 3
 """Entries that a message names."""
 
 
@@ -95,7 +95,7 @@ def _misfit(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
         if stored.shape != tensor.shape
     ]
     problems = [
-        f"{what} {_some(names)}"
+        f"{what} {some(names)}"
         for what, names in (
             ("it lacks", missing),
             ("the network has no", unexpected),
@@ -110,9 +110,4 @@ def _misfit(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
         for name, stored, _ in shared
         if stored.is_meta or (stored.is_floating_point() and not stored.isfinite().all())
     ]
-    return f"not finite: {_some(broken)}" if broken else ""
-
-
-def _some(names: Sequence[str]) -> str:
-    more = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+    return f"not finite: {some(broken)}" if broken else ""

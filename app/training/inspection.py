@@ -7,7 +7,7 @@ from app.errors import UserError
 from app.runtime.processes import Runtime
 from app.training.build import build
 from app.training.checkpoint import Checkpoints
-from oialr.explain import explain, rows_per_sample
+from app.training.layer_table import explain, rows_per_sample
 
 
 def explain_run(configuration: Configuration, runtime: Runtime, *, resume: bool) -> str:

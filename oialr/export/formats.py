@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from oialr.compatibility import without_fused_attention
 from oialr.convert import to_dense
 from oialr.errors import ExportError, UserError
 from oialr.export.state import dense_state, load_dense, read_stored, state_bytes, two_factors
@@ -172,10 +173,8 @@ def _program(model: nn.Module, samples: Samples) -> torch.export.ExportedProgram
     args, kwargs = tree_map(_at_least_two, arguments(samples))
     batch = torch.export.Dim("batch", min=1)
     shapes = tree_map(lambda x: {0: batch} if isinstance(x, Tensor) else None, (args, kwargs))
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # which ONNX does not know
     try:
-        with _quiet():
+        with without_fused_attention(), _quiet():
             return torch.export.export(
                 for_inference(model), args, kwargs, dynamic_shapes=shapes[1] or shapes[0]
             )
@@ -184,8 +183,6 @@ def _program(model: nn.Module, samples: Samples) -> torch.export.ExportedProgram
             f"torch.export cannot follow this network with a batch of any size: "
             f"{_first_line(error)}"
         ) from error
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def _at_least_two(x: Any) -> Any:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from oialr.layers import cost
 from oialr.layers.base import FactoredLayer
 from oialr.layers.cost import Way
-from oialr.layers.reading import MatrixReading, Side
+from oialr.layers.reading import MatrixReading
 from oialr.layers.twin import FactoredTwin
+from oialr.linalg.weighting import Side
 from oialr.options import Selection
 
 

@@ -11,8 +11,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.checkpoint import checkpoint
 
 from oialr.layers.adapter import LayerAdapter
-from oialr.layers.reading import MatrixReading, Side
+from oialr.layers.reading import MatrixReading
 from oialr.layers.twin import FactoredTwin
+from oialr.linalg.weighting import Side
 from oialr.options import Execution, Selection
 
 PLAIN = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -185,11 +186,7 @@ class FactoredConv(FactoredTwin):
 
     def extra_repr(self) -> str:
         """Describe the layer in one line."""
-        groups = f", groups={self.groups}" if self.groups > 1 else ""
-        return (
-            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
-            f"stride={self.stride}, padding={self.padding}{groups}, rank={self.rank}"
-        )
+        return described(self)
 
 
 class ConvAdapter(LayerAdapter):
@@ -269,6 +266,15 @@ class ConvAdapter(LayerAdapter):
 def is_depthwise(layer: _ConvNd) -> bool:
     """Whether every group of a convolution has a single channel of input."""
     return 1 < layer.groups == layer.in_channels
+
+
+def described(layer: Any) -> str:
+    """Describe a factorized convolution in one line, transposed or not."""
+    groups = f", groups={layer.groups}" if layer.groups > 1 else ""
+    return (
+        f"{layer.in_channels}, {layer.out_channels}, kernel_size={layer.kernel_size}, "
+        f"stride={layer.stride}, padding={layer.padding}{groups}, rank={layer.rank}"
+    )
 
 
 def memory_layout(x: Tensor, dimensions: int) -> torch.memory_format:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from oialr.layers.conv import CONVOLVE, PLAIN, ConvAdapter, memory_layout
+from oialr.layers.conv import CONVOLVE, PLAIN, ConvAdapter, described, memory_layout
 from oialr.layers.reading import MatrixReading
 from oialr.layers.twin import FactoredTwin
 
@@ -123,11 +123,7 @@ class FactoredConvTranspose(FactoredTwin):
 
     def extra_repr(self) -> str:
         """Describe the layer in one line."""
-        groups = f", groups={self.groups}" if self.groups > 1 else ""
-        return (
-            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
-            f"stride={self.stride}, padding={self.padding}{groups}, rank={self.rank}"
-        )
+        return described(self)
 
 
 class ConvTransposeAdapter(ConvAdapter):

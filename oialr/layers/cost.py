@@ -15,6 +15,7 @@ A full-rank layer takes 3 b m n. After a release both factors of W = A B are tra
 which takes 3 b r (m + n).
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 Way = Literal["factored", "folded", "dense"]
@@ -69,10 +70,17 @@ def released_multiply_adds(*, rows: int, m: int, n: int, r: int) -> float:
     return 3 * rows * r * (m + n)
 
 
-def training_cost(way: Way, *, rows: int, m: int, n: int, r: int) -> float:
-    """What such a step costs: its :func:`multiply_adds`, and :data:`SMALL_PRODUCT` if factored."""
+def training_cost(
+    way: Way, *, rows: int, m: int, n: int, r: int, counted: Callable[..., float] = multiply_adds
+) -> float:
+    """What such a step costs: its multiply-adds, and :data:`SMALL_PRODUCT` if factored.
+
+    Args:
+        counted: counts the multiply-adds of a kind of layer, as :func:`multiply_adds` those of a
+            linear one.
+    """
     narrow = rows * SMALL_PRODUCT * r if way == "factored" else 0
-    return multiply_adds(way, rows=rows, m=m, n=n, r=r) + narrow
+    return counted(way, rows=rows, m=m, n=n, r=r) + narrow
 
 
 def full_rank_cost(*, rows: int, m: int, n: int) -> float:
@@ -82,13 +90,18 @@ def full_rank_cost(*, rows: int, m: int, n: int) -> float:
 
 def cheapest_way(rows: int, m: int, n: int, r: int) -> Way:
     """Return the way of the smallest :func:`training_cost`. It is a function of shapes alone."""
-    cheapest: Way = "factored"
-    least = training_cost(cheapest, rows=rows, m=m, n=n, r=r)
+    return cheapest(multiply_adds, rows=rows, m=m, n=n, r=r)
+
+
+def cheapest(counted: Callable[..., float], *, rows: int, m: int, n: int, r: int) -> Way:
+    """Return that way for layers whose multiply-adds are counted otherwise."""
+    found: Way = "factored"
+    least = training_cost(found, rows=rows, m=m, n=n, r=r, counted=counted)
     for way in OTHER_WAYS:  # not min with a key, which torch.compile does not follow
-        cost = training_cost(way, rows=rows, m=m, n=n, r=r)
+        cost = training_cost(way, rows=rows, m=m, n=n, r=r, counted=counted)
         if cost < least:
-            cheapest, least = way, cost
-    return cheapest
+            found, least = way, cost
+    return found
 
 
 def rank_pays(m: int, n: int, r: int) -> bool:

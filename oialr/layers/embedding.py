@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from oialr.layers.adapter import LayerAdapter
-from oialr.layers.cost import OTHER_WAYS, SMALL_PRODUCT, Way
+from oialr.layers.cost import Way, cheapest
 from oialr.layers.twin import FactoredTwin
 
 
@@ -48,13 +48,7 @@ class FactoredEmbedding(FactoredTwin):
     @staticmethod
     def cheapest_way(rows: int, m: int, n: int, r: int) -> Way:
         """Return the way of the fewest multiply-adds, as of :mod:`oialr.layers.cost`."""
-        cheapest: Way = "factored"
-        least = multiply_adds(cheapest, rows=rows, m=m, n=n, r=r) + rows * SMALL_PRODUCT * r
-        for way in OTHER_WAYS:
-            cost = multiply_adds(way, rows=rows, m=m, n=n, r=r)
-            if cost < least:
-                cheapest, least = way, cost
-        return cheapest
+        return cheapest(multiply_adds, rows=rows, m=m, n=n, r=r)
 
     def extra_repr(self) -> str:
         """Describe the layer in one line."""

@@ -2,12 +2,8 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from torch import Tensor
-
-Side = Literal["columns", "rows"]
-"""Which side of a matrix meets a layer's inputs: the layer computes W x, or x^T W."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from oialr.layers.conv1d import Conv1DAdapter
 from oialr.layers.conv_transpose import ConvTransposeAdapter
 from oialr.layers.embedding import EmbeddingAdapter
 from oialr.layers.linear import LinearAdapter
+from oialr.naming import full_name
 
 _adapters: dict[type[nn.Module] | str, LayerAdapter] = {}
 """The adapter of each type, or of its full name."""
@@ -105,11 +106,6 @@ def is_plain(value: Any) -> bool:
     if isinstance(value, tuple):
         return all(map(is_plain, value))
     return value is None or isinstance(value, Number | str | bytes | torch.dtype | torch.device)
-
-
-def full_name(kind: type) -> str:
-    """Return the name of a type with its module."""
-    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 class _Other(LayerAdapter):

@@ -74,6 +74,18 @@ def economy_svd(matrix: Tensor) -> Factors:
     return Factors(*(factor.contiguous() for factor in (U, s, Vh)))
 
 
+def truncated(factors: Factors, r: int, dtype: torch.dtype) -> Factors:
+    """Keep what belongs to the first r singular values, in a dtype; U and Vh contiguous."""
+    U, s, Vh = (factor.to(dtype) for factor in factors)
+    return Factors(U[..., :r].contiguous(), s[..., :r], Vh[..., :r, :].contiguous())
+
+
+def balanced(factors: Factors) -> tuple[Tensor, Tensor]:
+    """Return A = U diag(s)^(1/2) (m, k) and B = diag(s)^(1/2) Vh (k, n), of which A B is W."""
+    root = factors.s.sqrt()
+    return factors.U * root[..., None, :], root[..., :, None] * factors.Vh
+
+
 def diagonal_svd(matrix: Tensor) -> Factors:
     """Factorize a diagonal matrix, or each of a stack: order and signs alone, without rounding.
 

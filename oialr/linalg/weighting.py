@@ -60,11 +60,8 @@ def taken_back(factors: Factors, r: int, S: Tensor, side: Side | None) -> Factor
         U (m, r), s (r,), Vh (r, n), or stacks of them.
     """
     U, s, Vh = (
-        factors.U[..., :r].to(S.dtype),
-        factors.s[..., :r].to(S.dtype),
-        factors.Vh[..., :r, :],
+        x.to(S.dtype) for x in (factors.U[..., :r], factors.s[..., :r], factors.Vh[..., :r, :])
     )
-    Vh = Vh.to(S.dtype)
     if side == "columns":
         Q, R = torch.linalg.qr(torch.linalg.solve_triangular(S.mT, Vh.mT, upper=True))
         inner = economy_svd(s[..., :, None] * R.mT)

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from oialr.naming import full_name
 from oialr.optimizers.rule import OptimizerRule
 
 _RULES: dict[type[Optimizer] | str, OptimizerRule] = {}
@@ -53,11 +54,6 @@ def known_names() -> list[str]:
 def known_averages() -> frozenset[str]:
     """Return the names of all entries that are known to have their parameter's shape."""
     return frozenset[str]().union(*(rule.averages for rule in _RULES.values()))
-
-
-def full_name(kind: type[Any]) -> str:
-    """Return the name of a type with its module's."""
-    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _look_up(kind: type[Any]) -> OptimizerRule | None:

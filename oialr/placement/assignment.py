@@ -4,6 +4,7 @@ Pure functions on shapes: nothing here communicates. All processes compute the s
 """
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -51,9 +52,9 @@ class Plan:
         return [layer for layer in self.order if len(self.groups[layer]) > 1]
 
 
-def svd_cost(m: int, n: int) -> float:
-    """Relative time of an economy SVD of an (m, n) matrix: m n min(m, n)."""
-    return float(m) * n * min(m, n)
+def svd_cost(shape: Sequence[int]) -> float:
+    """Relative time of an SVD of a matrix (m, n), or of a stack (g, m, n): g m n min(m, n)."""
+    return float(math.prod(shape)) * min(shape[-2:])
 
 
 def assign(costs: Sequence[float], process_count: int) -> list[int]:

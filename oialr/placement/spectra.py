@@ -26,7 +26,7 @@ def gather_energies(
         Of each matrix min(m, n) values, descending, the same on all processes; of a stack their
         sums over the matrices. None where a value is not finite or nothing converges.
     """
-    owners = assign([svd_cost(*shape[-2:]) for shape in shapes], processes.count)
+    owners = assign(list(map(svd_cost, shapes)), processes.count)
     mine = {
         i: _energies(get_matrix(i)) for i, owner in enumerate(owners) if owner == processes.index
     }

@@ -79,7 +79,7 @@ class Standstill:
         """Return the stability of each layer over the window; NaN: unknown, -inf: it diverged."""
         if not weights:
             return {}
-        costs = [report.groups * svd_cost(*report.matrix_shape) for report in weights]
+        costs = [svd_cost(report.stack_shape) for report in weights]
         owners = assign(costs, self._processes.count)
         mine = {
             report.name: _stability(self._earlier[report.name].to(weight), weight.detach())

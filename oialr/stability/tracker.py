@@ -58,9 +58,7 @@ class BasisTracker:
             reference_dtype: of the remembered bases. bfloat16 halves them and changes a stability
                 by less than 1e-3.
         """
-        owners = assign(
-            [layer.groups * svd_cost(*layer.matrix_shape) for layer in layers], processes.count
-        )
+        owners = assign([svd_cost(layer.stack_shape) for layer in layers], processes.count)
         self._mine = [
             layer for layer, owner in zip(layers, owners, strict=True) if owner == processes.index
         ]

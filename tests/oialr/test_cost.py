@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from oialr.explain import explain, rows_per_sample
-from oialr.folding import fold
+from app.training.folding import fold
+from app.training.layer_table import explain, rows_per_sample
 from oialr.layer_survey import survey
 from oialr.layers.cost import (
     MARGIN,

@@ -22,10 +22,10 @@ from support.kinds import (
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from app.training.layer_table import explain, rows_per_sample
 from oialr import Processes
 from oialr.allocation import stored_parameters
 from oialr.convert import to_dense
-from oialr.explain import explain, rows_per_sample
 from oialr.layer_survey import parameter_counts, survey
 from oialr.layers.base import FactoredLayer
 from oialr.layers.registry import kind_of

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from oialr.folding import fold
+from app.training.folding import fold
 from oialr.layer_survey import LayerReport
 from oialr.layers.registry import claims, kind_of
 from oialr.options import Execution
