@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from oialr import OIALR as OIALR
 
 __all__ = ["OIALR"]
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

@@ -44,7 +44,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m app.analyze",
         description=__doc__,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "checkpoints", nargs="+", metavar="CHECKPOINT", type=Path, help="file or folder of files"
@@ -92,7 +91,7 @@ def _run(options: argparse.Namespace) -> int:
     from app.analysis.selection import NOT_AVERAGED
     from app.runtime.processes import start_runtime
 
-    with start_runtime(device=options.device, timeout=1800) as runtime:
+    with start_runtime(device=options.device) as runtime:
         try:
             result = analyze(
                 options.checkpoints,

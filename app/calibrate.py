@@ -1,6 +1,5 @@
 """Measure what factorizations cost on this machine, for the plan of who factorizes what."""
 
-import argparse
 from collections.abc import Sequence
 
 from app.command import Parser, run_command
@@ -20,7 +19,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m app.calibrate",
         description=__doc__,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--output", metavar="PATH", default="calibration.json")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
@@ -32,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from app.runtime.calibration import measure_costs, write_costs
     from app.runtime.processes import start_runtime
 
-    with start_runtime(device=options.device, timeout=1800) as runtime:
+    with start_runtime(device=options.device) as runtime:
         costs = measure_costs(runtime.processes, runtime.device, quick=options.quick)
         runtime.processes.agree(
             lambda: write_costs(costs, options.output) if runtime.is_first else None

@@ -16,7 +16,9 @@ from app.errors import StorageError, UserError
 from app.runtime.launch import read_launch
 from app.runtime.streams import silence
 from app.runtime.versions import installed_versions
+from oialr.export import SUFFIXES
 
+LOG_FORMAT = "%(levelname)s: %(message)s"
 EXIT_USER = 2
 EXIT_STOPPED = 75
 """EX_TEMPFAIL: stopped after a checkpoint, to be resumed. See :func:`stop_code`."""
@@ -26,8 +28,8 @@ class Parser(argparse.ArgumentParser):
     """A parser whose complaints are those of any other mistake: one line, from one process."""
 
     def __init__(self, **options: Any) -> None:
-        """Give every front door ``--version``, too."""
-        super().__init__(**options)
+        """Keep the lines of examples as they are, and give every front door ``--version``."""
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
         self.add_argument(
             "--version", action=_Version, nargs=0, help="show the versions of program and packages"
         )
@@ -86,8 +88,7 @@ def run_command(main: Callable[[], int]) -> None:
 
 def describe_fault(error: BaseException) -> str:
     """Return a fault of ours or of the machine with its traceback."""
-    launch = read_launch()
-    which = f"process {launch.process_index} of {launch.process_count} failed:"
+    which = f"{read_launch().name} failed:"
     return "\n".join([which, *(part.rstrip("\n") for part in traceback.format_exception(error))])
 
 
@@ -116,7 +117,7 @@ def how_to_use(folder: Path) -> str:
     """Return the line that names what is done with the trained network of a run."""
     run = shlex.quote(str(folder))
     return (
-        f"use it: python -m app.export {run} --format dense|factors|onnx|torch-export; "
+        f"use it: python -m app.export {run} --format {'|'.join(SUFFIXES)}; "
         f"python -m app.evaluate {run}"
     )
 

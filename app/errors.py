@@ -10,7 +10,19 @@ __all__ = [
     "StorageError",
     "TakenOverError",
     "UserError",
+    "one_line",
+    "typed_line",
 ]
+
+
+def one_line(error: BaseException) -> str:
+    """Return what an error says, which may be many lines, as one; its type if it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def typed_line(error: BaseException) -> str:
+    """Return an error's type and what it says as one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 class StorageError(Exception):

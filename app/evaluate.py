@@ -27,7 +27,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m app.evaluate",
         description=__doc__,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "what", metavar="RUN|FILE", type=Path, help="folder of a run, or an exported file"
@@ -65,7 +64,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         what if is_run else options.run or run_of(what), options.overrides
     )
     device = "cpu" if what.suffix in PROGRAMS else options.device
-    with start_runtime(device=device, timeout=1800) as runtime:
+    with start_runtime(device=device) as runtime:
         if is_run:
             figures, step = evaluate_run(configuration, runtime, part)
         else:

@@ -7,14 +7,8 @@ from pathlib import Path
 
 from app.command import Parser, how_to_evaluate, run_command
 from app.errors import UserError
+from oialr.export import SUFFIXES
 
-FORMATS = {
-    "dense": ".pt",
-    "factors": ".safetensors",
-    "onnx": ".onnx",
-    "torch-export": ".pt2",
-}
-"""Suffixes of the files, as in :mod:`oialr.export.formats`, which takes torch to import."""
 SAMPLES = 16
 EXAMPLES = """\
 examples:
@@ -42,10 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m app.export",
         description=__doc__,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run")
-    parser.add_argument("--format", choices=FORMATS, default="dense", help="(dense)")
+    parser.add_argument("--format", choices=SUFFIXES, default="dense", help="(dense)")
     parser.add_argument(
         "--output", metavar="FILE", type=Path, help="(RUN/exported/FORMAT with its suffix)"
     )
@@ -74,8 +67,10 @@ def _export(options: argparse.Namespace) -> int:
     from oialr.export.files import EXPORTERS
 
     configuration = read_configuration(options.run, options.overrides)
-    output = options.output or options.run / "exported" / (options.format + FORMATS[options.format])
-    with start_runtime(device="cpu", timeout=1800) as runtime:
+    output = options.output or options.run / "exported" / (
+        options.format + SUFFIXES[options.format]
+    )
+    with start_runtime(device="cpu") as runtime:
         if runtime.process_count > 1:
             raise UserError("app.export runs as one process: leave mpirun out")
         with trained(configuration, runtime) as (parts, step):

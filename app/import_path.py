@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import Any
 
-from app.errors import UserError
+from app.errors import UserError, typed_line
 
 
 def is_import_path(name: str) -> bool:
@@ -33,7 +33,7 @@ def import_by_path(key: str, path: str) -> Any:
         for part in member.split("."):
             found = getattr(found, part)
     except Exception as error:  # a module may raise anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = typed_line(error)
         raise UserError(f"{key}: {path} cannot be imported ({reason})") from None
     if not callable(found):
         raise UserError(f"{key}: {path} is a {type(found).__name__}, expected what can be called")

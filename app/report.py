@@ -34,7 +34,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m app.report",
         description=__doc__,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="folder of a run")
     parser.add_argument(

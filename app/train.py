@@ -9,6 +9,7 @@ from pathlib import Path
 from app import config
 from app.command import (
     EXIT_USER,
+    LOG_FORMAT,
     Parser,
     describe_fault,
     how_to_draw,
@@ -30,7 +31,6 @@ from app.errors import (
 from app.runtime.latest import led_to
 from app.runtime.launch import read_launch
 
-LOG_FORMAT = "%(levelname)s: %(message)s"
 EXAMPLES = """\
 examples:
   python -m app.train
@@ -51,7 +51,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m app.train",
         description=__doc__,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", metavar="PATH", help="YAML file (configs/digits_vit.yaml)")
     parser.add_argument("--resume", metavar="DIR", help="go on with the run in this folder")

@@ -22,8 +22,7 @@ from app import config
 from app.errors import UserError
 from app.runtime.processes import Runtime, start_runtime
 from app.training.build import Parts, build
-from app.training.evaluation import evaluate
-from app.training.trained import read_configuration, samples_of, trained
+from app.training.trained import figures_of, read_configuration, samples_of, trained
 from oialr import compress
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,17 +47,8 @@ def measure(
     parts: Parts, sizes: list[float], part: str, samples: int, convolutions: str
 ) -> list[dict[str, object]]:
     """Return a row of figures for the network as it is, and for each size and way."""
-    if part not in parts.task.splits:
-        raise UserError(f"--part: the data have no part {part}: {', '.join(parts.task.splits)}")
-    runtime = parts.runtime
-
-    def figures(model: torch.nn.Module) -> dict[str, float]:
-        found = evaluate(model, parts.task, part, runtime.processes, runtime.device)
-        assert found is not None  # nobody asks for a stop
-        return found
-
     rows: list[dict[str, object]] = [
-        {"size": 1.0, "cut by": "not cut", **figures(parts.model.eval())}
+        {"size": 1.0, "cut by": "not cut", **figures_of(parts, parts.model.eval(), part)}
     ]
     inputs = samples_of(parts, samples)
     for size in sizes:
@@ -72,7 +62,7 @@ def measure(
                 convolutions=convolutions,
                 rank_multiple=1,
             )
-            rows.append({"size": size, "cut by": way, **figures(model.eval())})
+            rows.append({"size": size, "cut by": way, **figures_of(parts, model.eval(), part)})
     return rows
 
 
@@ -96,7 +86,7 @@ def main() -> None:
     sizes = [0.5] if options.quick else options.sizes
     try:
         with (
-            start_runtime(device="auto", timeout=1800) as runtime,
+            start_runtime(device="auto") as runtime,
             opened(run, options.overrides, runtime) as parts,
             torch.no_grad(),
         ):

@@ -234,7 +234,7 @@ def main() -> None:
     torch.set_num_threads(1)
     names = [name for name in NETWORKS if any(part in name for part in options.networks)]
     measured, simulated = {}, {}
-    with start_runtime(device="cpu", timeout=1800) as runtime:
+    with start_runtime(device="cpu") as runtime:
         processes = runtime.processes
         if options.calibration:
             costs = read_costs(options.calibration)

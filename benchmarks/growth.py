@@ -20,9 +20,7 @@ import argparse
 import json
 import os
 import re
-import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -34,6 +32,7 @@ import numpy as np
 from app.recording.store import Follower, MetricsStore
 from app.recording.thinning import is_recorded
 from app.runtime.launch import read_launch
+from benchmarks._mpirun import mpirun
 from benchmarks._tables import table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,12 +87,6 @@ def main() -> None:
     print(json.dumps(document) if options.json else table(document))
 
 
-def _mpirun(count: int, *arguments: str) -> list[str]:
-    beside = Path(sys.executable).parent / "mpirun"
-    mpirun = str(beside) if beside.exists() else shutil.which("mpirun") or "mpirun"
-    return [mpirun, "-n", str(count), sys.executable, *arguments]
-
-
 def _environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
@@ -143,7 +136,7 @@ def _growth(seen: Sequence[dict[str, int]], each: float, kind: str) -> dict[str,
 
 
 def _events(options: argparse.Namespace, count: int) -> dict[str, Any]:
-    command = _mpirun(count, "-m", "benchmarks.growth", "--events", str(options.events))
+    command = mpirun(count, "-m", "benchmarks.growth", "--events", str(options.events))
     output = subprocess.run(
         command, env=_environment(), stdout=subprocess.PIPE, check=True, text=True
     ).stdout
@@ -194,7 +187,7 @@ def _evaluations(options: argparse.Namespace, count: int) -> dict[str, Any]:
             f"search.processes_per_worker={count}",
         ]
         process = subprocess.Popen(
-            _mpirun(count, *arguments),
+            mpirun(count, *arguments),
             cwd=ROOT,
             env=_environment(),
             stdout=subprocess.PIPE,

@@ -20,14 +20,11 @@ and with figures that are stated for another network it predicts what 16 to 1,02
 import argparse
 import copy
 import json
-import shutil
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,6 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from app.runtime.launch import read_launch
 from app.runtime.processes import Runtime, start_runtime
+from benchmarks._mpirun import mpirun
 from benchmarks.step_time import at_rank_fraction, vision_transformer
 from oialr.layer_survey import parameter_counts
 from oialr.method import OIALR
@@ -98,11 +96,9 @@ def main() -> None:
 
 
 def _measure_under_mpirun(count: int, options: argparse.Namespace) -> dict[str, Any]:
-    beside = Path(sys.executable).parent / "mpirun"
-    mpirun = str(beside) if beside.exists() else shutil.which("mpirun") or "mpirun"
     arguments = ["--rounds", str(options.rounds), "--device", options.device]
     output = subprocess.run(
-        [mpirun, "-n", str(count), sys.executable, "-m", "benchmarks.scaling", *arguments],
+        mpirun(count, "-m", "benchmarks.scaling", *arguments),
         stdout=subprocess.PIPE,
         check=True,
         text=True,

@@ -81,6 +81,9 @@ def survey(
         minimum_rank_fraction: share of min(m, n) below which no rank falls.
         **keywords: options by name, as :class:`oialr.options.Selection` describes each.
 
+    Returns:
+        Of each weight how it is read as a matrix, and why it stays dense if it does.
+
     Raises:
         ValueError: a pattern matches no module that holds a multidimensional weight.
     """

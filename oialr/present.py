@@ -49,7 +49,7 @@ class Bases:
 
 
 class PresentLayers:
-    """Looks at the layers of a network, which all that is known of them is read from."""
+    """Reads off a network what each of its layers is now."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Look at a network and at the optimizer that holds the layers' weights."""

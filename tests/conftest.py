@@ -51,6 +51,16 @@ def pytest_collection_modifyitems(items):
             item.add_marker(folder)
 
 
+@pytest.fixture
+def own_random_state():
+    """torch's generator seeded for a test, and as it was before afterwards."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item):
     """Let a test that skips itself fail where nothing may be skipped, but for those of GPUs."""

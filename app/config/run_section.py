@@ -1,16 +1,15 @@
 """The section of the configuration that says where a run lives and how it is reported."""
 
 import difflib
-import re
 from typing import Self
 
 from pydantic import Field, model_validator
 
 from app.config.section import Section
+from app.import_path import is_import_path
 
 LOGGERS = ("tensorboard", "csv")
 """Names of the loggers that come along."""
-_IMPORTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
 class RunSection(Section):
@@ -49,7 +48,7 @@ class RunSection(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         for name in self.loggers:
-            if name not in LOGGERS and not _IMPORTED.fullmatch(name):
+            if name not in LOGGERS and not is_import_path(name):
                 near = difflib.get_close_matches(name, LOGGERS, n=1)
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise ValueError(

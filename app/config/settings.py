@@ -15,6 +15,9 @@ from app.config.run_section import RunSection
 from app.config.search_section import SearchSection
 from app.config.section import Section
 from app.errors import UserError
+from oialr.placement.assignment import Factorization
+
+PrecisionName = Literal["float32", "bfloat16", "float16"]
 
 LONGEST_CYCLE_EXPONENT = 9
 """Power of ten that the last cycle of the learning rate is at most longer than the first."""
@@ -50,7 +53,7 @@ class TrainingSection(Section):
         gt=0,
         description="Backward passes per optimizer step that a process splits its share into.",
     )
-    precision: Literal["float32", "bfloat16", "float16"] = Field(
+    precision: PrecisionName = Field(
         "float32",
         description="Of products in forward and backward; float16 scales the loss. Weights, "
         "factors, factorizations and optimizer state stay in float32.",
@@ -162,7 +165,7 @@ class DistributedSection(Section):
         "auto",
         description="auto: a GPU for each process if there are enough, otherwise CPUs.",
     )
-    factorization: Literal["auto", "owner", "heat", "replicated"] = Field(
+    factorization: Factorization = Field(
         "auto",
         description="owner: each layer is factorized by one process and sent to the others; heat: "
         "layers that can be are split over the processes by Heat; auto: where that ends an event "

@@ -1,8 +1,4 @@
-"""What is learned: data, loss and figures of merit.
-
-A task hands out batches on the device, each process its own share, and knows nothing of the network
-but that it is called with a batch's inputs. It never communicates.
-"""
+"""Data sets and tasks: a task hands out batches, and tells losses and figures of merit."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from app.data import sharding
+from app.data.task import Batch
 from app.errors import UserError
 
 if TYPE_CHECKING:
@@ -75,6 +76,10 @@ class ShardedTask:
         mine = sharding.share(global_batch.stop - global_batch.start, *self._process)
         count = mine.stop - mine.start
         return (mine if count else slice(0, 1)), count
+
+    def _count(self, batch: Batch) -> Tensor:
+        """Return a batch's samples as one of the sums of an evaluation: made where they are."""
+        return torch.full((), batch.count, dtype=torch.float64, device=self.device)
 
     def _to_device(self, numbers: np.ndarray) -> Tensor:
         """Bring numbers to the device, without waiting for the work that it has to do before."""

@@ -44,7 +44,7 @@ class Classification(ShardedTask):
             label_smoothing=self._label_smoothing,
             reduction="sum",
         )
-        return total * (1 / batch.global_count if batch.count else 0)
+        return total * batch.weight
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, float | Tensor]:
@@ -58,7 +58,7 @@ class Classification(ShardedTask):
         return {
             "loss": losses.sum(dtype=torch.float64),
             "accuracy": right.sum(dtype=torch.float64),
-            "count": torch.full((), batch.count, dtype=torch.float64, device=self.device),
+            "count": self._count(batch),
         }
 
     def example_batch(self) -> Batch:

@@ -84,7 +84,7 @@ class Forecasting(ShardedTask):
         See :class:`app.data.Task`.
         """
         errors = (model(batch.inputs) - batch.targets).square().mean(dim=(1, 2))
-        return errors.sum() * (1 / batch.global_count if batch.count else 0)
+        return errors.sum() * batch.weight
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, float | Tensor]:
@@ -99,7 +99,7 @@ class Forecasting(ShardedTask):
             "loss": squared,
             "mse": squared,
             "mae": errors.abs().mean(dim=(1, 2)).sum(),
-            "count": torch.full((), batch.count, dtype=torch.float64, device=self.device),
+            "count": self._count(batch),
         }
 
     def example_batch(self) -> Batch:

@@ -19,7 +19,7 @@ from app.data.image_listing import File
 from app.data.pixel_depth import PixelError, check_mode, to_rgb
 from app.data.randomness import seeded
 from app.data.sharding import Stream
-from app.errors import UserError
+from app.errors import UserError, one_line
 from oialr.compatibility import import_torchvision
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -102,7 +102,7 @@ def describe_problem(path: str, decode: bool, image_bits: int | None) -> str | N
 
 
 def _describe(path: str, error: Exception) -> str:
-    reason = " ".join(str(error).split())
+    reason = one_line(error)
     if isinstance(error, PixelError):
         return f"data.root: {path} {reason}"
     return f"data.root: {path} is not a readable image ({reason}); remove it"

@@ -14,7 +14,7 @@ import numpy as np
 
 from app.data.data_set import LoadedSet
 from app.data.formats import read_cifar, read_idx
-from app.errors import UserError
+from app.errors import UserError, one_line
 from oialr.compatibility import import_torchvision
 
 if TYPE_CHECKING:
@@ -85,9 +85,9 @@ class OfficialSet(LoadedSet):
         try:
             getattr(datasets, self.torchvision)(data.root, download=True)
         except (OSError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
             raise UserError(
-                f"data.download: {data.name} could not be downloaded to {data.root} ({reason}); "
+                f"data.download: {data.name} could not be downloaded to {data.root} "
+                f"({one_line(error)}); "
                 f"{_by_hand(data, self)}"
             ) from None
 

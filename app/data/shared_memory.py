@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from app.errors import StorageError
+from app.errors import StorageError, one_line
 
 FOLDER = "/dev/shm"
 
@@ -22,7 +22,7 @@ def naming_shared_memory() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        line = " ".join(str(error).split())
+        line = one_line(error)
         if "DataLoader worker" not in line and "shared memory" not in line:
             raise
         try:

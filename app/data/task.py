@@ -25,6 +25,11 @@ class Batch:
     global_count: int
     """Samples of the whole global batch, over all processes."""
 
+    @property
+    def weight(self) -> float:
+        """What a sum of losses over the batch is multiplied by; 0 where it is padding alone."""
+        return 1 / self.global_count if self.count else 0
+
     def split(self, parts: int) -> "list[Batch]":
         """Cut into consecutive micro-batches, at most as many as there are samples.
 

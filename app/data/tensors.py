@@ -108,7 +108,7 @@ class TensorTask(ShardedTask, ABC):
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the mean of the losses over the global batch; see :class:`app.data.Task`."""
         losses = self.losses(model(batch.inputs), batch.targets)
-        return losses.sum() * (1 / batch.global_count if batch.count else 0)
+        return losses.sum() * batch.weight
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, float | Tensor]:
@@ -121,7 +121,7 @@ class TensorTask(ShardedTask, ABC):
         sums: dict[str, float | Tensor] = {
             name: values.sum(dtype=torch.float64) for name, values in found.items()
         }
-        return sums | {"count": float(batch.count)}
+        return sums | {"count": self._count(batch)}
 
     def example_batch(self) -> Batch:
         """Return two samples of zeros."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from app.errors import UserError
+from app.errors import UserError, typed_line
 from app.import_path import import_by_path, is_import_path
 from oialr.compatibility import import_torchvision
 
@@ -95,7 +95,7 @@ def build(
         return constructor(**{**filled_in, **arguments})
     except _CONSTRUCTION_ERRORS as error:
         raise UserError(
-            f"model.arguments: {name} cannot be built with {dict(arguments)}: {_one_line(error)}"
+            f"model.arguments: {name} cannot be built with {dict(arguments)}: {typed_line(error)}"
         ) from None
 
 
@@ -109,7 +109,7 @@ def _build_own(
     except _CONSTRUCTION_ERRORS as error:
         raise UserError(
             f"model.arguments: {name} cannot be built with input_shape={tuple(input_shape)}, "
-            f"outputs={outputs} and {dict(arguments)}: {_one_line(error)}"
+            f"outputs={outputs} and {dict(arguments)}: {typed_line(error)}"
         ) from None
     if not isinstance(model, nn.Module):
         raise UserError(
@@ -147,7 +147,7 @@ def check(
         except _CONSTRUCTION_ERRORS as error:
             raise UserError(
                 f"model.name: {section.name} with {section.arguments} cannot take {inputs} of "
-                f"shape {tuple(input_shape)}: {_one_line(error)}"
+                f"shape {tuple(input_shape)}: {typed_line(error)}"
             ) from None
     shape = getattr(result, "shape", None)
     expected = (2, outputs) if isinstance(outputs, int) else (2, *outputs)
@@ -197,7 +197,3 @@ def _find(name: str) -> tuple[Callable[..., nn.Module], bool]:
 
     # timm's own way to tell which networks take an img_size
     return create, bool(configuration and configuration.fixed_input_size)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())

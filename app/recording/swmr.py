@@ -18,7 +18,7 @@ from typing import TypeVar
 import h5py
 import numpy as np
 
-from app.errors import StorageError, UserError
+from app.errors import StorageError, UserError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -217,11 +217,6 @@ def close(file: h5py.File, path: Path) -> None:
         file.close()
 
 
-def one_line(error: Exception) -> str:
-    """Return a message of HDF5, which has many lines, as one."""
-    return " ".join(str(error).split())
-
-
 def _cause(error: Exception) -> str:
     """Return what the system said, which stands within a long message of HDF5's."""
     number = re.search(r"errno = (\d+)", str(error))
@@ -284,7 +279,9 @@ def _is_truncated(path: Path) -> bool:
     HDF5 writes it after what lies before that end.
     """
     with path.open("rb") as file:
-        superblock = file.read(48)
+        superblock = file.read(_SUPERBLOCK_BYTES)
         size = os.fstat(file.fileno()).st_size
     end = int.from_bytes(superblock[28:36], "little")
-    return superblock.startswith(_SUPERBLOCK_3) and (len(superblock) < 48 or end > size)
+    return superblock.startswith(_SUPERBLOCK_3) and (
+        len(superblock) < _SUPERBLOCK_BYTES or end > size
+    )

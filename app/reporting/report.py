@@ -53,26 +53,7 @@ def write_report(
     curve = REFERENCE_CURVES[reference] if reference else None
     groups = group_runs(runs)
     folder = output or (runs[0].folder / "report" if len(runs) == 1 else Path("report"))
-    notices += [
-        f"{run.folder}: no basis stability was recorded yet that could be compared; its maps are "
-        f"left out"
-        for run in runs
-        if not len(run.series("stability").steps)
-    ]
-    notices += [
-        f"{run.folder}: --reference counts epochs, and this run {run.axis.label}: left out"
-        for run in runs
-        if reference and run.axis.label != "epoch"
-    ]
-    notices += [
-        f"{run.folder}: --reference has a window of 5 epochs, and this run compares with "
-        f"{window_of(run)}"
-        for run in runs
-        if reference
-        and run.axis.label == "epoch"
-        and window_of(run) != "5 epochs before"
-        and "analysis" not in run.configuration
-    ]
+    notices += _missing(runs, reference)
     with style():
         found = (
             learning(groups),
@@ -106,6 +87,31 @@ def write_report(
     except OSError as error:
         raise UserError(f"--output: cannot write {target}: {error.strerror}") from None
     return Written(page=target, figures=figures, notices=notices)
+
+
+def _missing(runs: Sequence[Run], reference: str | None) -> list[str]:
+    """Say what cannot be drawn of some runs, a line each."""
+    notices = [
+        f"{run.folder}: no basis stability was recorded yet that could be compared; its maps are "
+        f"left out"
+        for run in runs
+        if not len(run.series("stability").steps)
+    ]
+    notices += [
+        f"{run.folder}: --reference counts epochs, and this run {run.axis.label}: left out"
+        for run in runs
+        if reference and run.axis.label != "epoch"
+    ]
+    notices += [
+        f"{run.folder}: --reference has a window of 5 epochs, and this run compares with "
+        f"{window_of(run)}"
+        for run in runs
+        if reference
+        and run.axis.label == "epoch"
+        and window_of(run) != "5 epochs before"
+        and "analysis" not in run.configuration
+    ]
+    return notices
 
 
 def _read_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:

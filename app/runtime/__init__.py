@@ -1,1 +1,1 @@
-"""Processes and devices, the placement of factorizations, and their distribution."""
+"""Launch, processes and devices, leases of folders, watchdog, agreed stops and start-up check."""

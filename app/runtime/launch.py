@@ -30,6 +30,11 @@ class Launch:
     """The agent of torchrun that started this process and starts it anew where one fails: the same
     in all its attempts, and of no other start. Empty: nobody does, or it cannot be told."""
 
+    @property
+    def name(self) -> str:
+        """What this process is called in messages."""
+        return f"process {self.process_index} of {self.process_count}"
+
 
 def read_launch(environment: Mapping[str, str] = os.environ) -> Launch:
     """Read the launcher's variables; the innermost launcher counts.

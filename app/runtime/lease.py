@@ -21,7 +21,8 @@ RENEWAL = 10.0
 """Seconds between two renewals."""
 EXPIRY = 120.0
 """Seconds without renewal, by the file server's clock, after which an owner counts as gone."""
-_NAME = ".lease-{:06d}"
+_PREFIX = ".lease-"
+_NAME = _PREFIX + "{:06d}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,11 +200,13 @@ def _refuse_while_used(folder: Path, path: Path, me: Holder) -> Holder | None:
 
 def _leases(folder: Path) -> list[Path]:
     """Return the leases in a folder, the latest last; none where there is no folder."""
-    return sorted(path for path in folder.glob(".lease-*") if path.name[7:].isdecimal())
+    return sorted(
+        path for path in folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdecimal()
+    )
 
 
 def _number(path: Path) -> int:
-    return int(path.name[7:])
+    return int(path.name.removeprefix(_PREFIX))
 
 
 def _create(path: Path, holder: Holder) -> None:

@@ -50,17 +50,27 @@ class Runtime:
 
     def abort(self, code: int) -> None:
         """End all processes now, this one with the exit code given."""
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # mpirun hands output on in its own time, and drops what is under way when it ends all.
-        time.sleep(1)
-        if self.communicator is not None:
-            self.communicator.Abort(code)
-        os._exit(code)  # under torchrun the agent ends the others
+        abort_all(self.communicator, code)
+
+
+def abort_all(communicator: Any, code: int) -> None:
+    """End all processes now, this one with an exit code.
+
+    Args:
+        communicator: of all; None alone and under torchrun.
+        code: of the exit.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # mpirun hands output on in its own time, and drops what is under way when it ends all.
+    time.sleep(1)
+    if communicator is not None:
+        communicator.Abort(code)
+    os._exit(code)  # under torchrun the agent ends the others
 
 
 @contextmanager
-def start_runtime(*, device: str, timeout: float) -> Iterator[Runtime]:
+def start_runtime(*, device: str, timeout: float = 1800) -> Iterator[Runtime]:
     """Bring the processes up as they were launched, and down again.
 
     Args:
@@ -74,7 +84,7 @@ def start_runtime(*, device: str, timeout: float) -> Iterator[Runtime]:
     """
     launch = read_launch()
     alone = launch.process_count == 1
-    with Watchdog(timeout=None if alone else timeout, abort=os._exit, name=_name(launch)):
+    with Watchdog(timeout=None if alone else timeout, abort=os._exit, name=launch.name):
         communicator = connect_mpi(launch)
         with _fault_ends_all(communicator):
             local_index, chosen = choose_device(device, launch, communicator)
@@ -127,7 +137,7 @@ class Groups:
         self._excepthook = sys.excepthook
         # The watchdog of a training says more than a collective that times out: let it be first.
         group_timeout = timedelta(seconds=timeout + LATER)
-        with Watchdog(timeout=timeout, abort=os._exit, name=_name(launch)):
+        with Watchdog(timeout=timeout, abort=os._exit, name=launch.name):
             _start_default_group(launch, communicator, device, group_timeout)
             # Of its own for host memory: stop flags and objects travel beside the gradients.
             self._host_group = dist.new_group(backend="gloo", timeout=group_timeout)
@@ -175,10 +185,6 @@ def use(
         )
     finally:
         processes.close()
-
-
-def _name(launch: Launch) -> str:
-    return f"process {launch.process_index} of {launch.process_count}"
 
 
 def connect_mpi(launch: Launch) -> Any:

@@ -6,7 +6,6 @@ leaves nothing behind for the next. Never made anew without need: of the threads
 keeps something for ever (seen with 2.13: 120 bytes of each, in memory that nothing else can use).
 """
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ import torch
 
 from app.errors import UserError
 from app.runtime.launch import Launch, read_launch
-from app.runtime.processes import Groups, Runtime, choose_device, connect_mpi, use
+from app.runtime.processes import Groups, Runtime, abort_all, choose_device, connect_mpi, use
 from oialr.placement.processes import agree
 
 Result = TypeVar("Result")
@@ -118,11 +117,7 @@ class Workers:
 
     def abort(self, code: int) -> None:
         """End all processes of the program now."""
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # mpirun hands output on in its own time, and drops what is under way when it ends all.
-        time.sleep(1)
-        self.world.Abort(code)
+        abort_all(self.world, code)
 
 
 def start_workers(*, processes_per_worker: int, device: str) -> Workers:

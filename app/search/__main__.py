@@ -11,6 +11,7 @@ from app import config
 from app.command import (
     EXIT_STOPPED,
     EXIT_USER,
+    LOG_FORMAT,
     Parser,
     describe_fault,
     how_to_draw,
@@ -57,7 +58,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m app.search",
         description=__doc__,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", metavar="PATH", help="YAML file of a search")
     parser.add_argument("--resume", metavar="DIR", help="go on with the search in this folder")
@@ -99,7 +99,7 @@ def _run(definition: Definition, *, resume: bool, start: float) -> int:
         workers = start_workers(
             processes_per_worker=base.search.processes_per_worker, device=base.distributed.device
         )
-        logging.basicConfig(level=logging.ERROR, format="%(levelname)s: %(message)s")
+        logging.basicConfig(level=logging.ERROR, format=LOG_FORMAT)
 
         def begin(folder: Path) -> None:
             folders.append(folder)

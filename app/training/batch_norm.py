@@ -15,6 +15,7 @@ from app.config.settings import Configuration
 from app.data import Task
 from app.data.sharding import micro_batches, share
 from app.errors import UserError
+from app.training.traceless import leaving_no_trace
 
 
 def check_batch_norm(
@@ -91,15 +92,10 @@ def _first_of_single_values(model: nn.Module, task: Task) -> str | None:
     if not hooks:
         return None
     batch = task.example_batch()
-    buffers = [buffer.clone() for buffer in model.buffers()]
-    devices = [batch.inputs.device] if batch.inputs.is_cuda else []
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices):
+        with torch.no_grad(), leaving_no_trace(model, batch.inputs.device):
             model(batch.inputs)
     finally:
         for hook in hooks:
             hook.remove()
-        with torch.no_grad():
-            for buffer, saved in zip(model.buffers(), buffers, strict=True):
-                buffer.copy_(saved)
     return found[0] if found else None

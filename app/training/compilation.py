@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from app.compatibility import compile_alone
+from app.errors import typed_line
 
 
 class Compiled(nn.Module):
@@ -36,10 +37,9 @@ class Compiled(nn.Module):
         except torch._dynamo.exc.TorchDynamoException as error:
             if self._run is self._module:
                 raise
-            reason = " ".join(str(error).split())[:200]
             warnings.warn(
                 f"training.compile: the network is trained without compilation, which failed: "
-                f"{type(error).__name__}: {reason}",
+                f"{typed_line(error)[:200]}",
                 stacklevel=2,
             )
             self._run = self._module

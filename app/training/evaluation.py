@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from app.data import Task
-from oialr.placement.processes import Processes, broadcast_module_buffers
+from oialr.placement.processes import Processes
 
 
 @torch.no_grad()
@@ -34,7 +34,8 @@ def evaluate(
     Raises:
         AgreedUserError: a process cannot read its data; on all of them.
     """
-    broadcast_module_buffers(model, processes)
+    for buffer in model.buffers():  # running statistics: those of process 0 count
+        processes.broadcast(buffer, 0)
     keys = ("loss", *task.figures, "count")
 
     def own_totals() -> torch.Tensor:

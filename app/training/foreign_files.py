@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from app.errors import typed_line
 from app.training.archive import DamagedFileError, verify_foreign
 
 STATE_KEYS = ("state_dict", "model", "model_state_dict")
@@ -120,7 +121,7 @@ def load(path: Path, *, verify: bool = True) -> dict[str, Any]:
     except DamagedFileError as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from None
     except Exception as error:  # a damaged file may raise anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        reason = typed_line(error)[:200]
         raise CheckpointError(f"{path}: cannot be read, it is damaged or no checkpoint ({reason})")\
             from None  # fmt: skip
     if not isinstance(content, Mapping):

@@ -1,13 +1,14 @@
 """Mixed precision of forward and backward; weights, factors and optimizer state are float32."""
 
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-PrecisionName = Literal["float32", "bfloat16", "float16"]
+from app.config.settings import PrecisionName
+
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

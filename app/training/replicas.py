@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from app.data import Task
 from app.errors import AgreedUserError, UserError
 from app.training.compilation import Compiled
+from app.training.traceless import leaving_no_trace
 from oialr.compatibility import import_torchvision
 from oialr.linalg.checksum import checksum
 from oialr.placement.comparison import compare
@@ -157,13 +158,8 @@ class Replicas:
             init_sync=False,
             gradient_as_bucket_view=True,
         )
-        buffers = [buffer.clone() for buffer in self.model.buffers()]
-        devices = [self._device] if self._device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
+        with leaving_no_trace(self.model, self._device):
             self._throw_away_loss(wrapper).backward()
-        with torch.no_grad():
-            for buffer, saved in zip(self.model.buffers(), buffers, strict=True):
-                buffer.copy_(saved)
         self.model.zero_grad(set_to_none=True)
         return wrapper
 

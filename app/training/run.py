@@ -5,7 +5,8 @@ A search calls :func:`train` too, with the processes that it gives to one evalua
 
 import logging
 import math
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,21 +137,14 @@ def train(
     return Outcome(folder=storage.folder, summary=summary, finished_before=False)
 
 
-class _own_random_state:  # noqa: N801 - a context manager
-    """torch's generators seeded for this process, and as they were before afterwards."""
-
-    def __init__(self, seed: int, runtime: Runtime) -> None:
-        devices = [runtime.device] if runtime.device.type == "cuda" else []
-        self._scope = torch.random.fork_rng(devices)
-        sequence = np.random.SeedSequence([seed, runtime.process_index])
-        self._seed = int(sequence.generate_state(1, np.uint64)[0])
-
-    def __enter__(self) -> None:
-        self._scope.__enter__()
-        torch.manual_seed(self._seed)
-
-    def __exit__(self, *error: Any) -> None:
-        self._scope.__exit__(*error)
+@contextmanager
+def _own_random_state(seed: int, runtime: Runtime) -> Iterator[None]:
+    """Seed torch's generators for this process; they are what they were before afterwards."""
+    sequence = np.random.SeedSequence([seed, runtime.process_index])
+    devices = [runtime.device] if runtime.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+        yield
 
 
 def _finished(

@@ -9,7 +9,7 @@ import torch
 
 from app.config import parse, to_yaml
 from app.config.yaml_text import dump_value
-from app.errors import UserError
+from app.errors import UserError, one_line
 from app.training.build import Parts
 from app.training.early_stopping import EarlyStopping
 
@@ -85,7 +85,7 @@ def restore(
     try:
         _load(parts, early_stopping, shared, own)
     except (ValueError, RuntimeError, KeyError) as error:
-        message = " ".join(str(error).split())[:300]
+        message = one_line(error)[:300]
         raise UserError(
             f"the checkpoint does not fit the configuration (was it changed?): {message}"
         ) from None

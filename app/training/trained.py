@@ -102,7 +102,7 @@ def evaluate_run(
 ) -> tuple[dict[str, float], int]:
     """Return the figures of a run's weights on a part of the data, and the step of the weights."""
     with trained(configuration, runtime) as (parts, step), parts.precision.autocast():
-        return _figures(parts, parts.model, part), step
+        return figures_of(parts, parts.model, part), step
 
 
 def evaluate_file(
@@ -131,11 +131,16 @@ def evaluate_file(
 
     network = runtime.processes.agree(read)
     if isinstance(network, nn.Module) and file.suffix not in PROGRAMS:
-        return _figures(parts, network.to(runtime.device), part)
-    return _figures(parts, _Called(network), part)
+        return figures_of(parts, network.to(runtime.device), part)
+    return figures_of(parts, _Called(network), part)
 
 
-def _figures(parts: Parts, model: nn.Module, part: str) -> dict[str, float]:
+def figures_of(parts: Parts, model: nn.Module, part: str) -> dict[str, float]:
+    """Return a network's loss and figures of merit on a part of the data. A collective call.
+
+    Raises:
+        UserError: the data have no such part.
+    """
     if part not in parts.task.splits:
         raise UserError(f"--part: the data have no part {part}: {', '.join(parts.task.splits)}")
     runtime = parts.runtime

@@ -70,14 +70,16 @@ def by_gram_and_qr(W: Tensor) -> Factors:
 
 def by_polar(W: Tensor) -> Factors:
     """W = B H by products, H = V diag(s) V^T and U = B V, in the precision of W."""
-    B = by_products(W, cubic_coefficients(1e-4, torch.finfo(W.dtype).eps))
-    s, V = torch.linalg.eigh((H := B.mT @ W) + H.mT)
-    return Factors(B @ V.flip(-1), s.flip(-1) / 2, V.flip(-1).mT)
+    return _from_polar(by_products(W, cubic_coefficients(1e-4, torch.finfo(W.dtype).eps)), W)
 
 
 def by_polar_express(W: Tensor) -> Factors:
     """The same with the quintic polynomials of The Polar Express (arXiv 2505.16932)."""
-    B = polar_express(W)
+    return _from_polar(polar_express(W), W)
+
+
+def _from_polar(B: Tensor, W: Tensor) -> Factors:
+    """Return the SVD of W by its polar factor B."""
     s, V = torch.linalg.eigh((H := B.mT @ W) + H.mT)
     return Factors(B @ V.flip(-1), s.flip(-1) / 2, V.flip(-1).mT)
 

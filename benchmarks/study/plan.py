@@ -98,11 +98,6 @@ class Plan:
             ranks=ranks,
         )
 
-    def required(self, network: str, method: str, seed: int, factor: float) -> list[Cell]:
-        """Return the cells that must be finished before a cell of this seed can be made."""
-        watched = self.study.methods[method].stable_ranks_of
-        return [self.cell(network, watched, seed, factor)] if watched else []
-
     def tuning(self, network: str, method: str) -> list[tuple[str, str, int, float]]:
         """Return the cells that the learning rate is chosen from, as arguments of :meth:`cell`."""
         network = self.study.networks[network].rates_of or network

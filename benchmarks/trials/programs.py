@@ -9,7 +9,6 @@ import importlib
 import os
 import pickle
 import random
-import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +20,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
+
+from benchmarks._mpirun import mpirun
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 180.0
@@ -202,12 +203,10 @@ def start(
 
 def start_under_mpirun(arguments: Sequence[str], *, count: int, output: Path) -> Program:
     """Start a training as users do."""
-    beside = Path(sys.executable).parent / "mpirun"
-    mpirun = str(beside) if beside.exists() else shutil.which("mpirun") or "mpirun"
     environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
     with output.open("wb") as file:
         process = subprocess.Popen(
-            [mpirun, "-n", str(count), sys.executable, "-m", "app.train", *arguments],
+            mpirun(count, "-m", "app.train", *arguments),
             cwd=ROOT,
             env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
             stdin=subprocess.DEVNULL,

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from oialr.compatibility import without_fused_attention
 from oialr.convert import to_dense
 from oialr.errors import ExportError, UserError
+from oialr.export import SUFFIXES
 from oialr.export.state import dense_state, load_dense, read_stored, state_bytes, two_factors
 from oialr.files import load, save
 from oialr.inference import for_inference
@@ -212,9 +213,9 @@ def _quiet() -> Iterator[None]:
 
 
 FORMATS: dict[str, Format] = {
-    "dense": Format(".pt", _write_dense, _read_dense),
-    "factors": Format(".safetensors", _write_factors, _read_factors),
-    "onnx": Format(".onnx", _write_onnx, _read_onnx),
-    "torch-export": Format(".pt2", _write_program, _read_program),
+    "dense": Format(SUFFIXES["dense"], _write_dense, _read_dense),
+    "factors": Format(SUFFIXES["factors"], _write_factors, _read_factors),
+    "onnx": Format(SUFFIXES["onnx"], _write_onnx, _read_onnx),
+    "torch-export": Format(SUFFIXES["torch-export"], _write_program, _read_program),
 }
 """Each format by its name."""

@@ -64,7 +64,11 @@ class PlainAttention(OpenAttention):
         return [layer(inner[id(x)]) for layer, x in zip(self.own, inputs, strict=True)]
 
     def for_nested(self) -> NoReturn:
-        """Refuse: only torch's fused kernel knows nested tensors, and it takes dense weights."""
+        """Refuse: only torch's fused kernel knows nested tensors, and it takes dense weights.
+
+        Raises:
+            ValueError: always.
+        """
         raise ValueError(
             "nested tensors need dense attention: exclude it from oialr.for_inference by its name"
         )

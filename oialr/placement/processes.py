@@ -6,7 +6,6 @@ One code path serves one and many processes: with one, every call here does noth
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -139,9 +138,3 @@ def agree(gather: Callable[[Any], list[Any]], function: Callable[[], Result]) ->
         if problem is not None:
             raise AgreedUserError(problem)
     return result  # type: ignore[return-value]
-
-
-def broadcast_module_buffers(module: torch.nn.Module, processes: Processes) -> None:
-    """Give all processes the buffers (running statistics) of process 0."""
-    for buffer in module.buffers():
-        processes.broadcast(buffer, 0)

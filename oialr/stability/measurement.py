@@ -35,7 +35,9 @@ class LayerStability:
     averaged: bool
     """Whether means over the weights take it in: not of embeddings, tokens and positions."""
     stability: float
+    """Mean cosine similarity of the bases, in [-1, 1]: :func:`basis_stability`."""
     mixing_similarity: float
+    """Of the factors R of W = Q R, in [0, 1]: :func:`mixing_similarity`."""
     rank: int
     """Rank of the factorization; min(m, n) of a full-rank layer."""
     reference_rank: int
@@ -43,7 +45,9 @@ class LayerStability:
     numerical_rank: int
     """Directions that the comparison is restricted to: s > max(m, n) eps s[0]."""
     effective_rank: float
+    """Exponential of the spectrum's entropy, in [1, rank]: :func:`effective_rank`."""
     stable_rank: float
+    """Squared Frobenius over squared spectral norm, in [1, rank]: :func:`stable_rank`."""
     orthonormality_error: float
     """Of the worse of the frozen factors U and Vh; NaN of a layer without them."""
     singular_values: Tensor

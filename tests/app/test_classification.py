@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.digit_tasks import digits, in_double, linear, together
+from support.digit_tasks import assert_equal, digits, in_double, linear, together
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -17,12 +17,6 @@ from app.data import Batch, build_task, datasets, pixels
 from app.data.datasets import load
 from app.data.pixels import channel_statistics, crop_and_flip
 from app.errors import UserError
-
-
-def assert_equal(left: list[tuple[Tensor, Tensor]], right: list[tuple[Tensor, Tensor]]) -> None:
-    for (inputs, targets), (other_inputs, other_targets) in zip(left, right, strict=True):
-        assert torch.equal(inputs, other_inputs)
-        assert torch.equal(targets, other_targets)
 
 
 @pytest.mark.usefixtures("global_random_state_untouched")

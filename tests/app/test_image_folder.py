@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.digit_tasks import assert_equal
 from support.image_folders import CLASSES, SIZE, folder_task, together, write_images
 from support.launching import train
 from support.tiny_run import PAPER
-from torch import Tensor
 
 from app.data import Task
 from app.data.image_files import MEAN, STD
@@ -41,12 +41,6 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def own_images(images: Path, tmp_path: Path) -> Path:
     """A data set that a test may change."""
     return Path(shutil.copytree(images, tmp_path / "images"))
-
-
-def assert_equal(left: list[tuple[Tensor, Tensor]], right: list[tuple[Tensor, Tensor]]) -> None:
-    for (inputs, targets), (other_inputs, other_targets) in zip(left, right, strict=True):
-        assert torch.equal(inputs, other_inputs)
-        assert torch.equal(targets, other_targets)
 
 
 def colours(task: Task, split: str) -> list[tuple[int, int]]:

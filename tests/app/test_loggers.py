@@ -196,7 +196,7 @@ def test_a_logger_that_fails_gets_nothing_more(tmp_path, monkeypatch, caplog):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nowhere.at_all:Logger", "nowhere.at_all:Logger cannot be imported: No module named 'now"),
+        ("nowhere.at_all:Logger", "Logger cannot be imported .* No module named 'nowhere'"),
         ("app.errors:Nothing", "has no attribute 'Nothing'"),
         ("app.errors:UserError", "is no logger: it lacks scalars, spectrum, flush, close"),
     ],
@@ -208,7 +208,7 @@ def test_what_cannot_be_a_logger_is_refused(name, message):
 
 def test_a_package_that_is_missing_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(UserError, match=r"run\.loggers: tensorboard cannot be imported: .*tensorb"):
+    with pytest.raises(UserError, match=r"run\.loggers: tensorboard cannot be imported .*tensorb"):
         find_loggers(["csv", "tensorboard"])
 
 

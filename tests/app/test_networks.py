@@ -36,11 +36,7 @@ NETWORKS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _own_random_state():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
+pytestmark = pytest.mark.usefixtures("own_random_state")
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: torch.Tensor) -> float:

@@ -28,12 +28,7 @@ from oialr import prepare
 from oialr.layer_survey import parameter_counts
 from oialr.placement.processes import Processes
 
-
-@pytest.fixture(autouse=True)
-def _own_random_state():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
+pytestmark = pytest.mark.usefixtures("own_random_state")
 
 
 def rates(steps: int, *, conversion: int | None = None, **options: Any) -> list[float]:

@@ -41,7 +41,7 @@ def test_split_factorization_equals_that_of_one_process(processes):
 
 
 def test_many_factorizations_of_a_split_layer_survive():
-    """Without the workaround in app.compatibility MPICH aborts in the 1,022nd; it takes 1,200."""
+    """Without the workaround in oialr.compatibility MPICH aborts in the 1,022nd; it takes 1,200."""
     assert "1200 factorizations" in launch(2, WORKERS / "many_splits.py", 1200).stdout
 
 

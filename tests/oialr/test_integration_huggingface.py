@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.examples import added_lines, check_output, described, need_framework
+from support.low_rank import equal
 from torch import nn
 
 from oialr import OIALR, StabilityTracker
@@ -81,10 +82,6 @@ def trained(tmp_path_factory):
     training = trainer(folder, [callback])
     training.train()
     return training.model, callback, folder
-
-
-def equal(one, two):
-    return all(map(torch.equal, one.parameters(), two.parameters()))
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.examples import added_lines, check_output, described, need_framework
+from support.low_rank import equal
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -92,10 +93,6 @@ def by_a_loop(epochs, **options):
                 optimizer.zero_grad()
         schedule.step()
     return other, method
-
-
-def equal(one, two):
-    return all(map(torch.equal, one.parameters(), two.parameters()))
 
 
 @pytest.mark.slow

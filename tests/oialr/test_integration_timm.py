@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from support.examples import added_lines, check_output, described, need_framework
+from support.low_rank import equal
 from support.method_loop import CUT, batch, network
 from torch import nn
 
@@ -66,10 +67,6 @@ class Program:
         )
         saver.save_checkpoint(0, metric=1.0)
         return folder / "last.pth.tar"
-
-
-def equal(one, two):
-    return all(map(torch.equal, one.parameters(), two.parameters()))
 
 
 @pytest.mark.slow

@@ -11,12 +11,7 @@ from torch import Tensor, nn
 from oialr import OIALR, WeightAverage
 from oialr.optimizer_state import WEIGHT_AVERAGE
 
-
-@pytest.fixture(autouse=True)
-def _own_random_state():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
+pytestmark = pytest.mark.usefixtures("own_random_state")
 
 
 class Network(nn.Module):

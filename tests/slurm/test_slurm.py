@@ -12,7 +12,7 @@ import pytest
 import torch
 from support.emulated_slurm import PROGRAMS, EmulatedSlurm, wait_for
 from support.machine import need
-from support.tiny_run import PAPER
+from support.tiny_run import PAPER, last_checkpoint
 
 from app.recording.store import read_rows
 
@@ -82,11 +82,6 @@ def processes_of(folder):
             task = re.search(rb"\0SLURM_PROCID=(\d+)", environment)
             found[int(task[1]) if task else None] = int(path.name)
     return found
-
-
-def last_checkpoint(folder):
-    path = sorted((folder / "checkpoints").glob("step-*"))[-1]
-    return torch.load(path / "state.pt", weights_only=True)
 
 
 def assert_same_weights(folder, reference):

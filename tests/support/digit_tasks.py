@@ -30,6 +30,13 @@ def digits(
     return build_task(configuration, process_index=index, process_count=count, device=CPU)
 
 
+def assert_equal(left: list[tuple[Tensor, Tensor]], right: list[tuple[Tensor, Tensor]]) -> None:
+    """Hold the inputs and targets of batches against those of others."""
+    for (inputs, targets), (other_inputs, other_targets) in zip(left, right, strict=True):
+        assert torch.equal(inputs, other_inputs)
+        assert torch.equal(targets, other_targets)
+
+
 def together(tasks: list[Task], epoch: int, first_batch: int = 0) -> list[tuple[Tensor, Tensor]]:
     """Inputs and targets of every global batch, put together from all processes."""
     batches = zip(*(task.train_batches(epoch, first_batch) for task in tasks), strict=True)

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from app.config.run_section import LOGGERS
-from app.errors import UserError
+from app.errors import UserError, one_line, typed_line
+from app.import_path import import_by_path
 from app.recording.loggers.protocol import Logger, Values
 
 logger = logging.getLogger(__name__)
@@ -40,13 +41,12 @@ def find_loggers(names: Sequence[str]) -> dict[str, Callable[..., Logger]]:
 
 
 def _find(name: str) -> Callable[..., Logger]:
-    module, _, kind = _OURS.get(name, name).partition(":")
-    try:
-        import_module(_NEEDS.get(name, module))
-        found = getattr(import_module(module), kind)
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"run.loggers: {name} cannot be imported: {reason}") from None
+    if name in _NEEDS:
+        try:
+            import_module(_NEEDS[name])
+        except ImportError as error:
+            raise UserError(f"run.loggers: {name} cannot be imported ({one_line(error)})") from None
+    found: Callable[..., Logger] = import_by_path("run.loggers", _OURS.get(name, name))
     missing = [method for method in _METHODS if not callable(getattr(found, method, None))]
     if missing:
         raise UserError(
@@ -85,7 +85,7 @@ class Loggers:
                 loggers[name] = kind(folder, configuration=configuration, first_step=first_step)
             except Exception as error:
                 Loggers(loggers).close()
-                raise UserError(f"run.loggers: {name} cannot begin: {_describe(error)}") from None
+                raise UserError(f"run.loggers: {name} cannot begin: {typed_line(error)}") from None
         return cls(loggers)
 
     def __bool__(self) -> bool:
@@ -116,9 +116,7 @@ class Loggers:
             except Exception as error:
                 del self._loggers[name]
                 logger.warning(
-                    "run.loggers: %s failed and gets nothing more: %s", name, _describe(error)
+                    "run.loggers: %s failed and gets nothing more: %s",
+                    name,
+                    typed_line(error),
                 )
-
-
-def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
