@@ -94,11 +94,28 @@ def new_figure(
     return figure, [list(row) for row in panels]
 
 
-def whole_numbers(axes: Axes) -> None:
+def whole_numbers(axes: Axes, most: int = 8) -> None:
     """Put ticks of the horizontal axis at whole numbers: there is no half epoch or step."""
     from matplotlib.ticker import MaxNLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=most, integer=True, min_n_ticks=1))
+
+
+def few_powers(axes: Axes) -> None:
+    """Put the numbers of a logarithmic vertical axis, whose limits are set, where a panel has room.
+
+    Below two decades matplotlib names up to six numbers between two powers of 10, and in a small
+    panel these overlap.
+    """
+    from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullFormatter
+
+    low, high = axes.get_ylim()
+    if high < 100 * low:
+        axes.yaxis.set_major_locator(
+            LogLocator(subs=(1, 2, 5) if high > 10 * low else (1, 2, 3, 5))
+        )
+        axes.yaxis.set_major_formatter(LogFormatterSciNotation(minor_thresholds=(2, 2)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def colour_and_line(index: int) -> tuple[str, LineStyle]:

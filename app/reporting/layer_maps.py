@@ -18,12 +18,28 @@ _LABEL_HEIGHT = 0.13  # inches that a layer's name takes
 _CURVE_HEIGHT = 2.1
 
 
-def stability_map(run: Run, name: str, reference: ReferenceCurve | None) -> Drawing | None:
+def floor(runs: Sequence[Run], measured: str) -> float:
+    """Return the lower end of the colours of a map, so that those of all runs compare.
+
+    Args:
+        runs: those that are drawn.
+        measured: "stability" or "mixing_similarity".
+
+    Returns:
+        0.8, as in the paper's figure, or the tenth below 98 % of a run's values.
+    """
+    return min(_floor(run.series(measured).values, 0.8) for run in runs)
+
+
+def stability_map(
+    run: Run, name: str, low: float, reference: ReferenceCurve | None
+) -> Drawing | None:
     """Draw the basis stability of every layer (arXiv 2401.08505, figure 2).
 
     Args:
         run: the run.
         name: stem of the files.
+        low: lower end of the colours, of :func:`floor`.
         reference: a published mean to be drawn beside the run's own.
 
     Returns:
@@ -36,17 +52,12 @@ def stability_map(run: Run, name: str, reference: ReferenceCurve | None) -> Draw
         name=name,
         title="Basis stability",
         quantity="stability",
-        low=0.8,
+        low=low,
         colours="viridis",
         reference=reference,
         caption=f"Similarity of each layer's orthogonal basis U Vh to its own {window}: 1 where it "
-        "stands still. Darkest: 0.8 or less.",
+        f"stands still. Darkest: {low:.1f} or less.",
     )
-
-
-def mixing_floor(runs: Sequence[Run]) -> float:
-    """Return the lower end of the colours of mixing maps, so that those of all runs compare."""
-    return min(_floor(run.series("mixing_similarity").values, 0.8) for run in runs)
 
 
 def mixing_map(run: Run, name: str, low: float) -> Drawing | None:
@@ -55,7 +66,7 @@ def mixing_map(run: Run, name: str, low: float) -> Drawing | None:
     Args:
         run: the run.
         name: stem of the files.
-        low: lower end of the colours, of :func:`mixing_floor`.
+        low: lower end of the colours, of :func:`floor`.
     """
     series = run.series("mixing_similarity")
     return _map(

@@ -8,7 +8,7 @@ from app.errors import UserError
 from app.reporting.comparison import final_figures, group_runs
 from app.reporting.curves import costs, learning, means, other_measures, seconds
 from app.reporting.drawing import Drawing, save, style
-from app.reporting.layer_maps import mixing_floor, mixing_map, rank_map, stability_map, window_of
+from app.reporting.layer_maps import floor, mixing_map, rank_map, stability_map, window_of
 from app.reporting.page import render_page
 from app.reporting.reference import REFERENCE_CURVES, ReferenceCurve
 from app.reporting.runs import Run, check_patterns, choose_layers, read_run
@@ -150,14 +150,19 @@ def _read_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
 class _Scales:
     """Of the colours, common to all runs of a page."""
 
-    mixing_floor: float
+    stability: float
+    mixing: float
     times: tuple[float, float]
 
     @classmethod
     def common(cls, runs: Sequence[Run]) -> "_Scales":
         """Return those that take in what was measured of all runs."""
         first, last = zip(*(run.span() for run in runs), strict=True)
-        return cls(mixing_floor=mixing_floor(runs), times=(min(first), max(last)))
+        return cls(
+            stability=floor(runs, "stability"),
+            mixing=floor(runs, "mixing_similarity"),
+            times=(min(first), max(last)),
+        )
 
 
 def _draw_run(
@@ -174,8 +179,8 @@ def _draw_run(
 
     chosen = choose_layers(run, layers, count=_SPECTRA)
     found = [
-        stability_map(run, name("stability"), reference),
-        mixing_map(run, name("mixing"), scales.mixing_floor),
+        stability_map(run, name("stability"), scales.stability, reference),
+        mixing_map(run, name("mixing"), scales.mixing),
         rank_map(run, name("rank")),
         spectra(run, chosen, name("spectra"), scales.times),
         other_measures(run, name("measures")),

@@ -6,7 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from app.reporting.drawing import Drawing, marker_of, new_figure, short_name, whole_numbers
+from app.reporting.drawing import (
+    Drawing,
+    few_powers,
+    marker_of,
+    new_figure,
+    short_name,
+    whole_numbers,
+)
 from app.reporting.runs import Run, read_spectra
 
 _TIMES = 10  # lines in a panel
@@ -60,7 +67,8 @@ def spectra(
         axes.set_yscale("log")
         lowest = np.nanmin(np.where(values > 0, values, np.nan), initial=largest)
         axes.set_ylim(max(lowest, largest * 10.0**-_DECADES) / 1.5, largest * 1.5)
-        whole_numbers(axes)
+        whole_numbers(axes, most=5)
+        few_powers(axes)
         axes.set_title(short_name(layer), fontsize=9.5)
     for axes in flat[len(found) :]:
         axes.set_visible(False)

@@ -7,6 +7,7 @@ import statistics
 from dataclasses import replace
 from datetime import datetime, timedelta
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -23,7 +24,14 @@ from app.reporting.comparison import _figures
 from app.reporting.events import event_table
 from app.reporting.follow import follow, time_left
 from app.reporting.reference import REFERENCE_CURVES
-from app.reporting.runs import Run, check_patterns, choose_layers, read_run, read_spectra
+from app.reporting.runs import (
+    LayerSeries,
+    Run,
+    check_patterns,
+    choose_layers,
+    read_run,
+    read_spectra,
+)
 from app.reporting.spectra import spectra
 
 STEPS_PER_EPOCH = 10
@@ -355,7 +363,7 @@ def test_epochs_and_numbers_of_singular_values_have_whole_ticks(tmp_path):
         curves.learning(groups),
         curves.seconds(groups),
         curves.other_measures(run, "measures"),
-        layer_maps.stability_map(run, "stability", None),
+        layer_maps.stability_map(run, "stability", 0.8, None),
         spectra(run, ["patch.weight"], "spectra", (0, 6)),
     ):
         axes = drawn.figure.axes[:2]
@@ -440,7 +448,7 @@ def test_names_and_settings_of_the_users_are_shown_as_they_stand(tmp_path):
 def test_the_stability_map_is_that_of_the_paper(tmp_path):
     run = read_run(write_run(tmp_path / "run"))
     with drawing.style():
-        drawn = layer_maps.stability_map(run, "stability", REFERENCE_CURVES["vit_b16"])
+        drawn = layer_maps.stability_map(run, "stability", 0.8, REFERENCE_CURVES["vit_b16"])
         drawn.figure.canvas.draw()
     top, bottom = drawn.figure.axes[:2]
     [mesh] = top.collections
@@ -460,6 +468,33 @@ def test_the_stability_map_is_that_of_the_paper(tmp_path):
     assert "not averaged" in drawn.caption
 
 
+def test_the_colours_of_a_map_take_in_nearly_all_values_of_all_runs():
+    def measured(lowest):
+        values = np.linspace(lowest, 1, 100)[None]
+        series = LayerSeries(layers=[], steps=np.arange(100), values=values)
+        return SimpleNamespace(series=lambda _: series)
+
+    runs = [measured(0.9), measured(0.55)]
+    assert layer_maps.floor(runs[:1], "stability") == 0.8  # the paper's
+    assert layer_maps.floor(runs, "stability") == 0.5
+
+
+@pytest.mark.parametrize("limits", [(0.15, 8), (1.3, 3.5), (0.2, 0.7), (0.02, 1.9), (1e-4, 2)])
+def test_numbers_of_a_small_logarithmic_axis_do_not_overlap(limits):
+    with drawing.style():
+        figure, [[axes, _], *_] = drawing.new_figure([2.3] * 3, columns=2, share_x=False)
+        axes.set_yscale("log")
+        axes.set_ylim(*limits)
+        drawing.few_powers(axes)
+        figure.canvas.draw()
+    labels = [*axes.get_yticklabels(), *axes.get_yticklabels(minor=True)]
+    boxes = [label.get_window_extent() for label in labels if label.get_text()]
+    boxes = [box for box in boxes if axes.bbox.y0 <= (box.y0 + box.y1) / 2 <= axes.bbox.y1]
+    assert len(boxes) >= 2
+    for below, above in itertools.pairwise(sorted(boxes, key=lambda box: box.y0)):
+        assert above.y0 >= below.y1 - 0.5
+
+
 @pytest.mark.slow
 def test_names_of_174_layers_do_not_overlap(tmp_path):
     name = "layer{}.{}.downsample_projection.conv.weight"
@@ -471,7 +506,7 @@ def test_names_of_174_layers_do_not_overlap(tmp_path):
     writer.store.close()
     run = read_run(tmp_path / "run")
     with drawing.style():
-        drawn = layer_maps.stability_map(run, "stability", None)
+        drawn = layer_maps.stability_map(run, "stability", 0.8, None)
         drawn.figure.canvas.draw()
     labels = drawn.figure.axes[0].get_yticklabels()
     boxes = [label.get_window_extent() for label in labels]
