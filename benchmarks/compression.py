@@ -1,7 +1,7 @@
 """How accurate is a trained network that is cut to a size, without any training after it?
 
   python -m benchmarks.compression RUN        # a minute; a run that was trained full-rank
-  python -m benchmarks.compression RUN --sizes 0.35 0.2 data.root=DATA
+  python -m benchmarks.compression RUN data.root=DATA --sizes 0.35 0.2
   python -m benchmarks.compression --quick    # an untrained network; half a minute
 
 By its weights, and by what its layers compute of some samples of the validation part

@@ -20,6 +20,19 @@ from oialr.options import Release
 from oialr.parameter_groups import TwinGroups
 
 
+def check_decay(optimizer: Optimizer, options: Release) -> None:
+    """Reject a Frobenius decay of an optimizer of which it is not known how its weights decay.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if options.frobenius_decay is not None and rule_of(optimizer) is None:
+        raise ValueError(
+            f"frobenius_decay: it is not known how weights decay by "
+            f"{full_name(type(optimizer))}: oialr.register_optimizer tells"
+        )
+
+
 class FactorSteps(AroundSteps):
     """Guides the steps of the factors A and B, and of weights that a release made dense again.
 
@@ -45,21 +58,13 @@ class FactorSteps(AroundSteps):
         """Add the parameter groups of factors and dense weights, and hang on to the steps.
 
         Args:
-            optimizer: changed in place.
+            optimizer: changed in place; :func:`check_decay` has let it pass.
             groups: get the twins.
             options: of the release.
             steps_since_release: optimizer steps taken since; None before it.
-
-        Raises:
-            ValueError: a decay of an optimizer that is not known.
         """
-        rule, has_decay = rule_of(optimizer), options.frobenius_decay is not None
-        if rule is None and has_decay:
-            raise ValueError(
-                f"frobenius_decay: it is not known how weights decay by "
-                f"{full_name(type(optimizer))}: oialr.register_optimizer tells"
-            )
-        self._rule = rule or OptimizerRule()
+        has_decay = options.frobenius_decay is not None
+        self._rule = rule_of(optimizer) or OptimizerRule()
         groups.add(
             optimizer,
             "factors",

@@ -101,6 +101,12 @@ class InputMoments:
         self.end()
         self._moments, self._rows = {}, {}
 
+    def disregard(self) -> None:
+        """Let what was seen count nothing, though it was seen."""
+        for name, moment in self._moments.items():
+            moment.zero_()
+            self._rows[name] = 0
+
     def roots(
         self, reports: Sequence[LayerReport], processes: Processes | None = None
     ) -> tuple[dict[str, Tensor], dict[str, tuple[int, int]]]:
@@ -151,6 +157,11 @@ class InputWatch:
     def is_on(self) -> bool:
         """Whether the next forward pass is looked at."""
         return self._moments is not None and self._moments.watching
+
+    def disregard(self) -> None:
+        """Let the last pass count nothing."""
+        if self._moments is not None:
+            self._moments.disregard()
 
     def look_ahead(self) -> None:
         """Begin or end, as the step says that was taken last."""

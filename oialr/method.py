@@ -30,8 +30,8 @@ from oialr.factor_steps import FactorSteps
 from oialr.forms import Form, check_can_take, form_of
 from oialr.gradients import GradientWatch
 from oialr.input_moments import InputMoments, InputWatch
-from oialr.layer_survey import LayerReport, factorizable, parameter_counts, survey
-from oialr.optimizer_state import check_forms, check_held, check_optimizer, check_stored_optimizer
+from oialr.layer_survey import LayerReport, parameter_counts
+from oialr.optimizer_state import check_optimizer, check_stored_optimizer
 from oialr.options import RATE_FACTORS, READINGS, Options, signature_with_options
 from oialr.parameter_groups import TwinGroups
 from oialr.placement.assignment import Factorization, Plan
@@ -42,9 +42,8 @@ from oialr.placement.processes import Processes
 from oialr.preparation import follow_stored_forms
 from oialr.sharding import check_can_change, check_is_followed, followed, is_made_up, taken_whole
 from oialr.share import little_factorized
-from oialr.start import TAKEN, LowRankLayers, check_free
+from oialr.start import TAKEN, LowRankLayers, check_free, find_layers
 from oialr.stored_state import check_stored_state, forms_here, forms_of_state
-from oialr.target import TargetSize
 from oialr.timetable import Timetable
 from oialr.transitions import Transitions
 from oialr.turns import Turns
@@ -104,19 +103,22 @@ class OIALR:
         self.processes = processes or Processes.current()
         self.factorizer = Factorizer(self.processes, mode=factorization, costs=costs)
 
-        low_rank = LowRankLayers(model, optimizer)
-        self.survey: list[LayerReport] = survey(
-            model, options, minimum_rank_fraction=options.minimum_rank_fraction
-        )
+        self.survey: list[LayerReport]
         """Every multidimensional weight of the network, and why it stays dense if it does."""
-        self.layers = factorizable(self.survey)
+        self.layers: list[LayerReport]
         """Layers that the method factorizes, in the order of the network's modules."""
+        low_rank = LowRankLayers(model, optimizer)
+        try:
+            self.survey, self.layers, target = find_layers(model, optimizer, options)
+            low_rank.check(self.layers)
+        except BaseException:
+            low_rank.restore()
+            raise
         little = little_factorized(model, self.survey)
         if little and self.processes.index == 0:
             logger.warning("%s", little)
         weights = {report.name: model.get_parameter(report.name) for report in self.layers}
-        check_held(optimizer, weights)
-        check_forms(optimizer, {report.name: report.stack_shape for report in self.layers})
+        self._timetable = Timetable(options)
         self._gradients = GradientWatch(weights)
         self._groups = groups = TwinGroups(optimizer, weights)
         self._wrappers = Wrappers(model)
@@ -140,17 +142,11 @@ class OIALR:
             self._transitions,
             self.factorizer,
             self.processes,
-            target=TargetSize.of(
-                options,
-                self.layers,
-                stored=self._dense_counts[1],
-                is_released=options.release is not None,
-            ),
+            target=target,
             moments=moments,
             measure_memory=measure_memory,
         )
 
-        self._timetable = Timetable(options)
         dense = partial(filter, self._transitions.is_dense, self.layers)
         self._inputs = InputWatch(moments, self._timetable.due, dense)
         self._turns = Turns(self.layers, self._transitions, self.processes, options)
@@ -223,6 +219,10 @@ class OIALR:
         """Whether the next pass tells what layers meet, if it is not compiled (``truncation``)."""
         return self._inputs.is_on
 
+    def disregard_inputs(self) -> None:
+        """Let what layers met in the last pass count nothing, such as padding (``truncation``)."""
+        self._inputs.disregard()
+
     def plan(self) -> Plan:
         """Return the plan of a conversion of all layers at once. A collective call."""
         weights = [self._transitions.weight(report) for report in self.layers]
@@ -243,9 +243,10 @@ class OIALR:
         return self._turns.converts_all(self._timetable.due())
 
     @property
-    def last_conversion(self) -> int | None:
-        """Step of the latest conversion; the delay where it is a number; else None before."""
-        return self._turns.last_conversion
+    def steps_since_conversion(self) -> int | None:
+        """Optimizer steps taken since the latest conversion; None before the first one."""
+        last = self._turns.last_conversion
+        return None if last is None or last > self.step_count else self.step_count - last
 
     @property
     def converted(self) -> bool:

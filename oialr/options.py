@@ -84,15 +84,6 @@ class Schedule:
         ge=1,
     )
 
-    def conversion_in_words(self) -> str:
-        """Say when layers turn low-rank, for the middle of a sentence."""
-        if self.delay != "stability":
-            return f"after step {self.delay}"
-        latest = (
-            "" if self.latest_delay is None else f", after step {self.latest_delay} at the latest"
-        )
-        return f"each when its basis stands still{latest}"
-
 
 @dataclass(frozen=True, kw_only=True)
 class RankRule:
@@ -288,16 +279,40 @@ class Options(Release, Conversion, Selection, RankRule, Schedule):  # the last o
                 "none: leave one of the two out, or let the release come later"
             )
 
+    @property
+    def latest_conversion(self) -> int | None:
+        """With a delay by stability, the step of ``latest_delay``: a multiple of the interval."""
+        if self.latest_delay is None:
+            return None
+        return _rounded_up(self.latest_delay, self.update_interval)
+
+    def conversion_in_words(self) -> str:
+        """Say when layers turn low-rank, for the middle of a sentence."""
+        if self.delay != "stability":
+            return f"after step {self.delay}"
+        ends = [step for step in (self.latest_conversion, self.release) if step is not None]
+        return f"each when its basis stands still, after step {min(ends)} at the latest"
+
     def _check_stability(self) -> None:
         """Reject bounds between which no layer could be found stable."""
         if self.latest_delay is None and self.release is None:
             raise ValueError("latest_delay must be set, or release, where delay is stability")
-        first = self.stability_start + (self.stability_window or self.update_interval)
-        if self.latest_delay is not None and self.latest_delay < first:
-            raise ValueError(
-                f"latest_delay must be at least {first}, the first window's end (stability_start "
-                f"and stability_window), not {self.latest_delay}"
-            )
+        interval = self.update_interval
+        begins = _rounded_up(max(1, self.stability_start), interval)
+        ends = begins + _rounded_up(self.stability_window or interval, interval)
+        for name, last in (("latest_delay", self.latest_conversion), ("release", self.release)):
+            if last is not None and last < ends + (name == "release"):
+                raise ValueError(
+                    f"{name} must be at least {ends + (name == 'release')}, not "
+                    f"{getattr(self, name)}: before the first window's end no layer is found "
+                    f"stable, which is step {ends} (stability_start and stability_window, in whole "
+                    f"steps of update_interval, {interval})"
+                )
+
+
+def _rounded_up(steps: int, interval: int) -> int:
+    """Return the first multiple of an interval that is no less."""
+    return -(-steps // interval) * interval
 
 
 @cache

@@ -13,10 +13,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from oialr.convert import densify_layer, get_layer
-from oialr.forms import DENSE, Form, form_of, weight_shapes
-from oialr.layer_survey import LayerReport
+from oialr.factor_steps import check_decay
+from oialr.forms import DENSE, Form, form_of, take_form, weight_shapes
+from oialr.layer_survey import LayerReport, factorizable, parameter_counts, survey
 from oialr.layers.base import FactoredLayer
+from oialr.optimizer_state import check_forms, check_held
+from oialr.options import Options
 from oialr.parameter_groups import exchange
+from oialr.target import TargetSize
 from oialr.transitions import Transitions
 
 TAKEN: WeakSet[Optimizer] = WeakSet()
@@ -33,6 +37,36 @@ def check_free(optimizer: Optimizer) -> None:
         raise ValueError(
             "the optimizer is that of another OIALR: go on with that one, or make a new optimizer"
         )
+
+
+def find_layers(
+    model: nn.Module, optimizer: Optimizer, options: Options
+) -> tuple[list[LayerReport], list[LayerReport], TargetSize | None]:
+    """Look at a dense network, and reject all that a method could not begin with.
+
+    Nothing is changed, so that whoever is refused has network and optimizer as they were.
+
+    Args:
+        model: dense.
+        optimizer: holds its weights.
+        options: of the method.
+
+    Returns:
+        All multidimensional weights, those that are factorized, and the size to be met.
+
+    Raises:
+        ValueError: a pattern that matches nothing, no layer that could be factorized, a size that
+            cannot be met, or an optimizer that does not hold the weights or cannot follow.
+    """
+    reports = survey(model, options, minimum_rank_fraction=options.minimum_rank_fraction)
+    layers = factorizable(reports)
+    check_held(optimizer, {report.name: model.get_parameter(report.name) for report in layers})
+    check_forms(optimizer, {report.name: report.stack_shape for report in layers})
+    is_released = options.release is not None
+    if is_released:
+        check_decay(optimizer, options)
+    _, stored = parameter_counts(model)
+    return reports, layers, TargetSize.of(options, layers, stored=stored, is_released=is_released)
 
 
 class LowRankLayers:
@@ -58,8 +92,8 @@ class LowRankLayers:
                 if factor in optimizer.state:
                     self._states[factor] = optimizer.state.pop(factor)
 
-    def put_back(self, transitions: Transitions, reports: Sequence[LayerReport]) -> None:
-        """Give the layers their factors again, the same objects, with their optimizer state.
+    def check(self, reports: Sequence[LayerReport]) -> None:
+        """Reject layers of a method that have not the low-rank ones among them.
 
         Raises:
             ValueError: a layer is none of the method's, or is read otherwise.
@@ -72,6 +106,17 @@ class LowRankLayers:
                     "exclude, attention_projection or convolutions differ from those of its "
                     "training?"
                 )
+
+    def restore(self) -> None:
+        """Give the layers their factors again, without a method."""
+        for name, form in self._forms.items():
+            weight = self._model.get_parameter(name)
+            take_form(self._model, name, form, self._factors[name])
+            exchange(self._optimizer, [weight], self._factors[name])
+        self._optimizer.state.update(self._states)
+
+    def put_back(self, transitions: Transitions, reports: Sequence[LayerReport]) -> None:
+        """Give the layers of a method their factors again, the same objects, with their state."""
         if not self._forms:
             return
         transitions.take_forms(

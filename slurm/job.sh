@@ -114,13 +114,16 @@ supervise() {
     trap 'stopped=true' USR1
     trap - TERM
 
+    local in_vain
+    in_vain="$(dirname "$run_dir")/.$(basename "$run_dir").stopped-in-vain"
     if [ "$exit_code" -eq 0 ]; then
+        rm -f "$in_vain"
         return
     elif [ "$exit_code" -eq 2 ] || $terminated; then
         exit "$exit_code"
     elif [ "$exit_code" -eq 75 ] || $stopped; then
         # A search's evaluation that is longer than a job would begin anew in each, for ever.
-        local in_vain="$run_dir/.stopped-in-vain" now
+        local now
         now="$SLURM_JOB_ID $(results || true)"
         if [ "$now" != "$SLURM_JOB_ID $before" ]; then
             rm -f "$in_vain"
@@ -128,7 +131,8 @@ supervise() {
             echo "Stopped (exit code $exit_code) for the second time without new results: give it" \
                 "more time (--time), or --signal=B:USR1@SECONDS: $run_dir" >&2
             exit "$exit_code"
-        elif [ -d "$run_dir" ]; then # what the next stop in vain is held against
+        else # what the next stop in vain is held against, even if there is no folder of the run yet
+            mkdir -p "$(dirname "$run_dir")" || true
             echo "$now" >"$in_vain" || true
         fi
         requeue "Stopped (exit code $exit_code)" "$exit_code"

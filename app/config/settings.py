@@ -260,13 +260,6 @@ class Configuration(Section):
                 f"lower it, or set oialr.enabled=false for full-rank training"
             )
         release = self.oialr.step_of("release", steps)
-        latest = self.oialr.step_of("latest_delay", steps)
-        by_stability = self.oialr.delay == "stability"
-        if self.oialr.enabled and by_stability and release is None and (latest or 0) >= steps:
-            raise UserError(
-                f"oialr.latest_delay: {self.oialr.latest_delay} is not less than the {steps} steps "
-                f"of this run; lower it"
-            )
         if not self.oialr.enabled:
             return
         if release is not None and release >= steps:
@@ -280,7 +273,14 @@ class Configuration(Section):
                 f"oialr.delay, {delay}; raise it, or lower the delay"
             )
         try:
-            self.oialr.options(steps)
+            options = self.oialr.options(steps)
         except ValueError as error:  # only now is it known whether a share and a step are one
             name, _, rest = str(error).partition(" ")
             raise UserError(f"oialr.{name}: {rest}") from None
+        latest = options.latest_conversion
+        if delay is None and release is None and latest is not None and latest >= steps:
+            raise UserError(
+                f"oialr.latest_delay: {self.oialr.latest_delay} is step {latest} in whole steps of "
+                f"oialr.update_interval, {options.update_interval}, and not less than the {steps} "
+                f"steps of this run; lower one of them"
+            )

@@ -46,7 +46,7 @@ A search configuration extends another one and names a space:
     processes_per_worker: 2
 
 exit codes: 0 done, 1 a fault or no result, 2 a mistake in what was asked for, 75 stopped by
-SIGTERM, SIGUSR1 or Ctrl-C: go on with --resume, with as many processes as you like. A second Ctrl-C
+SIGTERM, SIGUSR1 or Ctrl-C: go on with --resume, with as many workers as you like. A second Ctrl-C
 ends at once.
 """
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from app.config import to_yaml
-from app.errors import AgreedUserError
+from app.errors import AgreedUserError, StorageError
 from app.runtime.launch import Launch
 from app.runtime.lease import Claim, Lease
 from app.runtime.rendezvous import make_store
@@ -353,9 +353,11 @@ def _conclude(
 
 def _leave_sign(folder: Path) -> None:
     """Leave in an evaluation's folder that it is in the store, for slurm/job.sh."""
-    with naming("run.dir", folder):
+    try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "recorded").touch()
+    except OSError as error:
+        raise StorageError(f"cannot write {folder / 'recorded'}: {error.strerror}") from error
 
 
 def _train_best(

@@ -40,7 +40,7 @@ def warmup_steps(section: "TrainingSection", steps_per_epoch: int) -> int:
 class Schedule:
     """Learning rate by optimizer steps: without state to store.
 
-    It is a function of the step, and of that of the latest conversion.
+    It is a function of the step, and of how many there were since the latest conversion.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Schedule:
         *,
         steps: int,
         steps_per_epoch: int,
-        conversion: Callable[[], int | None] = lambda: None,
+        since_conversion: Callable[[], int | None] = lambda: None,
     ) -> None:
         """Make the schedule; parameter groups that are added later would not follow it.
 
@@ -59,8 +59,8 @@ class Schedule:
             section: shape of the schedule.
             steps: optimizer steps of the whole run.
             steps_per_epoch: optimizer steps of an epoch.
-            conversion: tells the latest step after which layers turn low-rank, with which the
-                warm-up after a conversion begins anew; None: there is none.
+            since_conversion: tells the optimizer steps since layers turned low-rank the last time,
+                when the warm-up after a conversion began; None: it has not begun.
         """
         import_torchvision()
         from timm.scheduler import CosineLRScheduler, StepLRScheduler
@@ -91,7 +91,7 @@ class Schedule:
         self._optimizer = optimizer
         peaks = self._scheduler.base_values  # of the optimizer's groups, as they were above
         self._factors = [peak / peaks[0] for peak in peaks]
-        self._conversion = conversion
+        self._since_conversion = since_conversion
         self._warmup_after_conversion = section.warmup_after_conversion
 
     def set(self, step: int) -> float:
@@ -109,10 +109,8 @@ class Schedule:
         rate = self._optimizer.param_groups[0]["lr"]
         for group, factor in zip(self._optimizer.param_groups, self._factors, strict=True):
             group["lr"] = rate * factor
-        conversion = self._conversion()
-        if conversion is not None:
-            since = step - conversion
-            if 0 <= since < self._warmup_after_conversion:
-                for group in self._optimizer.param_groups:
-                    group["lr"] *= (since + 1) / self._warmup_after_conversion
+        since = self._since_conversion()
+        if since is not None and since < self._warmup_after_conversion:
+            for group in self._optimizer.param_groups:
+                group["lr"] *= (since + 1) / self._warmup_after_conversion
         return float(self._optimizer.param_groups[0]["lr"])

@@ -1,6 +1,6 @@
 """A run's trained network out of its folder: the weights that were tested, for their use."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -67,13 +67,19 @@ def trained(configuration: Configuration, runtime: Runtime) -> Iterator[tuple[Pa
     """
     folder = Path(configuration.run.dir or "")
     processes = runtime.processes
-    parts = build(configuration, runtime, check_steps=False, initial=False)
     checkpoints = Checkpoints(
         folder / "checkpoints", processes, keep=1, keys=CHECKPOINT_KEYS, read_only=True
     )
     state = checkpoints.load()
     if state is None:
         raise UserError(f"{folder} has no checkpoint: there are no weights as yet")
+    parts = build(
+        configuration,
+        runtime,
+        check_steps=False,
+        initial=False,
+        steps_per_epoch=_steps_per_epoch(state[0]["position"]),
+    )
     early_stopping = early_stopping_of(configuration, folder, processes, read_only=True)
     processes.agree(lambda: restore(parts, early_stopping, *state))
     step = None
@@ -82,6 +88,13 @@ def trained(configuration: Configuration, runtime: Runtime) -> Iterator[tuple[Pa
     average = parts.average if step is None else None
     with average.applied() if average else nullcontext():
         yield parts, parts.position.step if step is None else step
+
+
+def _steps_per_epoch(position: Mapping[str, int]) -> int | None:
+    """Return the steps of a run's epochs by where it stands; None within the first one."""
+    return (
+        (position["step"] - position["batch"]) // position["epoch"] if position["epoch"] else None
+    )
 
 
 def samples_of(parts: Parts, count: int) -> Tensor:
@@ -119,6 +132,9 @@ def evaluate_file(
     Raises:
         UserError: the file cannot be read, or belongs to another network.
     """
+    # The file itself says what is low-rank in it.
+    full_rank = configuration.oialr.model_copy(update={"enabled": False})
+    configuration = configuration.model_copy(update={"oialr": full_rank})
     parts = build(configuration, runtime, check_steps=False, initial=False)
 
     def read() -> Any:

@@ -3,6 +3,7 @@
 import math
 import time
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import NoReturn
 
 from app.data import Batch
@@ -126,6 +127,8 @@ class Trainer:
 
     def _follow(self, event: Event) -> None:
         """Let the records and the user know what the method did."""
+        # The run's count: the method's is behind by the steps that a scaled loss has skipped.
+        event = replace(event, step=self.position.step)
         self.watchdog.progress(f"{event.kind} after step {event.step}")
         if self.early_stopping and event.changed_form:
             self.early_stopping.begin_anew(self.position.step)

@@ -50,6 +50,8 @@ class TrainingStep:
                 # Gradients are averaged over the processes; their sum is that of the mean loss.
                 parts.precision.backward(loss * parts.runtime.process_count)
             losses.append(loss.detach())
+        if tells and parts.method and not batch.count:  # padding, for a share without samples
+            parts.method.disregard_inputs()
         parts.precision.step(parts.optimizer, parts.model, training.gradient_clip)
         position.step += 1
         if parts.average:

@@ -66,21 +66,26 @@ class OIALRCallback(TrainerCallback, ExportableState):
             ValueError: as :class:`oialr.OIALR`; a sharded network among others.
         """
         model, optimizer = unwrapped(objects["model"]), unwrapped_optimizer(objects["optimizer"])
-        if not self.method or (self.method.model, self.method.optimizer) != (model, optimizer):
-            self.method = OIALR(model, optimizer, **self.options)
+        method, state_of_last = self.method, None
+        if method is None or (method.model, method.optimizer) != (model, optimizer):
+            if method and method.model is model:  # it goes on with another optimizer too
+                state_of_last = method.state_dict()
+            method = self.method = OIALR(model, optimizer, **self.options)
         name, callbacks = type(self).__name__, state.stateful_callbacks
         callback = callbacks.get(name, {})
         callbacks.setdefault(name, self.state())  # the Trainer stores what a checkpoint has not had
         stored = json.loads(callback.get("attributes", {}).get("stored", "null"))
         if not stored or not state.global_step:  # a new training: what is there is the last one's
+            if state_of_last:
+                method.load_state_dict(state_of_last)
             return
-        if any(stored["ranks"].values()) and not self.method.converted:
+        if any(stored["ranks"].values()) and not method.converted:
             raise UserError(
                 "the checkpoint is of a low-rank network, and model_init has made another one "
                 "after OIALRCallback had prepared its own: let model_init return "
                 "oialr.prepare(model)"
             )
-        self.method.load_state_dict(stored)
+        method.load_state_dict(stored)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
         """Convert, update or release, where it is due."""

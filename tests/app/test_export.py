@@ -63,6 +63,21 @@ def test_a_file_gives_the_figures_of_the_run(run, form, capsys):
     assert lines == figures(run)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [["oialr.delay=0.5"], ["oialr.delay=stability"]])
+def test_a_run_of_shares_is_read_with_other_data_and_batches(method, tmp_path, capsys):
+    """A share is one of that run, though with these the numbers of steps are others."""
+    run = tmp_path / "run"
+    shares = ["oialr.update_interval=0.2", "oialr.release=0.9", "oialr.latest_delay=0.6"]
+    train(0, *TINY, *shares, *method, f"run.dir={run}")
+    for other in ("training.batch_size=125", "data.train_samples=70"):
+        assert evaluate.main([str(run), other]) == 0
+        assert capsys.readouterr().out.splitlines()[1:] == figures(run)
+        assert export.main([str(run), "--format", "factors", other]) == 0
+        assert evaluate.main([str(run / "exported" / "factors.safetensors"), other]) == 0
+        assert capsys.readouterr().out.splitlines()[-2:] == figures(run)
+
+
 @pytest.mark.parametrize(("asked", "there"), [(1, 1), (100, 100), (10**6, 180)])
 def test_samples_to_compare_are_those_of_several_batches(run, capsys, asked, there):
     assert export.main([str(run), "--samples", str(asked)]) == 0

@@ -1,11 +1,16 @@
 """oialr.truncation: runs whose full-rank weights are cut by what layers compute."""
 
+from dataclasses import replace
+
 import pytest
 from support.launching import train
 from support.tiny_run import PAPER, TINY, assert_same_run
 
 from app import config
 from app.errors import UserError
+from app.runtime.processes import start_runtime
+from app.training.build import build
+from app.training.training_step import TrainingStep
 
 CUT = ["oialr.release=15", "oialr.target_size=0.6", "oialr.truncation=outputs"]
 
@@ -19,6 +24,23 @@ def test_a_run_that_is_resumed_in_the_step_before_the_cut_changes_no_bit(tmp_pat
     train(2, *keys, f"run.dir={parted}", "run.stop_after=14", code=75)
     train(2, "--resume", parted)
     assert_same_run(parted, whole)
+
+
+def test_padding_of_an_empty_share_is_not_looked_at() -> None:
+    configuration = config.load(None, [*TINY, *CUT])
+    with start_runtime(device="cpu") as runtime:
+        parts = build(configuration, runtime)
+        steps = TrainingStep(parts)
+        for batch in (batch for epoch in range(2) for batch in parts.task.train_batches(epoch)):
+            last = parts.position.step == 14
+            steps.take(replace(batch, count=0) if last else batch, start=0.0)
+            if last:
+                break
+            parts.method.step()
+        moments = parts.method._inputs._moments
+        assert len(moments._rows) == len(parts.method.layers)
+        assert not any(moments._rows.values())
+        assert not any(moment.any() for moment in moments._moments.values())
 
 
 def test_a_run_without_a_cut_of_full_rank_weights_is_refused(tmp_path) -> None:

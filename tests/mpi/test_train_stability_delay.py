@@ -23,7 +23,7 @@ STABLE = [
 def test_a_run_that_stops_between_two_conversions_is_the_undisturbed_one(tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     result = train(2, *STABLE, f"run.dir={whole}")
-    words = "9 layers turn low-rank each when its basis stands still, after step 20 at the latest"
+    words = "9 layers turn low-rank each when its basis stands still, after step 21 at the latest"
     assert words in result.stdout
     train(2, *STABLE, f"run.dir={stopped}", "run.stop_after=16", code=75)
     train(2, "--resume", stopped, "run.stop_after=null")

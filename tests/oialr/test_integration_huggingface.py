@@ -167,6 +167,21 @@ def test_a_second_training_goes_on_with_what_the_first_has_left(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"release": 5}])
+def test_a_second_trainer_goes_on_with_network_and_callback_of_the_first(options, tmp_path):
+    """Its optimizer is another one; after a release nobody else knows what the weights are."""
+    callback = OIALRCallback(**{**OPTIONS, **options})
+    training = trainer(tmp_path / "first", [callback], steps=6)
+    training.train()
+    ranks = callback.method.ranks()
+    again = trainer(tmp_path / "second", [callback], steps=3, model={"model": training.model})
+    again.train()
+    assert callback.method.step_count == 9
+    assert callback.method.steps_since_release == (4 if options else None)
+    assert all(rank <= ranks[name] for name, rank in callback.method.ranks().items())
+
+
+@pytest.mark.slow
 def test_a_network_that_is_made_anew_begins_anew(tmp_path):
     """As for every trial of a search: what the callback remembers is the last one's."""
     callback = OIALRCallback(**OPTIONS)

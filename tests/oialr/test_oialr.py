@@ -519,6 +519,52 @@ def test_an_optimizer_has_one_method():
     OIALR(model, torch.optim.SGD(model.parameters(), lr=0.1), delay=1, update_interval=1)
 
 
+REFUSED = {
+    "size": ({"target_size": 0.01}, "target_size 0.01 cannot be reached"),
+    "pattern": ({"exclude": ["nothing.*"]}, "nothing"),
+    "decay": ({"frobenius_decay": 0.1}, "it is not known how weights decay by"),
+}
+
+
+class Unknown(torch.optim.SGD):
+    """An optimizer without a rule."""
+
+
+@pytest.mark.parametrize("low_rank", [False, True])
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_refused_method_leaves_network_and_optimizer_as_they_were(case, low_rank):
+    options, message = REFUSED[case]
+    model = network()
+    if low_rank:
+        compress(model, target_size=0.7, rank_multiple=1)
+    before = {name: (p, p.detach().clone()) for name, p in model.named_parameters()}
+    optimizer = Unknown(model.parameters(), lr=0.1, momentum=0.9)
+    x, y = batch(0)
+
+    def step():
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    step()
+    state = {parameter: dict(values) for parameter, values in optimizer.state.items()}
+    common = {"delay": 4, "update_interval": 3, "release": 4, "core_learning_rate_factor": 3.0}
+    with pytest.raises(ValueError, match=message):
+        OIALR(model, optimizer, unknown_optimizer_state="reset", **common, **options)
+    assert dict(model.named_parameters()).keys() == before.keys()
+    assert all(before[name][0] is p for name, p in model.named_parameters())
+    assert len(optimizer.param_groups) == 1
+    assert {id(p) for p in optimizer.param_groups[0]["params"]} == {
+        id(p) for p in model.parameters()
+    }
+    assert all(optimizer.state[p] == state[p] for p in model.parameters())
+    step()
+    method = OIALR(model, optimizer, unknown_optimizer_state="reset", delay=4, update_interval=3)
+    for _ in range(3):
+        step()
+        method.step()
+
+
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
 @pytest.mark.parametrize(
     "options",

@@ -101,6 +101,9 @@ def test_words_beside_other_values_are_said_too():
 
 def test_a_delay_is_a_step_a_share_or_by_stability():
     keys = ["oialr.delay=stability", "oialr.release=0.9", "oialr.stability_window=0.04"]
+    with pytest.raises(ValueError, match=r"not 500: .* in whole steps of update_interval, 500\)"):
+        config.load(None, keys).oialr.options(1000)
+    keys.append("oialr.update_interval=0.02")
     section = config.load(None, keys).oialr
     assert section.step_of("delay", 1000) is None
     options = section.options(1000, warmup=120)
@@ -117,11 +120,14 @@ def test_a_delay_is_a_step_a_share_or_by_stability():
             config.load(None, [f"oialr.delay={wrong}"])
     assert "Or stability." in config.describe_keys(config.load())
     configuration = config.load(None, [*PAPER, "oialr.delay=stability", "oialr.latest_delay=1200"])
-    with pytest.raises(Exception, match=r"oialr\.latest_delay: 1200 is not less than the 1200"):
+    with pytest.raises(
+        Exception,
+        match=r"oialr\.latest_delay: 1200 is step 1500 in whole .* not less than the 1200",
+    ):
         configuration.check_steps(1200)
-    configuration.check_steps(1201)
+    configuration.check_steps(1501)
     keys = ["oialr.delay=stability", "oialr.latest_delay=30", "oialr.update_interval=40"]
-    with pytest.raises(Exception, match=r"oialr\.latest_delay: must be at least 40"):
+    with pytest.raises(Exception, match=r"oialr\.latest_delay: must be at least 80"):
         config.load(None, [*PAPER, *keys])
 
 

@@ -542,6 +542,30 @@ def test_a_layer_that_no_row_came_to_on_one_process_is_seen(theirs):
     assert not few
 
 
+def test_padding_counts_nothing_beside_the_samples_of_another_process():
+    """A share without samples is one sample of another's again."""
+    model = two_layers()
+    reports = survey(model)[:1]
+    theirs = InputMoments(model)
+    theirs.watch(reports)
+    model(normal(20, 12))
+    theirs.end()
+    moment = theirs._moments["0.weight"].clone()
+
+    class Both(Two):
+        def sum(self, tensor):
+            return tensor + moment
+
+    mine = InputMoments(model)
+    mine.watch(reports)
+    model(normal(1, 12))
+    mine.disregard()
+    roots, few = mine.roots(reports, Both([5]))
+    assert few == {"0.weight": (5, reports[0].full_rank)}
+    expected, _ = theirs.roots(reports)
+    torch.testing.assert_close(roots["0.weight"], expected["0.weight"], rtol=0, atol=0)
+
+
 def test_a_large_sample_is_looked_at_in_its_middle(monkeypatch):
     layer = nn.Conv2d(2, 4, 3)
     reading = kind_of(layer).reading(layer, "weight")

@@ -250,9 +250,11 @@ def test_exit_code_75_requeues_the_job(site: Path) -> None:
 
 
 def test_what_is_stopped_twice_in_vain_is_not_requeued(site: Path) -> None:
-    """As a search whose evaluation is longer than the time limit; a result begins anew."""
+    """As a search whose evaluation is longer than the time limit; a result begins anew.
+
+    The first ones end before there is a folder of the run, as in a start that reads all images.
+    """
     folder = site / "runs" / f"oialr_resnet-{JOB}"
-    folder.mkdir(parents=True)
     step = folder / "checkpoints" / "step-00000100"
     asked = site / "scontrol_arguments"
     recorded = folder / "evaluations" / "00003"

@@ -44,7 +44,7 @@ def _find(name: str) -> Callable[..., Logger]:
     if name in _NEEDS:
         try:
             import_module(_NEEDS[name])
-        except ImportError as error:
+        except Exception as error:  # a package may raise anything
             raise UserError(f"run.loggers: {name} cannot be imported ({one_line(error)})") from None
     found: Callable[..., Logger] = import_by_path("run.loggers", _OURS.get(name, name))
     missing = [method for method in _METHODS if not callable(getattr(found, method, None))]
