@@ -67,6 +67,11 @@ class ShardedTask:
             training.batch_size / (process_count * training.accumulation)
         )
 
+    @property
+    def digest(self) -> str:
+        """Of the samples, the same wherever they are read; empty where it is not known."""
+        return ""
+
     def _share(self, global_batch: slice) -> tuple[slice, int]:
         """Return this process's share within a global batch, and its number of true samples.
 

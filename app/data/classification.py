@@ -13,6 +13,7 @@ from app.data import Batch, datasets, mixing, sharding
 from app.data.base import ShardedTask
 from app.data.pixels import channel_statistics, crop_and_flip
 from app.data.sharding import Stream
+from oialr.linalg.checksum import checksum
 
 if TYPE_CHECKING:
     from app.config.settings import Configuration
@@ -134,6 +135,12 @@ class InMemoryClassification(Classification):
             name: (torch.tensor(part.images, device=device), torch.tensor(part.labels).to(device))
             for name, part in parts.items()
         }
+
+    @property
+    def digest(self) -> str:
+        """Of the images and labels of all parts."""
+        held = [tensor for part in self._parts.values() for tensor in part]
+        return f"{int(checksum(held, self.device)) % 2**48:012x}"
 
     def train_batches(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
         """Yield this process's shares of the global batches; see :class:`app.data.Task`.

@@ -28,8 +28,14 @@ def check_same_data(task: Task, processes: Processes) -> None:
     Raises:
         AgreedUserError: they are not; it names a node, and what it has.
     """
+    if processes.count == 1:
+        return
+    digest = getattr(task, "digest", "")
     found = {name: getattr(task, name) for name in ("train_size", "steps_per_epoch", "outputs")}
-    found |= {"input_shape": tuple(task.input_shape), "files": getattr(task, "digest", "")}
+    found |= {
+        "input_shape": tuple(task.input_shape),
+        "samples": digest if isinstance(digest, str) else "",
+    }
     first, *others = processes.gather((found, platform.node()))
     for index, (theirs, node) in enumerate(others, start=1):
         for name, value in theirs.items():
