@@ -114,9 +114,9 @@ class OIALR:
         except BaseException:
             low_rank.restore()
             raise
-        little = little_factorized(model, self.survey)
-        if little and self.processes.index == 0:
-            logger.warning("%s", little)
+        for warning in (little_factorized(model, self.survey), options.stability_in_vain()):
+            if warning and self.processes.index == 0:
+                logger.warning("%s", warning)
         weights = {report.name: model.get_parameter(report.name) for report in self.layers}
         self._timetable = Timetable(options)
         self._gradients = GradientWatch(weights)

@@ -290,24 +290,42 @@ class Options(Release, Conversion, Selection, RankRule, Schedule):  # the last o
         """Say when layers turn low-rank, for the middle of a sentence."""
         if self.delay != "stability":
             return f"after step {self.delay}"
+        return f"each when its basis stands still, after step {self._end_of_waiting} at the latest"
+
+    def stability_in_vain(self) -> str | None:
+        """Say that all layers are converted before one could be found stable, if it is so.
+
+        Events are at multiples of ``update_interval``, so that windows begin and end there.
+        """
+        if self.delay != "stability":
+            return None
+        interval = self.update_interval
+        ends = _rounded_up(max(1, self.stability_start), interval)
+        ends += _rounded_up(self.stability_window or interval, interval)
+        if ends < self._end_of_waiting:
+            return None
+        return (
+            f"delay: stability finds no layer stable: the first window ends after step {ends} "
+            f"(stability_start and stability_window, in whole steps of update_interval, "
+            f"{interval}), and all layers are converted after step {self._end_of_waiting} "
+            f"(latest_delay or release)"
+        )
+
+    @property
+    def _end_of_waiting(self) -> int:
         ends = [step for step in (self.latest_conversion, self.release) if step is not None]
-        return f"each when its basis stands still, after step {min(ends)} at the latest"
+        return min(ends)
 
     def _check_stability(self) -> None:
         """Reject bounds between which no layer could be found stable."""
         if self.latest_delay is None and self.release is None:
             raise ValueError("latest_delay must be set, or release, where delay is stability")
-        interval = self.update_interval
-        begins = _rounded_up(max(1, self.stability_start), interval)
-        ends = begins + _rounded_up(self.stability_window or interval, interval)
-        for name, last in (("latest_delay", self.latest_conversion), ("release", self.release)):
-            if last is not None and last < ends + (name == "release"):
-                raise ValueError(
-                    f"{name} must be at least {ends + (name == 'release')}, not "
-                    f"{getattr(self, name)}: before the first window's end no layer is found "
-                    f"stable, which is step {ends} (stability_start and stability_window, in whole "
-                    f"steps of update_interval, {interval})"
-                )
+        first = self.stability_start + (self.stability_window or self.update_interval)
+        if self.latest_delay is not None and self.latest_delay < first:
+            raise ValueError(
+                f"latest_delay must be at least {first}, the first window's end (stability_start "
+                f"and stability_window), not {self.latest_delay}"
+            )
 
 
 def _rounded_up(steps: int, interval: int) -> int:

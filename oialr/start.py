@@ -17,12 +17,15 @@ from oialr.factor_steps import check_decay
 from oialr.forms import DENSE, Form, form_of, take_form, weight_shapes
 from oialr.layer_survey import LayerReport, factorizable, parameter_counts, survey
 from oialr.layers.base import FactoredLayer
+from oialr.momentary_groups import LISTS
 from oialr.optimizer_state import check_forms, check_held
 from oialr.options import Options
 from oialr.parameter_groups import exchange
 from oialr.target import TargetSize
 from oialr.transitions import Transitions
 
+WAYS = ("execution", "recompute")
+"""Attributes of a factorized layer that say how it is applied."""
 TAKEN: WeakSet[Optimizer] = WeakSet()
 """Optimizers on which a method hangs."""
 
@@ -79,11 +82,17 @@ class LowRankLayers:
         self._forms: dict[str, Form] = {}
         self._factors: dict[str, tuple[nn.Parameter, ...]] = {}
         self._states: dict[Tensor, Any] = {}
+        self._ways: dict[str, dict[str, Any]] = {}
+        self._lists = [
+            {key: [*group[key]] for key in LISTS if key in group}
+            for group in optimizer.param_groups
+        ]
         for name in weight_shapes(model):
             layer = get_layer(model, name)
             if not isinstance(layer, FactoredLayer):
                 continue
             self._forms[name], self._factors[name] = form_of(model, name), layer.factors
+            self._ways[name] = {key: layer.__dict__[key] for key in WAYS if key in layer.__dict__}
             trained = layer.trained
             weight = densify_layer(model, name)
             weight.requires_grad_(trained.requires_grad)
@@ -108,11 +117,13 @@ class LowRankLayers:
                 )
 
     def restore(self) -> None:
-        """Give the layers their factors again, without a method."""
+        """Give the layers their factors and ways again, and the optimizer what it held."""
         for name, form in self._forms.items():
-            weight = self._model.get_parameter(name)
             take_form(self._model, name, form, self._factors[name])
-            exchange(self._optimizer, [weight], self._factors[name])
+            get_layer(self._model, name).__dict__.update(self._ways[name])
+        for group, lists in zip(self._optimizer.param_groups, self._lists, strict=True):
+            for key, held in lists.items():
+                group[key][:] = held
         self._optimizer.state.update(self._states)
 
     def put_back(self, transitions: Transitions, reports: Sequence[LayerReport]) -> None:

@@ -114,24 +114,24 @@ supervise() {
     trap 'stopped=true' USR1
     trap - TERM
 
-    local in_vain
-    in_vain="$(dirname "$run_dir")/.$(basename "$run_dir").stopped-in-vain"
     if [ "$exit_code" -eq 0 ]; then
-        rm -f "$in_vain"
         return
     elif [ "$exit_code" -eq 2 ] || $terminated; then
         exit "$exit_code"
     elif [ "$exit_code" -eq 75 ] || $stopped; then
         # A search's evaluation that is longer than a job would begin anew in each, for ever.
-        local now
+        local now in_vain="$run_dir/.stopped-in-vain"
+        if [ ! -d "$run_dir" ]; then # stopped in the start, which may be as long
+            in_vain="$(dirname "$run_dir")/.$(basename "$run_dir").stopped-in-vain"
+        fi
         now="$SLURM_JOB_ID $(results || true)"
         if [ "$now" != "$SLURM_JOB_ID $before" ]; then
-            rm -f "$in_vain"
+            rm -f "$in_vain" || true
         elif [ "$(cat "$in_vain" 2>/dev/null)" = "$now" ]; then
             echo "Stopped (exit code $exit_code) for the second time without new results: give it" \
                 "more time (--time), or --signal=B:USR1@SECONDS: $run_dir" >&2
             exit "$exit_code"
-        else # what the next stop in vain is held against, even if there is no folder of the run yet
+        else # what the next stop in vain is held against
             mkdir -p "$(dirname "$run_dir")" || true
             echo "$now" >"$in_vain" || true
         fi

@@ -133,6 +133,7 @@ GRAPH = {
         "forms",
         "layer_survey",
         "layers",
+        "momentary_groups",
         "optimizer_state",
         "options",
         "parameter_groups",

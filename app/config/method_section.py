@@ -106,8 +106,6 @@ class OIALRSection(_MethodSection):
         # Which of a share and a step comes first is seen when the run's steps are known.
         delay = self.delay if isinstance(self.delay, int) else 1
         late = {"release": delay + 1, "latest_delay": LARGEST_INTEGER}
-        if self.delay == "stability":
-            late["release"] = LARGEST_INTEGER
         steps: dict[str, Any] = {name: late.get(name, 1) for name in shares}
         if self.release == "delay" and self.delay == "stability":
             raise ValueError(

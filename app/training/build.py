@@ -75,7 +75,7 @@ def build(
     *,
     check_steps: bool = True,
     initial: bool = True,
-    steps_per_epoch: int | None = None,
+    steps: int | None = None,
     tell: Callable[[str], None] = lambda what: None,
 ) -> Parts:
     """Build the parts of a run in the one order that is right. A collective call.
@@ -88,8 +88,8 @@ def build(
         check_steps: refuse a delay or release that the run would never reach; a search sets them
             for each candidate.
         initial: read the weights of model.initial; a run that goes on has its own.
-        steps_per_epoch: of a run that is read, perhaps with other data than its own: what is a
-            share of the run is one of that run. None: as data and batches are.
+        steps: of a run that is read, perhaps with other data or batches than its own: a share of
+            the run is one of that run. None: as the configuration and the data say.
         tell: told of what begins now, such as :meth:`app.runtime.watchdog.Watchdog.progress`.
 
     Raises:
@@ -102,8 +102,7 @@ def build(
         processes.agree(lambda: read_initial(configuration, model))
         check_replicas(model, processes)
     tell("method and optimizer")
-    steps_per_epoch = steps_per_epoch or task.steps_per_epoch
-    steps = training.epochs * steps_per_epoch
+    steps = steps or training.epochs * task.steps_per_epoch
     if check_steps:
         processes.agree(lambda: configuration.check_steps(steps))
     optimizer = build_optimizer(model, training)
@@ -114,7 +113,7 @@ def build(
             optimizer,
             processes,
             steps=steps,
-            warmup=warmup_steps(training, steps_per_epoch),
+            warmup=warmup_steps(training, task.steps_per_epoch),
         )
     )
     layers = method.survey if method else survey(model)
@@ -123,7 +122,7 @@ def build(
         optimizer,
         training,
         steps=steps,
-        steps_per_epoch=steps_per_epoch,
+        steps_per_epoch=task.steps_per_epoch,
         since_conversion=(lambda: method.steps_since_conversion) if method else lambda: None,
     )
     decay = training.ema_decay

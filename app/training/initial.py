@@ -19,8 +19,6 @@ from oialr.layers.base import FROZEN
 from oialr.naming import some
 from oialr.placement.processes import Processes
 
-"""Entries that a message names."""
-
 
 @torch.no_grad()
 def load_initial(model: nn.Module, path: str) -> None:

@@ -28,6 +28,7 @@ def shared_state(parts: Parts, early_stopping: EarlyStopping | None) -> dict[str
         "configuration": to_yaml(parts.configuration),
         "process_count": parts.runtime.process_count,
         "position": {"step": position.step, "epoch": position.epoch, "batch": position.batch},
+        "steps": parts.steps,
         "last_loss": position.loss,
         "seconds": stopwatch.seconds,
         "cpu_seconds": stopwatch.cpu_seconds,

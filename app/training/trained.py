@@ -1,6 +1,6 @@
 """A run's trained network out of its folder: the weights that were tested, for their use."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -73,13 +73,9 @@ def trained(configuration: Configuration, runtime: Runtime) -> Iterator[tuple[Pa
     state = checkpoints.load()
     if state is None:
         raise UserError(f"{folder} has no checkpoint: there are no weights as yet")
-    parts = build(
-        configuration,
-        runtime,
-        check_steps=False,
-        initial=False,
-        steps_per_epoch=_steps_per_epoch(state[0]["position"]),
-    )
+    # Checkpoints of earlier versions do not know how many steps their run had.
+    steps = state[0].get("steps")
+    parts = build(configuration, runtime, check_steps=False, initial=False, steps=steps)
     early_stopping = early_stopping_of(configuration, folder, processes, read_only=True)
     processes.agree(lambda: restore(parts, early_stopping, *state))
     step = None
@@ -88,13 +84,6 @@ def trained(configuration: Configuration, runtime: Runtime) -> Iterator[tuple[Pa
     average = parts.average if step is None else None
     with average.applied() if average else nullcontext():
         yield parts, parts.position.step if step is None else step
-
-
-def _steps_per_epoch(position: Mapping[str, int]) -> int | None:
-    """Return the steps of a run's epochs by where it stands; None within the first one."""
-    return (
-        (position["step"] - position["batch"]) // position["epoch"] if position["epoch"] else None
-    )
 
 
 def samples_of(parts: Parts, count: int) -> Tensor:

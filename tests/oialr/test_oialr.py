@@ -530,15 +530,20 @@ class Unknown(torch.optim.SGD):
     """An optimizer without a rule."""
 
 
-@pytest.mark.parametrize("low_rank", [False, True])
+@pytest.mark.parametrize("low_rank", [None, "factors", "cores"])
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_refused_method_leaves_network_and_optimizer_as_they_were(case, low_rank):
     options, message = REFUSED[case]
     model = network()
     if low_rank:
-        compress(model, target_size=0.7, rank_multiple=1)
+        release = {"release": None} if low_rank == "cores" else {}
+        compress(model, target_size=0.7, rank_multiple=1, execution="folded", **release)
     before = {name: (p, p.detach().clone()) for name, p in model.named_parameters()}
-    optimizer = Unknown(model.parameters(), lr=0.1, momentum=0.9)
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    assert (len(trained) < len(before)) == (low_rank == "cores")
+    optimizer = Unknown(trained, lr=0.1, momentum=0.9)
+    groups = [{**group, "params": [*group["params"]]} for group in optimizer.param_groups]
+    groups[0]["param_names"] = [*groups[0]["param_names"]]
     x, y = batch(0)
 
     def step():
@@ -553,11 +558,13 @@ def test_a_refused_method_leaves_network_and_optimizer_as_they_were(case, low_ra
         OIALR(model, optimizer, unknown_optimizer_state="reset", **common, **options)
     assert dict(model.named_parameters()).keys() == before.keys()
     assert all(before[name][0] is p for name, p in model.named_parameters())
-    assert len(optimizer.param_groups) == 1
-    assert {id(p) for p in optimizer.param_groups[0]["params"]} == {
-        id(p) for p in model.parameters()
-    }
-    assert all(optimizer.state[p] == state[p] for p in model.parameters())
+    assert str(optimizer.param_groups) == str(groups)
+    held = optimizer.param_groups[0]["params"]
+    assert all(mine is theirs for mine, theirs in zip(held, groups[0]["params"], strict=True))
+    assert all(optimizer.state[p] == state[p] for p in held)
+    layers = [layer for layer in model.modules() if isinstance(layer, FactoredLayer)]
+    assert bool(layers) == bool(low_rank)
+    assert all(layer.execution == "folded" for layer in layers)
     step()
     method = OIALR(model, optimizer, unknown_optimizer_state="reset", delay=4, update_interval=3)
     for _ in range(3):

@@ -101,9 +101,6 @@ def test_words_beside_other_values_are_said_too():
 
 def test_a_delay_is_a_step_a_share_or_by_stability():
     keys = ["oialr.delay=stability", "oialr.release=0.9", "oialr.stability_window=0.04"]
-    with pytest.raises(ValueError, match=r"not 500: .* in whole steps of update_interval, 500\)"):
-        config.load(None, keys).oialr.options(1000)
-    keys.append("oialr.update_interval=0.02")
     section = config.load(None, keys).oialr
     assert section.step_of("delay", 1000) is None
     options = section.options(1000, warmup=120)
@@ -127,7 +124,7 @@ def test_a_delay_is_a_step_a_share_or_by_stability():
         configuration.check_steps(1200)
     configuration.check_steps(1501)
     keys = ["oialr.delay=stability", "oialr.latest_delay=30", "oialr.update_interval=40"]
-    with pytest.raises(Exception, match=r"oialr\.latest_delay: must be at least 80"):
+    with pytest.raises(Exception, match=r"oialr\.latest_delay: must be at least 40"):
         config.load(None, [*PAPER, *keys])
 
 

@@ -148,12 +148,12 @@ def test_a_state_does_not_change_with_the_training():
     assert torch.equal(weight, weight_before)
 
 
-@pytest.mark.parametrize("release", [9, 10])
+@pytest.mark.parametrize("release", [5, 10])
 def test_a_release_converts_what_waits(release):
     model, optimizer, method = make(release=release, largest_cut=0.9, latest_delay=None)
     events = train(model, optimizer, method, release + 4, moving=99)
     assert events[-1] == (release, "release", BOTH)
-    assert len(events) == 2
+    assert len(events) == (1 if release == 5 else 2)
     assert {method.state_dict()["released"].get(name) for name in BOTH} <= {
         "factors",
         "dense",
@@ -224,15 +224,40 @@ def test_a_weight_that_diverged_is_named():
     [
         ({"delay": "stable"}, "delay must be at least 1, or stability, not 'stable'"),
         ({"latest_delay": None}, "latest_delay must be set, or release, where delay is stability"),
-        ({"latest_delay": 6}, "latest_delay must be at least 8, not 6: .* which is step 8 "),
-        ({"release": 8}, "release must be at least 9, not 8: before the first window's end"),
-        ({"release": 8, "latest_delay": None}, "release must be at least 9"),
+        ({"latest_delay": 5}, "latest_delay must be at least 6, the first window's end"),
         ({"stability_threshold": 1.1}, r"stability_threshold must be in \(0, 1\], not 1.1"),
     ],
 )
 def test_what_makes_no_sense_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Options(**{**WINDOWS, **options})
+
+
+@pytest.mark.parametrize(
+    ("bounds", "last"),
+    [
+        ({}, None),
+        ({"latest_delay": 9}, None),  # after step 10
+        ({"latest_delay": 8}, 8),
+        ({"latest_delay": 7}, 8),
+        ({"latest_delay": None, "release": 9}, None),
+        ({"latest_delay": None, "release": 8}, 8),
+        ({"latest_delay": 9, "release": 7}, 7),
+    ],
+)
+def test_it_is_told_that_no_layer_can_be_found_stable(bounds, last, caplog):
+    """The first window begins after step 4 and ends after step 8: then it is too late."""
+    model, optimizer, method = make(stability_threshold=1e-6, **bounds)
+    words = method.options.conversion_in_words()
+    if last is None:
+        assert not caplog.messages
+    else:
+        (told,) = caplog.messages
+        assert "the first window ends after step 8 (" in told
+        assert f"all layers are converted after step {last} (" in told
+        assert words.endswith(f"after step {last} at the latest")
+    found = train(model, optimizer, method, 10, moving=99)
+    assert next(iter(found))[0] == (last or 8)
 
 
 @pytest.mark.parametrize("steps", [6, 9])
