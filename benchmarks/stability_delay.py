@@ -11,6 +11,7 @@ the ends of windows take less than one percent of the steps; most are longer.
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -101,7 +102,7 @@ def main() -> None:
     print("| --- | --- | --- | --- |")
     for name in names:
         step, end = measure(name, repeats)
-        print(f"| {name} | {step:.4f} | {end:.4f} | {100 * end / step:.0f} |")
+        print(f"| {name} | {step:.4f} | {end:.4f} | {math.ceil(100 * end / step)} |")
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from oialr.placement.costs import Costs
 from oialr.placement.factorization import Factorizer
 from oialr.placement.processes import Processes
 from oialr.preparation import follow_stored_forms
+from oialr.schedule import stability_in_vain
 from oialr.sharding import check_can_change, check_is_followed, followed, is_made_up, taken_whole
 from oialr.share import little_factorized
 from oialr.start import TAKEN, LowRankLayers, check_free, find_layers
@@ -114,7 +115,7 @@ class OIALR:
         except BaseException:
             low_rank.restore()
             raise
-        for warning in (little_factorized(model, self.survey), options.stability_in_vain()):
+        for warning in (little_factorized(model, self.survey), stability_in_vain(options)):
             if warning and self.processes.index == 0:
                 logger.warning("%s", warning)
         weights = {report.name: model.get_parameter(report.name) for report in self.layers}

@@ -284,35 +284,17 @@ class Options(Release, Conversion, Selection, RankRule, Schedule):  # the last o
         """With a delay by stability, the step of ``latest_delay``: a multiple of the interval."""
         if self.latest_delay is None:
             return None
-        return _rounded_up(self.latest_delay, self.update_interval)
+        return -(-self.latest_delay // self.update_interval) * self.update_interval
 
     def conversion_in_words(self) -> str:
         """Say when layers turn low-rank, for the middle of a sentence."""
         if self.delay != "stability":
             return f"after step {self.delay}"
-        return f"each when its basis stands still, after step {self._end_of_waiting} at the latest"
-
-    def stability_in_vain(self) -> str | None:
-        """Say that all layers are converted before one could be found stable, if it is so.
-
-        Events are at multiples of ``update_interval``, so that windows begin and end there.
-        """
-        if self.delay != "stability":
-            return None
-        interval = self.update_interval
-        ends = _rounded_up(max(1, self.stability_start), interval)
-        ends += _rounded_up(self.stability_window or interval, interval)
-        if ends < self._end_of_waiting:
-            return None
-        return (
-            f"delay: stability finds no layer stable: the first window ends after step {ends} "
-            f"(stability_start and stability_window, in whole steps of update_interval, "
-            f"{interval}), and all layers are converted after step {self._end_of_waiting} "
-            f"(latest_delay or release)"
-        )
+        return f"each when its basis stands still, after step {self.end_of_waiting} at the latest"
 
     @property
-    def _end_of_waiting(self) -> int:
+    def end_of_waiting(self) -> int:
+        """With a delay by stability, the step after which no layer waits any more."""
         ends = [step for step in (self.latest_conversion, self.release) if step is not None]
         return min(ends)
 
@@ -326,11 +308,6 @@ class Options(Release, Conversion, Selection, RankRule, Schedule):  # the last o
                 f"latest_delay must be at least {first}, the first window's end (stability_start "
                 f"and stability_window), not {self.latest_delay}"
             )
-
-
-def _rounded_up(steps: int, interval: int) -> int:
-    """Return the first multiple of an interval that is no less."""
-    return -(-steps // interval) * interval
 
 
 @cache

@@ -132,11 +132,7 @@ def can_save(layer: nn.Module, fraction: float) -> bool:
 
 
 def replace(optimizer: Optimizer, W: nn.Parameter, Sigma: Tensor, L: Tensor, R: Tensor) -> None:
-    """Put Sigma = L^T W R in W's place, in the same object; gradient and state follow.
-
-    Raises:
-        ValueError: the state has an entry that nobody knows how to transport.
-    """
+    """Put Sigma = L^T W R in W's place, in the same object; gradient and state follow."""
     W.data = Sigma
     if W.grad is not None:
         W.grad = linear(W.grad, L, R)

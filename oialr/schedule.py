@@ -5,7 +5,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from oialr.options import RankRule
+from oialr.options import Options, RankRule
 
 
 def event_at(step: int, *, delay: int, update_interval: int) -> int | None:
@@ -69,6 +69,26 @@ def intervals_due(
         elif (release is None or step < release) and step >= start and not step % update_interval:
             due.append(step)
     return due
+
+
+def stability_in_vain(options: Options) -> str | None:
+    """Say that all layers are converted before one could be found stable, if it is so.
+
+    Events are at multiples of ``update_interval``, so that windows begin and end there.
+    """
+    if options.delay != "stability":
+        return None
+    interval = options.update_interval
+    starts, lasts = max(1, options.stability_start), options.stability_window or interval
+    ends = interval * (-(-starts // interval) - (-lasts // interval))
+    if ends < options.end_of_waiting:
+        return None
+    return (
+        f"delay: stability finds no layer stable: the first window ends after step {ends} "
+        f"(stability_start and stability_window, in whole steps of update_interval, {interval}), "
+        f"and all layers are converted after step {options.end_of_waiting} (latest_delay or "
+        f"release)"
+    )
 
 
 def layers_in_turn(update: int, layer_count: int, *, layer_fraction: float) -> int:

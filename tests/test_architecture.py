@@ -89,6 +89,7 @@ GRAPH = {
         "parameter_groups",
         "placement",
         "preparation",
+        "schedule",
         "sharding",
         "share",
         "start",

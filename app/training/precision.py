@@ -1,13 +1,14 @@
 """Mixed precision of forward and backward; weights, factors and optimizer state are float32."""
 
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from app.config.settings import PrecisionName
+if TYPE_CHECKING:
+    from app.config.settings import PrecisionName
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -18,7 +19,7 @@ class Precision:
     Factorizations see the float32 weights and run outside of autocast.
     """
 
-    def __init__(self, name: PrecisionName, device: torch.device) -> None:
+    def __init__(self, name: "PrecisionName", device: torch.device) -> None:
         """Choose the dtype of products; "float32" changes nothing."""
         self._device_type = device.type
         self._dtype = DTYPES.get(name)
