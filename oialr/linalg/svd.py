@@ -75,13 +75,25 @@ def economy_svd(matrix: Tensor) -> Factors:
 
 
 def truncated(factors: Factors, r: int, dtype: torch.dtype) -> Factors:
-    """Keep what belongs to the first r singular values, in a dtype; U and Vh contiguous."""
+    """Keep what belongs to the first r singular values: W's best approximation of that rank.
+
+    Args:
+        factors: of at least r singular vectors, or stacks of them.
+        r: rank that is kept (Eckart and Young, 1936).
+        dtype: of what is returned.
+
+    Returns:
+        U (m, r) and Vh (r, n), contiguous, and s (r,); of a stack with a leading dimension g.
+    """
     U, s, Vh = (factor.to(dtype) for factor in factors)
     return Factors(U[..., :r].contiguous(), s[..., :r], Vh[..., :r, :].contiguous())
 
 
 def balanced(factors: Factors) -> tuple[Tensor, Tensor]:
-    """Return A = U diag(s)^(1/2) (m, k) and B = diag(s)^(1/2) Vh (k, n), of which A B is W."""
+    """Return A = U diag(s)^(1/2) (m, r) and B = diag(s)^(1/2) Vh (r, n), whose product is W.
+
+    Both have the same singular values, as in spectral initialization (arXiv 2105.01029).
+    """
     root = factors.s.sqrt()
     return factors.U * root[..., None, :], root[..., :, None] * factors.Vh
 
