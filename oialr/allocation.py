@@ -9,7 +9,7 @@ on numbers.
 import itertools
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from oialr.schedule import minimum_rank, rounded_up
@@ -48,6 +48,7 @@ def layer_choices(
     alignment: int = 1,
     has_core: bool,
     can_be_dense: bool,
+    pays: Callable[[int], bool] = lambda rank: True,
 ) -> list[Choice]:
     """List the sizes that a layer can have, the smallest first; each discards less than the last.
 
@@ -58,7 +59,9 @@ def layer_choices(
         minimum_rank_fraction: share of min(m, n) below which no rank falls.
         multiple, alignment: see :func:`oialr.schedule.rounded_up`.
         has_core: whether a core is stored between the factors.
-        can_be_dense: the dense weight takes the place of all ranks that store as much as it.
+        can_be_dense: the dense weight takes the place of all ranks that store as much as it, or do
+            not pay.
+        pays: whether the layer is worth its while at a rank, beside what it stores.
     """
     present, full_rank, dense = len(energies), min(shape[-2:]), math.prod(shape)
     lowest = minimum_rank(full_rank, minimum_rank_fraction)
@@ -81,7 +84,11 @@ def layer_choices(
         for rank in ranks
     ]
     if can_be_dense:
-        smaller = [choice for choice in choices if choice.parameters < dense]
+        smaller = [
+            choice
+            for rank, choice in zip(ranks, choices, strict=True)
+            if choice.parameters < dense and pays(rank)
+        ]
         if len(smaller) < len(choices):
             return [*smaller, Choice(None, dense, 0.0)]
     return choices

@@ -103,7 +103,11 @@ def compress(
     )
     layers = _layers(model, chosen)
     target = TargetSize(
-        chosen, layers, stored=parameter_counts(model)[1], is_released=chosen.release is not None
+        chosen,
+        layers,
+        stored=parameter_counts(model)[1],
+        is_released=chosen.release is not None,
+        is_trained=False,
     )
     roots = _roots(model, layers, inputs)
     with full_precision():

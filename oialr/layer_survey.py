@@ -10,6 +10,7 @@ from torch import nn
 from oialr.allocation import stored_parameters
 from oialr.layers.adapter import LayerAdapter
 from oialr.layers.base import FactoredLayer
+from oialr.layers.cost import MANY_ROWS
 from oialr.layers.reading import MatrixReading
 from oialr.layers.registry import OTHER, adapter_of, is_layer, kind_of
 from oialr.naming import full_name
@@ -35,6 +36,8 @@ class LayerReport:
     """Whether it is full-rank because the patterns of include and exclude leave it out."""
     adapter: LayerAdapter = OTHER
     """Of the kind of layers that the weight belongs to."""
+    inner_positions: int = 1
+    """Rows of the product between two factors for each row of the layer's output."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -60,6 +63,18 @@ class LayerReport:
     def full_rank(self) -> int:
         """Rank that the weight can have at most: the smaller side of its matrix."""
         return min(self.matrix_shape)
+
+    def released_multiply_adds(self, rows: int, r: int) -> float:
+        """Multiply-adds of a training step with A B of rank r, both trained, for rows of output."""
+        m, n = self.matrix_shape
+        return self.adapter.released_multiply_adds(rows=rows, m=m, n=n * self.inner_positions, r=r)
+
+    def released_pays(self, r: int) -> bool:
+        """Whether such a step takes no longer than with the dense weight."""
+        m, n = self.matrix_shape
+        dense = self.adapter.full_rank_multiply_adds(rows=MANY_ROWS, m=m, n=n)
+        share = self.released_multiply_adds(MANY_ROWS, r) / dense
+        return share <= self.adapter.released_margin(self.reading)
 
 
 def survey(
@@ -102,12 +117,14 @@ def survey(
     reports = []
     for path, module, key, _ in found:
         adapter = kind_of(module)
+        reading = adapter.reading(module, key, selection)
         report = LayerReport(
             name=f"{path}.{key}" if path else key,
-            reading=adapter.reading(module, key, selection),
+            reading=reading,
             is_linear_map=adapter.maps_linearly(key) and not isinstance(module, FactoredLayer),
             stays_dense=None,
             adapter=adapter,
+            inner_positions=adapter.inner_positions(module, reading),
         )
         reason = _not_asked_for(module, report, selection)
         reason = reason or _why_not(obstacles, report, minimum_rank_fraction)

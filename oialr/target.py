@@ -19,6 +19,7 @@ class TargetSize:
         *,
         stored: int,
         is_released: bool,
+        is_trained: bool = True,
     ) -> None:
         """Look at what there is to be saved.
 
@@ -27,6 +28,8 @@ class TargetSize:
             layers: those that the method factorizes.
             stored: parameters of the full-rank network.
             is_released: whether the run ends with two factors of each layer, not three.
+            is_trained: whether two factors that take more time in a step than the dense weight are
+                out of the question.
 
         Raises:
             ValueError: the smallest ranks exceed the size.
@@ -35,6 +38,7 @@ class TargetSize:
         self._rule = rule
         self.layers = layers
         self.is_released = is_released
+        self._must_pay = is_released and is_trained
         others = stored - sum(math.prod(layer.shape) for layer in layers)
         self._budget = math.floor(rule.target_size * stored * (1 + 1e-12)) - others
         flat = (self._choices(layer, [1.0] * layer.full_rank) for layer in layers)
@@ -101,4 +105,5 @@ class TargetSize:
             alignment=alignment,
             has_core=not self.is_released,
             can_be_dense=self.is_released or may_stay_dense,
+            **({"pays": layer.released_pays} if self._must_pay else {}),
         )

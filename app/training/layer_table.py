@@ -1,5 +1,6 @@
 """What the execution by cost would do: a table of layers, ranks, ways and FLOPs."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from app.training.folding import fold
+from oialr.allocation import stored_parameters
 from oialr.layer_survey import LayerReport
 from oialr.layers.registry import claims, kind_of
 from oialr.options import Execution
@@ -123,20 +125,22 @@ def explain(
             continue
         shown = set()
         for share, r in {"present": present}.items() if present else several.items():
-            after = adapter.released_multiply_adds(rows=b, m=m, n=n, r=r) / whole
+            after = layer.released_multiply_adds(b, r) / whole
             cheapest = adapter.cheapest_way(rows=b, m=m, n=n, r=r)
             way = cheapest if execution == "auto" else execution
             ratio = adapter.multiply_adds(way, rows=b, m=m, n=n, r=r) / whole
             if layer.name in forms:
                 ratio = after
-            totals[share].add(whole, ratio, min(after, 1.0))
+            stored = stored_parameters(layer.stack_shape, r, has_core=False)
+            turns_dense = stored >= math.prod(layer.shape)
+            totals[share].add(whole, ratio, 1.0 if turns_dense else after)
             if r in shown:
                 continue
             shown.add(r)
             shown_way = "two factors" if layer.name in forms else way
             lines.append([layer.name, shape, str(b), str(r), shown_way, f"{ratio:.2f}"])
             if will_release:
-                lines[-1].append(f"{after:.2f}" if after < 1 else "dense")
+                lines[-1].append("dense" if turns_dense else f"{after:.2f}")
     entries = [
         (name, tuple(tuple(line[1:]) for line in group))
         for name, group in groupby(lines[1:], key=lambda line: line[0])

@@ -156,6 +156,14 @@ class LayerAdapter:
         """Multiply-adds of a training step with A B, both trained."""
         return cost.released_multiply_adds(rows=rows, m=m, n=n, r=r)
 
+    def inner_positions(self, layer: nn.Module, reading: MatrixReading) -> int:
+        """Return how many rows the product between A and B has for each row of the output."""
+        return 1
+
+    def released_margin(self, reading: MatrixReading) -> float:
+        """Share of the dense layer's multiply-adds up to which A B, both trained, is no slower."""
+        return cost.MARGIN
+
     def cheapest_way(self, *, rows: int, m: int, n: int, r: int) -> Way:
         """Return the way that the twin takes by itself."""
         return cost.cheapest_way(rows, m, n, r)

@@ -11,6 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.checkpoint import checkpoint
 
 from oialr.layers.adapter import LayerAdapter
+from oialr.layers.cost import CONVOLUTIONS_MARGIN, DIRECTIONS_MARGIN, MARGIN
 from oialr.layers.reading import MatrixReading
 from oialr.layers.twin import FactoredTwin
 from oialr.linalg.weighting import Side
@@ -216,6 +217,17 @@ class ConvAdapter(LayerAdapter):
         reading = MatrixReading(shape, groups=groups, separable=has_directions and groups == 1)
         is_asked = options is not None and options.convolutions == "spatial"
         return reading.by_direction() if reading.separable and is_asked else reading
+
+    def inner_positions(self, layer: nn.Module, reading: MatrixReading) -> int:
+        """By its directions, a kernel leaves the stride of the height to its second convolution."""
+        assert isinstance(layer, _ConvNd)
+        return layer.stride[0] if reading.is_by_direction else 1
+
+    def released_margin(self, reading: MatrixReading) -> float:
+        """Two convolutions of images run at a lower rate than one, in two directions above all."""
+        if reading.is_by_direction:
+            return DIRECTIONS_MARGIN
+        return CONVOLUTIONS_MARGIN if len(reading.shape) > 3 else MARGIN
 
     def obstacle(self, layer: nn.Module, key: str) -> str | None:
         """A depthwise kernel has nothing that could be saved."""

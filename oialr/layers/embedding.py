@@ -5,12 +5,15 @@ that a batch asks for are looked up in U and multiplied by core and Vh. It saves
 optimizer's state, not multiply-adds: a full-rank embedding multiplies nothing.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from oialr.layers.adapter import LayerAdapter
 from oialr.layers.cost import Way, cheapest
+from oialr.layers.reading import MatrixReading
 from oialr.layers.twin import FactoredTwin
 
 
@@ -91,6 +94,10 @@ class EmbeddingAdapter(LayerAdapter):
     def released_multiply_adds(self, *, rows: int, m: int, n: int, r: int) -> float:
         """Rows of A times B, and the gradients of both."""
         return 3 * rows * r * n
+
+    def released_margin(self, reading: MatrixReading) -> float:
+        """Let every rank be: there is no time to be saved, and what is stored counts."""
+        return math.inf
 
     def rank_pays(self, m: int, n: int, r: int) -> bool:
         """Tell that no rank saves multiply-adds where there are none."""

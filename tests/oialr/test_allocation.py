@@ -74,6 +74,8 @@ def test_a_step_to_the_dense_weight_that_is_worth_more_is_taken_with_the_one_bef
     choices = layer_choices([4, 3, 2, 1], (4, 4), **PLAIN)
     assert choices == [Choice(1, 8, 0.6), Choice(None, 16, 0.0)]
     # (5, 6): ranks 1 and 2 store 11 and 22, and dense 30: eight more for half of the energy.
+    choices = layer_choices([4, 3, 2, 1], (4, 4), **PLAIN, pays=lambda rank: rank < 1)
+    assert choices == [Choice(None, 16, 0.0)]
     choices = layer_choices([1.0] * 5, (5, 6), **PLAIN)
     assert [c.rank for c in choices] == [1, 2, None]
     assert useful_steps(choices) == [(0, 2)]

@@ -42,6 +42,53 @@ def test_the_model_counts_what_torch_counts(m, n, way):
     assert count(dense, x) == full_rank_cost(rows=rows, m=m, n=n)
 
 
+@pytest.mark.parametrize("convolutions", ["matrix", "spatial"])
+@pytest.mark.parametrize("stride", [1, 2, (1, 2), (2, 1)], ids=str)
+def test_two_factors_of_a_convolution_take_what_torch_counts(convolutions, stride):
+    dense = nn.Conv2d(4, 6, 3, stride=stride, padding=1, bias=False)
+    (report,) = survey(nn.Sequential(dense), keep_last_layer=False, convolutions=convolutions)
+    m, n = report.matrix_shape
+    layer, _ = report.adapter.factorize(dense, "weight", (torch.randn(m, 3), torch.randn(3, n)))
+    x = torch.randn(2, 4, 8, 8, requires_grad=True)
+    rows = dense(x)[:, 0].numel()
+    counted = count(layer, x)
+    assert counted == report.released_multiply_adds(rows, 3)
+    assert count(dense, x) == report.adapter.full_rank_multiply_adds(rows=rows, m=m, n=n)
+
+
+@pytest.mark.parametrize(
+    ("layer", "options", "largest"),
+    [
+        (nn.Linear(40, 40), {}, 18),  # 0.9 * 40 * 40 / (40 + 40)
+        (nn.Conv1d(8, 24, 3), {}, 10),  # 0.9 * 24 * 24 / (24 + 24)
+        (nn.Conv2d(16, 16, 3), {}, 11),  # 0.8 * 16 * 144 / (16 + 144)
+        (nn.Conv2d(16, 16, 3), {"convolutions": "spatial"}, 16),  # 0.7 * 48 * 48 / (48 + 48)
+        (nn.Conv2d(16, 16, 3, stride=2), {"convolutions": "spatial"}, 11),  # / (48 + 2 * 48)
+        (nn.Conv2d(16, 16, 3, stride=(1, 2)), {"convolutions": "spatial"}, 16),
+        (nn.Embedding(40, 40), {"include_embeddings": True}, 40),
+    ],
+    ids=str,
+)
+def test_the_largest_rank_of_two_factors_that_pays(layer, options, largest):
+    (report,) = survey(nn.Sequential(layer), keep_last_layer=False, **options)
+    ranks = range(1, report.full_rank + 1)
+    assert [r for r in ranks if report.released_pays(r)] == list(range(1, largest + 1))
+
+
+def test_explain_tells_when_two_factors_take_more_than_the_weight_and_which_turn_dense():
+    model = nn.Sequential(nn.Conv2d(16, 16, 3, stride=2, padding=1), nn.Embedding(40, 40))
+    options = {"keep_last_layer": False, "convolutions": "spatial", "include_embeddings": True}
+    layers = survey(model, **options)
+    rows = {"0.weight": 16, "1.weight": 16}
+    table = explain(layers, rows, 2, None, will_release=True).splitlines()
+    released = {tuple(line.split()[i] for i in (0, 3)): line.split()[-1] for line in table[1:9]}
+    # A rank of 24 stores what the weight does; its first convolution has twice the positions.
+    assert released["0.weight", "12"] == "0.75"
+    assert released["0.weight", "24"] == "dense"
+    assert released["1.weight", "10"] == "30.00"  # stores half of the rows, and multiplies
+    assert released["1.weight", "20"] == "dense"
+
+
 @pytest.mark.parametrize(
     ("rows", "m", "n", "r", "way"),
     [

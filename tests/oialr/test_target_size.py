@@ -67,6 +67,26 @@ def test_the_ranks_at_a_release_are_those_that_lose_least():
     assert min(options) - 1e-9 <= lost <= min(options) + max(gains)
 
 
+def test_no_layer_is_slower_after_the_release_than_before():
+    """A rank of 18 fits and keeps all, and takes 1.1 times the strided kernel's multiply-adds."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(16, 16, 3, stride=2, padding=1), nn.Flatten(), nn.Linear(256, 4)
+    )
+    s = torch.ones(48).index_fill(0, torch.arange(18, 48), 1e-4)
+    U, V = (torch.linalg.qr(torch.randn(48, 48)).Q for _ in range(2))
+    kernel = (U * s @ V).reshape(16, 3, 16, 3).transpose(1, 2)
+    model[0].weight.data = kernel.contiguous()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+    options = {"convolutions": "spatial", "rank_multiple": 1, "update_interval": 1}
+    method = OIALR(model, optimizer, delay=1, release=1, target_size=0.9, **options)
+    model(torch.randn(2, 16, 8, 8)).sum().backward()
+    optimizer.step()
+    assert method.step()
+    assert method.ranks() == {"0.weight": 11}
+    assert method.missed_target() is None
+
+
 @pytest.mark.slow
 def test_the_size_is_approached_over_the_updates():
     model, optimizer, method = make(layer_fraction=1, largest_cut=0.3, target_size=0.3, release=60)
