@@ -252,13 +252,13 @@ def _read(
             notes.setdefault(f"waiting for {waiting}", []).append(seed)
             continue
         summary = cell.summary()
-        if summary is not None and _is_as_told(summary):
-            found[seed] = summary
-        elif summary is not None:
-            remark = f"the tested weights, of step {summary['tested_step']}, are full-rank"
+        if summary is None:
+            notes.setdefault(_why_not(cell, code), []).append(seed)
+        elif form := _other_form(summary, cell.settings["oialr"].get("release")):
+            remark = f"the tested weights, of step {summary['tested_step']}, are {form}"
             notes.setdefault(remark, []).append(seed)
         else:
-            notes.setdefault(_why_not(cell, code), []).append(seed)
+            found[seed] = summary
     known = {each["cell"].get("digest") for each in found.values() if agrees(each["cell"], code)}
     left_out: dict[str, int] = {}
     for seed, summary in list(found.items()):
@@ -270,10 +270,14 @@ def _read(
     return found, factor, remarks, left_out
 
 
-def _is_as_told(summary: dict[str, Any]) -> bool:
-    """Tell whether tested weights are low-rank where the training was to make them so."""
+def _other_form(summary: dict[str, Any], release: int | None) -> str | None:
+    """Say what tested weights are if not what the training was to make of them; None if so."""
     ranks = summary["tested_ranks"].values()
-    return not ranks or any(rank is not None for rank in ranks)
+    if ranks and all(rank is None for rank in ranks):
+        return "full-rank"
+    if ranks and release is not None and summary["tested_step"] <= release:
+        return "those of before the release"
+    return None
 
 
 def _why_not(cell: Cell, code: Code) -> str:

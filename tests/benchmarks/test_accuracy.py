@@ -560,6 +560,21 @@ def test_the_front_is_what_none_beats():
     assert front(errors, better=-1) == [(1.0, 0.5), (3.0, 0.4)]
 
 
+def test_weights_of_before_the_release_do_not_count(tmp_path):
+    """Early stopping ended the first run before its release, at any size; the second after it."""
+    note = "the tested weights, of step 60, are those of before the release (seeds 0)"
+    for release, notes in ((60, [note]), (59, [])):
+        methods = {
+            "full-rank": {"set": {"oialr.enabled": False}},
+            "mine": {"set": {"oialr.delay": 10, "oialr.release": release}},
+        }
+        plan = Plan(study(methods=methods), tmp_path)
+        finish(plan.cell("tiny", "full-rank", 0, 1), HERE, accuracy=0.5, stored=200)
+        finish(plan.cell("tiny", "mine", 0, 1), HERE, accuracy=0.5, stored=50, ranks={"a": 3})
+        _, mine = tabulate(plan, "tiny", HERE).rows
+        assert [n for n in mine.notes if "weights" in n] == notes
+
+
 def test_a_table_pairs_seeds_and_counts_what_is_low_rank_alone(tmp_path):
     plan = Plan(study(seeds=3), tmp_path)
     for seed, accuracy in ((0, 0.5), (1, 0.6), (2, 0.7)):

@@ -67,6 +67,15 @@ def test_the_ranks_at_a_release_are_those_that_lose_least():
     assert min(options) - 1e-9 <= lost <= min(options) + max(gains)
 
 
+def test_a_release_changes_the_form_of_a_network_that_was_low_rank_before():
+    """Early stopping begins anew there, also where no layer turns dense and no rank is cut."""
+    model, optimizer, method = make(delay=4, release=12, target_size=0.25, largest_cut=0.9)
+    *updates, event = train(model, optimizer, method, 12)
+    assert None not in method.ranks().values()
+    assert [each.changed_form for each in updates] == [True] + [False] * (len(updates) - 1)
+    assert (event.kind, event.changed_form, event.shapes_changed) == ("release", True, True)
+
+
 def test_no_layer_is_slower_after_the_release_than_before():
     """A rank of 18 fits and keeps all, and takes 1.1 times the strided kernel's multiply-adds."""
     torch.manual_seed(0)
