@@ -18,11 +18,12 @@ from benchmarks._paper import paper_keys
 from benchmarks.gpu.measuring import Results, choose_device, command_line
 
 NEEDED = ("pydantic", "yaml", "h5py", "rich", "sklearn", "timm")
-SHORT = (
-    "training.epochs=12",
-    "oialr.delay=60",
-    "oialr.update_interval=40",
-    "run.keep_checkpoints=1",
+SHORT = ("training.epochs=12", "oialr.delay=60", "oialr.update_interval=40")
+DRY = (
+    "training.epochs=3",
+    "training.warmup_epochs=1",
+    "oialr.delay=15",
+    "oialr.update_interval=10",
 )
 DETERMINISTIC = ("training.deterministic=true",)
 """What a resumed run needs to end with the same bits on a GPU."""
@@ -65,19 +66,20 @@ def main() -> None:
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         results.add(run="none", not_run=f"{', '.join(missing)} is not installed here")
         return
-    runs = {key: RUNS[key] for key in (options.runs[:1] if options.dry_run else options.runs)}
     # The paper's algorithm has more events than the recipe.
-    short = [*paper_keys(), *SHORT, f"distributed.device={device.type}"]
+    length, middle = (DRY, 35) if options.dry_run else (SHORT, 140)
+    common = ["run.keep_checkpoints=1", f"distributed.device={device.type}"]
+    short = [*paper_keys(), *length, *common]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for key, overrides in runs.items():
+        for key in options.runs:
             if results.seconds > 0.7 * options.seconds:
                 print(f"{key}: no time is left")
                 continue
             mine = folder / key
-            results.add(run=key, **run([*short, *overrides, f"run.dir={mine}"], mine))
+            results.add(run=key, **run([*short, *RUNS[key], f"run.dir={mine}"], mine))
         mine = folder / "stopped"
-        first = run([*short, *DETERMINISTIC, "run.stop_after=140", f"run.dir={mine}"], mine)
+        first = run([*short, *DETERMINISTIC, f"run.stop_after={middle}", f"run.dir={mine}"], mine)
         results.add(run="stopped", **first)
         results.add(run="resumed", **run(["--resume", str(mine)], mine))
         if all((folder / key / "summary.json").exists() for key in ("deterministic", "stopped")):

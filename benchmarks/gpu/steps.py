@@ -57,13 +57,16 @@ def cases(*, dry_run: bool) -> dict[str, Case]:
         )
         return {
             "vit": Case(
-                build=vit, shape=(2, 3, 32, 32), classes=1000, compiled=("full-rank", "0.25")
+                build=vit,
+                shape=(2, 3, 32, 32),
+                classes=1000,
+                compiled=("full-rank", "0.01", "0.25", "two 0.25"),
             ),
             "resnet": Case(
                 build=partial(CifarResNet, depth=8, width=4),
                 shape=(2, 3, 32, 32),
                 classes=10,
-                compiled=("full-rank",),
+                compiled=("full-rank", "0.01", "0.25"),
                 channels_last=True,
             ),
             "mlp": Case(build=partial(perceptron, 64), shape=(8, 64), classes=None),

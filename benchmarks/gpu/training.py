@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,8 @@ class Recipe:
     flip: bool
     release_after: int
     """Of the recipe: one over the share of the steps."""
+    convolutions: Literal["matrix", "spatial"]
+    """Of the recipe: how kernels are read."""
     precision: torch.dtype = torch.float32
 
 
@@ -76,6 +78,7 @@ RESNET = Recipe(
     cutoff=0.1,
     flip=True,
     release_after=2,
+    convolutions="spatial",
 )
 RECIPES = {
     "CIFAR-10, ResNet-20": RESNET,
@@ -95,6 +98,7 @@ RECIPES = {
         cutoff=0.15,
         flip=True,
         release_after=4,
+        convolutions="matrix",
         precision=torch.bfloat16,
     ),
 }
@@ -127,7 +131,7 @@ def make_method(
                 release=start,
                 target_size=0.35,
                 truncation="outputs",
-                convolutions="spatial",
+                convolutions=recipe.convolutions,
                 frobenius_decay=recipe.weight_decay,
                 **common,
             )
