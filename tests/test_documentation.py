@@ -116,7 +116,7 @@ APPENDED = [
     ),
     (r"benchmarks\.release_state", "--quick"),
     (r"benchmarks\.stability_delay", "--quick"),
-    (r"benchmarks\.(kernels|compression|layer_pairs)", "--quick"),
+    (r"benchmarks\.(kernels|compression|layer_pairs|run_steps)", "--quick"),
     (r"benchmarks\.accuracy", f"--seeds 1 {TRAIN} training.batch_size=16"),
     (r"^(export|source) ", ""),
 ]

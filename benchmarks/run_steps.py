@@ -1,0 +1,114 @@
+"""What does a step take at the ranks that a run has ended with, over the full-rank network's?
+
+  python -m benchmarks.run_steps RUN [RUN ...]    # a minute or two for each run, on one core
+  python -m benchmarks.run_steps --quick          # seconds; without a run a small network
+
+Both networks take the steps of the run's own configuration in turn, on the same batch, in CPU
+seconds of one thread, and the figures are medians. The sum is what the whole run takes by that: the
+share of its steps before the release, and of the others as much as such a step takes. Of runs that
+were released at their delay; what was trained is not needed, since time depends on shapes alone.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from app import config
+from app.config.settings import Configuration
+from app.runtime.processes import start_runtime
+from app.training.build import Parts, build
+from app.training.optimizer import Schedule, build_optimizer
+from app.training.training_step import TrainingStep
+from oialr.layer_survey import survey
+
+QUICK = [
+    "model.arguments={patch_size: 4, embed_dim: 32, depth: 1, num_heads: 2}",
+    *("data.train_samples=128", "training.batch_size=32", "oialr.delay=0.5"),
+]
+FULL_RANK = ["oialr.enabled=false", "stability.enabled=false", "training.compile=false"]
+QUICK_RANKS = {"blocks.0.mlp.fc1.weight": 8, "blocks.0.mlp.fc2.weight": 8}
+
+
+def released(parts: Parts, ranks: Mapping[str, int | None], configuration: Configuration) -> Parts:
+    """Give the layers of a full-rank network two factors of these ranks, of random numbers."""
+    model, training = parts.model, configuration.training
+    options = configuration.oialr.options(parts.steps, warmup=0)
+    for layer in survey(model, options, minimum_rank_fraction=options.minimum_rank_fraction):
+        if (r := ranks.get(layer.name)) is None:
+            continue
+        m, n = layer.matrix_shape
+        path, _, key = layer.name.rpartition(".")
+        factors = torch.randn(m, r) / r**0.5, torch.randn(r, n) / n**0.5
+        new, _ = layer.adapter.factorize(model.get_submodule(path), key, factors)
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, new)
+    optimizer = build_optimizer(model, training)
+    schedule = Schedule(
+        optimizer,
+        training,
+        steps=parts.steps,
+        steps_per_epoch=parts.task.steps_per_epoch,
+        since_conversion=lambda: None,
+    )
+    return replace(parts, model=model, optimizer=optimizer, schedule=schedule)
+
+
+def measure(
+    path: Path | None, overrides: Sequence[str], ranks: Mapping[str, int | None], *, rounds: int
+) -> tuple[float, float, float]:
+    """Return the CPU seconds of a full-rank step and of a low-rank one, and the share before."""
+    configuration = config.load(path, overrides)
+    dense = config.load(path, [*overrides, *FULL_RANK])
+    with start_runtime(device="cpu") as runtime:
+        parts = [build(dense, runtime) for _ in range(2)]
+        parts[1] = released(parts[1], ranks, configuration)
+        batch = next(iter(parts[0].task.train_batches(0)))
+        steps = [TrainingStep(each) for each in parts]
+        times: list[list[float]] = [[], []]
+        for _ in range(rounds + 1):
+            for step, taken in zip(steps, times, strict=True):
+                start = time.process_time()
+                step.take(batch, start=0.0)
+                taken.append(time.process_time() - start)
+        full, low = (statistics.median(taken[1:]) for taken in times)
+        options = configuration.oialr.options(parts[0].steps, warmup=0)
+        assert isinstance(options.delay, int)
+        return full, low, options.delay / parts[0].steps
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print a row for each run."""
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument(
+        "--quick", action="store_true", help="few steps; without a run of a small network"
+    )
+    options = parser.parse_args(arguments)
+    if not options.runs and not options.quick:
+        parser.error("name the folders of runs, or --quick")
+    torch.set_num_threads(1)
+    print("| run | step full-rank, s | after the release | steps before | sum |")
+    print("| --- | --- | --- | --- | --- |")
+    for run in options.runs or [None]:
+        rounds = 2 if options.quick else 20
+        if run is None:
+            full, low, share = measure(None, QUICK, QUICK_RANKS, rounds=rounds)
+        else:
+            ranks = json.loads((run / "summary.json").read_text())["tested_ranks"]
+            full, low, share = measure(run / "config.yaml", [], ranks, rounds=rounds)
+        ratio = low / full
+        print(
+            f"| {run.name if run else 'quick'} | {full:.4f} | {ratio:.2f} | {share:.2f} | "
+            f"{share + (1 - share) * ratio:.2f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
