@@ -9,9 +9,9 @@ the figures are ratios of medians. Margins in oialr/layers/cost.py are chosen by
 """
 
 import argparse
+import json
 import statistics
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -98,18 +98,25 @@ def measure(case: Case, *, rounds: int) -> tuple[float, dict[float, float]]:
     return dense, {share: taken / dense for share, taken in medians.items()}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Print a row for each layer."""
-    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+def main() -> None:
+    """Measure each layer, print a table or JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.add_argument("--quick", action="store_true", help="small batches, once each")
-    quick = parser.parse_args(arguments).quick
+    options = parser.parse_args()
+    quick = options.quick
     torch.set_num_threads(1)
+    measured = {case.name: measure(case, rounds=1 if quick else 7) for case in cases(quick=quick)}
+    if options.json:
+        print(json.dumps(measured, indent=1))
+        return
     print("| layer | dense, ms |", *(f" {share:.2f} |" for share in SHARES), sep="")
     print("| --- | --- |", *(" --- |" for _ in SHARES), sep="")
-    for case in cases(quick=quick):
-        dense, ratios = measure(case, rounds=1 if quick else 7)
+    for name, (dense, ratios) in measured.items():
         cells = (f" {ratios[share]:.2f} |" if share in ratios else "  |" for share in SHARES)
-        print(f"| {case.name} | {1e3 * dense:.1f} |", *cells, sep="", flush=True)
+        print(f"| {name} | {1e3 * dense:.1f} |", *cells, sep="")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -82,19 +83,19 @@ def measure(
         return full, low, options.delay / parts[0].steps
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Print a row for each run."""
-    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folder of a run")
-    parser.add_argument(
-        "--quick", action="store_true", help="few steps; without a run of a small network"
+def main() -> None:
+    """Measure each run, print a table or JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options = parser.parse_args(arguments)
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    parser.add_argument("--quick", action="store_true", help="few steps; without a run a small one")
+    options = parser.parse_args()
     if not options.runs and not options.quick:
         parser.error("name the folders of runs, or --quick")
     torch.set_num_threads(1)
-    print("| run | step full-rank, s | after the release | steps before | sum |")
-    print("| --- | --- | --- | --- | --- |")
+    rows: list[dict[str, Any]] = []
     for run in options.runs or [None]:
         rounds = 2 if options.quick else 20
         if run is None:
@@ -102,12 +103,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             ranks = json.loads((run / "summary.json").read_text())["tested_ranks"]
             full, low, share = measure(run / "config.yaml", [], ranks, rounds=rounds)
-        ratio = low / full
-        print(
-            f"| {run.name if run else 'quick'} | {full:.4f} | {ratio:.2f} | {share:.2f} | "
-            f"{share + (1 - share) * ratio:.2f} |",
-            flush=True,
-        )
+        name, ratio = run.name if run else "quick", low / full
+        figures = {"seconds": full, "ratio": ratio, "before": share}
+        rows.append({"run": name, **figures, "sum": share + (1 - share) * ratio})
+    if options.json:
+        print(json.dumps(rows, indent=1))
+        return
+    print("| run | step full-rank, s | after the release | steps before | sum |")
+    print("| --- | --- | --- | --- | --- |")
+    for row in rows:
+        figures = " | ".join(f"{row[key]:.2f}" for key in ("ratio", "before", "sum"))
+        print(f"| {row['run']} | {row['seconds']:.4f} | {figures} |")
 
 
 if __name__ == "__main__":
