@@ -112,8 +112,8 @@ def main() -> None:
     print("| run | step full-rank, s | after the release | steps before | sum |")
     print("| --- | --- | --- | --- | --- |")
     for row in rows:
-        figures = " | ".join(f"{row[key]:.2f}" for key in ("ratio", "before", "sum"))
-        print(f"| {row['run']} | {row['seconds']:.4f} | {figures} |")
+        ratios = " | ".join(f"{row[key]:.2f}" for key in ("ratio", "before", "sum"))
+        print(f"| {row['run']} | {row['seconds']:.4f} | {ratios} |")
 
 
 if __name__ == "__main__":

@@ -369,3 +369,11 @@ def test_full_disk_leaves_nothing_behind(
 def test_missing_origin(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^data\.root: .*gone not found"):
         stage(staged(tmp_path / "gone", tmp_path))
+
+
+def test_cutmix_has_a_parameter_of_its_own() -> None:
+    generator = np.random.default_rng(0)
+    drawn = [draw(generator, mixup=0.01, cutmix=1000, size=(64, 64)) for _ in range(100)]
+    # Boxes of half the area, cut off at the border; and next to no mixture of two images.
+    assert all(0.45 < mix.share < 0.9 for mix in drawn if mix.box)
+    assert sum(0.1 < mix.share < 0.9 for mix in drawn if not mix.box) < 10

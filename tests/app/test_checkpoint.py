@@ -2,6 +2,7 @@
 
 import os
 import zipfile
+from functools import partial
 from unittest.mock import MagicMock
 
 import pytest
@@ -292,3 +293,31 @@ def test_a_checkpoint_of_a_cpu_is_restored_on_a_gpu(monkeypatch):
     assert known == []
     _load(parts, None, shared, [{"random_state": state, "random_state_cuda": state}])
     assert known == [state]
+
+
+def test_a_checkpoint_is_seen_when_it_is_on_the_disk_and_the_folder_is_ours(tmp_path, monkeypatch):
+    happened, fsync, rename = [], os.fsync, type(tmp_path).rename
+
+    def sync(handle):
+        happened.append(os.path.basename(os.readlink(f"/proc/self/fd/{handle}")))
+        fsync(handle)
+
+    def move(path, target):
+        happened.append(f"becomes {target.name}")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(type(tmp_path), "rename", move)
+    ours = partial(happened.append, "ours")
+    save(Checkpoints(tmp_path, Processes(), keep=1, check_owner=ours), 10, 1)
+    files = ["process-00000.pt", "process-00000-part-1.pt", "state.pt", "partial-00000010"]
+    assert happened == ["ours", *files, "ours", "becomes step-00000010", tmp_path.name]
+
+
+def test_a_run_goes_on_with_the_scale_of_its_loss():
+    parts = MagicMock(method=None, average=None, tracker=None)
+    parts.runtime.device, parts.runtime.process_count = torch.device("cpu"), 2
+    keys = ("method", "model", "optimizer", "average", "early_stopping", "last_loss")
+    shared = {**dict.fromkeys(keys), "position": {}, "seconds": 1.0, "process_count": 1}
+    _load(parts, None, {**shared, "precision": {"scale": 8.0}}, [{}])
+    parts.precision.load_state_dict.assert_called_once_with({"scale": 8.0})

@@ -277,3 +277,10 @@ def test_a_part_of_equal_pixels_is_told(
     monkeypatch.setattr(datasets, "load", load)
     build_task(config.build({}), process_index=0, process_count=1, device=torch.device("cpu"))
     assert caplog.messages == ["data.root: all pixels of test in digits are equal"]
+
+
+def test_crops_begin_at_every_pixel_of_the_padding() -> None:
+    task = digits(data={"augmentation": "crop"})  # of 8 pixels, padded by one
+    corners = np.concatenate([task._random_crops(epoch, 0, 64)[0] for epoch in range(20)])
+    shares = np.bincount(corners.ravel(), minlength=3) / corners.size
+    assert shares == pytest.approx([1 / 3] * 3, abs=0.05)

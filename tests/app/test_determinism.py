@@ -1,6 +1,7 @@
 """torch's deterministic algorithms, for as long as a run wants them."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from support.scatters import Scatters
 
 from app.errors import UserError
 from app.training.determinism import deterministic_algorithms
+from app.training.run import _own_random_state
 
 RUN = ("training.epochs=1", "training.warmup_epochs=0", "oialr.enabled=false")
 
@@ -45,3 +47,13 @@ def test_a_run_is_deterministic_where_it_is_asked_for(arguments, tmp_path):
     told = train(0, *arguments, *keys, folder, "training.deterministic=true", code=2)
     assert told.stderr.count("error: training.deterministic: put_") == 1
     train(0, *arguments, *keys, folder + "-2")
+
+
+def test_each_process_draws_numbers_of_its_own_and_the_same_again():
+    drawn, before = [], torch.get_rng_state()
+    for index in (0, 1, 0):
+        runtime = SimpleNamespace(process_index=index, device=torch.device("cpu"))
+        with _own_random_state(3, runtime):
+            drawn.append(torch.rand(4).tolist())
+    assert drawn[0] == drawn[2] != drawn[1]
+    assert torch.equal(torch.get_rng_state(), before)

@@ -10,7 +10,9 @@ from support.launching import TIMEOUT, command, environment
 
 from app.recording.log import Log
 from app.runtime.latest import led_to, point_to
+from app.training import stopwatch
 from app.training.progress import Progress
+from oialr.placement.processes import Processes
 
 
 def test_lines_lie_in_the_folder_as_they_were_said(tmp_path, capsys):
@@ -202,3 +204,13 @@ def test_a_file_system_without_links_is_no_harm(runs, monkeypatch):
     monkeypatch.setattr(os, "symlink", refuse)
     point_to(runs / "a")
     assert sorted(path.name for path in runs.iterdir()) == ["a", "b"]
+
+
+def test_no_second_of_a_training_counts_twice(monkeypatch):
+    clocks = iter([(0.0, 0.0), (10.0, 5.0), (13.0, 6.0), (17.0, 8.0)])
+    monkeypatch.setattr(stopwatch, "_clocks", lambda: next(clocks))
+    watch = stopwatch.Stopwatch()
+    watch.start()
+    for _ in range(2):
+        watch.lap(Processes())
+    assert (watch.seconds, watch.cpu_seconds) == (7.0, 3.0)

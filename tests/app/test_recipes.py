@@ -298,3 +298,40 @@ def test_early_stopping_tests_the_best_weights_of_the_last_form(
     figures = evaluate(model, task, "test", Processes(), torch.device("cpu"))
     assert summary["test_loss"] == pytest.approx(figures["loss"], rel=1e-5)
     assert summary["test_loss"] == rows["loss"][-1]
+
+
+def test_an_equal_loss_is_no_smaller_one(tmp_path: Path) -> None:
+    stopping = EarlyStopping(Checkpoints(tmp_path, Processes(), keep=1), patience=1)
+    assert stopping.improves(10, 1.0)
+    assert not stopping.improves(20, 1.0)
+    assert stopping.exhausted
+
+
+def test_a_run_clips_its_gradients() -> None:
+    configuration = config.load(None, [*TINY, "training.gradient_clip=0.001"])
+    with start_runtime(device="cpu") as runtime:
+        parts = build(configuration, runtime)
+        TrainingStep(parts).take(next(parts.task.train_batches(0)), start=0.0)
+    gradients = [p.grad for p in parts.model.parameters() if p.grad is not None]
+    assert float(nn.utils.get_total_norm(gradients)) == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_with_an_average_the_best_weights_are_those_of_the_average(tmp_path: Path) -> None:
+    """And not averaged once more, by the last one, when they are tested."""
+    options = ["training.ema_decay=0.5", "training.early_stopping=1", "training.learning_rate=0.05"]
+    off = ["oialr.enabled=false", "stability.enabled=false", "training.epochs=12"]
+    train(0, *TINY, *off, *options, f"run.dir={tmp_path / 'run'}")
+    rows = read_rows(tmp_path / "run" / "metrics.h5", "eval")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["tested_step"] < summary["steps"]
+    (path,) = (tmp_path / "run" / "checkpoints" / "best").glob("step-*/state.pt")
+    configuration = config.load(tmp_path / "run" / "config.yaml")
+    with start_runtime(device="cpu") as runtime:
+        parts = build(configuration, runtime)
+        parts.model.load_state_dict(torch.load(path, weights_only=True)["model"])
+        for split in ("validation", "test"):
+            mine = evaluate(parts.model, parts.task, split, Processes(), torch.device("cpu"))
+            of_split = rows["split"] == split
+            at_best = of_split & ((rows["step"] == summary["tested_step"]) | (split == "test"))
+            assert rows["loss"][at_best].tolist() == pytest.approx([mine["loss"]], rel=1e-5)

@@ -201,6 +201,7 @@ def test_losses_are_ordered_and_finite():
     outside = objective.loss(bounded, **figures)
     further = objective.loss(bounded, **{**figures, "trainable_percent": 41.0})
     failed = objective.loss(bounded, **{**figures, "error": math.nan})
+    assert worst_inside == 1.0
     assert worst_inside < outside < further < failed < math.inf
 
 

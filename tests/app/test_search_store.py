@@ -241,3 +241,10 @@ def test_the_file_is_plain_hdf5(tmp_path):
         rows = file["evaluations"][:]
     np.testing.assert_array_equal(rows["oialr.delay"], [30])
     assert rows["status"][0] == b"finished"
+
+
+def test_medians_are_of_what_has_finished():
+    tally = Tally()
+    for number, status in enumerate(("finished", "hopeless", "diverged", "finished")):
+        tally.add([evaluation(number, status=status, curve=(float(number),))])
+    assert (tally.count, tally.curves) == (4, [(0.0,), (3.0,)])

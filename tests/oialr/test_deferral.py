@@ -133,3 +133,18 @@ def test_a_conversion_holds_one_layer_twice_at_most():
     # What is there in the end, and for one layer: weight and moments, U, s, Vh, copies of them.
     # All dense weights and moments together would be 36 squares.
     assert after < event.peak_bytes < after + 12 * square
+
+
+def test_cores_stand_in_the_order_of_the_layers_whichever_comes_first():
+    """As those of a resumed training do, whose moments are stored by their places."""
+    model, optimizer, method = make(
+        [K, 20], defer_conversion=True, core_learning_rate_factor=3.0, rank_multiple=1
+    )
+    train(model, optimizer, method, 3)
+    assert is_dense(model, 0)
+    assert not is_dense(model, 1)
+    with torch.no_grad():
+        model[0].weight.copy_(spectrum_of(rank=5))
+    train(model, optimizer, method, 1)
+    cores = [model[0].core, model[1].core]
+    assert any([*map(id, g["params"])] == [*map(id, cores)] for g in optimizer.param_groups)

@@ -435,3 +435,16 @@ def test_a_fused_projection_is_one_factorization():
 
     reports = survey(Attention(), **KEEP)
     assert [(r.name, r.groups, r.stays_dense) for r in reports] == [("qkv.weight", 1, None)]
+
+
+def test_an_event_tells_the_largest_values_of_a_stack():
+    model = nn.Sequential(nn.Conv2d(8, 32, 3, groups=2), nn.Flatten(), nn.Linear(32, 2))
+    with torch.no_grad():
+        model[0].weight[16:] *= 2
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    method = OIALR(model, optimizer, delay=1, update_interval=1)
+    expected = torch.linalg.svdvals(model[0].weight.detach().reshape(2, 16, 36))
+    model(torch.ones(1, 8, 3, 3)).sum().backward()
+    optimizer.step()
+    (layer,) = method.step().layers
+    torch.testing.assert_close(layer.singular_values, expected.amax(0))

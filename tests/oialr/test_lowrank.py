@@ -293,3 +293,18 @@ def test_energy_rank_is_the_smallest_that_loses_no_more(values, share):
 )
 def test_minimum_rank(full, fraction, expected):
     assert minimum_rank(full, fraction) == expected
+
+
+def test_a_wanted_rank_keeps_to_the_bounds_of_a_cut():
+    s = torch.tensor([4.0, 2, 1, 1])
+    rule = RankRule(**{**CUT, "largest_cut": 0.9})
+    assert kept_rank(s, rule, full_rank=100, wanted=1) == 1
+    rule = RankRule(**{**CUT, "largest_cut": 0.9, "largest_energy_cut": 0.09})
+    assert kept_rank(s, rule, full_rank=100, wanted=1) == 3
+
+
+def test_a_rank_is_rounded_up_to_what_the_hardware_asks_for():
+    s, rule = torch.tensor([10.0] * 5 + [0.1] * 15), RankRule(largest_cut=0.9)
+    ranks = [kept_rank(s, rule, full_rank=k, alignment=8) for k in (31, 32, 64)]
+    assert ranks == [5, 8, 8]
+    assert kept_rank(s, rule, full_rank=64) == 5

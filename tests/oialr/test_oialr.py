@@ -303,7 +303,9 @@ def test_state_of_another_network_is_refused():
         other_method.load_state_dict(state)
 
 
-@pytest.mark.parametrize(("steps", "delay", "fits"), [(2, 3, True), (2, 1, False), (6, 9, False)])
+@pytest.mark.parametrize(
+    ("steps", "delay", "fits"), [(2, 3, True), (2, 1, False), (4, 9, False), (6, 9, False)]
+)
 def test_the_delay_is_open_until_either_is_over(steps, delay, fits):
     model, optimizer, method = make(delay=4)
     train(model, optimizer, method, steps)
@@ -656,3 +658,28 @@ def test_bfloat16_autocast_keeps_master_factors_in_float32():
         identity = torch.eye(U.shape[1])
         assert torch.linalg.matrix_norm(U.T @ U - identity, 2) < 1e-4
     assert losses[-1] < losses[0]
+
+
+def test_a_pending_gradient_follows_a_rotation():
+    model, optimizer, method = make("sgd", delay=1, update_interval=1, cutoff=1e-9)
+    train(model, optimizer, method, 1)
+    optimizer.zero_grad()
+    x, y = batch(1)
+    nn.functional.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    layer = model[2]
+    core, G = layer.core.clone(), layer.U @ layer.core.grad @ layer.Vh
+    assert not method.step().shapes_changed
+    assert not torch.allclose(layer.core, core)
+    torch.testing.assert_close(layer.U @ layer.core.grad @ layer.Vh, G)
+
+
+def test_sizes_are_shares_of_what_is_trained_and_of_what_is_stored():
+    model = network()
+    model[4].requires_grad_(False)
+    optimizer = OPTIMIZERS["sgd"](p for p in model.parameters() if p.requires_grad)
+    method = OIALR(model, optimizer, delay=1, update_interval=1)
+    assert method.trainable_percent() == method.compression_percent() == 100
+    train(model, optimizer, method, 1)
+    trained = 20 * 20 + 32 + 32 * 32 + 48  # of cores and biases
+    assert method.trainable_percent() == pytest.approx(100 * trained / (21 * 32 + 33 * 48))

@@ -191,3 +191,20 @@ def test_shares_are_of_the_runs_steps():
     configuration.check_steps(800)
     with pytest.raises(Exception, match=r"oialr\.release: 400 of 900 steps is step 400, before"):
         configuration.check_steps(900)
+
+
+def test_a_share_is_the_nearest_step():
+    section = config.load(None, [*PAPER, "oialr.delay=0.29", "oialr.release=0.578"]).oialr
+    assert 0.29 * 100 < 29  # in floating point
+    assert [section.step_of(name, 100) for name in ("delay", "release")] == [29, 58]
+
+
+@pytest.mark.parametrize(("steps", "fits"), [(8, True), (6, False)])
+def test_the_latest_delay_is_before_the_last_step(steps, fits):
+    keys = ["oialr.delay=stability", "oialr.update_interval=3", "oialr.latest_delay=5"]
+    configuration = config.load(None, [*PAPER, *keys])
+    if fits:
+        configuration.check_steps(steps)
+    else:
+        with pytest.raises(UserError, match=r"^oialr\.latest_delay: 5 is step 6 in whole steps"):
+            configuration.check_steps(steps)

@@ -8,7 +8,7 @@ import torch
 from support.method_loop import CUT, OPTIMIZERS, batch, make, network, train, weights
 from torch import nn
 
-from oialr import prepare
+from oialr import OIALR, prepare
 from oialr.convert import get_layer
 from oialr.layer_survey import survey
 from oialr.layers.base import FactoredLayer
@@ -380,3 +380,43 @@ def test_what_is_refused():
         make(release=4)
     with pytest.raises(ValueError, match="set release too"):
         make(frobenius_decay=0.1)
+
+
+def test_second_moments_of_a_layer_that_is_dense_again_are_means_of_the_core_s():
+    model, optimizer, _ = parts = make("adamw", release=9, cutoff=1e-9)
+    twin, twin_optimizer, _ = twins = make("adamw", cutoff=1e-9)
+    train(*parts, 9)
+    train(*twins, 9)
+    for i in (0, 2):
+        rows = twin[i].U.square() / twin[i].U.square().sum(1, keepdim=True)
+        columns = twin[i].Vh.square() / twin[i].Vh.square().sum(0)
+        v = twin_optimizer.state[twin[i].core]["exp_avg_sq"]
+        torch.testing.assert_close(
+            optimizer.state[model[i].weight]["exp_avg_sq"], (rows @ v @ columns).detach()
+        )
+
+
+@pytest.mark.parametrize(("cutoff", "form"), [(0.6, "factors"), (1e-9, "dense")])
+def test_what_somebody_froze_stays_frozen_at_a_release(cutoff, form):
+    model, optimizer, method = make("sgd", release=9, **{**CUT, "cutoff": cutoff})
+    train(model, optimizer, method, 6)
+    model[0].core.requires_grad_(False)
+    model[0].core.grad = None
+    train(model, optimizer, method, 3, first=6)
+    assert method.state_dict()["released"]["0.weight"] == form
+    held = {name: p.requires_grad for name, p in model[0].named_parameters()}
+    assert {name for name, is_trained in held.items() if is_trained} == {"bias"}
+
+
+@pytest.mark.parametrize(("rank", "form"), [(11, "factors"), (12, None)])
+def test_factors_that_store_as_much_as_the_weight_are_made_dense(rank, form):
+    model = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 2))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.diag((torch.arange(24) < rank).float()))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    options = {"delay": 1, "release": 1, "update_interval": 1, "largest_cut": 0.9}
+    method = OIALR(model, optimizer, rank_multiple=1, **options)
+    model(torch.ones(1, 24)).sum().backward()
+    optimizer.step()
+    method.step()
+    assert method.state_dict()["released"]["0.weight"] == form

@@ -89,8 +89,9 @@ def test_what_moves_is_converted_at_the_latest_bound():
 
 
 @pytest.mark.slow
-def test_the_conversion_that_is_certain_is_told_before():
-    model, optimizer, method = make(latest_delay=13)
+@pytest.mark.parametrize("latest", [13, 14])
+def test_the_conversion_that_is_certain_is_told_before(latest):
+    model, optimizer, method = make(latest_delay=latest)
     told = []
     for step in range(16):
         optimizer.zero_grad()

@@ -199,3 +199,46 @@ def test_energies_are_squared_singular_values():
     expected = torch.linalg.svdvals(matrices[1].double()).square().sum(0)
     torch.testing.assert_close(torch.tensor(energies[1]).double(), expected, rtol=1e-5, atol=1e-6)
     assert energies[2] is None
+
+
+def test_a_layer_that_somebody_keeps_dense_counts_in_full():
+    model, optimizer, method = make(delay=8, release=8, target_size=0.8, rank_multiple=1)
+    train(model, optimizer, method, 7)
+    model[2].register_forward_hook(lambda *_: None)
+    train(model, optimizer, method, 1, first=7)
+    assert method.state_dict()["ranks"]["2.weight"] is None
+    assert size(method) <= 0.8
+
+
+def test_no_number_more_than_the_target_is_stored():
+    stored = STORED
+    for _ in range(4):
+        target = (stored - 0.5) / STORED  # the size before is one number too much
+        model, optimizer, method = make(delay=2, release=2, target_size=target, rank_multiple=1)
+        train(model, optimizer, method, 2)
+        before, stored = stored, sum(p.numel() for p in model.parameters())
+        assert stored < before
+
+
+@pytest.mark.parametrize("target", [0.6, 0.8, 0.9])
+def test_a_size_is_met_by_the_conversion_where_that_cuts(target):
+    """Nothing stays dense without a release, so nothing counts as dense."""
+    model, optimizer, method = make(
+        cut_at_conversion=True, target_size=target, largest_cut=0.99, rank_multiple=1
+    )
+    (event,) = train(model, optimizer, method, 5)
+    assert event.kind == "convert"
+    assert target - 0.05 < size(method) <= target
+
+
+def test_groups_of_a_kernel_count_all():
+    model = nn.Sequential(nn.Conv2d(8, 32, 3, groups=2), nn.Flatten(), nn.Linear(32, 2))
+    stored = sum(p.numel() for p in model.parameters())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    options = {"delay": 1, "release": 1, "update_interval": 1, "rank_multiple": 1}
+    method = OIALR(model, optimizer, target_size=0.7, **options)
+    model(torch.ones(1, 8, 3, 3)).sum().backward()
+    optimizer.step()
+    method.step()
+    left = 0.7 * stored - sum(p.numel() for p in model.parameters())
+    assert 0 <= left < 2 * (16 + 36)  # no room for one rank more

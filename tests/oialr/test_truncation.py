@@ -10,7 +10,7 @@ from support.kinds import CASES, Conv1D, batch_for, dense_layer, make, reading_o
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from oialr import OIALR, Processes, WeightAverage, compress, to_dense
+from oialr import OIALR, Processes, WeightAverage, compress, events, to_dense
 from oialr.input_moments import InputMoments
 from oialr.layer_survey import survey
 from oialr.layers.registry import kind_of
@@ -635,3 +635,37 @@ def test_compress_leaves_modes_and_hooks_as_they_were(caplog):
         compress(two_layers(), target_size=0.75, inputs=[{"wrong": 1}])
     assert not hooks()
     assert not caplog.text
+
+
+@pytest.mark.parametrize(("count", "is_told"), [(11, True), (12, False)])
+def test_inputs_of_a_pass_that_was_thrown_away_are_not_counted(caplog, count, is_told):
+    model = two_layers()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    options = {"delay": 1, "release": 1, "update_interval": 9, "target_size": 0.7}
+    method = OIALR(model, optimizer, truncation="outputs", rank_multiple=1, **options)
+    model(normal(64, 12))  # thrown away
+    model(normal(count, 12)).square().sum().backward()
+    optimizer.step()
+    method.step()
+    assert (f"0.weight ({count} inputs, rank 12)" in caplog.text) == is_told
+
+
+def test_a_target_sees_the_inputs_of_layers_that_have_no_turn(monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 24), nn.Linear(24, 2))
+    options = {"delay": 2, "update_interval": 2, "layer_fraction": 0.1, "largest_cut": 0.01}
+    options |= {"defer_conversion": True, "truncation": "outputs", "target_size": 0.9}
+    seen, gather = [], events.gather_energies
+
+    def record(*arguments):
+        seen.append({*method._events._roots})
+        return gather(*arguments)
+
+    monkeypatch.setattr(events, "gather_energies", record)
+    method, found = run(model.double(), 0, **options)
+    _, found = run(model, 4, method=method)
+    assert [[layer.name for layer in event.layers] for event in found] == [
+        ["0.weight", "2.weight"],
+        ["2.weight"],
+    ]
+    assert seen == [{"0.weight", "2.weight"}] * 2

@@ -186,3 +186,16 @@ def test_stored_ranks_are_restored() -> None:
         model.load_state_dict(state)
         torch.testing.assert_close(model.eval()(inputs), outputs)
         assert method.trainable_percent() == percent
+
+
+def test_stored_averages_of_running_statistics_are_restored() -> None:
+    mine, theirs = parts(delay=1000), parts(delay=1000)
+    take_steps(*mine, range(5))
+    for one, other in ((0, 0), (1, 1), (3, 3)):
+        theirs[other].load_state_dict(copy.deepcopy(mine[one].state_dict()))
+    for model, _, _, average in (mine, theirs):
+        with average.applied():
+            means = model.norm.running_mean.clone()
+        assert not torch.equal(means, model.norm.running_mean)
+    with mine[3].applied():
+        assert torch.equal(means, mine[0].norm.running_mean)
