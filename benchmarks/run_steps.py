@@ -3,10 +3,11 @@
   python -m benchmarks.run_steps RUN [RUN ...]    # a minute or two for each run, on one core
   python -m benchmarks.run_steps --quick          # seconds; without a run a small network
 
-Both networks take the steps of the run's own configuration in turn, on the same batch, in CPU
-seconds of one thread, and the figures are medians. The sum is what the whole run takes by that: the
-share of its steps before the release, and of the others as much as such a step takes. Of runs that
-were released at their delay; what was trained is not needed, since time depends on shapes alone.
+Both networks take steps of the run's own configuration in turn, on the same batch, in CPU seconds
+of one thread, and the figures are medians. The sum is what the whole run takes by that: the share
+of its steps before the release, and of the others as much as such a step takes. Of runs that were
+released at their delay. The numbers of the weights are not needed, since time depends on shapes
+alone. Neither network is compiled, or averaged.
 """
 
 import argparse
@@ -22,17 +23,22 @@ import torch
 
 from app import config
 from app.config.settings import Configuration
+from app.errors import UserError
 from app.runtime.processes import start_runtime
 from app.training.build import Parts, build
 from app.training.optimizer import Schedule, build_optimizer
 from app.training.training_step import TrainingStep
+from oialr.convert import factorize_layer
 from oialr.layer_survey import survey
 
 QUICK = [
     "model.arguments={patch_size: 4, embed_dim: 32, depth: 1, num_heads: 2}",
     *("data.train_samples=128", "training.batch_size=32", "oialr.delay=0.5"),
 ]
-FULL_RANK = ["oialr.enabled=false", "stability.enabled=false", "training.compile=false"]
+FULL_RANK = [
+    *("oialr.enabled=false", "stability.enabled=false"),
+    *("training.compile=false", "training.ema_decay=null"),
+]
 QUICK_RANKS = {"blocks.0.mlp.fc1.weight": 8, "blocks.0.mlp.fc2.weight": 8}
 
 
@@ -41,14 +47,10 @@ def released(parts: Parts, ranks: Mapping[str, int | None], configuration: Confi
     model, training = parts.model, configuration.training
     options = configuration.oialr.options(parts.steps, warmup=0)
     for layer in survey(model, options, minimum_rank_fraction=options.minimum_rank_fraction):
-        if (r := ranks.get(layer.name)) is None:
-            continue
-        m, n = layer.matrix_shape
-        path, _, key = layer.name.rpartition(".")
-        factors = torch.randn(m, r) / r**0.5, torch.randn(r, n) / n**0.5
-        new, _ = layer.adapter.factorize(model.get_submodule(path), key, factors)
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, new)
+        if (r := ranks.get(layer.name)) is not None:
+            *groups, m, n = layer.stack_shape
+            A, B = torch.randn(*groups, m, r) / r**0.5, torch.randn(*groups, r, n) / n**0.5
+            factorize_layer(model, layer.name, A, B)
     optimizer = build_optimizer(model, training)
     schedule = Schedule(
         optimizer,
@@ -68,6 +70,11 @@ def measure(
     dense = config.load(path, [*overrides, *FULL_RANK])
     with start_runtime(device="cpu") as runtime:
         parts = [build(dense, runtime) for _ in range(2)]
+        before, release = (
+            configuration.oialr.step_of(name, parts[0].steps) for name in ("delay", "release")
+        )
+        if before is None or before != release:
+            raise UserError(f"{path}: is no run that was released at its delay")
         parts[1] = released(parts[1], ranks, configuration)
         batch = next(iter(parts[0].task.train_batches(0)))
         steps = [TrainingStep(each) for each in parts]
@@ -78,9 +85,7 @@ def measure(
                 step.take(batch, start=0.0)
                 taken.append(time.process_time() - start)
         full, low = (statistics.median(taken[1:]) for taken in times)
-        options = configuration.oialr.options(parts[0].steps, warmup=0)
-        assert isinstance(options.delay, int)
-        return full, low, options.delay / parts[0].steps
+        return full, low, before / parts[0].steps
 
 
 def main() -> None:
@@ -101,8 +106,13 @@ def main() -> None:
         if run is None:
             full, low, share = measure(None, QUICK, QUICK_RANKS, rounds=rounds)
         else:
+            if not (run / "summary.json").exists():
+                parser.error(f"{run}: is no folder of a finished run")
             ranks = json.loads((run / "summary.json").read_text())["tested_ranks"]
-            full, low, share = measure(run / "config.yaml", [], ranks, rounds=rounds)
+            try:
+                full, low, share = measure(run / "config.yaml", [], ranks, rounds=rounds)
+            except UserError as error:
+                parser.error(str(error))
         name, ratio = run.name if run else "quick", low / full
         figures = {"seconds": full, "ratio": ratio, "before": share}
         rows.append({"run": name, **figures, "sum": share + (1 - share) * ratio})

@@ -60,8 +60,8 @@ def layer_choices(
         multiple, alignment: see :func:`oialr.schedule.rounded_up`.
         has_core: whether a core is stored between the factors.
         can_be_dense: the dense weight takes the place of all ranks that store as much as it, or do
-            not pay.
-        pays: whether the layer is worth its while at a rank, beside what it stores.
+            not pay while others do.
+        pays: whether a rank is worth its while, beside what it stores.
     """
     present, full_rank, dense = len(energies), min(shape[-2:]), math.prod(shape)
     lowest = minimum_rank(full_rank, minimum_rank_fraction)
@@ -84,11 +84,9 @@ def layer_choices(
         for rank in ranks
     ]
     if can_be_dense:
-        smaller = [
-            choice
-            for rank, choice in zip(ranks, choices, strict=True)
-            if choice.parameters < dense and pays(rank)
-        ]
+        smaller = [choice for choice in choices if choice.parameters < dense]
+        # The size comes first: where no rank pays, as without this rule.
+        smaller = [choice for choice in smaller if pays(choice.rank or 0)] or smaller
         if len(smaller) < len(choices):
             return [*smaller, Choice(None, dense, 0.0)]
     return choices

@@ -73,8 +73,8 @@ class LayerReport:
         """Whether such a step takes no longer than with the dense weight."""
         m, n = self.matrix_shape
         dense = self.adapter.full_rank_multiply_adds(rows=MANY_ROWS, m=m, n=n)
-        share = self.released_multiply_adds(MANY_ROWS, r) / dense
-        return share <= self.adapter.released_margin(self.reading)
+        most = self.adapter.released_margin(self.reading) * dense
+        return self.released_multiply_adds(MANY_ROWS, r) <= most
 
 
 def survey(

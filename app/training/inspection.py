@@ -47,6 +47,7 @@ def explain_run(configuration: Configuration, runtime: Runtime, *, resume: bool)
         configuration.oialr.execution,
         released=released,
         will_release=method.options.release is not None,
+        has_target=method.options.target_size is not None,
     )
 
 

@@ -83,6 +83,7 @@ def explain(
     *,
     released: Mapping[str, str | None] | None = None,
     will_release: bool = False,
+    has_target: bool = False,
 ) -> str:
     """Return the table: layer, shape, rank, way, FLOPs of a training step against full-rank.
 
@@ -98,6 +99,7 @@ def explain(
         execution: "auto", or the way that is forced.
         released: layers that a release has changed: "factors" where two of them are trained.
         will_release: show what a step takes after a release too.
+        has_target: to a size, for which ranks pay.
     """
     lines = [["layer", "shape", "rows", "rank", "way", "FLOPs"]]
     forms = {name: form for name, form in (released or {}).items() if form}
@@ -132,7 +134,9 @@ def explain(
             if layer.name in forms:
                 ratio = after
             stored = stored_parameters(layer.stack_shape, r, has_core=False)
-            turns_dense = stored >= math.prod(layer.shape)
+            turns_dense = stored >= math.prod(layer.shape) or (
+                has_target and layer.released_pays(1) and not layer.released_pays(r)
+            )
             totals[share].add(whole, ratio, 1.0 if turns_dense else after)
             if r in shown:
                 continue

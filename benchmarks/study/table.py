@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from app.config.method_section import OIALRSection
 from app.errors import UserError
 from benchmarks.study.cell import (
     FINGERPRINT_STEPS,
@@ -254,7 +255,7 @@ def _read(
         summary = cell.summary()
         if summary is None:
             notes.setdefault(_why_not(cell, code), []).append(seed)
-        elif form := _other_form(summary, cell.settings["oialr"].get("release")):
+        elif form := _other_form(summary, cell.settings):
             remark = f"the tested weights, of step {summary['tested_step']}, are {form}"
             notes.setdefault(remark, []).append(seed)
         else:
@@ -270,9 +271,11 @@ def _read(
     return found, factor, remarks, left_out
 
 
-def _other_form(summary: dict[str, Any], release: int | None) -> str | None:
+def _other_form(summary: dict[str, Any], settings: dict[str, Any]) -> str | None:
     """Say what tested weights are if not what the training was to make of them; None if so."""
     ranks = summary["tested_ranks"].values()
+    section = OIALRSection.model_validate(settings.get("oialr", {}))
+    release = section.step_of("release", summary["steps"])
     if ranks and all(rank is None for rank in ranks):
         return "full-rank"
     if ranks and release is not None and summary["tested_step"] <= release:

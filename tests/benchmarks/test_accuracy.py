@@ -88,6 +88,7 @@ def finish(cell, code, *, accuracy, stored=100, seconds=10.0, ranks=None, valida
         "stored_parameters": stored,
         "stored_bytes": 4 * stored,
         "cpu_seconds": seconds,
+        "steps": 60,
         "tested_step": 60,
         "tested_ranks": ranks or {},
     }
@@ -563,7 +564,7 @@ def test_the_front_is_what_none_beats():
 def test_weights_of_before_the_release_do_not_count(tmp_path):
     """Early stopping ended the first run before its release, at any size; the second after it."""
     note = "the tested weights, of step 60, are those of before the release (seeds 0)"
-    for release, notes in ((60, [note]), (59, [])):
+    for release, notes in ((60, [note]), (59, []), (1.0 - 1e-9, [note]), ("delay", [])):
         methods = {
             "full-rank": {"set": {"oialr.enabled": False}},
             "mine": {"set": {"oialr.delay": 10, "oialr.release": release}},

@@ -74,8 +74,12 @@ def test_a_step_to_the_dense_weight_that_is_worth_more_is_taken_with_the_one_bef
     choices = layer_choices([4, 3, 2, 1], (4, 4), **PLAIN)
     assert choices == [Choice(1, 8, 0.6), Choice(None, 16, 0.0)]
     # (5, 6): ranks 1 and 2 store 11 and 22, and dense 30: eight more for half of the energy.
-    choices = layer_choices([4, 3, 2, 1], (4, 4), **PLAIN, pays=lambda rank: rank < 1)
-    assert choices == [Choice(None, 16, 0.0)]
+    every = layer_choices([4, 3, 2, 1], (8, 8), **PLAIN)
+    assert [choice.rank for choice in every] == [1, 2, 3, None]
+    some = layer_choices([4, 3, 2, 1], (8, 8), **PLAIN, pays=lambda rank: rank < 3)
+    assert some == [*every[:2], Choice(None, 64, 0.0)]
+    none = layer_choices([4, 3, 2, 1], (8, 8), **PLAIN, pays=lambda rank: False)
+    assert none == every  # a size that can be met stays one
     choices = layer_choices([1.0] * 5, (5, 6), **PLAIN)
     assert [c.rank for c in choices] == [1, 2, None]
     assert useful_steps(choices) == [(0, 2)]

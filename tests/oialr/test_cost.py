@@ -80,13 +80,16 @@ def test_explain_tells_when_two_factors_take_more_than_the_weight_and_which_turn
     options = {"keep_last_layer": False, "convolutions": "spatial", "include_embeddings": True}
     layers = survey(model, **options)
     rows = {"0.weight": 16, "1.weight": 16}
-    table = explain(layers, rows, 2, None, will_release=True).splitlines()
-    released = {tuple(line.split()[i] for i in (0, 3)): line.split()[-1] for line in table[1:9]}
-    # A rank of 24 stores what the weight does; its first convolution has twice the positions.
-    assert released["0.weight", "12"] == "0.75"
-    assert released["0.weight", "24"] == "dense"
-    assert released["1.weight", "10"] == "30.00"  # stores half of the rows, and multiplies
-    assert released["1.weight", "20"] == "dense"
+    for has_target in (False, True):
+        table = explain(layers, rows, 2, None, will_release=True, has_target=has_target)
+        lines = [line.split() for line in table.splitlines()[1:9]]
+        released = {(line[0], line[3]): line[-1] for line in lines}
+        # A rank of 24 stores what the weight does; its first convolution has twice the positions.
+        assert released["0.weight", "5"] == "0.31"
+        assert released["0.weight", "12"] == ("dense" if has_target else "0.75")
+        assert released["0.weight", "24"] == "dense"
+        assert released["1.weight", "10"] == "30.00"  # stores half of the rows, and multiplies
+        assert released["1.weight", "20"] == "dense"
 
 
 @pytest.mark.parametrize(
