@@ -70,7 +70,7 @@ class LayerReport:
         return self.adapter.released_multiply_adds(rows=rows, m=m, n=n * self.inner_positions, r=r)
 
     def released_pays(self, r: int) -> bool:
-        """Whether such a step takes no longer than with the dense weight."""
+        """Whether such a step counts as no longer than with the dense weight, by its margin."""
         m, n = self.matrix_shape
         dense = self.adapter.full_rank_multiply_adds(rows=MANY_ROWS, m=m, n=n)
         most = self.adapter.released_margin(self.reading) * dense

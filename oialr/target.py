@@ -105,5 +105,5 @@ class TargetSize:
             alignment=alignment,
             has_core=not self.is_released,
             can_be_dense=self.is_released or may_stay_dense,
-            **({"pays": layer.released_pays} if self._must_pay else {}),
+            pays=lambda r: not self._must_pay or layer.released_pays(r),
         )

@@ -161,7 +161,7 @@ class LayerAdapter:
         return 1
 
     def released_margin(self, reading: MatrixReading) -> float:
-        """Share of the dense layer's multiply-adds up to which A B, both trained, is no slower."""
+        """Share of the dense layer's multiply-adds up to which A B, both trained, pays."""
         return cost.MARGIN
 
     def cheapest_way(self, *, rows: int, m: int, n: int, r: int) -> Way:
