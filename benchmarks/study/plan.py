@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import re
+import statistics
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -83,6 +84,10 @@ class Plan:
         except UserError as error:
             raise Waiting(str(error)) from None
         settings = _settings(configuration)
+        if self.study.methods[method].as_fast_as and epochs == common.training.epochs:
+            same = self.cell(network, self.study.baseline, seed, factor)
+            if same.settings == settings:  # one training for both
+                return same
         text = json.dumps([settings, ranks], sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         folder = re.sub(r"[^\w.-]+", "-", network)
@@ -168,6 +173,40 @@ class Plan:
         mine, baseline = (float(summary["cpu_seconds"]) for summary in summaries)
         return mine / baseline
 
+    def step_ratio(self, network: str, method: str) -> float | None:
+        """Return CPU seconds of a step over the baseline's, on the mean over a training.
+
+        It is that of the pair that had the machine to itself, and without one the median over the
+        seeds of pairs that ran beside others: of what early stopping ended, each by its own steps.
+        """
+        if (alone := self._pace(self.alone(network, method))) and (
+            baseline := self._pace(self.alone(network, self.study.baseline))
+        ):
+            return alone[0] / baseline[0] if alone[1] == baseline[1] else None
+        ratios = []
+        seeds = dict.fromkeys([self.study.first_seed, *self.study.seeds_of(network)])
+        for seed in seeds:
+            try:
+                cells = [
+                    self.cell(network, name, seed, self.chosen(network, name))
+                    for name in (method, self.study.baseline)
+                ]
+            except Waiting:
+                return None
+            mine, whole = (self._pace(cell.finished) for cell in cells)
+            if mine and whole and mine[1] == whole[1]:
+                ratios.append(mine[0] / whole[0])
+        return statistics.median(ratios) if ratios else None
+
+    @staticmethod
+    def _pace(place: Path | None) -> tuple[float, str] | None:
+        """Return CPU seconds of a finished run's step, and the machine; None: it is not there."""
+        if place is None:
+            return None
+        summary = json.loads((place / "summary.json").read_text())
+        machine = str(read_record(place).get("machine"))
+        return float(summary["cpu_seconds"]) / int(summary["steps"]), machine
+
     def _path(self, network: str, method: str) -> str:
         """Return the path of a configuration."""
         return str(
@@ -208,9 +247,9 @@ class Plan:
         if definition.as_fast_as:
             path = self._path(network, method)
             epochs = config.load(path, [*self._base(network), *self._overrides]).training.epochs
-            ratio = self.time_ratio(network, definition.as_fast_as)
+            ratio = self.step_ratio(network, definition.as_fast_as)
             if ratio is None:
-                raise Waiting(f"the CPU time of {definition.as_fast_as}: run with --time")
+                raise Waiting(f"the CPU time of {definition.as_fast_as}")
             return {"training.epochs": derived.shorten(epochs, ratio)}, None
         if definition.stable_ranks_of:
             watched = self.cell(network, definition.stable_ranks_of, seed, factor)

@@ -252,6 +252,8 @@ def _read(
         except Waiting as waiting:
             notes.setdefault(f"waiting for {waiting}", []).append(seed)
             continue
+        if cell.method != method:
+            notes.setdefault(f"the same training as {cell.method}", []).append(seed)
         summary = cell.summary()
         if summary is None:
             notes.setdefault(_why_not(cell, code), []).append(seed)

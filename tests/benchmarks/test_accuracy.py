@@ -349,11 +349,11 @@ def test_the_shortened_training_takes_the_time_of_the_one_that_it_follows(tmp_pa
     }
     plan = Plan(study(methods=methods), tmp_path)
     for method, seconds in (("full-rank", 12.0), ("paper", 8.0)):
-        cell = plan.cell("tiny", method, 0, 1)
-        finish(cell, HERE, accuracy=0.5, seconds=100.0, ranks={"a": 1})  # beside others
-        with pytest.raises(Waiting, match="run with --time"):
+        with pytest.raises(Waiting, match="the CPU time of paper"):
             plan.cell("tiny", "shortened", 1, 1)
+        cell = plan.cell("tiny", method, 0, 1)
         finish(cell.alone, HERE, accuracy=0.5, seconds=seconds, ranks={"a": 1})
+        finish(cell, HERE, accuracy=0.5, seconds=100.0, ranks={"a": 1})  # beside others
     cell = plan.cell("tiny", "shortened", 1, 1)
     assert cell.settings["training"]["epochs"] == 4  # of 6
     assert plan.time_ratio("tiny", "paper") == pytest.approx(2 / 3)
@@ -362,6 +362,35 @@ def test_the_shortened_training_takes_the_time_of_the_one_that_it_follows(tmp_pa
     write_record(place, {**read_record(place), "load": 3.0})
     notes = tabulate(plan, "tiny", HERE).notes
     assert "CPU times are of runs beside other work (load 3.0)" in notes
+
+
+def test_without_a_pair_alone_the_median_of_the_seeds_tells_how_much_is_shortened(tmp_path):
+    methods = {
+        "full-rank": {"set": {"oialr.enabled": False}},
+        "paper": {"set": {"oialr.delay": 20}},
+        "shortened": {"extends": "full-rank", "as_fast_as": "paper"},
+    }
+    plan = Plan(study(methods=methods, seeds=3), tmp_path)
+    seconds = {"full-rank": (10.0, 20.0, 10.0), "paper": (6.0, 10.0, 9.0)}
+    for method, seed in ((method, seed) for seed in range(3) for method in seconds):
+        cell = plan.cell("tiny", method, seed, 1)
+        finish(cell, HERE, accuracy=0.5, seconds=seconds[method][seed], ranks={"a": 1})
+    # Of a training that early stopping ended after two thirds of its steps, the steps count.
+    figures = json.loads((cell.place / "summary.json").read_text())
+    (cell.place / "summary.json").write_text(json.dumps({**figures, "steps": 40}))
+    assert plan.step_ratio("tiny", "paper") == pytest.approx(0.6)  # of 0.6, 0.5, 1.35
+    assert plan.time_ratio("tiny", "paper") is None  # the table tells of pairs alone only
+    assert plan.cell("tiny", "shortened", 1, 1).settings["training"]["epochs"] == 4  # of 6
+    # Of another machine.
+    write_record(cell.place, {**read_record(cell.place), "machine": "another"})
+    assert plan.step_ratio("tiny", "paper") == pytest.approx(0.55)
+    # Where nothing is saved it is the full-rank training.
+    for seed in range(2):
+        cell = plan.cell("tiny", "paper", seed, 1)
+        finish(cell, HERE, accuracy=0.5, seconds=0.9 * seconds["full-rank"][seed], ranks={"a": 1})
+    assert plan.cell("tiny", "shortened", 1, 1) == plan.cell("tiny", "full-rank", 1, 1)
+    row = next(row for row in tabulate(plan, "tiny", HERE).rows if row.method == "shortened")
+    assert "the same training as full-rank (seeds 0, 1, 2)" in row.notes
 
 
 def test_stable_ranks_are_settled_where_no_layer_moves():
