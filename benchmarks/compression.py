@@ -80,6 +80,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.add_argument("--quick", action="store_true", help="of a small network as it begins")
     options = parser.parse_intermixed_args()
+    if options.run is not None and "=" in options.run.name:  # as --quick data.root=DATA
+        options.run, options.overrides = None, [str(options.run), *options.overrides]
     if options.run is None and not options.quick:
         parser.error("no run; see --help")
     run = None if options.quick else options.run

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.launching import ROOT, launch
 
-from benchmarks import inference, release_state
+from benchmarks import compression, inference, release_state
 from benchmarks.step_time import rank_at
 
 NAMES = sorted(path.stem for path in (ROOT / "benchmarks").glob("[!_]*.py"))
@@ -70,6 +70,24 @@ def test_the_short_form_prints_one_document(name, tmp_path):
     arguments = ("-m", f"benchmarks.{name}", "--quick", "--json")
     document = json.loads(launch(0, *arguments, cwd=tmp_path, timeout=600).stdout)
     assert document
+
+
+def test_an_assignment_in_place_of_the_run_is_no_run(monkeypatch, capsys):
+    taken = []
+
+    def opened(run, overrides, _):
+        taken.append((run, overrides))
+        raise ValueError("seen")
+
+    monkeypatch.setattr(compression, "opened", opened)
+    monkeypatch.setattr("sys.argv", ["compression", "--quick", "data.root=DATA", "run.seed=1"])
+    with pytest.raises(SystemExit, match="2"):
+        compression.main()
+    assert taken == [(None, ["data.root=DATA", "run.seed=1"])]
+    monkeypatch.setattr("sys.argv", ["compression", "data.root=DATA"])
+    with pytest.raises(SystemExit, match="2"):
+        compression.main()
+    assert "no run; see --help" in capsys.readouterr().err
 
 
 def test_ranks_that_are_measured_are_those_that_the_method_keeps_on_the_device():
