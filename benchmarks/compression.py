@@ -15,6 +15,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,9 +45,21 @@ def opened(run: Path | None, overrides: list[str], runtime: Runtime) -> Iterator
 
 
 def measure(
-    parts: Parts, sizes: list[float], part: str, samples: int, convolutions: str
+    parts: Parts,
+    sizes: list[float],
+    part: str,
+    samples: int,
+    **options: Any,
 ) -> list[dict[str, object]]:
-    """Return a row of figures for the network as it is, and for each size and way."""
+    """Return a row of figures for the network as it is, and for each size and way.
+
+    Args:
+        parts: of the run.
+        sizes: shares of the network's parameters.
+        part: of the data, that figures are of.
+        samples: that layers are looked at with.
+        options: of :func:`oialr.compress`.
+    """
     rows: list[dict[str, object]] = [
         {"size": 1.0, "cut by": "not cut", **figures_of(parts, parts.model.eval(), part)}
     ]
@@ -59,8 +72,7 @@ def measure(
                 model,
                 target_size=size,
                 inputs=batches,
-                convolutions=convolutions,
-                rank_multiple=1,
+                **options,
             )
             rows.append({"size": size, "cut by": way, **figures_of(parts, model.eval(), part)})
     return rows
@@ -77,6 +89,7 @@ def main() -> None:
     parser.add_argument("--part", choices=("test", "validation"), default="test")
     parser.add_argument("--samples", type=int, default=512, help="for looking at layers, at most")
     parser.add_argument("--convolutions", choices=("matrix", "spatial"), default="matrix")
+    parser.add_argument("--rank-multiple", type=int, default=1, help="ranks are multiples of it")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.add_argument("--quick", action="store_true", help="of a small network as it begins")
     options = parser.parse_intermixed_args()
@@ -92,7 +105,14 @@ def main() -> None:
             opened(run, options.overrides, runtime) as parts,
             torch.no_grad(),
         ):
-            rows = measure(parts, sizes, options.part, options.samples, options.convolutions)
+            rows = measure(
+                parts,
+                sizes,
+                options.part,
+                options.samples,
+                convolutions=options.convolutions,
+                rank_multiple=options.rank_multiple,
+            )
     except (UserError, ValueError) as error:
         parser.error(str(error))
     if options.json:
