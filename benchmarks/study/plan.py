@@ -163,15 +163,10 @@ class Plan:
             return None
         return place if (place / "summary.json").exists() else None
 
-    def time_ratio(self, network: str, method: str) -> float | None:
+    def time_ratio(self, network: str, method: str, *, by_step: bool = False) -> float | None:
         """Return CPU seconds over the baseline's, of runs that had one machine to themselves."""
-        places = [self.alone(network, name) for name in (method, self.study.baseline)]
-        summaries = [json.loads((p / "summary.json").read_text()) for p in places if p is not None]
-        machines = {read_record(place).get("machine") for place in places if place is not None}
-        if len(summaries) < 2 or len(machines) > 1:
-            return None
-        mine, baseline = (float(summary["cpu_seconds"]) for summary in summaries)
-        return mine / baseline
+        places = (self.alone(network, name) for name in (method, self.study.baseline))
+        return _time_ratio(*places, by_step=by_step)
 
     def step_ratio(self, network: str, method: str) -> float | None:
         """Return CPU seconds of a step over the baseline's, on the mean over a training.
@@ -179,13 +174,10 @@ class Plan:
         It is that of the pair that had the machine to itself, and without one the median over the
         seeds of pairs that ran beside others: of what early stopping ended, each by its own steps.
         """
-        if (alone := self._pace(self.alone(network, method))) and (
-            baseline := self._pace(self.alone(network, self.study.baseline))
-        ):
-            return alone[0] / baseline[0] if alone[1] == baseline[1] else None
+        if (ratio := self.time_ratio(network, method, by_step=True)) is not None:
+            return ratio
         ratios = []
-        seeds = dict.fromkeys([self.study.first_seed, *self.study.seeds_of(network)])
-        for seed in seeds:
+        for seed in dict.fromkeys([self.study.first_seed, *self.study.seeds_of(network)]):
             try:
                 cells = [
                     self.cell(network, name, seed, self.chosen(network, name))
@@ -193,19 +185,10 @@ class Plan:
                 ]
             except Waiting:
                 return None
-            mine, whole = (self._pace(cell.finished) for cell in cells)
-            if mine and whole and mine[1] == whole[1]:
-                ratios.append(mine[0] / whole[0])
+            mine, baseline = (cell.finished for cell in cells)
+            if (ratio := _time_ratio(mine, baseline, by_step=True)) is not None:
+                ratios.append(ratio)
         return statistics.median(ratios) if ratios else None
-
-    @staticmethod
-    def _pace(place: Path | None) -> tuple[float, str] | None:
-        """Return CPU seconds of a finished run's step, and the machine; None: it is not there."""
-        if place is None:
-            return None
-        summary = json.loads((place / "summary.json").read_text())
-        machine = str(read_record(place).get("machine"))
-        return float(summary["cpu_seconds"]) / int(summary["steps"]), machine
 
     def _path(self, network: str, method: str) -> str:
         """Return the path of a configuration."""
@@ -295,6 +278,23 @@ class Plan:
         ranks = derived.scaled_stable_ranks(epochs[epoch], epochs[0], full)
         released = {"oialr.release": step} if "oialr.release" in keys else {}
         return {"oialr.delay": step, **released}, ranks
+
+
+def _time_ratio(mine: Path | None, baseline: Path | None, *, by_step: bool) -> float | None:
+    """Return the ratio of the CPU seconds of two finished runs, whole or of a step.
+
+    Returns:
+        None: one is not there, or they are of two machines.
+    """
+    if mine is None or baseline is None:
+        return None
+    if read_record(mine).get("machine") != read_record(baseline).get("machine"):
+        return None
+    seconds = []
+    for place in (mine, baseline):
+        summary = json.loads((place / "summary.json").read_text())
+        seconds.append(float(summary["cpu_seconds"]) / (summary["steps"] if by_step else 1))
+    return seconds[0] / seconds[1]
 
 
 def _settings(configuration: "Configuration") -> dict[str, Any]:

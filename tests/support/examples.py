@@ -15,10 +15,6 @@ from oialr.compatibility import import_torchvision
 
 PAGE = "docs/integrations.md"
 TIMEOUT = 300
-LATE_THREAD = "terminate called without an active exception"
-"""What ends a process where a thread of a group lets go of a tensor after Python has ended:
-a fault of torch (its issue 190489), seen once, under load. Caches of its sharded tensors keep the
-group's threads to the end, whatever a program does."""
 
 
 def need_framework(name: str) -> None:
@@ -56,21 +52,15 @@ def run_example(command: str, place: Path) -> str:
     start = [sys.executable]
     if program != "python":
         start = [str(Path(sys.executable).parent / program)]
-
-    def run() -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*start, *words],
-            cwd=place,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT,
-            check=False,
-        )
-
-    result = run()
-    if result.returncode and LATE_THREAD in result.stderr:
-        result = run()
+    result = subprocess.run(
+        [*start, *words],
+        cwd=place,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout
 
