@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from support.image_folders import write_images
 from support.image_sets import expect_small_sets, write_cifar, write_mnist
 from support.series import write_ett
@@ -54,6 +55,17 @@ def test_there_are_the_named_ones() -> None:
     }
     beside = {path.stem for path in (CONFIGS / "paper").glob("*.yaml")}
     assert beside == {*names, "settings"}
+
+
+def test_the_recipes_and_the_paper_s_settings_set_the_same_keys() -> None:
+    """A key that one of them left out would be that of the file before it in `extends`."""
+    files = [*(CONFIGS / "recipes").glob("*.yaml"), CONFIGS / "paper" / "settings.yaml"]
+    own = {"delay"}  # which each file beside settings.yaml says for itself
+    keys = [yaml.safe_load(path.read_text()) for path in files]
+    method = [set(one["oialr"]) - own | {"frobenius_decay"} for one in keys]
+    assert len(files) == 3 and method == [method[0]] * 3
+    training = [set(one["training"]) for one in keys if "training" in one]
+    assert training == [training[0]] * 2
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
