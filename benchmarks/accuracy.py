@@ -122,29 +122,21 @@ class Harness:
         pairs.sort(key=lambda pair: bool(study.methods[pair[1]].follows))
         for follows in (False, True):
             wave = [pair for pair in pairs if bool(study.methods[pair[1]].follows) == follows]
-            needed = (
-                dict.fromkeys((n, study.methods[m].stable_ranks_of) for n, m in wave)
-                if follows
-                else {}
-            )
-            self._require([(n, m) for n, m in needed if m is not None])
             if len(study.learning_rates) > 1:
-                self._run_all(a for n, m in wave for a in self._plan.tuning(n, m))
+                tuning = [a for n, m in wave for a in self._plan.tuning(n, m)]
+                self._run_all(self._watched(tuning))
+                self._run_all(tuning)
+            self._run_all(self._watched(self._with_all_seeds(wave)))
             if time:
                 self._run_alone(wave)
             self._run_all(self._with_all_seeds(wave))
         self._compare_codes(pairs)
 
-    def _require(self, pairs: Iterable[tuple[str, str]]) -> None:
-        """Run what is not in the table itself, and what methods in it are made of."""
-        study = self._plan.study
-        self._run_all(
-            (network, method, seed, factor)
-            for network, method in pairs
-            # A network without seeds is there for its learning rates, chosen with the first one.
-            for seed in dict.fromkeys([study.first_seed, *study.seeds_of(network)])
-            for factor in study.learning_rates
-        )
+    def _watched(self, cells: Iterable[Arguments]) -> Iterator[Arguments]:
+        """Give the cells that tell the ranks of others: of the same seeds and learning rates."""
+        for network, method, seed, factor in cells:
+            if watched := self._plan.study.methods[method].stable_ranks_of:
+                yield network, watched, seed, factor
 
     def _with_all_seeds(self, pairs: Iterable[tuple[str, str]]) -> Iterator[Arguments]:
         for network, method in pairs:
@@ -211,7 +203,7 @@ class Harness:
                 _say(f"{cell}: {_ending(cell)}")
         except CellError as error:
             _say(f"{cell}: {error}")
-            self.failed |= diverged(cell, present_code()) is None
+            self.failed |= diverged(cell, self._runner.code) is None
 
     def _compare_codes(self, pairs: Iterable[tuple[str, str]]) -> None:
         """Take the first steps of cells that another code made: one for each method and code."""
@@ -223,7 +215,7 @@ class Harness:
                     continue
                 record = read_record(place)
                 digest = record.get("digest")
-                if digest in compared or digest == present_code().digest:
+                if digest in compared or digest == self._runner.code.digest:
                     continue
                 compared.add(digest)
                 try:

@@ -60,7 +60,10 @@ def unpack(path: Path, cells: Path) -> None:
     """
     for name, line in _lines(path).items():
         place = cells / name
-        if (place / "summary.json").exists() or (line.summary is None and place.exists()):
+        if (place / "summary.json").exists():
+            _add_fingerprints(place, line)
+            continue
+        if line.summary is None and place.exists():
             continue
         made = place.with_name(f"{place.name}.partial")
         shutil.rmtree(made, ignore_errors=True)
@@ -100,6 +103,15 @@ def pack(path: Path, cells: Path, places: Iterable[Path]) -> None:
         temporary = path.with_name(f"{path.name}.partial")
         temporary.write_text(text)
         os.replace(temporary, path)
+
+
+def _add_fingerprints(place: Path, line: Line) -> None:
+    """Learn from a file which other codes take the first steps of a cell that is finished here."""
+    record = read_record(place)
+    if line.summary is not None and record.get("digest") == line.cell.get("digest"):
+        known = {**line.cell.get("fingerprints", {}), **record["fingerprints"]}
+        if known != record["fingerprints"]:
+            write_record(place, {**record, "fingerprints": known})
 
 
 def _lines(path: Path) -> dict[str, Line]:

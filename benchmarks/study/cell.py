@@ -16,7 +16,6 @@ import subprocess
 import sys
 import threading
 from dataclasses import dataclass, field
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,6 @@ class Code:
     """Processor and number of cores."""
 
 
-@cache
 def present_code() -> Code:
     """Return what is checked out, whether it is committed or not."""
     processor = _processor()
@@ -175,8 +173,12 @@ class Runner:
     """Runs cells as programs of their own, and ends them when it is told to."""
 
     def __init__(self, code: Code) -> None:
-        """Run nothing yet."""
-        self._code = code
+        """Run nothing yet.
+
+        Args:
+            code: the present one.
+        """
+        self.code = code
         self._running: set[subprocess.Popen[str]] = set()
         self._lock = threading.Lock()
         self._stopped = False
@@ -192,10 +194,10 @@ class Runner:
         """
         if cell.finished:
             return False
-        if reason := diverged(cell, self._code):
+        if reason := diverged(cell, self.code):
             raise CellError(reason)
         record = read_record(cell.place)
-        if record.get("digest", self._code.digest) != self._code.digest:
+        if record.get("digest", self.code.digest) != self.code.digest:
             if not record["fingerprints"]:
                 shutil.rmtree(cell.place)  # it had not come as far as step 50
             elif not self.agrees(cell, cell.place):
@@ -210,17 +212,17 @@ class Runner:
                 "method": cell.method,
                 "seed": cell.seed,
                 "learning_rate_factor": cell.factor,
-                "commit": self._code.commit,
-                "digest": self._code.digest,
-                "machine": self._code.machine,
+                "commit": self.code.commit,
+                "digest": self.code.digest,
+                "machine": self.code.machine,
                 "load": os.getloadavg()[0],
                 "settings": cell.settings,
                 "ranks": cell.ranks,
             }
             write_record(cell.place, record)
-        if self._code.digest not in record["fingerprints"]:
+        if self.code.digest not in record["fingerprints"]:
             self._train(cell, cell.place, stop_after=FINGERPRINT_STEPS)
-            record["fingerprints"][self._code.digest] = fingerprint(cell.place)
+            record["fingerprints"][self.code.digest] = fingerprint(cell.place)
             write_record(cell.place, record)
         if not (cell.place / "summary.json").exists():
             self._train(cell, cell.place, stop_after=None)
@@ -237,14 +239,14 @@ class Runner:
             CellError: the present code does not take these steps at all.
         """
         record = read_record(place)
-        if self._code.digest not in record["fingerprints"]:
-            trial = place.with_name(f"{place.name}-{self._code.digest}")
+        if self.code.digest not in record["fingerprints"]:
+            trial = place.with_name(f"{place.name}-{self.code.digest}")
             shutil.rmtree(trial, ignore_errors=True)
             self._train(cell, trial, stop_after=FINGERPRINT_STEPS)
-            record["fingerprints"][self._code.digest] = fingerprint(trial)
+            record["fingerprints"][self.code.digest] = fingerprint(trial)
             write_record(place, record)
             shutil.rmtree(trial)
-        return agrees(record, self._code)
+        return agrees(record, self.code)
 
     def stop(self) -> None:
         """Let every run write a checkpoint and end, and start none any more."""
@@ -268,7 +270,8 @@ class Runner:
             program = ["-m", "benchmarks.study.given_ranks", str(ranks)]
         with (place / OUTPUT).open("a+") as log:
             code = self._call([sys.executable, *program, *arguments], log)
-            if code == 0 or (code == EXIT_STOPPED and not self._stopped):
+            # One that a signal of somebody else has stopped ends in order, too, and too early.
+            if code in (0, EXIT_STOPPED) and not self._stopped and _is_done(place, stop_after):
                 return
             log.seek(0)
             lines = log.read().splitlines() or [f"exit code {code}"]
@@ -277,7 +280,7 @@ class Runner:
         reason = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1])
         reason = reason.removeprefix("error: ")
         if code == 1 and re.search("the loss is|has diverged", reason):  # and would do so again
-            failed = {"digest": self._code.digest, "reason": reason}
+            failed = {"digest": self.code.digest, "reason": reason}
             write_record(place, {**read_record(place), "failed": failed})
         raise CellError(f"{reason} ({place / OUTPUT})")
 
@@ -286,12 +289,22 @@ class Runner:
         with self._lock:
             if self._stopped:
                 raise CellError("stopped; start again to go on")
+            if present_code().digest != self.code.digest:  # a run imports what lies there by then
+                raise CellError("the program has changed since the study began: start again")
             process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, text=True)
             self._running.add(process)
         code = process.wait()
         with self._lock:
             self._running.discard(process)
         return code
+
+
+def _is_done(place: Path, stop_after: int | None) -> bool:
+    """Tell whether a run has come to its end, or as far as it was to come."""
+    if (place / "summary.json").exists():
+        return True
+    steps = [int(path.name[5:]) for path in (place / "checkpoints").glob("step-*[0-9]")]
+    return stop_after is not None and max(steps, default=0) >= stop_after
 
 
 def agrees(record: dict[str, Any], code: Code) -> bool:

@@ -262,7 +262,10 @@ def _read(
             notes.setdefault(remark, []).append(seed)
         else:
             found[seed] = summary
-    known = {each["cell"].get("digest") for each in found.values() if agrees(each["cell"], code)}
+    # One cell tells of all of its code, unless another one tells otherwise.
+    tried = [each["cell"] for each in found.values() if code.digest in each["cell"]["fingerprints"]]
+    known = {cell.get("digest") for cell in tried if agrees(cell, code)}
+    known -= {cell.get("digest") for cell in tried if not agrees(cell, code)}
     left_out: dict[str, int] = {}
     for seed, summary in list(found.items()):
         if summary["cell"].get("digest") not in known:

@@ -63,7 +63,8 @@ def test_the_recipes_and_the_paper_s_settings_set_the_same_keys() -> None:
     own = {"delay"}  # which each file beside settings.yaml says for itself
     keys = [yaml.safe_load(path.read_text()) for path in files]
     method = [set(one["oialr"]) - own | {"frobenius_decay"} for one in keys]
-    assert len(files) == 3 and method == [method[0]] * 3
+    assert len(files) == 3
+    assert method == [method[0]] * 3
     training = [set(one["training"]) for one in keys if "training" in one]
     assert training == [training[0]] * 2
 

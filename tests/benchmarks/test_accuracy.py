@@ -455,6 +455,30 @@ def test_a_method_of_watched_ranks_watches_where_there_are_learning_rates_alone(
     assert ("small", "watched") in asked
 
 
+def test_ranks_are_watched_where_they_are_asked_for(tmp_path):
+    """At all learning rates with the first seed, at the chosen one with the others."""
+    methods = {
+        "full-rank": {"set": {"oialr.enabled": False}},
+        "watched": {"set": {"oialr.enabled": False, "stability.enabled": True}},
+        "ranks": {"stable_ranks_of": "watched", "set": {"oialr.delay": 20}},
+    }
+    read = study(methods=methods, learning_rates=[0.5, 1.0], rows=["full-rank", "ranks"], seeds=3)
+    plan, asked = Plan(read, tmp_path), []
+    plan._settled = lambda *_: ({}, {})
+
+    class Finishing(Runner):
+        def run(self, cell):
+            asked.append((cell.method, cell.seed, cell.factor))
+            finish(cell, HERE, accuracy=0.5, validation=1 - cell.factor / 4)
+            return True
+
+    Harness(plan, Finishing(HERE), jobs=1).run(time=False)
+    rest = [one for one in asked if one[0] != "full-rank"]
+    first = [("watched", 0, 0.5), ("watched", 0, 1.0), ("ranks", 0, 0.5), ("ranks", 0, 1.0)]
+    others = [("watched", 1, 0.5), ("watched", 2, 0.5), ("ranks", 1, 0.5), ("ranks", 2, 0.5)]
+    assert rest == [*first, *others]
+
+
 def test_a_fault_of_the_harness_is_raised(tmp_path):
     class Full(Runner):
         def run(self, cell):
@@ -488,8 +512,9 @@ def test_a_figure_may_be_of_equal_values(tmp_path):
 class Pretended(Runner):
     """A runner whose programs leave in a folder what app.train would."""
 
-    def __init__(self, code, *, codes, weight=1.0):
+    def __init__(self, code, *, codes, weight=1.0, step=50):
         super().__init__(code)
+        self.step = step
         self.codes = list(codes)
         self.weight = weight
         self.calls = []
@@ -501,7 +526,7 @@ class Pretended(Runner):
         place = Path(where[0][8:] if where else command[command.index("--resume") + 1])
         (place / "config.yaml").touch()
         if code in (0, 75):
-            folder = place / "checkpoints" / "step-00000050"
+            folder = place / "checkpoints" / f"step-{self.step:08d}"
             folder.mkdir(parents=True, exist_ok=True)
             torch.save({"model": {"w": torch.full((2,), self.weight)}}, folder / "state.pt")
         if code == 0:
@@ -541,6 +566,23 @@ def test_a_cell_that_was_stopped_goes_on_where_it_stands(cell):
             runner.run(cell)
         assert ["--resume" in call for call in runner.calls] == resumed
     assert cell.finished == cell.place
+
+
+def test_a_cell_that_somebody_else_has_stopped_is_not_done(cell):
+    """Its exit code is that of a run that stops where it was told to."""
+    with pytest.raises(CellError, match="exit code 75"):
+        Pretended(HERE, codes=[75], step=30).run(cell)
+    assert not read_record(cell.place)["fingerprints"]
+    with pytest.raises(CellError, match="exit code 75"):
+        Pretended(HERE, codes=[75, 75]).run(cell)
+    assert not cell.finished
+    Pretended(HERE, codes=[0]).run(cell)
+    assert cell.finished
+
+
+def test_no_cell_is_trained_by_a_program_that_has_changed_since_the_study_began(cell):
+    with pytest.raises(CellError, match="the program has changed since the study began"):
+        Runner(HERE).run(cell)
 
 
 def test_what_diverged_would_do_so_again_with_the_same_code(cell):
@@ -634,8 +676,9 @@ def test_cells_of_several_commits_stand_in_a_table_where_their_fingerprints_agre
         for seed in range(2):
             ranks = {"a": 1} if method == "paper" else None
             finish(plan.cell("tiny", method, seed, 1), code, accuracy=0.5, ranks=ranks)
-    place = plan.cell("tiny", "paper", 0, 1).place
-    for compared, count in ((None, 0), ("another", 0), ("same", 2)):  # one tells of all seeds
+    # One tells of all seeds, unless another one tells otherwise.
+    for seed, compared, count in ((0, None, 0), (0, "another", 0), (0, "same", 2), (1, "other", 0)):
+        place = plan.cell("tiny", "paper", seed, 1).place
         if compared:
             record = read_record(place)
             record["fingerprints"][HERE.digest] = compared
@@ -704,6 +747,15 @@ def test_an_archive_gives_another_machine_the_same_tables(tmp_path):
     assert there.chosen("tiny", "paper") == 0.5
     assert len(tables[1].rows[1].figures) == 2
     assert tables[1].rows[1].time == 1
+    # What the file knows of other codes is learnt of cells that are there, too.
+    place = there.cell("tiny", "full-rank", 1, 0.5).place
+    record = read_record(place)
+    write_record(place, {**record, "fingerprints": {OTHER.digest: "same", "3": "same"}})
+    archive.pack(path, tmp_path / "there", [place])
+    archive.unpack(path, tmp_path / "here")
+    learnt = read_record(here.cell("tiny", "full-rank", 1, 0.5).place)["fingerprints"]
+    assert learnt == {OTHER.digest: "same", "3": "same"}
+    lines = path.read_text().splitlines()
     # What is there counts more than the file, and the file keeps what a part of a study adds to.
     (other := there.cell("tiny", "paper", 1, 0.5).place / "summary.json").write_text("{}")
     archive.unpack(path, tmp_path / "there")
@@ -753,6 +805,12 @@ def test_times_of_two_machines_are_not_divided(tmp_path):
     assert told in tabulate(plan, "tiny", HERE).notes
     write_record(cell.place, {**read_record(cell.place), "machine": "another"})
     assert plan.time_ratio("tiny", "paper") is None
+    # The first cells name no machine; what is sure to be the same is the same code's.
+    record = read_record(cell.place)
+    del record["machine"]
+    for digest, ratio in ((HERE.digest, 0.5), (OTHER.digest, None)):
+        write_record(cell.place, {**record, "digest": digest})
+        assert plan.time_ratio("tiny", "paper") == ratio
 
 
 @pytest.mark.parametrize(
