@@ -6,6 +6,17 @@ from typing import Any
 from torch.optim import Optimizer
 
 
+def was_skipped(optimizer: Optimizer) -> bool:
+    """Whether a fused optimizer, in its step under GradScaler, has left everything as it was.
+
+    GradScaler does not call the step of another one where a gradient is infinite. A fused one
+    it calls, and tells it by a number on the device, for which the host waits here, as it does
+    with any other optimizer under GradScaler.
+    """
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
+
+
 class AroundSteps:
     """Hangs on to the steps of an optimizer.
 

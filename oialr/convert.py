@@ -1,5 +1,7 @@
 """A layer's replacement by its twin of the same function, and the way back."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from oialr.layers.base import FACTOR_NAMES, FactoredLayer, FactoredParts
@@ -43,8 +45,17 @@ def factorize_layer(model: nn.Module, name: str, *factors: Tensor) -> FactoredLa
     return layer
 
 
+HOOKS = frozenset(key for key in nn.Module().__dict__ if "hook" in key)
+"""Attributes of a module that hold what somebody has hung on it."""
+
+
+def hooks_of(layer: nn.Module) -> dict[str, Any]:
+    """Return what holds a layer's hooks: the objects themselves, which their handles know."""
+    return {key: value for key, value in layer.__dict__.items() if key in HOOKS}
+
+
 @full_precision()
-def densify_layer(model: nn.Module, name: str) -> nn.Parameter:
+def densify_layer(model: nn.Module, name: str, *, with_hooks: bool = True) -> nn.Parameter:
     """Put the dense twin in the place of a factorized layer, and return its weight.
 
     A layer of several weights, such as attention, stays what it is, with one of them dense.
@@ -52,6 +63,7 @@ def densify_layer(model: nn.Module, name: str) -> nn.Parameter:
     Args:
         model: the network; changed in place.
         name: dense parameter name.
+        with_hooks: let the twin have the layer's hooks.
     """
     path, _, key = name.rpartition(".")
     module = model.get_submodule(path)
@@ -59,6 +71,8 @@ def densify_layer(model: nn.Module, name: str) -> nn.Parameter:
         return module.densify(key)
     assert isinstance(module, FactoredTwin)
     dense = module.to_dense()
+    if with_hooks:
+        dense.__dict__.update(hooks_of(module))
     _replace(model, module, dense, path)
     return dense.get_parameter(key)
 
@@ -68,7 +82,9 @@ def to_dense(model: nn.Module) -> nn.Module:
     """Put the dense twin in the place of every factorized layer, in place, and return the model."""
     for path, module in list(model.named_modules()):
         if isinstance(module, FactoredTwin | FactoredParts):
-            _replace(model, module, module.to_dense(), path)
+            dense = module.to_dense()
+            dense.__dict__.update(hooks_of(module))
+            _replace(model, module, dense, path)
     return model
 
 

@@ -179,13 +179,18 @@ def _check_fits(network: nn.Module, state: Mapping[str, Tensor]) -> None:
     forms = stored_forms(network, state)
     check_can_take(network, forms, to_train=False)
     shapes = {name: value.shape for name, value in network.state_dict().items()}
-    for name, form in forms.items():
-        for key in (name, *(factor_path(network, name) + factor for factor in FACTOR_NAMES)):
-            shapes.pop(key, None)
-        shapes |= {key: state[key].shape for key in state_keys(network, name, form)}
-    for name, shape in weight_shapes(network).items():
-        if forms.get(name) == DENSE:
-            shapes[name] = torch.Size(shape)
+    dense_shapes = weight_shapes(network)
+    paths: dict[nn.Module, list[str]] = {}  # a layer may be there under several names
+    for path, module in network.named_modules(remove_duplicate=False):
+        paths.setdefault(module, []).append(path)
+    for stored, form in forms.items():
+        path, _, key = stored.rpartition(".")
+        found = [state[k].shape for k in state_keys(network, stored, form)]
+        new_shapes = [torch.Size(dense_shapes[stored])] if form == DENSE else found
+        for name in (f"{p}.{key}" if p else key for p in paths[network.get_submodule(path)]):
+            for old in (name, *(factor_path(network, name) + factor for factor in FACTOR_NAMES)):
+                shapes.pop(old, None)
+            shapes |= zip(state_keys(network, name, form), new_shapes, strict=True)
     if missing := sorted(set(shapes) - set(state)):
         raise ValueError(f"the file lacks {some(missing)}")
     if unknown := sorted(set(state) - set(shapes)):

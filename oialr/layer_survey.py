@@ -115,13 +115,14 @@ def survey(
     kept_last = output_layers(model) if selection.keep_last_layer else []
     obstacles = Obstacles(model)
     reports = []
-    for path, module, key, _ in found:
+    for path, module, key, parameter in found:
         adapter = kind_of(module)
         reading = adapter.reading(module, key, selection)
         report = LayerReport(
             name=f"{path}.{key}" if path else key,
             reading=reading,
-            is_linear_map=adapter.maps_linearly(key) and not isinstance(module, FactoredLayer),
+            is_linear_map=adapter.maps_linearly(key)
+            and not (isinstance(module, FactoredLayer) or parameter.is_complex()),
             stays_dense=None,
             adapter=adapter,
             inner_positions=adapter.inner_positions(module, reading),
@@ -154,9 +155,16 @@ def factorizable(reports: Iterable[LayerReport]) -> list[LayerReport]:
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """Count the numbers in the trained parameters, and in all parameters."""
+    """Count the numbers in the trained parameters, and in all parameters.
+
+    Frozen factors are not trained, even where somebody lets all parameters take a gradient.
+    """
+    frozen: set[nn.Parameter] = set()
+    for layer in model.modules():
+        if isinstance(layer, FactoredLayer) and not layer.released:
+            frozen |= {layer.U, layer.Vh}
     parameters = list(model.parameters())
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    trained = sum(p.numel() for p in parameters if p.requires_grad and p not in frozen)
     return trained, sum(p.numel() for p in parameters)
 
 

@@ -25,6 +25,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.optim import Optimizer
 
+from oialr.around_steps import was_skipped
 from oialr.events import Event, Events
 from oialr.factor_steps import FactorSteps
 from oialr.forms import Form, check_can_take, form_of
@@ -177,8 +178,7 @@ class OIALR:
         """
         self._gradients.check()
         if not self._schedule_checked and self.step_count:
-            self._groups.check_schedule(self.optimizer)
-            self._schedule_checked = True
+            self._schedule_checked = self._groups.check_schedule(self.optimizer)
         table = self._timetable
         due = table.due()
         event = None
@@ -389,7 +389,7 @@ class OIALR:
             self._inputs.begin_anew()
 
     def _count_step(self, _: Optimizer, __: Any, options: Mapping[str, Any]) -> None:
-        if is_made_up(self.optimizer, options):
+        if is_made_up(self.optimizer, options) or was_skipped(self.optimizer):
             return
         self._timetable.step_count += 1
         self._inputs.look_ahead()

@@ -15,6 +15,9 @@ Place = str | weakref.ref[nn.Parameter]
 """In a group: the name of a weight, or another parameter."""
 
 
+RATES = frozenset({"lr", "max_lr_snapshot"})
+"""Keys of a group that are learning rates; by the second one timm's optimizers divide the square of
+the first for a corrected weight decay."""
 LISTS = ("params", "param_names")
 """Keys of a group that have an entry for each parameter."""
 
@@ -36,7 +39,8 @@ class Twin:
         kept = {key: value for key, value in group.items() if key not in LISTS}
         # A copy: what an optimizer counts up in the group itself may not be counted up twice.
         options = copy.deepcopy(kept)
-        options["lr"] = group["lr"] * self.learning_rate_factor
+        for key in RATES & group.keys():
+            options[key] = group[key] * self.learning_rate_factor
         return {**options, **(self.change(group) if self.change else {})}
 
 

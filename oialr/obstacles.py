@@ -8,6 +8,7 @@ from torch import nn
 
 from oialr.layers.base import FACTOR_NAMES, FactoredLayer, FactoredParts
 from oialr.layers.registry import adapter_of, claims, is_plain, kind_of
+from oialr.layers.twin import FactoredTwin
 from oialr.naming import full_name
 
 MASTER_DTYPES = (torch.float32, torch.float64)
@@ -88,6 +89,9 @@ def _oddity(module: nn.Module, whole: nn.Module) -> str | None:
         for key in things:
             if key not in usual:
                 return f"holds the {what} {key}, which its replacement would lack"
+    taken = {*dir(getattr(adapter, "twin", FactoredParts)), *FactoredTwin.own}
+    if names := sorted(own.keys() & taken - usual):
+        return f"its attribute {names[0]} has the name of one that its replacement has"
     if names := sorted(own["_parameters"].keys() & set(FACTOR_NAMES)):
         return f"its parameter {names[0]} has the name of a factor"
     return None

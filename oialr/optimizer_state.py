@@ -152,13 +152,19 @@ def check_before_event(
         unknown: what is done with state of unknown meaning.
 
     Raises:
-        ValueError: the optimizer does not hold a full-rank weight, or not the one that it held at
-            first; or it holds state of unknown meaning and ``unknown`` is "error".
+        ValueError: the optimizer does not hold a core or a full-rank weight, or not the one that it
+            held at first; or it holds state of unknown meaning and ``unknown`` is "error".
     """
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for name, weight in dense.items():
         if id(weight) not in held or not groups.awaits(name, weight):
             raise ValueError(f"{name} is not among the optimizer's parameters any more")
+    for name, core in cores.items():
+        if id(core) not in held:
+            raise ValueError(
+                f"the core of {name} is not among the optimizer's parameters: was the layer made "
+                "low-rank, or its weights loaded, by something else than this method?"
+            )
     rule = rule_of(optimizer)
     for name, weight in {**dense, **cores}.items():
         for key, value in optimizer.state.get(weight, {}).items():

@@ -5,7 +5,7 @@ from bisect import bisect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from oialr.momentary_groups import LISTS, MomentaryTwins, Place, Twin
@@ -94,22 +94,34 @@ class TwinGroups:
         """Return the learning rate of each group over that of its origin; 1 of any other group."""
         return [self._rate_factors.get(i, 1.0) for i in range(len(optimizer.param_groups))]
 
-    def check_schedule(self, optimizer: Optimizer) -> None:
-        """Reject a learning-rate schedule that gives all groups the same rate.
+    def check_schedule(self, optimizer: Optimizer) -> bool:
+        """Reject a learning-rate schedule, or a loop, that gives all groups the same rate.
+
+        Returns:
+            Whether that can be told: not as long as the rates are 0.
 
         Raises:
             ValueError: it does, such as OneCycleLR with one number, and a twin has a factor.
         """
+        told = True
         for (kind, i), twin in self._twins.items():
             factor = self._rate_factors[twin]
-            rates = [optimizer.param_groups[j].get("initial_lr") for j in (i, twin)]
-            if factor != 1 and rates[0] and rates[0] == rates[1]:
+            groups = [optimizer.param_groups[j] for j in (i, twin)]
+            # Rates that a schedule has begun with tell more than those that it has come to, which
+            # may be its lowest one. A rate in a tensor is not looked at: it may lie on a GPU.
+            first, second = (group.get("initial_lr", group["lr"]) for group in groups)
+            if factor == 1 or isinstance(first, Tensor):
+                continue
+            if first and first == second:
                 raise ValueError(
                     f"the learning-rate schedule starts the group of {kind} at the same rate as "
                     f"that of the weights, and not at {factor:g} times it, as OIALR's options say: "
                     "give it a list, such as OneCycleLR(optimizer, max_lr=[rate * factor for "
-                    "factor in method.learning_rate_factors], ...)"
+                    "factor in method.learning_rate_factors], ...), and where a loop sets "
+                    "group['lr'], multiply by them, too"
                 )
+            told = told and bool(first)
+        return told
 
     def positions(self, kind: Kind) -> list[int]:
         """Return the positions of the twins of a kind among the optimizer's groups now."""

@@ -1,7 +1,7 @@
 """Networks that take stored weights of whatever ranks, by torch's own load_state_dict."""
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from torch import nn
@@ -59,12 +59,14 @@ class _Preparation:
 
     def __call__(self, model: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
         forms = stored_forms(model, state, prefix)
+        if not self.owner:  # a part with an owner takes its own, when torch comes to it
+            held = tuple(_held_parts(model))
+            forms = {name: form for name, form in forms.items() if not name.startswith(held)}
         present = {name: form_of(model, name) for name in forms}
         if changed := [name for name, form in forms.items() if form != present[name]]:
             name = changed[0]
             check_can_take_forms(model, f"{name} is stored {forms[name]} and is {present[name]}")
-        take = self.take() if self.take else None
-        if take:
+        if take := self.owner:
             take(forms)
         else:
             check_can_take(model, forms, to_train=False)
@@ -73,6 +75,11 @@ class _Preparation:
         if not split_by(model):
             adopt_dtypes(model, state, prefix)
 
+    @property
+    def owner(self) -> Callable[[Mapping[str, Form]], None] | None:
+        """What gives the network the stored forms, if somebody holds it."""
+        return self.take() if self.take else None
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _Preparation, ()
 
@@ -80,9 +87,21 @@ class _Preparation:
 def _preparation(model: nn.Module) -> _Preparation:
     """Return the hook of a network, which it may get now."""
     network = unwrapped(model)
-    for wrapped in network._load_state_dict_pre_hooks.values():
-        if isinstance(hook := getattr(wrapped, "hook", None), _Preparation):
-            return hook
+    if preparation := _present_preparation(network):
+        return preparation
     preparation = _Preparation()
     network.register_load_state_dict_pre_hook(preparation)
     return preparation
+
+
+def _present_preparation(module: nn.Module) -> _Preparation | None:
+    """Return the hook of a module, if it has one."""
+    hooks = (getattr(each, "hook", None) for each in module._load_state_dict_pre_hooks.values())
+    return next((hook for hook in hooks if isinstance(hook, _Preparation)), None)
+
+
+def _held_parts(model: nn.Module) -> Iterator[str]:
+    """Yield what the names begin with of parts of a network that somebody holds by themselves."""
+    for path, module in model.named_modules():
+        if path and (preparation := _present_preparation(module)) and preparation.owner:
+            yield f"{path}."

@@ -141,7 +141,9 @@ def kept_rank(
     if wanted is not None:
         kept = wanted
     elif rule.retained_energy is None:
-        kept = int((s >= rule.cutoff * s[..., :1]).sum(-1).max())
+        counts = (s >= rule.cutoff * s[..., :1]).sum(-1)
+        told = s[..., 0] > 0  # a zero matrix tells nothing, and where another one does, no more
+        kept = int((counts * told if told.any() else counts).max())
     else:
         kept = energy_rank(s, largest_loss=1 - rule.retained_energy)
     guard = math.ceil((1 - rule.largest_cut) * rank - 1e-9)

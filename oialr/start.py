@@ -12,7 +12,7 @@ from weakref import WeakSet
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from oialr.convert import densify_layer, get_layer
+from oialr.convert import densify_layer, get_layer, hooks_of
 from oialr.factor_steps import check_decay
 from oialr.forms import DENSE, Form, form_of, take_form, weight_shapes
 from oialr.layer_survey import LayerReport, factorizable, parameter_counts, survey
@@ -83,6 +83,7 @@ class LowRankLayers:
         self._factors: dict[str, tuple[nn.Parameter, ...]] = {}
         self._states: dict[Tensor, Any] = {}
         self._ways: dict[str, dict[str, Any]] = {}
+        self._hooks: dict[str, dict[str, Any]] = {}
         self._lists = [
             {key: [*group[key]] for key in LISTS if key in group}
             for group in optimizer.param_groups
@@ -93,8 +94,9 @@ class LowRankLayers:
                 continue
             self._forms[name], self._factors[name] = form_of(model, name), layer.factors
             self._ways[name] = {key: layer.__dict__[key] for key in WAYS if key in layer.__dict__}
+            self._hooks[name] = hooks_of(layer)
             trained = layer.trained
-            weight = densify_layer(model, name)
+            weight = densify_layer(model, name, with_hooks=False)  # they would be an obstacle
             weight.requires_grad_(trained.requires_grad)
             exchange(optimizer, self._factors[name], [weight])
             for factor in self._factors[name]:
@@ -120,7 +122,7 @@ class LowRankLayers:
         """Give the layers their factors and ways again, and the optimizer what it held."""
         for name, form in self._forms.items():
             take_form(self._model, name, form, self._factors[name])
-            get_layer(self._model, name).__dict__.update(self._ways[name])
+            get_layer(self._model, name).__dict__.update(self._ways[name] | self._hooks[name])
         for group, lists in zip(self._optimizer.param_groups, self._lists, strict=True):
             for key, held in lists.items():
                 group[key][:] = held
@@ -135,4 +137,6 @@ class LowRankLayers:
             {report.name: self._forms.get(report.name, DENSE) for report in reports},
             factors=self._factors,
         )
+        for name, hooks in self._hooks.items():
+            get_layer(self._model, name).__dict__.update(hooks)
         self._optimizer.state.update(self._states)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from oialr.layers.reading import MatrixReading
+from oialr.linalg.svd import squares_of_b
 
 
 class Transport(Protocol):
@@ -151,13 +152,18 @@ class CoreToFactors:
     right: Tensor
     """R (r0, r)."""
 
+    @property
+    def s_of_b(self) -> Tensor:
+        """Of B the squared singular values (r,): s but where that is 0."""
+        return squares_of_b(self.s)
+
     def form_a(self) -> Tensor:
         """U L diag(s)^(1/2) (m, r)."""
         return (self.U @ self.left) * self.s.sqrt()[..., None, :]
 
     def form_b(self) -> Tensor:
         """diag(s)^(1/2) R^T Vh (r, n)."""
-        return self.s.sqrt()[..., :, None] * (self.right.mT @ self.Vh)
+        return self.s_of_b.sqrt()[..., :, None] * (self.right.mT @ self.Vh)
 
     @property
     def core(self) -> Projection:
@@ -174,17 +180,17 @@ class CoreToA:
     def linear(self, value: Tensor) -> Tensor:
         """U L (L^T M R) diag(s)^(1/2)."""
         f = self.factors
-        return f.U @ (f.left @ f.core.linear(value)) * f.s.sqrt()[..., None, :]
+        return f.U @ (f.left @ f.core.linear(value)) * f.s_of_b.sqrt()[..., None, :]
 
     def squared(self, value: Tensor) -> Tensor:
         """Weighted means over the rows of the core's, times s."""
         f = self.factors
-        return row_weights(f.U @ f.left) @ f.core.squared(value) * f.s[..., None, :]
+        return row_weights(f.U @ f.left) @ f.core.squared(value) * f.s_of_b[..., None, :]
 
     def average(self, value: Tensor) -> Tensor:
         """U c R diag(s)^(-1/2): with B the closest product to U c Vh."""
         f = self.factors
-        return f.U @ (value @ f.right) * _inverse(f.s).sqrt()[..., None, :]
+        return f.U @ (value @ f.right) * _inverse(f.s_of_b).sqrt()[..., None, :]
 
 
 @dataclass(frozen=True)

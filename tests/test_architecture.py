@@ -78,6 +78,7 @@ GRAPH = {
     "linalg": set(),
     "memory": set(),
     "method": {
+        "around_steps",
         "events",
         "factor_steps",
         "forms",
@@ -160,7 +161,7 @@ GRAPH = {
         "rank_choice",
         "transport",
     },
-    "transport": {"layers"},
+    "transport": {"layers", "linalg"},
     "turns": {"layer_survey", "options", "placement", "present", "schedule", "stability"},
     "weight_average": {"optimizer_state", "wrappers"},
     "wrappers": {"naming"},

@@ -46,7 +46,8 @@ def two_factors(model: nn.Module) -> nn.Module:
         A network as a release makes it, on the same devices, which :func:`oialr.save` stores.
     """
     model = copy.deepcopy(whole(model))
-    for name, layer in factored_weights(model).items():
+    names = {layer: name for name, layer in factored_weights(model).items()}  # once, if it has two
+    for layer, name in names.items():
         pair = layer.pair()
         if not layer.released:
             pair = pair[0], layer.Vh.detach()

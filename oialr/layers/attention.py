@@ -93,7 +93,7 @@ class FactoredAttention(FactoredParts, OpenAttention):
         dense.__dict__.update(_shared(self))
         for key in INPUT_PROJECTIONS:
             if projection := self.part(key):
-                dense._parameters[key] = nn.Parameter(projection.form_weight().detach())
+                dense._parameters[key] = projection.dense_weight()
                 del dense._modules[_child(key)]
         return dense
 
@@ -147,7 +147,7 @@ class FactoredAttention(FactoredParts, OpenAttention):
         """Hold a factorized input projection as the dense weight again, and return that."""
         projection = self.part(key)
         assert projection is not None
-        weight = nn.Parameter(projection.form_weight().detach())
+        weight = projection.dense_weight()
         del self._modules[_child(key)]
         self._parameters[key] = weight
         return weight
@@ -165,6 +165,10 @@ class FactoredAttention(FactoredParts, OpenAttention):
         projection = FactoredProjection(*factors, reading=_reading(weight, factors[0].dim() == 3))
         self._parameters[key] = None  # not deleted: keeps its place in the order of parameters
         self._modules[_child(key)] = projection.train(self.training)
+        # One order, in whichever the weights come: processes that share the work have others.
+        for child in map(_child, INPUT_PROJECTIONS):
+            if child in self._modules:
+                self._modules[child] = self._modules.pop(child)
         return projection
 
     def part(self, key: str) -> FactoredProjection | None:

@@ -110,6 +110,10 @@ class FactoredLayer(nn.Module):
             left = left @ factor
         return self.reading.to_weight(left)
 
+    def dense_weight(self) -> nn.Parameter:
+        """Make a parameter of the dense weight, trained if this layer is."""
+        return nn.Parameter(self.form_weight().detach(), self.trained.requires_grad)
+
     @property
     def factors(self) -> tuple[nn.Parameter, ...]:
         """U, core and Vh, or A and B, whose product is the weight."""
@@ -125,8 +129,10 @@ class FactoredLayer(nn.Module):
         """The factors as an input is multiplied by them, all in the dtype of what is trained.
 
         Under autocast to the dtype that the frozen ones are stored in they are left as they are.
+        Frozen factors take no gradient, even where somebody lets all parameters take one: the
+        optimizer, which does not hold them, would never clear it.
         """
-        factors, like = self.factors, self.trained
+        factors, like = self._frozen_factors(), self.trained
         if all(factor.dtype == like.dtype for factor in factors):
             return factors
         device = like.device.type
@@ -137,6 +143,12 @@ class FactoredLayer(nn.Module):
         ):
             return factors
         return tuple(factor.to(like.dtype) for factor in factors)
+
+    def _frozen_factors(self) -> tuple[Tensor, ...]:
+        """Return the factors, of which none but the trained ones takes a gradient."""
+        if self.released or not (self.U.requires_grad or self.Vh.requires_grad):
+            return self.factors
+        return self.U.detach(), self.core, self.Vh.detach()
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """Return A (m, r), B (r, n) whose product is the weight: U core and Vh before a release.

@@ -56,7 +56,7 @@ class FactoredConv(FactoredTwin):
     dilation: tuple[int, ...]
     padding_mode: str
     _reversed_padding_repeated_twice: list[int]
-    _own = FactoredTwin._own | {"recompute"}
+    own = FactoredTwin.own | {"recompute"}
 
     def configure(self, *, execution: Execution, recompute_convolutions: bool) -> None:
         """Take the method's options for the execution of layers."""

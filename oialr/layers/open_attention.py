@@ -133,6 +133,7 @@ def _additive_mask(
 
     Raises:
         ValueError: a mask has another shape.
+        TypeError: a mask is of integers, which would be added to the scores.
     """
     N, heads, L, S = shape
     masks = []
@@ -150,6 +151,9 @@ def _additive_mask(
                 f"needed is {(N, S)}"
             )
         masks.append(key_padding_mask.reshape(N, 1, 1, S))
+    for mask in masks:
+        if not (mask.dtype == torch.bool or mask.is_floating_point()):
+            raise TypeError(f"a mask of attention is boolean or floating, and not {mask.dtype}")
     floating = [
         torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
         if mask.dtype == torch.bool

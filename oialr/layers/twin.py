@@ -25,7 +25,7 @@ class FactoredTwin(FactoredLayer):
     dense_type: ClassVar[type[nn.Module]]
     """Type of the dense module: nn.Linear, nn.Conv2d, ..., or a subclass that adds no method."""
     bias: nn.Parameter | None
-    _own = frozenset({"reading", "execution", "released"})
+    own = frozenset({"reading", "execution", "released"})
     """Attributes that a dense module does not have."""
 
     @classmethod
@@ -50,8 +50,8 @@ class FactoredTwin(FactoredLayer):
         dense = self.dense_type.__new__(self.dense_type)
         nn.Module.__init__(dense)
         attributes = _attributes(self).items()
-        dense.__dict__.update({key: value for key, value in attributes if key not in self._own})
-        dense.register_parameter("weight", nn.Parameter(self.form_weight().detach()))
+        dense.__dict__.update({key: value for key, value in attributes if key not in self.own})
+        dense.register_parameter("weight", self.dense_weight())
         dense._parameters.update(_others(self))
         _share(self, dense)
         return dense

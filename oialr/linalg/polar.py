@@ -57,8 +57,11 @@ def polar(matrix: Tensor, method: Method | None = None) -> Polar:
 
     Raises:
         torch.linalg.LinAlgError: nothing converges, the SVD in all its ways neither.
+        TypeError: the matrix is complex.
     """
     matrix = matrix.detach()
+    if matrix.is_complex():
+        raise TypeError(f"the polar factor of a complex matrix ({matrix.dtype}) is not measured")
     if matrix.dtype not in (torch.float32, torch.float64):
         matrix = matrix.float()
     method = method or choose_method(_shape(matrix), matrix.dtype, matrix.device)

@@ -23,7 +23,10 @@ def full_precision() -> Iterator[None]:
     end. So would they in bfloat16, where a loop has its steps within ``torch.autocast``.
     """
     settings = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = [each.fp32_precision for each in settings]
+    # What is as everywhere is not set here, and goes on following what is set there.
+    everywhere = torch.backends.fp32_precision  # type: ignore[attr-defined]
+    read = [each.fp32_precision for each in settings]
+    before = ["none" if value == everywhere else value for value in read]
     for each in settings:
         each.fp32_precision = "ieee"
     try:

@@ -92,10 +92,25 @@ def truncated(factors: Factors, r: int, dtype: torch.dtype) -> Factors:
 def balanced(factors: Factors) -> tuple[Tensor, Tensor]:
     """Return A = U diag(s)^(1/2) (m, r) and B = diag(s)^(1/2) Vh (r, n), whose product is W.
 
-    Both have the same singular values, as in spectral initialization (arXiv 2105.01029).
+    Both have the same singular values, as in spectral initialization (arXiv 2105.01029), but where
+    these are 0 (:func:`squares_of_b`).
     """
-    root = factors.s.sqrt()
-    return factors.U * root[..., None, :], root[..., :, None] * factors.Vh
+    of_a, of_b = factors.s.sqrt(), squares_of_b(factors.s).sqrt()
+    return factors.U * of_a[..., None, :], of_b[..., :, None] * factors.Vh
+
+
+def squares_of_b(s: Tensor) -> Tensor:
+    """Return the squared singular values of B where A B has the singular values s: s itself.
+
+    A direction in which A and B are 0 would never be trained, since the gradient of each is a
+    product with the other. So where s is 0, A is, and B is as large as it is in the first direction
+    of the matrix, or has rows of length 1 in a zero matrix: a step then changes A.
+
+    Args:
+        s: (r,), descending, or (g, r) of a stack.
+    """
+    largest = torch.where(s[..., :1] > 0, s[..., :1], torch.ones_like(s[..., :1]))
+    return torch.where(s > 0, s, largest)
 
 
 def diagonal_svd(matrix: Tensor) -> Factors:

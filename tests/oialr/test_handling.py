@@ -1,0 +1,332 @@
+"""What loops and containers of others do with a low-rank network: nothing is lost in silence."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from support.method_loop import make, of_timm, train
+from torch import nn
+
+import oialr
+from oialr import OIALR, StabilityTracker
+from oialr.convert import factorize_layer
+from oialr.layers.attention import FactoredAttention
+from oialr.linalg.precision import full_precision
+from oialr.linalg.svd import Factors, balanced, economy_svd
+from oialr.options import Options
+from oialr.schedule import kept_rank
+
+
+def mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4)
+    )
+
+
+def factorized() -> nn.Sequential:
+    model = mlp()
+    oialr.compress(model, target_size=0.6, release=False)
+    return model
+
+
+def step(model, optimizer, scale=1.0):
+    optimizer.zero_grad()
+    generator = torch.Generator().manual_seed(1)
+    (scale * model(torch.randn(16, 32, generator=generator)).square().mean()).backward()
+    optimizer.step()
+
+
+# Parameters
+
+
+@pytest.mark.parametrize("order", [*itertools.permutations("qkv")])
+def test_the_parameters_of_attention_have_one_order_in_whichever_they_are_factorized(order):
+    """Processes factorize them in orders of their own, and DDP knows parameters by their order."""
+    model = nn.Sequential()
+    model.add_module("attn", nn.MultiheadAttention(16, 2, kdim=12, vdim=12))
+    names = {"out_proj": "out_proj.weight", **{c: f"{c}_proj_weight" for c in "qkv"}}
+    for part in (*order[:1], "out_proj", *order[1:]):
+        key = f"attn.{names[part]}"
+        U, s, Vh = economy_svd(
+            model.get_submodule(key.rpartition(".")[0])
+            .get_parameter(key.rpartition(".")[2])
+            .detach()
+        )
+        factorize_layer(model, key, U, torch.diag(s), Vh)
+    assert isinstance(model.attn, FactoredAttention)
+    cores = [name for name, _ in model.named_parameters() if name.endswith("core")]
+    assert cores == [f"attn.{part}_proj.core" for part in ("out", "q", "k", "v")]
+
+
+def test_frozen_factors_take_no_gradient_where_all_parameters_are_let_take_one():
+    """As networks are frozen and let go again, such as those of a GAN."""
+    model, twin = factorized(), factorized()
+    model.requires_grad_(False).requires_grad_(True)
+    x = torch.randn(5, 32)
+    for each in (model, twin):
+        each(x).square().sum().backward()
+    layer = model[2]
+    assert layer.U.grad is None
+    assert layer.Vh.grad is None
+    assert torch.equal(layer.core.grad, twin[2].core.grad)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    method = OIALR(model, optimizer, delay=5, update_interval=5)
+    before = method.trainable_percent()
+    model.requires_grad_(True)
+    assert method.trainable_percent() == before < 100
+
+
+def test_a_dense_twin_is_trained_if_the_factors_are():
+    for is_trained in (False, True):
+        model = factorized().requires_grad_(is_trained)
+        oialr.to_dense(model)
+        assert {p.requires_grad for p in model.parameters()} == {is_trained}
+    attention = nn.Sequential(nn.MultiheadAttention(16, 2), nn.Linear(16, 16))
+    U, s, Vh = economy_svd(attention[0].in_proj_weight.detach())
+    factorize_layer(attention, "0.in_proj_weight", U, torch.diag(s), Vh)
+    attention.requires_grad_(False)
+    assert not oialr.to_dense(attention)[0].in_proj_weight.requires_grad
+
+
+def test_hooks_of_a_low_rank_layer_stay_where_it_becomes_dense_and_where_a_method_begins():
+    calls = []
+    model = factorized()
+    handle = model[2].register_forward_hook(lambda *_: calls.append(1))
+    OIALR(model, torch.optim.SGD(model.parameters(), 0.1), delay=5, update_interval=5)
+    x = torch.randn(2, 32)
+    model(x)
+    assert len(calls) == 1
+    oialr.to_dense(model)
+    model(x)
+    assert len(calls) == 2
+    handle.remove()
+    model(x)
+    assert len(calls) == 2
+    # A release brings a layer back to dense that two factors would make no smaller.
+    model, optimizer, method = make(release=8, cutoff=1e-9)
+    train(model, optimizer, method, 6)
+    assert method.converted
+    model[2].register_forward_hook(lambda *_: calls.append(2))
+    train(model, optimizer, method, 4, first=6)
+    assert type(model[2]) is nn.Linear
+    calls.clear()
+    train(model, optimizer, method, 1, first=10)
+    assert calls == [2]
+
+
+@pytest.mark.parametrize("name", ["rank", "groups", "execution", "released", "operands"])
+def test_a_layer_with_an_attribute_that_a_low_rank_one_has_stays_full_rank(name):
+    model = mlp()
+    setattr(model[2], name, 4)
+    method = OIALR(model, torch.optim.SGD(model.parameters(), 0.1), delay=5, update_interval=5)
+    (reason,) = [r.stays_dense for r in method.survey if r.name == "2.weight"]
+    assert reason == f"its attribute {name} has the name of one that its replacement has"
+
+
+# Files and enclosing modules
+
+
+class Outer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net, self.other = mlp(), nn.Linear(32, 32)
+
+
+def test_a_file_of_an_enclosing_module_takes_the_optimizer_of_its_part_along(tmp_path):
+    stored = Outer()
+    oialr.compress(stored.net, target_size=0.6, release=False)
+    oialr.save(stored, tmp_path / "outer.safetensors")
+    outer = Outer()
+    optimizer = torch.optim.SGD(outer.net.parameters(), 0.1)
+    method = OIALR(outer.net, optimizer, delay=50, update_interval=5)
+    oialr.load(outer, tmp_path / "outer.safetensors")
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert id(outer.net[2].core) in held
+    assert method.converted
+    assert torch.equal(outer.net[2].core, stored.net[2].core)
+
+
+def test_an_event_finds_that_the_optimizer_does_not_hold_a_core():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    method = OIALR(model, optimizer, delay=2, update_interval=2, layer_fraction=1.0)
+    oialr.compress(model, target_size=0.6, release=False)  # behind the method's back
+    for _ in range(2):
+        step(model, optimizer)
+    with pytest.raises(ValueError, match=r"the core of 2\.weight is not among the optimizer's"):
+        method.step()
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a = nn.Linear(32, 32)
+        self.b = self.a
+        self.head = nn.Linear(32, 3)
+
+    def forward(self, x):
+        return self.head(self.b(torch.relu(self.a(x))))
+
+
+@pytest.mark.parametrize("size", [0.7, 1.0])
+def test_a_layer_with_two_names_is_stored_and_taken_back(tmp_path, size):
+    x = torch.randn(4, 32)
+    model = Twice()
+    if size < 1:
+        oialr.compress(model, target_size=size, release=False)
+    oialr.save(model, tmp_path / "twice.safetensors")
+    low_rank = Twice()
+    oialr.compress(low_rank, target_size=0.6, release=False)
+    for into in (Twice(), low_rank):
+        loaded = oialr.load(into, tmp_path / "twice.safetensors")
+        assert loaded.a is loaded.b
+        torch.testing.assert_close(loaded(x), model(x))
+
+
+def test_a_layer_with_two_names_is_exported_by_two_factors():
+    from oialr.export.state import two_factors
+
+    model = Twice()
+    U, s, Vh = economy_svd(model.a.weight.detach())
+    factorize_layer(model, "a.weight", U, torch.diag(s), Vh)  # whose factors store more
+    x = torch.randn(4, 32)
+    torch.testing.assert_close(two_factors(model)(x), model(x))
+
+
+# Steps
+
+
+def test_a_loop_that_gives_all_groups_one_rate_is_told():
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    method = OIALR(model, optimizer, delay=4, update_interval=9, core_learning_rate_factor=10.0)
+    for rate in (0.0, 1e-3):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        step(model, optimizer)
+        if rate:
+            with pytest.raises(ValueError, match=r"same rate .* multiply by them, too"):
+                method.step()
+        else:
+            method.step()  # a warm-up may begin with 0
+    for group, factor in zip(optimizer.param_groups, method.learning_rate_factors, strict=True):
+        group["lr"] = 1e-3 * factor
+    method.step()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_that_gradscaler_skips_are_not_counted(fused):
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=fused)
+    method = OIALR(model, optimizer, delay=2, update_interval=9)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for scale in (float("inf"), float("inf"), 1.0):
+        optimizer.zero_grad()
+        scaler.scale(scale * model(torch.ones(3, 32)).square().mean()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        method.step()
+    assert method.step_count == 1
+    assert not method.converted
+
+
+@pytest.mark.parametrize("has_schedule", [False, True])
+def test_a_corrected_weight_decay_is_that_of_the_rate_times_its_factor(has_schedule):
+    """timm's divides the square of the rate by the largest one, which has the factor, too."""
+    model = mlp()
+    options = {"lr": 1e-3, "weight_decay": 0.1, "corrected_weight_decay": True, "foreach": False}
+    optimizer = of_timm("Lion", model.parameters(), **options)
+    if has_schedule:
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    method = OIALR(model, optimizer, delay=1, update_interval=9, core_learning_rate_factor=10.0)
+    for _ in range(2):
+        core = model[2].core.detach().clone() if method.converted else None
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        optimizer.step()
+        method.step()
+    torch.testing.assert_close(model[2].core.detach(), core * (1 - 10 * 1e-3 * 0.1))
+
+
+def test_zero_weights_are_trained_after_a_release():
+    """Where both factors were 0, so would be both gradients, for ever."""
+    model = mlp()
+    nn.init.zeros_(model[2].weight)
+    x = torch.randn(3, 32)
+    before = model(x)
+    oialr.compress(model, target_size=0.6)
+    torch.testing.assert_close(model(x), before)
+    layer = model[2]
+    torch.testing.assert_close(layer.B @ layer.B.mT, torch.eye(layer.rank), atol=1e-5, rtol=0)
+    step(model, torch.optim.SGD(model.parameters(), 0.1))
+    assert layer.form_weight().norm() > 0
+
+
+def test_balanced_factors_have_the_product_and_no_dead_direction():
+    generator = torch.Generator().manual_seed(0)
+    U, s, Vh = economy_svd(torch.randn(6, 9, generator=generator, dtype=torch.float64))
+    s[4:] = 0
+    A, B = balanced(Factors(U, s, Vh))
+    torch.testing.assert_close(A @ B, U @ torch.diag(s) @ Vh)
+    torch.testing.assert_close(A[:, :4].norm(dim=0), s[:4].sqrt())
+    torch.testing.assert_close(B.norm(dim=1), torch.cat([s[:4], s[:1], s[:1]]).sqrt())
+    stack = [torch.stack([each, other]) for each, other in ((U, U), (s, 0 * s), (Vh, Vh))]
+    A, B = balanced(Factors(*stack))
+    assert A[1].count_nonzero() == 0
+    torch.testing.assert_close(B[1].norm(dim=1), torch.ones(6, dtype=torch.float64))
+
+
+def test_a_zero_matrix_does_not_keep_the_rank_of_the_stack_that_it_is_in():
+    s = torch.zeros(2, 32)
+    s[0, :3] = torch.tensor([3.0, 2.0, 1.0])
+    rule = Options(
+        delay=1,
+        update_interval=1,
+        cutoff=0.1,
+        largest_cut=0.99,
+        largest_energy_cut=1.0,
+        minimum_rank_fraction=0.01,
+    )
+    assert kept_rank(s, rule, full_rank=32) == 3
+    assert kept_rank(0 * s, rule, full_rank=32) == 32
+
+
+def test_a_mask_of_integers_is_refused_by_attention_as_by_torch_s():
+    model = nn.Sequential(nn.MultiheadAttention(16, 2, batch_first=True))
+    U, s, Vh = economy_svd(model[0].in_proj_weight.detach())
+    x, mask = torch.randn(2, 4, 16), torch.zeros(2, 4, dtype=torch.uint8)
+    with pytest.raises(AssertionError):
+        model[0](x, x, x, key_padding_mask=mask)
+    factorize_layer(model, "0.in_proj_weight", U, torch.diag(s), Vh)
+    with pytest.raises(TypeError, match=r"boolean or floating, and not torch\.uint8"):
+        model[0](x, x, x, key_padding_mask=mask)
+
+
+# Settings
+
+
+def test_precision_that_is_set_for_everything_is_followed_after_an_event():
+    backends = torch.backends
+    before = backends.fp32_precision
+    try:
+        backends.fp32_precision = "tf32"
+        with full_precision():
+            assert backends.cuda.matmul.fp32_precision == "ieee"
+        assert backends.cuda.matmul.fp32_precision == "tf32"
+        backends.fp32_precision = "ieee"
+        assert backends.cuda.matmul.fp32_precision == "ieee"
+    finally:
+        backends.fp32_precision = before
+
+
+def test_complex_weights_are_not_measured():
+    model = mlp()
+    model.add_module("complex", nn.Linear(4, 4, dtype=torch.complex64))
+    rows = StabilityTracker(model).measure()
+    assert [row.name for row in rows] == ["0.weight", "2.weight", "4.weight"]
+    copied = copy.deepcopy(model)
+    with pytest.raises(ValueError, match="no linear layer"):
+        StabilityTracker(nn.Sequential(copied.complex))
