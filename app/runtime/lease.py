@@ -194,7 +194,7 @@ def _refuse_while_used(folder: Path, path: Path, me: Holder) -> Holder | None:
         hint = f" (if that is gone, the folder is free in {remaining:.0f} s)"
     raise UserError(
         f"run.dir: {folder} is in use by {owner or 'another program'}{hint}; "
-        f"let it end, or choose another folder"
+        f"let it end, or choose another folder (in a copy of its folder, delete {path.name})"
     )
 
 

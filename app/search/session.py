@@ -91,7 +91,9 @@ def search(
         _check_all(definition, workers, resume=resume)
         folder = _prepare_folder(definition, workers)
         on_folder(folder)
-        claim = claim or own(folder)
+        if claim is None:
+            claim = own(folder)
+            _check_free(definition, workers, resume=resume)  # nothing has begun there meanwhile
         if workers.world.Get_rank() == 0:
             claim.check()
             write_text(folder / STORED, definition.to_yaml())
@@ -114,17 +116,15 @@ def _check_all(definition: Definition, workers: Workers, *, resume: bool) -> Non
 
 
 def _check_free(definition: Definition, workers: Workers, *, resume: bool) -> None:
-    """Reject a folder that holds a search already, on all processes alike."""
+    """Reject a folder that holds a search or a run already, on all processes alike."""
     directory = definition.base.run.dir
-    if resume or directory is None:
-        return
-    folder = Path(directory)
 
     def check() -> None:
-        if not workers.world.Get_rank():
-            check_free(folder, marker=STORED, what="search")
+        if directory is not None and not workers.world.Get_rank():
+            check_free(Path(directory))
 
-    workers.agree(check)
+    if not resume:
+        workers.agree(check)
 
 
 def _prepare_folder(definition: Definition, workers: Workers) -> Path:

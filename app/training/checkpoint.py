@@ -10,7 +10,6 @@ A checkpoint is written under another name and renamed when everything has reach
 folder of this name is always complete.
 """
 
-import io
 import logging
 import os
 import re
@@ -20,9 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
-from app.errors import AgreedStorageError, AgreedUserError, StorageError
+from app.errors import AgreedStorageError, AgreedUserError, StorageError, UserError
+from app.training import files
 from app.training.archive import DamagedFileError, load_verified, verify
 from oialr.placement.processes import Processes
 
@@ -106,33 +104,35 @@ class Checkpoints:
         def begin() -> None:
             self.check_owner()
             for leftover in self._folder.glob("partial-*"):
-                _remove(leftover)
+                files.remove(leftover)
             partial.mkdir(parents=True)
 
-        def write() -> None:
-            _write(partial / _own_file(index), {**own, "parts": list(parts)})
+        def write_own() -> None:
+            files.write(partial / _own_file(index), {**own, "parts": list(parts)})
             for name, content in parts.items():
-                _link_or_write(self._parts.get(name), partial / _part_file(index, name), content)
+                files.link_or_write(
+                    self._parts.get(name), partial / _part_file(index, name), content
+                )
             if first:
-                _write(partial / "state.pt", shared)
+                files.write(partial / "state.pt", shared)
 
         def finish() -> Path:
-            _sync_folder(partial)
+            files.sync_folder(partial)
             # A second one of the same step (an epoch's end) comes after it.
             folder = self._free_name(f"step-{step:08d}")
             self.check_owner()
             partial.rename(folder)
-            _sync_folder(self._folder)
+            files.sync_folder(self._folder)
             complete = self.complete()
             # What comes after it is of a killed session, whose steps are taken again.
             end = complete.index(folder) + 1
             for old in complete[: max(0, end - self._keep)] + complete[end:]:
-                _remove_old(old)
+                files.remove_old(old)
             return folder
 
         self._together(lambda: begin() if first else None)
         try:
-            self._together(write)
+            self._together(write_own)
         except AgreedStorageError:
             if first:  # what may have filled the disk
                 shutil.rmtree(partial, ignore_errors=True)
@@ -160,7 +160,7 @@ class Checkpoints:
         def act() -> int:
             self.check_owner()
             complete = self.complete()
-            before = _size(self._folder)
+            before = files.size_of(self._folder)
             for folder in complete[-keep:]:
                 try:
                     verify(folder / "state.pt")
@@ -169,13 +169,13 @@ class Checkpoints:
                     raise StorageError(f"{folder}: {error}") from None
                 for path, own in owns.items():
                     rewritten = path.with_name(f"{path.name}.partial")
-                    _write(rewritten, {**own, "parts": []})
+                    files.write(rewritten, {**own, "parts": []})
                     rewritten.replace(path)
                 for part in folder.glob("process-?????-*.pt"):
                     part.unlink()
             for folder in [*complete[:-keep], *self._folder.glob("partial-*")]:
-                _remove(folder)
-            return before - _size(self._folder)
+                files.remove(folder)
+            return before - files.size_of(self._folder)
 
         freed = self._together(lambda: act() if self._processes.index == 0 else 0)
         self._parts = {}
@@ -206,11 +206,45 @@ class Checkpoints:
     def complete(self) -> list[Path]:
         """Return the complete checkpoints, oldest first; what has another name is none."""
         found = []
-        for path in self._folder.glob("step-*"):
-            match = _NAME.fullmatch(path.name)
+        for name in self._names():
+            path = self._folder / name
+            match = _NAME.fullmatch(name)
             if match and path.is_dir():
                 found.append((int(match[1]), int(match[2] or 0), path))
         return [path for *_, path in sorted(found)]
+
+    def _names(self) -> list[str]:
+        """Return what lies in the folder, which may not be there yet.
+
+        Raises:
+            OSError: it cannot be read; a pattern of pathlib would find nothing in it.
+        """
+        try:
+            return os.listdir(self._folder)
+        except FileNotFoundError:
+            return []
+
+    def _found(self) -> list[Path]:
+        """Return the complete checkpoints as the first process finds them. A collective call.
+
+        Raises:
+            AgreedUserError: it cannot read the folder.
+        """
+
+        def find() -> list[Path] | None:
+            if self._processes.index:
+                return None
+            try:
+                return self.complete()
+            except OSError as error:
+                raise UserError(
+                    f"run.dir: cannot read {self._folder}: {error.strerror}; whether there are "
+                    "checkpoints to go on from is not known"
+                ) from None
+
+        found = self._processes.from_first(self._processes.agree(find))
+        assert found is not None
+        return found
 
     def load(self) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
         """Read the newest checkpoint that all processes can read. A collective call.
@@ -250,7 +284,7 @@ class Checkpoints:
         """Find the newest checkpoint that all processes can read. A collective call."""
         damaged: list[Path] = []
         problem = ""
-        for folder in reversed(self._processes.from_first(self.complete())):
+        for folder in reversed(self._found()):
             loaded, own_problem = None, None
             try:
                 loaded = self._read(folder)
@@ -315,78 +349,3 @@ def _load_own(folder: Path, process_index: int) -> dict[str, Any]:
         raise DamagedFileError(f"{_own_file(process_index)} lacks parts")
     parts = {name: load_verified(folder / _part_file(process_index, name)) for name in own["parts"]}
     return {**own, "parts": parts}
-
-
-def _link_or_write(earlier: Path | None, path: Path, content: dict[str, Any]) -> None:
-    if earlier:
-        try:
-            os.link(earlier, path)
-        except OSError:  # a file system without links, or the earlier checkpoint was deleted
-            pass
-        else:
-            return
-    _write(path, content)
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    """Write a file, to the disk; where that is full, the file makes room again."""
-    file = _File(path)
-    try:
-        with file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError):
-        path.unlink(missing_ok=True)
-        if file.error:
-            raise OSError(file.error.errno, file.error.strerror, str(path)) from None
-        raise
-
-
-class _File(io.FileIO):
-    """A file that remembers why it could not be written, of which torch.save says nothing."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, "wb")
-        self.error: OSError | None = None
-
-    def write(self, content: Any) -> int:
-        """Write all of a buffer."""
-        view = memoryview(content).cast("B")
-        try:
-            written = 0
-            while written < len(view):
-                written += super().write(view[written:])
-        except OSError as error:
-            self.error = error
-            raise
-        return written
-
-
-def _size(folder: Path) -> int:
-    """Return the bytes of the files in a folder; of one that has several links once."""
-    files = [path.stat() for path in folder.rglob("*.pt")]
-    return sum({(file.st_dev, file.st_ino): file.st_size for file in files}.values())
-
-
-def _remove_old(folder: Path) -> None:
-    """Remove a checkpoint that a newer one has followed; one that stays is no reason to end."""
-    try:
-        shutil.rmtree(folder)
-    except OSError as error:
-        logger.warning("%s cannot be removed: %s", folder, error.strerror)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

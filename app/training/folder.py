@@ -26,6 +26,12 @@ from app.runtime.startup_check import check_folder
 logger = logging.getLogger(__name__)
 
 UNFINISHED = "unfinished.json"
+HELD = {
+    "metrics.h5": "a run",
+    "search.yaml": "a search",
+    "summary.json": "the summary of a run or search",
+}
+"""Files that show that a folder is taken."""
 
 
 def find_folder(configuration: Configuration, runtime: Runtime, *, resume: bool) -> Path | None:
@@ -50,7 +56,7 @@ def find_folder(configuration: Configuration, runtime: Runtime, *, resume: bool)
         if earlier := _of_earlier_attempt(run, agents):
             return earlier
         if run.dir is not None:
-            check_free(Path(run.dir), marker="metrics.h5", what="run")
+            check_free(Path(run.dir))
         return None
 
     processes = runtime.processes
@@ -86,21 +92,22 @@ def prepare_folder(configuration: Configuration, runtime: Runtime, *, earlier: P
     return folder
 
 
-def check_free(folder: Path, *, marker: str, what: str) -> None:
-    """Reject a folder for something new.
+def check_free(folder: Path) -> None:
+    """Reject a folder for a new run or search: another one is there, or a part of it.
+
+    To be asked before anything is built, and again when the folder is owned: another program may
+    have begun and ended there meanwhile.
 
     Args:
         folder: which need not exist yet.
-        marker: file in it that shows that it is taken.
-        what: "run" or "search".
 
     Raises:
         UserError: it is taken, or nothing can be written there.
     """
     with naming("run.dir", folder):
-        if os.path.lexists(folder / marker):
+        if what := _held_in(folder):
             raise UserError(
-                f"run.dir: {folder} holds a {what} already; go on with it by --resume {folder}, "
+                f"run.dir: {folder} holds {what} already; go on with it by --resume {folder}, "
                 f"or choose another folder"
             )
         place = folder
@@ -110,6 +117,16 @@ def check_free(folder: Path, *, marker: str, what: str) -> None:
             raise UserError(f"run.dir: cannot write to {folder}: {place} is no folder")
         if not os.access(place, os.W_OK | os.X_OK):
             raise UserError(f"run.dir: cannot write to {folder}: no permission in {place}")
+
+
+def _held_in(folder: Path) -> str | None:
+    """Say what lies in a folder that something new would overwrite."""
+    for name, what in HELD.items():
+        if os.path.lexists(folder / name):
+            return what
+    checkpoints = folder / "checkpoints"
+    names = os.listdir(checkpoints) if checkpoints.is_dir() else []
+    return "the checkpoints of a run" if any(n.startswith("step-") for n in names) else None
 
 
 def make_folder(run: RunSection) -> Path:

@@ -77,6 +77,7 @@ def restore(
             "oialr.enabled: cannot change when a run is resumed: the method counts its steps from "
             "their first one on; start a new run, with model.initial=DIR for the weights"
         )
+    _check_epochs(parts, stored["training"]["epochs"], shared.get("steps"))
     _check_shares(parts, shared["method"])
     if changes := _changes(stored, current):
         # On purpose by whoever resumes; but config.yaml may also have been damaged or mixed up.
@@ -90,6 +91,27 @@ def restore(
         raise UserError(
             f"the checkpoint does not fit the configuration (was it changed?): {message}"
         ) from None
+
+
+def _check_epochs(parts: Parts, epochs: int, steps: int | None) -> None:
+    """Reject epochs of another number of steps: the schedule would end elsewhere than the run.
+
+    Args:
+        parts: of the run now.
+        epochs: of the run as the checkpoint knows it.
+        steps: of all of them; None: a checkpoint of an earlier version, which does not tell.
+
+    Raises:
+        UserError: batches or data are others than before.
+    """
+    now = parts.task.steps_per_epoch
+    if steps is not None and steps != epochs * now:
+        raise UserError(
+            f"an epoch has {now} steps now and had {steps // epochs} when the checkpoint was "
+            "written, so that the learning rates would end before the run or after it: go on with "
+            "the data and the training.batch_size of before (training.accumulation takes it in "
+            "parts), or start a new run with model.initial=DIR for the weights"
+        )
 
 
 def _check_shares(parts: Parts, method: Mapping[str, Any] | None) -> None:

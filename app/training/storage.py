@@ -1,5 +1,7 @@
 """Where a run leaves what it comes to: its folder, checkpoints, records and best weights."""
 
+import itertools
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -8,18 +10,29 @@ from typing import Any
 
 from app.config import to_yaml
 from app.config.settings import Configuration
+from app.errors import UserError
 from app.recording.loggers.chosen import Loggers, find_loggers
+from app.recording.store import read_rows
 from app.recording.swmr import writing
 from app.runtime.processes import Runtime
 from app.runtime.watchdog import Watchdog
 from app.training.build import Parts, read_initial
 from app.training.checkpoint import CHECKPOINT_KEYS, Checkpoints
 from app.training.early_stopping import BEST_KEYS, EarlyStopping
-from app.training.folder import hold_folder, mark_unfinished, prepare_folder, write_text
+from app.training.folder import (
+    check_free,
+    hold_folder,
+    mark_unfinished,
+    naming,
+    prepare_folder,
+    write_text,
+)
 from app.training.recorder import Recorder
 from app.training.state import restore
 from app.training.tidying import warn_of_missing_bases
 from oialr.placement.processes import Processes
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -83,6 +96,8 @@ def open_storage(
     watchdog.progress("the run's folder")
     folder = prepare_folder(configuration, runtime, earlier=earlier)
     ownership.take(folder)
+    if not earlier:  # while this run was built another one may have begun there, and ended
+        processes.agree(lambda: check_free(folder) if runtime.is_first else None)
     checkpoints = Checkpoints(
         folder / "checkpoints",
         processes,
@@ -97,8 +112,8 @@ def open_storage(
         processes.agree(lambda: restore(parts, early_stopping, *state))
         warn_of_missing_bases(parts, state[1])
     elif earlier:  # stopped before its first checkpoint
+        processes.agree(lambda: _begin_anew(folder, ownership) if runtime.is_first else None)
         processes.agree(lambda: read_initial(configuration, parts.model))
-    mark_unfinished(folder, runtime)
     recorder = Recorder(None)
     with watchdog.guard("metrics.h5"):
         if runtime.is_first:
@@ -112,6 +127,7 @@ def open_storage(
                 first_step=parts.position.step if state else None,
             )
         processes.barrier()
+    mark_unfinished(folder, runtime)
     recorder.session(process_count=runtime.process_count, first_step=parts.position.step)
     return Storage(
         folder=folder, checkpoints=checkpoints, recorder=recorder, early_stopping=early_stopping
@@ -151,7 +167,6 @@ def early_stopping_of(
 def _open_recorder(parts: Parts, folder: Path, state: dict[str, Any] | None) -> Recorder:
     """Write to the run's folder, now that everything fits together."""
     text = to_yaml(parts.configuration)
-    write_text(folder / "config.yaml", text)
     metrics = folder / "metrics.h5"
     schema: dict[str, Any] = {
         "configuration": text,
@@ -159,5 +174,45 @@ def _open_recorder(parts: Parts, folder: Path, state: dict[str, Any] | None) -> 
         "figures": parts.task.figures,
     }
     if state:
-        return Recorder.resume(metrics, state["rows"], state.get("kept_rows", {}), **schema)
+        recorder = Recorder.resume(metrics, state["rows"], state.get("kept_rows", {}), **schema)
+        write_text(folder / "config.yaml", text)  # of a run that can go on
+        return recorder
+    write_text(folder / "config.yaml", text)
     return Recorder.create(metrics, **schema)
+
+
+def _has_steps(metrics: Path) -> bool:
+    """Whether steps are recorded in a file, or it cannot be told, since it is damaged."""
+    if not metrics.exists():
+        return False
+    try:
+        return len(read_rows(metrics, "train")["step"]) > 0
+    except UserError:
+        return True
+
+
+def _begin_anew(folder: Path, ownership: Ownership) -> None:
+    """Keep the records of a run that goes on without a checkpoint, and say that it begins anew.
+
+    Raises:
+        UserError: it was finished, so that its checkpoints are lost, or none were to be kept.
+    """
+    if (folder / "summary.json").exists():
+        raise UserError(
+            f"--resume {folder}: the run is finished, and none of its checkpoints is there to go "
+            "on from; put them back, or start a new run in another folder"
+        )
+    metrics = folder / "metrics.h5"
+    if not _has_steps(metrics):
+        return
+    ownership.check()
+    names = (folder / f"metrics-before-{number}.h5" for number in itertools.count(1))
+    kept = next(path for path in names if not path.exists())
+    with naming("run.dir", folder):
+        metrics.rename(kept)
+    logger.warning(
+        "%s holds no checkpoint: the run begins with its first step again; what it has recorded "
+        "so far is kept in %s",
+        folder,
+        kept.name,
+    )

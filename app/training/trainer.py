@@ -243,7 +243,11 @@ class Trainer:
         return average.applied() if average else nullcontext()
 
     def _evaluate(self, split: str) -> dict[str, float] | None:
-        """Evaluate and record it; None on all processes if a signal came meanwhile."""
+        """Evaluate and record it; None on all processes if a signal came meanwhile.
+
+        Raises:
+            DivergedError: the loss is not finite: the last step may have made the weights so.
+        """
         self.watchdog.progress(f"evaluation ({split}) after step {self.position.step}")
         with self.parts.precision.autocast():
             where = (self.runtime.processes, self.runtime.device)
@@ -252,6 +256,10 @@ class Trainer:
         position = {"step": self.position.step, "epoch": self.position.epoch}
         if figures:
             self.recorder.evaluation(**position, split=split, **figures)
+            if not math.isfinite(loss := figures["loss"]):
+                raise DivergedError(
+                    f"the loss is {loss} on {split} data after step {position['step']}"
+                )
         return figures
 
     def _stop_if_asked(self) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from app.errors import AgreedStorageError, UserError
-from app.training import checkpoint
+from app.training import files as written_files
 from app.training.checkpoint import Checkpoints
 from app.training.early_stopping import BEST_KEYS, EarlyStopping
 from app.training.state import _load
@@ -40,8 +40,13 @@ def files(folder):
 
 def test_a_part_is_written_once_and_every_checkpoint_is_whole(tmp_path, monkeypatch):
     written = []
-    write = checkpoint._write
-    monkeypatch.setattr(checkpoint, "_write", lambda p, c: (written.append(p.name), write(p, c)))
+    write = written_files.write
+
+    def noting(path, content):
+        written.append(path.name)
+        write(path, content)
+
+    monkeypatch.setattr(written_files, "write", noting)
     checkpoints = Checkpoints(tmp_path, Processes(), keep=2)
     save(checkpoints, 10, 1, 2)
     assert loaded(tmp_path) == (10, 10, {"part-1": 1.0, "part-2": 2.0})

@@ -78,18 +78,6 @@ def test_a_run_of_shares_is_read_with_other_data_and_batches(method, tmp_path, c
         assert capsys.readouterr().out.splitlines()[-2:] == figures(run)
 
 
-@pytest.mark.slow
-def test_a_run_of_shares_that_went_on_with_other_batches_is_read(tmp_path, capsys):
-    """Its steps are those of the session that has written the checkpoint."""
-    run = tmp_path / "run"
-    train(0, *TINY, "oialr.delay=0.9", "run.stop_after=8", f"run.dir={run}", code=75)
-    assert evaluate.main([str(run), "training.batch_size=125"]) == 0  # within the first epoch
-    train(0, "--resume", run, "training.batch_size=125", "run.stop_after=null")
-    capsys.readouterr()
-    assert evaluate.main([str(run)]) == 0
-    assert capsys.readouterr().out.splitlines()[1:] == figures(run)
-
-
 @pytest.mark.parametrize(("asked", "there"), [(1, 1), (100, 100), (10**6, 180)])
 def test_samples_to_compare_are_those_of_several_batches(run, capsys, asked, there):
     assert export.main([str(run), "--samples", str(asked)]) == 0

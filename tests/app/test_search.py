@@ -326,9 +326,13 @@ def test_a_mistake_is_reported_by_one_process(tmp_path, tiny):
 def test_a_folder_that_holds_a_search_is_kept(tmp_path, tiny):
     folder = tmp_path / "run"
     folder.mkdir()
+    for name in ("search.yaml", "metrics.h5"):  # a search, or a run
+        (folder / name).write_text(TINY)
+        result = search(0, "--config", tiny, f"run.dir={folder}", *ALONE, code=2)
+        assert f"--resume {folder}" in result.stderr
+        assert [path.name for path in folder.iterdir()] == [name]
+        (folder / name).unlink()
     (folder / "search.yaml").write_text(TINY)
-    result = search(0, "--config", tiny, f"run.dir={folder}", *ALONE, code=2)
-    assert f"--resume {folder}" in result.stderr
     result = search(0, "--resume", folder, "training.epochs=4", code=2)
     assert "training.epochs: only search.* can change" in result.stderr
 

@@ -54,7 +54,7 @@ def test_the_second_is_refused_and_touches_nothing_until_the_first_is_gone(tmp_p
             Lease.take(tmp_path)
         assert str(refused.value) == (
             f"run.dir: {tmp_path} is in use by process {first.pid} on {Holder.current().host}; "
-            f"let it end, or choose another folder"
+            f"let it end, or choose another folder (in a copy of its folder, delete .lease-000001)"
         )
         assert (tmp_path.stat().st_mtime_ns, names(tmp_path)) == before
         first.communicate("", timeout=TIMEOUT)

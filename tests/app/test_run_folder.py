@@ -1,0 +1,145 @@
+"""A run's folder: nothing in it is overwritten, and what is lost in it is told."""
+
+import json
+import shutil
+
+import pytest
+from support.launching import train as launched
+from support.tiny_run import TINY
+
+from app import config
+from app.errors import AgreedUserError, UserError
+from app.recording.store import read_rows
+from app.runtime.processes import start_runtime
+from app.runtime.stop_signal import StopSignal
+from app.search.definition import STORED
+from app.training import run
+from app.training.folder import check_free
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """Return the folder of a run that was stopped after half of its steps."""
+    folder = tmp_path_factory.mktemp("run")
+    launched(0, *TINY, f"run.dir={folder}", "run.stop_after=16", code=75)
+    return folder
+
+
+@pytest.fixture
+def copied(stopped, tmp_path):
+    """Return a copy of that folder."""
+    return shutil.copytree(stopped, tmp_path / "copy")
+
+
+def contents(folder):
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder): path.read_bytes() for path in files}
+
+
+# What a new run finds
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("metrics.h5", "a run"),
+        (STORED, "a search"),
+        ("summary.json", "the summary of a run or search"),
+        ("checkpoints/step-00000004/state.pt", "the checkpoints of a run"),
+    ],
+)
+def test_a_folder_with_a_part_of_a_run_or_search_is_not_free(tmp_path, name, what):
+    check_free(tmp_path / "new")
+    (tmp_path / "checkpoints").mkdir()
+    check_free(tmp_path)  # nothing lies in there
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    with pytest.raises(UserError, match=f"run.dir: {tmp_path} holds {what} already"):
+        check_free(tmp_path)
+
+
+def test_a_run_that_began_and_ended_while_this_one_was_built_is_left_alone(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    build = run.build
+
+    def built_slowly(*arguments, **options):
+        parts = build(*arguments, **options)
+        folder.mkdir()
+        (folder / "metrics.h5").write_text("another's")
+        return parts
+
+    monkeypatch.setattr(run, "build", built_slowly)
+    configuration = config.load(None, [*TINY, f"run.dir={folder}"])
+    told = f"run.dir: {folder} holds a run already"
+    with start_runtime(device="cpu") as runtime, pytest.raises(AgreedUserError, match=told):
+        run.train(configuration, runtime, StopSignal(), resume=False)
+    assert [(path.name, path.read_text()) for path in folder.iterdir()] == [
+        ("metrics.h5", "another's")
+    ]
+
+
+# What one that goes on finds
+
+
+def test_checkpoints_that_cannot_be_listed_are_told(copied):
+    shutil.rmtree(copied / "checkpoints")
+    (copied / "checkpoints").touch()  # as a folder without permission: to glob it is empty
+    before = contents(copied)
+    result = launched(0, "--resume", copied, "run.stop_after=null", code=2)
+    assert result.stderr == (
+        f"error: run.dir: cannot read {copied / 'checkpoints'}: Not a directory; whether there are "
+        "checkpoints to go on from is not known\n"
+    )
+    assert contents(copied) == before
+
+
+def test_records_of_a_run_without_checkpoints_are_kept(copied):
+    shutil.rmtree(copied / "checkpoints")
+    before = list(read_rows(copied / "metrics.h5", "train")["step"])
+    assert before
+    result = launched(0, "--resume", copied, "run.stop_after=1", code=75)
+    assert "holds no checkpoint: the run begins with its first step again" in result.stderr
+    assert list(read_rows(copied / "metrics-before-1.h5", "train")["step"]) == before
+    assert list(read_rows(copied / "metrics.h5", "train")["step"]) == [1]
+
+
+def test_a_finished_run_without_checkpoints_does_not_begin_again(copied):
+    shutil.rmtree(copied / "checkpoints")
+    (copied / "summary.json").write_text(json.dumps({"epochs": 4}))
+    before = contents(copied)
+    result = launched(0, "--resume", copied, "training.epochs=6", code=2)
+    assert "the run is finished, and none of its checkpoints is there" in result.stderr
+    assert contents(copied) == before
+
+
+def test_a_resume_that_is_refused_for_its_records_leaves_no_trace(copied):
+    (copied / "metrics.h5").unlink()
+    (copied / "unfinished.json").unlink()
+    before = contents(copied)
+    launched(0, "--resume", copied, "training.epochs=6", "run.stop_after=null", code=2)
+    assert contents(copied) == before
+
+
+@pytest.mark.parametrize("key", ["training.batch_size=125", "data.train_samples=200"])
+def test_epochs_of_another_length_are_refused(copied, key):
+    """The learning rates follow steps: at their end they would be 0 for the rest of the run."""
+    before = contents(copied)
+    result = launched(0, "--resume", copied, key, "run.stop_after=null", code=2)
+    assert result.stderr.startswith("error: an epoch has 4 steps now and had 8 when")
+    assert "training.accumulation" in result.stderr
+    assert contents(copied) == before
+
+
+# What it comes to
+
+
+def test_weights_that_the_last_step_made_infinite_are_no_result(tmp_path):
+    keys = ["training.epochs=1", "training.batch_size=64", "training.schedule=constant"]
+    keys += ["training.optimizer=sgd", "training.learning_rate=1000", "training.momentum=0"]
+    keys += ["training.weight_decay=1000", "stability.enabled=false", "oialr.enabled=false"]
+    keys += ["training.warmup_epochs=0", "data.train_samples=128"]
+    result = launched(0, *TINY, *keys, f"run.dir={tmp_path}", code=1)
+    assert "error: the loss is nan on validation data after step 2" in result.stderr
+    assert not (tmp_path / "summary.json").exists()
+    assert not list(tmp_path.glob("checkpoints/step-*"))
