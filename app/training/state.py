@@ -77,7 +77,6 @@ def restore(
             "oialr.enabled: cannot change when a run is resumed: the method counts its steps from "
             "their first one on; start a new run, with model.initial=DIR for the weights"
         )
-    _check_epochs(parts, stored["training"]["epochs"], shared.get("steps"))
     _check_shares(parts, shared["method"])
     if changes := _changes(stored, current):
         # On purpose by whoever resumes; but config.yaml may also have been damaged or mixed up.
@@ -93,17 +92,19 @@ def restore(
         ) from None
 
 
-def _check_epochs(parts: Parts, epochs: int, steps: int | None) -> None:
+def check_epochs(parts: Parts, shared: Mapping[str, Any]) -> None:
     """Reject epochs of another number of steps: the schedule would end elsewhere than the run.
 
     Args:
-        parts: of the run now.
-        epochs: of the run as the checkpoint knows it.
-        steps: of all of them; None: a checkpoint of an earlier version, which does not tell.
+        parts: of the run that goes on.
+        shared: as :func:`shared_state` returned it, perhaps of an earlier version, which did not
+            tell the steps.
 
     Raises:
         UserError: batches or data are others than before.
     """
+    stored = parse(shared["configuration"], source="the checkpoint's configuration")
+    epochs, steps = stored["training"]["epochs"], shared.get("steps")
     now = parts.task.steps_per_epoch
     if steps is not None and steps != epochs * now:
         raise UserError(

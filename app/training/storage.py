@@ -28,7 +28,7 @@ from app.training.folder import (
     write_text,
 )
 from app.training.recorder import Recorder
-from app.training.state import restore
+from app.training.state import check_epochs, restore
 from app.training.tidying import warn_of_missing_bases
 from oialr.placement.processes import Processes
 
@@ -109,6 +109,7 @@ def open_storage(
         state = checkpoints.load() if earlier else None
     early_stopping = early_stopping_of(configuration, folder, processes, ownership.check)
     if state:
+        processes.agree(lambda: check_epochs(parts, state[0]))
         processes.agree(lambda: restore(parts, early_stopping, *state))
         warn_of_missing_bases(parts, state[1])
     elif earlier:  # stopped before its first checkpoint

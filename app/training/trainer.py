@@ -257,6 +257,7 @@ class Trainer:
         if figures:
             self.recorder.evaluation(**position, split=split, **figures)
             if not math.isfinite(loss := figures["loss"]):
+                self.measurements.fetch()  # which names the weight, if it has looked at it
                 raise DivergedError(
                     f"the loss is {loss} on {split} data after step {position['step']}"
                 )
