@@ -1,16 +1,29 @@
 """The errors that end a program with an exit code of their own; the library's among them."""
 
-from oialr.errors import AgreedUserError, DifferingReplicasError, DivergedError, UserError
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from oialr.errors import (
+    AgreedUserError,
+    DifferingReplicasError,
+    DivergedError,
+    UserError,
+    refused_path,
+)
 
 __all__ = [
     "AgreedStorageError",
     "AgreedUserError",
     "DifferingReplicasError",
     "DivergedError",
+    "OutputError",
     "StorageError",
     "TakenOverError",
     "UserError",
     "one_line",
+    "refused_path",
+    "refusing_paths",
     "typed_line",
 ]
 
@@ -18,6 +31,21 @@ __all__ = [
 def one_line(error: BaseException) -> str:
     """Return what an error says, which may be many lines, as one; its type if it says nothing."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextmanager
+def refusing_paths() -> Iterator[None]:
+    """Take a path that the system refuses for the user's mistake, which it nearly always is.
+
+    Raises:
+        UserError: in place of such an error.
+    """
+    try:
+        yield
+    except OSError as error:
+        if (line := refused_path(error)) is None:
+            raise
+        raise UserError(line) from None
 
 
 def typed_line(error: BaseException) -> str:
@@ -38,3 +66,13 @@ class TakenOverError(StorageError):
 
 class AgreedStorageError(StorageError):
     """One that all processes raise together, so that process 0 alone reports it."""
+
+
+class OutputError(Exception):
+    """stdout does not take what the program was asked to print."""
+
+    def __init__(self, error: OSError) -> None:
+        """Keep what the system said."""
+        super().__init__(f"cannot write to stdout: {error.strerror or error}")
+        self.nobody_reads = error.errno == errno.EPIPE
+        """Whether the reader has enough, such as head: no fault."""

@@ -1,5 +1,18 @@
 """The errors that end a training."""
 
+import errno
+import os
+
+LONGEST_PATH = 300
+"""Characters of one that is shown as a whole."""
+_REFUSALS = {
+    errno.EACCES: "; have it opened to this user, or name another path",
+    errno.EPERM: "; have it opened to this user, or name another path",
+    errno.ELOOP: "; name a path without a link to itself",
+    errno.ENAMETOOLONG: "; name a shorter path",
+}
+"""What the system says of a path, whatever is done with it, and the cure."""
+
 
 class UserError(Exception):
     """What the user did wrong, in one line: the culprit and the cure. Exit code 2, no traceback."""
@@ -19,3 +32,17 @@ class DifferingReplicasError(Exception):
 
 class ExportError(Exception):
     """A network cannot be written in a format, or what was written differs. No file is left."""
+
+
+def refused_path(error: OSError) -> str | None:
+    """Return in one line that the system refuses a path, which is the user's to choose or to open.
+
+    Returns:
+        None: the error is another one, or tells no path.
+    """
+    if error.errno not in _REFUSALS or not isinstance(error.filename, str | bytes):
+        return None
+    path = os.fsdecode(error.filename)
+    shown = path if len(path) <= LONGEST_PATH else f"{path[:60]}..."
+    shown = shown if shown.isprintable() else repr(shown)
+    return f"{shown}: {error.strerror}{_REFUSALS[error.errno]}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
-from oialr.errors import AgreedUserError, UserError
+from oialr.errors import AgreedUserError, UserError, refused_path
 
 if TYPE_CHECKING:
     from oialr.placement.heat_svd import SplitSVD
@@ -124,7 +124,7 @@ def agree(gather: Callable[[Any], list[Any]], function: Callable[[], Result]) ->
 
     Args:
         gather: collective; returns what it was given by all processes, by index.
-        function: may raise UserError.
+        function: may raise UserError, or what the system says of a path that it refuses.
 
     Raises:
         AgreedUserError: the first process's, by index, on every process.
@@ -134,6 +134,9 @@ def agree(gather: Callable[[Any], list[Any]], function: Callable[[], Result]) ->
         result = function()
     except UserError as error:
         message = str(error)
+    except OSError as error:
+        if (message := refused_path(error)) is None:
+            raise
     for problem in gather(message):
         if problem is not None:
             raise AgreedUserError(problem)
