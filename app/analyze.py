@@ -1,14 +1,15 @@
 """Measure basis stability on checkpoints of any PyTorch model, without training."""
 
 import argparse
-import sys
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from app.command import EXIT_USER, Parser, describe_fault, run_command
-from app.errors import AgreedStorageError, AgreedUserError, UserError
+from app.errors import AgreedStorageError, AgreedUserError, UserError, refusing_paths
 from app.runtime.launch import read_launch
+from app.runtime.streams import put, show
 
 if TYPE_CHECKING:
     from app.analysis.run import Analysis
@@ -93,41 +94,46 @@ def _run(options: argparse.Namespace) -> int:
 
     with start_runtime(device=options.device) as runtime:
         try:
-            result = analyze(
-                options.checkpoints,
-                output=options.output,
-                window=options.window,
-                include=options.include or ["*"],
-                exclude=options.exclude or [],
-                not_averaged=options.not_averaged or NOT_AVERAGED,
-                runtime=runtime,
-                dry_run=options.dry_run,
-            )
+            with refusing_paths():
+                result = analyze(
+                    options.checkpoints,
+                    output=options.output,
+                    window=options.window,
+                    include=options.include or ["*"],
+                    exclude=options.exclude or [],
+                    not_averaged=options.not_averaged or NOT_AVERAGED,
+                    runtime=runtime,
+                    dry_run=options.dry_run,
+                )
         except AgreedUserError:
             raise
         except AgreedStorageError as error:
             if runtime.is_first:
-                print(f"error: {error}", file=sys.stderr)
+                show(f"error: {error}", error=True)
             return 1
         except BaseException as error:
             if runtime.process_count == 1:
                 if isinstance(error, KeyboardInterrupt):
-                    print("interrupted: the same command goes on", file=sys.stderr)
+                    show("interrupted: the same command goes on", error=True)
                 raise
-            print(describe_fault(error), file=sys.stderr, flush=True)
+            if isinstance(error, UserError):  # of this process alone: nobody else would report it
+                show(f"error: {error}", error=True)
+                runtime.abort(EXIT_USER)
+            show(describe_fault(error), error=True)
             runtime.abort(1)
             raise
     if read_launch().process_index == 0:
         for problem in result.problems:
-            print(f"skipped: {problem}", file=sys.stderr)
+            show(f"skipped: {problem}", error=True)
         for note in _notes(result, options.window):
-            print(note, file=sys.stderr)
+            show(note, error=True)
         what = f"{result.checkpoints} checkpoints, {result.layers} weights"
         if result.estimate:
-            print(f"dry run, nothing is measured: {what}, {result.estimate}")
+            put(f"dry run, nothing is measured: {what}, {result.estimate}")
         else:
             metrics = result.metrics
-            print(f"{metrics}: {what}; draw them: python -m app.report {metrics.parent}")
+            drawn = shlex.quote(str(metrics.parent))
+            show(f"{metrics}: {what}; draw them: python -m app.report {drawn}")
     return EXIT_USER if result.problems else 0
 
 

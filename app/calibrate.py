@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from app.command import Parser, run_command
 from app.runtime.launch import read_launch
+from app.runtime.streams import show
 
 EXAMPLES = """\
 examples:
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     if read_launch().process_index == 0:
         for field in fields(costs):
-            print(f"{field.name} {getattr(costs, field.name):.3e} {field.metadata['unit']}")
+            show(f"{field.name} {getattr(costs, field.name):.3e} {field.metadata['unit']}")
     return 0
 
 

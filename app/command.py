@@ -1,7 +1,6 @@
 """What all front doors share: overrides in ``--help``, exit codes, errors from one process only."""
 
 import argparse
-import errno
 import os
 import shlex
 import signal
@@ -12,9 +11,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import oialr
-from app.errors import StorageError, UserError
+from app.errors import OutputError, StorageError, UserError, refused_path
 from app.runtime.launch import read_launch
-from app.runtime.streams import silence
+from app.runtime.streams import flush, prepare, put, show
 from app.runtime.versions import installed_versions
 from oialr.export import SUFFIXES
 
@@ -42,13 +41,29 @@ class Parser(argparse.ArgumentParser):
         """
         raise UserError(f"{message} (see {self.prog} --help)")
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as argparse does, with the home folder for the ~ of ``--option=~/path``."""
+        given = sys.argv[1:] if args is None else args
+        return super().parse_known_args([_at_home(argument) for argument in given], namespace)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Print the help, as anything that was asked for."""
+        put(message.rstrip("\n"))
+
+
+def _at_home(argument: str) -> str:
+    """Put the home folder for a ~ behind an option and =, which no shell does."""
+    option, separator, path = argument.partition("=")
+    is_path = option.startswith("--") and separator and path.startswith("~")
+    return f"{option}={os.path.expanduser(path)}" if is_path else argument
+
 
 class _Version(argparse.Action):
     """Prints the versions and ends; no package is imported for it."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         if read_launch().process_index == 0:
-            print(f"OIALR {oialr.__version__}, {installed_versions()}")
+            put(f"OIALR {oialr.__version__}, {installed_versions()}")
         parser.exit()
 
 
@@ -56,34 +71,38 @@ def run_command(main: Callable[[], int]) -> None:
     """Run a front door and leave with its exit code.
 
     A user's mistake is one line on stderr, from process 0 only, and exit code 2 from all. It must
-    be raised on all processes alike.
+    be raised on all processes alike. A path that the system refuses is one, wherever it is met.
     """
+    prepare()
     try:
         code = main()
-        sys.stdout.flush()
     except UserError as error:
-        if read_launch().process_index == 0:
-            print(f"error: {error}", file=sys.stderr)
-        code = EXIT_USER
+        code = _tell_mistake(str(error))
     except StorageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        show(f"error: {error}", error=True)
         code = 1
-    except BrokenPipeError:  # whoever read it has enough, such as head
-        silence(sys.stdout)
-        code = 0
+    except OutputError as error:
+        code = 0 if error.nobody_reads else 1
+        if code:
+            show(f"error: {error}", error=True)
     except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
+        if (line := refused_path(error)) is None:
             raise
-        if read_launch().process_index == 0:
-            print(f"error: {str(error.filename)[:60]}...: {error.strerror}", file=sys.stderr)
-        code = EXIT_USER
+        code = _tell_mistake(line)
     except KeyboardInterrupt:
         # By the signal itself, of which a shell makes 130, too: mpirun takes a process that leaves
         # by an exit code before MPI is up for one that is done, and the others wait for ever.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
         raise
+    flush()
     sys.exit(code)
+
+
+def _tell_mistake(line: str) -> int:
+    if read_launch().process_index == 0:
+        show(f"error: {line}", error=True)
+    return EXIT_USER
 
 
 def describe_fault(error: BaseException) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from app.command import Parser, run_command
 from app.errors import UserError
 from app.runtime.launch import read_launch
+from app.runtime.streams import put
 
 EXAMPLES = """\
 examples:
@@ -70,9 +71,9 @@ def _evaluate(options: argparse.Namespace) -> int:
         else:
             figures, step = evaluate_file(what, configuration, runtime, part), None
     if read_launch().process_index == 0:
-        print(f"{what}: weights after step {step}" if is_run else what)
-        for name, value in figures.items():
-            print(f"{part}_{name}: {value:.4f}")
+        lines = [f"{what}: weights after step {step}" if is_run else str(what)]
+        lines += [f"{part}_{name}: {value:.4f}" for name, value in figures.items()]
+        put("\n".join(lines))
     return 0
 
 

@@ -1,12 +1,12 @@
 """Write the trained network of a run to a file that others read, and compare it before."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from app.command import Parser, how_to_evaluate, run_command
 from app.errors import UserError
+from app.runtime.streams import show
 from oialr.export import SUFFIXES
 
 SAMPLES = 16
@@ -75,16 +75,15 @@ def _export(options: argparse.Namespace) -> int:
             raise UserError("app.export runs as one process: leave mpirun out")
         with trained(configuration, runtime) as (parts, step):
             samples = samples_of(parts, options.samples)
-            print(f"{options.run}: weights after step {step}, {len(samples)} samples to compare")
+            show(f"{options.run}: weights after step {step}, {len(samples)} samples to compare")
             try:
                 result = EXPORTERS[options.format](parts.model, output, samples)
             except ExportError as error:
-                print(f"error: {error}", file=sys.stderr)
+                show(f"error: {error}", error=True)
                 return 1
             except OSError as error:
                 raise StorageError(f"cannot write {output}: {error.strerror}") from error
-    print(result)
-    print(how_to_evaluate(output, None if options.output is None else options.run))
+    show(f"{result}\n{how_to_evaluate(output, options.run if options.output else None)}")
     return 0
 
 

@@ -1,7 +1,7 @@
 """Draw what runs have recorded: figures and one self-contained HTML page."""
 
 import argparse
-import sys
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +10,10 @@ from app.errors import UserError
 from app.reporting.drawing import FORMATS
 from app.reporting.reference import REFERENCE_CURVES
 from app.runtime.latest import led_to
+from app.runtime.streams import printing, show
 
+LONGEST_INTERVAL = 86_400
+"""Seconds between two looks with --follow."""
 EXAMPLES = """\
 examples:
   python -m app.report runs/digits_vit-20261124-115810
@@ -97,15 +100,15 @@ def _write(options: argparse.Namespace) -> int:
             reference=options.reference,
         )
     for notice in written.notices:
-        print(f"note: {notice}", file=sys.stderr)
-    print(f"{written.page} and {len(written.figures)} files in {written.page.parent / 'figures'}")
+        show(f"note: {notice}", error=True)
+    show(f"{written.page} and {len(written.figures)} files in {written.page.parent / 'figures'}")
     return 0
 
 
 def _distinct(paths: Sequence[Path]) -> list[Path]:
     """Return where the paths lead to, without links to what is there itself: runs/* has both."""
-    others = {path.resolve() for path in paths if not path.is_symlink()}
-    return [led_to(p) for p in paths if not (p.is_symlink() and p.resolve() in others)]
+    others = {os.path.realpath(path) for path in paths if not os.path.islink(path)}
+    return [led_to(p) for p in paths if not (os.path.islink(p) and os.path.realpath(p) in others)]
 
 
 def _is_search(folder: Path) -> bool:
@@ -115,16 +118,21 @@ def _is_search(folder: Path) -> bool:
 def _follow(options: argparse.Namespace) -> int:
     if len(options.runs) != 1:
         raise UserError(f"--follow: shows one run, {len(options.runs)} were given")
-    if not options.interval > 0:
-        raise UserError(f"--interval: {options.interval} is not a positive number of seconds")
+    if not 0 < options.interval <= LONGEST_INTERVAL:
+        raise UserError(
+            f"--interval: {options.interval} is not a positive number of seconds, "
+            f"{LONGEST_INTERVAL} at most"
+        )
     if _is_search(options.runs[0]):
         from app.search.follow import follow_search
 
-        follow_search(options.runs[0], interval=options.interval)
+        with printing():
+            follow_search(options.runs[0], interval=options.interval)
         return 0
     from app.reporting.follow import follow
 
-    follow(options.runs[0], interval=options.interval)
+    with printing():
+        follow(options.runs[0], interval=options.interval)
     return 0
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,9 +26,11 @@ from app.errors import (
     DivergedError,
     StorageError,
     UserError,
+    refusing_paths,
 )
 from app.runtime.latest import led_to
 from app.runtime.launch import read_launch
+from app.runtime.streams import put, show
 
 EXAMPLES = """\
 examples:
@@ -82,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.keys or options.print_config:
         if read_launch().process_index == 0:
             shown = config.describe_keys if options.keys else config.to_yaml
-            print(shown(configuration).rstrip("\n"))
+            put(shown(configuration).rstrip("\n"))
         return 0
     if options.explain or options.dry_run:
         return _look(configuration, options)
@@ -121,10 +122,10 @@ def _look(configuration: Configuration, options: argparse.Namespace) -> int:
                 text = dry_run(configuration, runtime)
             except DivergedError as error:  # on all processes alike
                 if runtime.is_first:
-                    print(f"error: {error}", file=sys.stderr)
+                    show(f"error: {error}", error=True)
                 return 1
-        if runtime.is_first:
-            print(text)
+    if runtime.is_first:
+        put(text)
     return 0
 
 
@@ -154,7 +155,8 @@ def _run(configuration: Configuration, *, resume: bool) -> int:
                     log.warn(how_to_draw(log.folder))
 
             try:
-                outcome = train(configuration, runtime, stop_signal, resume=resume, log=log)
+                with refusing_paths():
+                    outcome = train(configuration, runtime, stop_signal, resume=resume, log=log)
             except AgreedUserError as error:
                 log.note(f"error: {error}")  # shown by run_command
                 raise

@@ -1,6 +1,7 @@
 """Which files are checkpoints, and in which order they were written."""
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,17 +70,20 @@ def find_checkpoints(paths: Sequence[Path]) -> tuple[list[Source], list[str]]:
     whatever they are called, or else those whose names say so (model-00001-of-00002.safetensors).
 
     Returns:
-        The checkpoints, and a line for each of which shards are missing, and for each index that is
-        none.
+        The checkpoints, and a line for each of which shards are missing, for each index that is
+        none, and for each folder that cannot be read.
 
     Raises:
         UserError: a path does not exist, or there is no checkpoint in a folder.
     """
     found: list[Path] = []
+    problems: list[str] = []
     for path in paths:
         if path.is_dir():
-            below = [file for file in path.rglob("*") if _is_checkpoint(file.relative_to(path))]
-            below = [file for file in below if file.is_file()]
+            below, unreadable = _files_below(path)
+            problems += unreadable
+            if not below and unreadable:
+                raise UserError(unreadable[0])
             if not below:
                 raise UserError(f"{path}: no checkpoint there (no file {', '.join(SUFFIXES)})")
             found += below
@@ -89,7 +93,6 @@ def find_checkpoints(paths: Sequence[Path]) -> tuple[list[Source], list[str]]:
             raise UserError(f"{path}: no such file or folder")
     found = sorted(dict.fromkeys(found), key=natural_order)
     sources: list[Source] = []
-    problems = []
     indexed: set[Path] = set()
     for index in (path for path in found if path.name.endswith(INDEX)):
         try:
@@ -110,6 +113,20 @@ def find_checkpoints(paths: Sequence[Path]) -> tuple[list[Source], list[str]]:
         else:
             sources.append(Source(files))
     return sorted(sources, key=lambda source: natural_order(source.path)), problems
+
+
+def _files_below(folder: Path) -> tuple[list[Path], list[str]]:
+    """Return all files below a folder that may be checkpoints, and the folders that are closed."""
+    problems: list[str] = []
+
+    def note(error: OSError) -> None:
+        problems.append(f"{error.filename}: cannot be read ({error.strerror})")
+
+    found = [
+        Path(inner, name) for inner, _, names in os.walk(folder, onerror=note) for name in names
+    ]
+    found = [file for file in found if _is_checkpoint(file.relative_to(folder))]
+    return [file for file in found if os.path.isfile(file)], problems
 
 
 def shards_by_tensor(index: Path) -> dict[str, Path]:

@@ -9,6 +9,7 @@ from typing import Self
 from tqdm import tqdm
 
 from app.analysis.estimate import Estimate
+from app.runtime.streams import is_terminal, show
 
 _PAUSE = 60.0
 """Seconds between two lines, at least."""
@@ -28,7 +29,7 @@ class Progress:
         self._total, self._done = total, done
         self._expected, self._past = expected.seconds, 0.0
         self._start = self._last = time.monotonic()
-        self._lines = shown and not sys.stderr.isatty()
+        self._lines = shown and not is_terminal(sys.stderr)
         self._bar = tqdm(
             total=total,
             initial=done,
@@ -39,7 +40,7 @@ class Progress:
         )
         if shown:
             before = f", {done} of them measured before" if done else ""
-            print(f"{total} weights{before}: {expected}", flush=True)
+            show(f"{total} weights{before}: {expected}")
 
     def advance(self, weights: int, seconds: float) -> None:
         """Note that weights are measured, for which so many seconds were expected."""
@@ -53,7 +54,7 @@ class Progress:
         if self._lines and now - self._last >= _PAUSE:
             self._last = now
             elapsed = timedelta(seconds=round(now - self._start))
-            print(f"weight {self._done}/{self._total}  {elapsed}  {left} left", flush=True)
+            show(f"weight {self._done}/{self._total}  {elapsed}  {left} left")
 
     def __enter__(self) -> Self:
         return self

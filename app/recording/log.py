@@ -1,12 +1,9 @@
 """What a run says: on stdout and stderr as it comes, and in log.txt of its folder."""
 
 import logging
-import sys
 from pathlib import Path
 
-from tqdm import tqdm
-
-from app.runtime.streams import silence
+from app.runtime.streams import show
 
 LOG = "log.txt"
 
@@ -39,12 +36,12 @@ class Log:
     def say(self, line: str) -> None:
         """Tell how the run comes along, on stdout; of the first process alone."""
         if self._is_first:
-            _show(line, error=False)
+            show(line)
             self.note(line)
 
     def warn(self, line: str) -> None:
         """Tell of a warning or an error, on stderr."""
-        _show(line, error=True)
+        show(line, error=True)
         self._append(line)
 
     def note(self, line: str) -> None:
@@ -70,7 +67,7 @@ class Log:
         except OSError as error:
             if not self._failed:
                 self._failed = True
-                _show(f"warning: {path} lacks lines from here on: {error.strerror}", error=True)
+                show(f"warning: {path} lacks lines from here on: {error.strerror}", error=True)
             return
         self._waiting.clear()
 
@@ -83,16 +80,3 @@ class _Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record."""
         self._log.warn(self.format(record))
-
-
-def _show(line: str, *, error: bool) -> None:
-    """Write a line at once and whole: others write to the same terminal.
-
-    Where nobody reads any more, as behind ``head``, the run goes on.
-    """
-    stream = sys.stderr if error else sys.stdout
-    try:
-        tqdm.write(f"{line}\n", file=stream, end="")
-        stream.flush()
-    except OSError:
-        silence(stream)

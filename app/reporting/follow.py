@@ -1,6 +1,8 @@
 """A running job in the terminal: its curve, its last epochs, and what its layers are like."""
 
+import errno
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
@@ -67,7 +69,7 @@ def watch(
         console: where to write; None: stdout. What is no terminal gets the last state alone.
         wait: called with the interval after each look.
     """
-    with Live(console=console or Console(), auto_refresh=False) as live:
+    with Live(console=console or _Stdout(), auto_refresh=False) as live:
         try:
             while True:
                 shown, is_last = look()
@@ -77,6 +79,19 @@ def watch(
                 wait(interval)
         except KeyboardInterrupt:
             return
+
+
+class _Stdout(Console):
+    """A console that leaves it to the program what becomes of one that nobody reads."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise it as any other error; rich itself would end the program by exit code 1.
+
+        Raises:
+            BrokenPipeError: always.
+        """
+        self.quiet = True
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
 def tabulate(

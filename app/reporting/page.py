@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from app.errors import UserError
 from app.reporting.comparison import FinalFigures, RunGroup
 from app.reporting.drawing import Drawing, to_svg
 from app.reporting.events import EventTable, event_table
@@ -95,6 +96,22 @@ def render_search(
         notices=notices,
         images={drawing.name: _as_address(drawing) for drawing in drawings},
     )
+
+
+def write_page(folder: Path, page: str) -> Path:
+    """Write an HTML document into the folder of a report, and return its path.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    target = folder / "report.html"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Names of folders may hold bytes that are no text.
+        target.write_text(page, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise UserError(f"--output: cannot write {target}: {error.strerror}") from None
+    return target
 
 
 def _render(template: str, **content: Any) -> str:

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from app.errors import UserError
+from app.errors import UserError, one_line, refused_path
 from app.reporting.comparison import final_figures, group_runs
 from app.reporting.curves import costs, learning, means, other_measures, seconds
 from app.reporting.drawing import Drawing, save, style
 from app.reporting.layer_maps import floor, mixing_map, rank_map, stability_map, window_of
-from app.reporting.page import render_page
+from app.reporting.page import render_page, write_page
 from app.reporting.reference import REFERENCE_CURVES, ReferenceCurve
 from app.reporting.runs import Run, check_patterns, choose_layers, read_run
 from app.reporting.spectra import spectra
@@ -80,13 +80,7 @@ def write_report(
             drawings=drawings,
             notices=notices,
         )
-    target = folder / "report.html"
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--output: cannot write {target}: {error.strerror}") from None
-    return Written(page=target, figures=figures, notices=notices)
+    return Written(page=write_page(folder, page), figures=figures, notices=notices)
 
 
 def _missing(runs: Sequence[Run], reference: str | None) -> list[str]:
@@ -132,6 +126,9 @@ def _read_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
                 )
         except UserError as error:
             skipped.append(str(error))
+            continue
+        except OSError as error:  # another user's, for one
+            skipped.append(refused_path(error) or f"{path}: cannot be read ({one_line(error)})")
             continue
         if run.folder.resolve() in runs:
             raise UserError(f"{path}: given twice")

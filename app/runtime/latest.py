@@ -34,4 +34,4 @@ def led_to(folder: Path) -> Path:
 
     What is begun by way of a link must not go on elsewhere when that is changed.
     """
-    return folder.parent / folder.readlink() if folder.is_symlink() else folder
+    return folder.parent / folder.readlink() if os.path.islink(folder) else folder

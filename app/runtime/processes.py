@@ -22,6 +22,7 @@ from app.compatibility import (
 from app.errors import AgreedUserError, UserError
 from app.runtime.launch import Launch, read_launch
 from app.runtime.rendezvous import make_store
+from app.runtime.streams import flush
 from app.runtime.watchdog import Watchdog
 from oialr.placement.processes import Processes
 
@@ -60,8 +61,7 @@ def abort_all(communicator: Any, code: int) -> None:
         communicator: of all; None alone and under torchrun.
         code: of the exit.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush()
     # mpirun hands output on in its own time, and drops what is under way when it ends all.
     time.sleep(1)
     if communicator is not None:

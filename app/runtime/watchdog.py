@@ -5,7 +5,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Self
 
@@ -96,13 +96,15 @@ class Watchdog:
 
     def _end(self) -> None:
         frame = sys._current_frames()[self._main]
-        print(
-            f"{self._name} on {node_name()}: no progress in {self._timeout:g} s "
-            f"(distributed.timeout) at {self._what[0]}, in {call_chain(frame)}\n"
-            + "".join(traceback.format_stack(frame)[-6:]),
-            file=sys.stderr,
-            flush=True,
-        )
+        # Not show(), whose lock the main thread may hold.
+        with suppress(OSError, ValueError):
+            print(
+                f"{self._name} on {node_name()}: no progress in {self._timeout:g} s "
+                f"(distributed.timeout) at {self._what[0]}, in {call_chain(frame)}\n"
+                + "".join(traceback.format_stack(frame)[-6:]),
+                file=sys.stderr,
+                flush=True,
+            )
         # The main thread may be inside MPI, which then may not answer this one.
         threading.Thread(target=self._leave, daemon=True).start()
         self._abort(1)

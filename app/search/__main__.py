@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,9 +18,16 @@ from app.command import (
     run_command,
     summary_lines,
 )
-from app.errors import AgreedStorageError, AgreedUserError, StorageError, UserError
+from app.errors import (
+    AgreedStorageError,
+    AgreedUserError,
+    StorageError,
+    UserError,
+    refusing_paths,
+)
 from app.runtime.latest import led_to, point_to
 from app.runtime.launch import read_launch
+from app.runtime.streams import show
 from app.search.definition import STORED, Definition, load
 
 EXAMPLES = """\
@@ -107,24 +113,25 @@ def _run(definition: Definition, *, resume: bool, start: float) -> int:
                 point_to(folder)
 
         try:
-            summary = search(
-                definition,
-                workers,
-                stop_signal,
-                resume=resume,
-                start=start,
-                on_folder=begin,
-            )
+            with refusing_paths():
+                summary = search(
+                    definition,
+                    workers,
+                    stop_signal,
+                    resume=resume,
+                    start=start,
+                    on_folder=begin,
+                )
         except AgreedUserError:
             raise
         except (Interrupted, NoResult) as end:  # on all processes alike
             if workers.world.Get_rank() == 0:
                 hint = f": {how_to_go_on(folders[0])}" if isinstance(end, Interrupted) else ""
-                print(f"{end}{hint}\n{how_to_draw(folders[0])}", file=sys.stderr)
+                show(f"{end}{hint}\n{how_to_draw(folders[0])}", error=True)
             return EXIT_STOPPED if isinstance(end, Interrupted) else 1
         except (StorageError, UserError) as error:  # on this process, or on those of its worker
             if workers.is_first or not isinstance(error, AgreedStorageError):
-                print("\n".join([f"error: {error}", *map(how_to_draw, folders)]), file=sys.stderr)
+                show("\n".join([f"error: {error}", *map(how_to_draw, folders)]), error=True)
             code = EXIT_USER if isinstance(error, UserError) else 1
             if workers.world.Get_size() > 1:
                 workers.abort(code)
@@ -134,13 +141,13 @@ def _run(definition: Definition, *, resume: bool, start: float) -> int:
                 error.add_note(how_to_draw(folders[0]))
             if workers.world.Get_size() == 1:
                 raise
-            print(describe_fault(error), file=sys.stderr, flush=True)
+            show(describe_fault(error), error=True)
             workers.abort(1)
             raise
         finally:
             workers.close()
     if read_launch().process_index == 0:
-        print("\n".join([*summary_lines(summary), how_to_draw(folders[0])]))
+        show("\n".join([*summary_lines(summary), how_to_draw(folders[0])]))
     return 0
 
 

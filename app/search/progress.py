@@ -1,9 +1,9 @@
 """Progress of a search: one line per evaluation, from the process that finished it."""
 
-import sys
 import time
 from datetime import timedelta
 
+from app.runtime.streams import show
 from app.search.store import Evaluation
 
 
@@ -25,11 +25,11 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Write a line, whole: others write to the same terminal."""
-        print(line, flush=True)
+        show(line)
 
     def warn(self, line: str) -> None:
         """Write a warning, on stderr."""
-        print(line, file=sys.stderr, flush=True)
+        show(line, error=True)
 
     def evaluation(self, one: Evaluation, done: int, best: Evaluation | None) -> None:
         """Tell of a finished evaluation.

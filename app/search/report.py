@@ -8,7 +8,7 @@ import numpy as np
 
 from app.errors import UserError
 from app.reporting.drawing import save, style
-from app.reporting.page import render_search
+from app.reporting.page import render_search, write_page
 from app.reporting.report import Written
 from app.search import figures
 from app.search.definition import STORED, load, train_again
@@ -53,20 +53,16 @@ def write_search_report(folder: Path, *, output: Path | None, formats: Sequence[
         ]
         shown = [drawing for drawing in drawings if drawing]
         files = [path for one in shown for path in save(one, target / "figures", formats)]
-        page = target / "report.html"
-        page.write_text(
-            render_search(
-                title=f"Search {folder.resolve().name}",
-                statuses=Counter(one.status for one in evaluations).most_common(),
-                columns=columns(space),
-                rows=[row(one) for one in sorted(evaluations, key=lambda one: one.loss)[:_SHOWN]],
-                command=train_again(folder, evaluations[0].processes),
-                drawings=shown,
-                notices=notices,
-            ),
-            encoding="utf-8",
+        page = render_search(
+            title=f"Search {folder.resolve().name}",
+            statuses=Counter(one.status for one in evaluations).most_common(),
+            columns=columns(space),
+            rows=[row(one) for one in sorted(evaluations, key=lambda one: one.loss)[:_SHOWN]],
+            command=train_again(folder, evaluations[0].processes),
+            drawings=shown,
+            notices=notices,
         )
-    return Written(page=page, figures=files, notices=notices)
+    return Written(page=write_page(target, page), figures=files, notices=notices)
 
 
 def columns(space: Space) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Protocol
 from tqdm import tqdm
 
 from app.recording.log import Log
+from app.runtime.streams import is_terminal
 from oialr.method import Event
 
 
@@ -58,7 +59,7 @@ class Progress:
             dynamic_ncols=True,
             smoothing=0,  # the time left by the pace of the whole session, as in the lines
             file=sys.stdout,
-            disable=quiet or not sys.stdout.isatty(),
+            disable=quiet or not is_terminal(sys.stdout),
         )
 
     def steps(

@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 import pytest
 from rich.console import Console
+from support.closed_folders import close
 
 from app import config, report
 from app.errors import UserError
@@ -757,6 +758,27 @@ def test_what_is_no_run_is_skipped_by_name(tmp_path, capsys):
     assert "Run run" in (target / "report.html").read_text()
     with pytest.raises(UserError, match=r"bare/metrics\.h5: no such file.* \(and 3 more\)"):
         report.main([path for path in paths if not path.endswith("run")])
+
+
+def test_what_another_user_has_closed_is_skipped_by_name(tmp_path, monkeypatch):
+    for name in ("open", "closed", "summary"):
+        write_run(tmp_path / name)
+    opened = io.open
+
+    def open_others(path, *arguments, **options):
+        if str(path) == str(tmp_path / "summary" / "summary.json"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *arguments, **options)
+
+    close(tmp_path / "closed", monkeypatch)
+    monkeypatch.setattr(io, "open", open_others)
+    found, notices = whole_report._read_runs([tmp_path / n for n in ("open", "closed", "summary")])
+    assert [run.folder for run in found] == [tmp_path / "open"]
+    cure = "Permission denied; have it opened to this user, or name another path"
+    assert notices == [
+        f"skipped: {tmp_path / 'closed' / 'metrics.h5'}: {cure}",
+        f"skipped: {tmp_path / 'summary' / 'summary.json'}: {cure}",
+    ]
 
 
 def test_a_run_can_be_followed_before_its_folder_is_there(tmp_path):

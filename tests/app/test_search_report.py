@@ -8,6 +8,7 @@ from support.evaluations import create, evaluation
 from support.launching import launch
 
 from app import config, report
+from app.errors import UserError
 from app.reporting.drawing import style
 from app.search.definition import train_again
 from app.search.figures import parallel_coordinates
@@ -81,6 +82,15 @@ def test_a_search_is_reported(folder):
         "search-parameters",
         "search-importance",
     }
+
+
+def test_a_page_that_cannot_be_written_is_named(folder):
+    store = create(folder / "store")
+    for one in ones(2):
+        store.append(one)
+    (folder / "report" / "report.html").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"^--output: cannot write .*report\.html: Is a directory$"):
+        report.main([str(folder), "--formats", "svg"])
 
 
 @pytest.mark.slow
