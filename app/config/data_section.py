@@ -3,9 +3,9 @@
 import difflib
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from app.config.section import Section
+from app.config.section import Section, expand_home
 from app.data.data_set import COMMON_KEYS, DataSet
 from app.data.sets import DATA_SETS
 from app.import_path import is_import_path
@@ -87,6 +87,8 @@ class DataSection(Section):
     )
     input_length: int = Field(96, gt=0, description="Known steps of a time series (ETT only).")
     horizon: int = Field(96, gt=0, description="Steps to be forecast (ETT only).")
+
+    _expand = field_validator("root", "stage_to")(expand_home)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

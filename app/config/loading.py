@@ -37,7 +37,8 @@ def load(
 ) -> Configuration:
     """Read a configuration file, apply ``section.key=value`` overrides, check everything.
 
-    A file may extend another one, ``extends: other.yaml`` with a path relative to its own folder:
+    A file may extend another one, ``extends: other.yaml`` with a path relative to its own folder,
+    or one that begins with ~:
     keys that it does not give come from there, and those that it gives count as a whole, also where
     a value is a mapping (model.arguments). Of several, ``extends: [network.yaml, recipe.yaml]``,
     each counts before those that are named ahead of it.
@@ -72,11 +73,12 @@ def apply_overrides(
     """
     resumed = None if folder is None else Path(folder).resolve()
     for key, value in map(parse_override, overrides):
-        if resumed and key == "run.dir" and Path(str(value)).resolve() != resumed:
+        if resumed and key == "run.dir" and Path(str(value)).expanduser().resolve() != resumed:
             raise UserError(f"run.dir: {value} is not {folder}, which is resumed; leave it out")
         assign(values, key, value)
     if folder is not None:
-        assign(values, "run.dir", folder)
+        # One whose name is ~ is not the home folder: the shell would have put that in its place.
+        assign(values, "run.dir", f"./{folder}" if folder.startswith("~") else folder)
 
 
 def set_default_name(values: dict[str, Any], name: str) -> None:
@@ -121,7 +123,12 @@ def read(path: Path, reason: str, extending: tuple[Path, ...] = ()) -> dict[str,
         )
     merged: dict[str, Any] = {}
     for other in others:
-        _merge(merged, read(path.parent / other, f"{name}: extends", (*extending, resolved)))
+        _merge(
+            merged,
+            read(
+                path.parent / os.path.expanduser(other), f"{name}: extends", (*extending, resolved)
+            ),
+        )
     return _merge(merged, values)
 
 

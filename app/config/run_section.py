@@ -3,9 +3,9 @@
 import difflib
 from typing import Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from app.config.section import Section
+from app.config.section import Section, expand_home
 from app.import_path import is_import_path
 
 LOGGERS = ("tensorboard", "csv")
@@ -19,7 +19,9 @@ class RunSection(Section):
         "run", min_length=1, description="Name of the run, part of the default run.dir."
     )
     dir: str | None = Field(
-        None, description="Folder of everything the run writes. Default: runs/NAME-TIME."
+        None,
+        description="Folder of everything the run writes. Default: runs/NAME-TIME. In all keys "
+        "that are paths a leading ~ is the home folder.",
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of initialization, order and dropout.")
     log_interval: int = Field(
@@ -44,6 +46,8 @@ class RunSection(Section):
     stop_after: int | None = Field(
         None, gt=0, description="Stop after this step as on a signal: checkpoint, exit code 75."
     )
+
+    _expand = field_validator("dir")(expand_home)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -1,5 +1,6 @@
 """What every section of the configuration is."""
 
+import os
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, field_validator
@@ -27,3 +28,16 @@ class Section(BaseModel):
         if isinstance(value, float) and 0 < abs(value) < SMALLEST_NUMBER:
             raise PydanticCustomError("range", "should be 0 or at least 1e-30 in size")
         return value
+
+
+def expand_home(path: str | None) -> str | None:
+    """Put the home folder for the ~ that a path begins with: no shell does it behind ``key=``.
+
+    A validator of the keys that are paths, after pydantic's own.
+    """
+    if path is None or not path.startswith("~"):
+        return path
+    expanded = os.path.expanduser(path)
+    if expanded.partition("/")[0] == "~":
+        raise PydanticCustomError("home", "should not begin with ~: no home folder is known")
+    return expanded

@@ -6,14 +6,14 @@
 import math
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from app.config.data_section import DataSection
 from app.config.method_section import OIALRSection
 from app.config.optimizers import OptimizerName
 from app.config.run_section import RunSection
 from app.config.search_section import SearchSection
-from app.config.section import Section
+from app.config.section import Section, expand_home
 from app.errors import UserError
 from oialr.placement.assignment import Factorization
 
@@ -41,6 +41,7 @@ class ModelSection(Section):
         "torch.save or safetensors, or a run's checkpoint (FOLDER/checkpoints/step-N/state.pt, or "
         "the run's folder for its newest).",
     )
+    _expand = field_validator("initial")(expand_home)
 
 
 class TrainingSection(Section):
@@ -183,6 +184,7 @@ class DistributedSection(Section):
         description="Seconds without progress (step, evaluation, checkpoint, event) after which a "
         "run of several processes ends and says what each of them waits for.",
     )
+    _expand = field_validator("calibration")(expand_home)
 
 
 class StabilitySection(Section):

@@ -12,6 +12,8 @@ from support.tiny_run import PAPER
 
 import oialr
 from app import config
+from app.command import Parser
+from app.config.settings import Configuration
 from app.errors import UserError
 
 
@@ -301,3 +303,63 @@ def test_every_front_door_tells_versions(door):
     assert said.startswith(f"OIALR {oialr.__version__}, python 3.")
     assert "torch 2." in said
     assert said.count("\n") == 1
+
+
+PATHS = ["run.dir", "data.root", "data.stage_to", "model.initial", "distributed.calibration"]
+
+
+@pytest.mark.parametrize("key", PATHS)
+def test_a_path_may_begin_at_home(monkeypatch, key):
+    monkeypatch.setenv("HOME", "/home/me")
+    for given, path in (
+        ("~/x", "/home/me/x"),
+        ("~nobody-of-this-name/x", "~nobody-of-this-name/x"),
+        ("x~/~", "x~/~"),
+        ("/x", "/x"),
+    ):
+        changes = ["data.name=image_folder", f"{key}={given}"]
+        section, _, name = key.partition(".")
+        loaded = config.load(None, changes)
+        assert getattr(getattr(loaded, section), name) == path
+        assert f"{key}={path}" in config.describe_keys(loaded).replace("'", "")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    message = re.escape(f"{key}: should not begin with ~: no home folder is known (got '~/x')")
+    with pytest.raises(UserError, match=message):
+        config.load(None, ["data.name=image_folder", f"{key}=~/x"])
+
+
+def test_every_key_that_is_a_path_begins_at_home():
+    """A key whose text speaks of a file or folder, as far as it is its value."""
+    texts = {
+        f"{section}.{key}": entry.description
+        for section, field in Configuration.model_fields.items()
+        for key, entry in field.annotation.model_fields.items()
+        if str in (entry.annotation, *getattr(entry.annotation, "__args__", ()))
+    }
+    said = {key for key, text in texts.items() if re.match("File|Folder", text)}
+    assert said == set(PATHS)
+
+
+def test_a_run_that_is_resumed_may_be_named_from_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = str(tmp_path / "run")
+    assert config.load(None, ["run.dir=~/run"], folder=folder).run.dir == folder
+    assert config.load(None, folder="~/run").run.dir == "./~/run"  # what the shell left as it is
+
+
+def test_files_at_home_may_be_extended(monkeypatch, tmp_path):
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    write(tmp_path / "home", base="run: {seed: 3}")
+    assert config.load(write(tmp_path, top="extends: ~/base.yaml")).run.seed == 3
+
+
+def test_an_option_with_its_path_in_one_word_begins_at_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    parser = Parser(prog="program")
+    parser.add_argument("--output")
+    parser.add_argument("others", nargs="*")
+    parsed = parser.parse_intermixed_args(["run.name=~", "--output=~/x", "~/y"])
+    assert (parsed.output, parsed.others) == ("/home/me/x", ["run.name=~", "~/y"])
+
+
