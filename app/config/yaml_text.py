@@ -5,6 +5,7 @@ the parser's exceptions are of many kinds. Here every text is measured before an
 it, and whatever is wrong with it is one line with the place where it is.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -51,8 +52,9 @@ def dump(values: Mapping[str, Any]) -> str:
 
 
 def dump_value(value: Any) -> str:
-    """Return a value as YAML in one line."""
-    return yaml.safe_dump(value, default_flow_style=True).splitlines()[0]
+    """Return a value as YAML in one line, whatever its length."""
+    text: str = yaml.dump(value, Dumper=_LineDumper, default_flow_style=True, width=math.inf)
+    return text.splitlines()[0]  # a plain value has an end mark behind it
 
 
 def _measure(text: str) -> None:
@@ -140,6 +142,16 @@ class _Dumper(yaml.SafeDumper):
     """Puts strings that :class:`_Loader` would read as numbers in quotes."""
 
 
+class _LineDumper(yaml.SafeDumper):
+    """Writes line breaks in a string as escapes, so that it stays in its line."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        """Put a string of several lines in double quotes."""
+        style = '"' if "\n" in data else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_LineDumper.add_representer(str, _LineDumper.represent_str)
 for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver(
         "tag:oialr,2026:exponent",  # YAML 1.1 reads 3e-4 as a string

@@ -13,6 +13,7 @@ from support.tiny_run import PAPER
 import oialr
 from app import config
 from app.command import Parser
+from app.config import yaml_text
 from app.config.settings import Configuration
 from app.errors import UserError
 
@@ -363,3 +364,20 @@ def test_an_option_with_its_path_in_one_word_begins_at_home(monkeypatch):
     assert (parsed.output, parsed.others) == ("/home/me/x", ["run.name=~", "~/y"])
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        {f"argument_{number}": number for number in range(40)},
+        ["word " * 40],
+        "a line\nand another\n",
+        {"text": ["a\n", "\r\n", ""]},
+        "word " * 40,
+        None,
+        1e-3,
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_a_value_is_shown_whole_and_in_one_line(value):
+    shown = yaml_text.dump_value(value)
+    assert "\n" not in shown
+    assert yaml_text.load(shown) == value
