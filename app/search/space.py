@@ -17,6 +17,7 @@ import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
 from app import config
+from app.config import yaml_text
 from app.config.section import Section
 from app.config.settings import Configuration
 from app.errors import UserError
@@ -195,8 +196,25 @@ def read_space(entries: Any, base: Configuration) -> Space:
         if parameter.at_most and parameter.at_most not in known | set(config.documented_keys()):
             raise UserError(f"space: {parameter.key}: at_most: {parameter.at_most}: unknown key")
     space = Space(parameters)
+    for parameter in parameters:
+        _check_bound(space, parameter, base)
     space.check(base)
     return Space([_as_configured(space, base, parameter) for parameter in parameters])
+
+
+def _check_bound(space: Space, parameter: Parameter, base: Configuration) -> None:
+    """Reject a bound that is no number, be it as the base has it or as it is searched over."""
+    bound = parameter.at_most
+    if not bound:
+        return
+    levels = [each.levels() for each in space.parameters if each.key == bound]
+    values = levels[0] if levels else (_look_up(base.model_dump(), bound),)
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UserError(
+                f"space: {parameter.key}: at_most: {bound} can be {yaml_text.dump_value(value)}, "
+                f"which is no number; name a key that always is one"
+            )
 
 
 def _as_configured(space: Space, base: Configuration, parameter: Parameter) -> Parameter:

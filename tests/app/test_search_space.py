@@ -101,6 +101,11 @@ def test_a_parameter_can_be_bounded_by_another():
         space(**entries)
 
 
+def bounded(by, **entries):
+    """A parameter that is bounded by a key."""
+    return {"training.learning_rate": {"range": [1e-4, 1e-2], "at_most": by}, **entries}
+
+
 MISTAKES = [
     ({"oialr.cutof": [0.1, 0.2]}, r"oialr\.cutof: unknown key; did you mean oialr\.cutoff\?"),
     ({"oialr.cutoff": [0.1, 1.5]}, r"oialr\.cutoff: .*less than 1 \(got 1\.5\)"),
@@ -117,6 +122,17 @@ MISTAKES = [
     ({"training.epochs": [4, 80]}, r"training\.warmup_epochs: 5.* must be less than epochs, 4"),
     ({"run.seed": [0, 5]}, r"run\.seed is no hyperparameter"),
     ({"training.learning_rate": {"range": [1, 2], "at_most": "a.b"}}, r"at_most: a\.b: unknown"),
+    (
+        bounded("training.gradient_clip"),
+        r"at_most: training\.gradient_clip can be null, which is no",
+    ),
+    (bounded("training.optimizer"), r"at_most: training\.optimizer can be adamw, which is no num"),
+    (bounded("training.compile"), r"at_most: training\.compile can be false, which is no number"),
+    (bounded("model.arguments"), r"at_most: model\.arguments can be \{.*\}, which is no number"),
+    (
+        bounded("training.gradient_clip", **{"training.gradient_clip": {"choices": [1.0, None]}}),
+        r"learning_rate: at_most: training\.gradient_clip can be null, .*; name a key that always",
+    ),
     ({}, "expected parameters such as"),
     (None, "expected parameters such as"),
 ]
