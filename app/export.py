@@ -40,7 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run")
     parser.add_argument("--format", choices=SUFFIXES, default="dense", help="(dense)")
     parser.add_argument(
-        "--output", metavar="FILE", type=Path, help="(RUN/exported/FORMAT with its suffix)"
+        "--output",
+        metavar="FILE",
+        type=Path,
+        help="(RUN/exported/FORMAT with its suffix); of onnx it ends in .onnx, of torch-export in "
+        ".pt2",
     )
     parser.add_argument(
         "--samples",
@@ -65,11 +69,13 @@ def _export(options: argparse.Namespace) -> int:
     from app.training.trained import read_configuration, samples_of, trained
     from oialr.errors import ExportError
     from oialr.export.files import EXPORTERS
+    from oialr.export.formats import check_name
 
     configuration = read_configuration(options.run, options.overrides)
     output = options.output or options.run / "exported" / (
         options.format + SUFFIXES[options.format]
     )
+    check_name(options.format, output)
     with start_runtime(device="cpu") as runtime:
         if runtime.process_count > 1:
             raise UserError("app.export runs as one process: leave mpirun out")

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from oialr.convert import to_dense
 from oialr.errors import ExportError
-from oialr.export.formats import FORMATS, Network, Samples, arguments
+from oialr.export.formats import FORMATS, Network, Samples, arguments, check_name
 from oialr.export.state import dense_state, state_bytes
 from oialr.sharding import whole
 
@@ -74,6 +74,8 @@ def export_dense(
     Raises:
         ExportError: the outputs differ by more, or are not finite; no file is left.
         OSError: the file cannot be written.
+        UserError: the name is one that :func:`read_exported` takes for another format: .onnx and
+            .pt2 are the suffixes of ONNX and torch.export, and nobody else's.
     """
     return _export("dense", model, path, samples, tolerance)
 
@@ -90,7 +92,7 @@ def export_factors(
         model, path, samples, tolerance: as of :func:`export_dense`.
 
     Raises:
-        ExportError, OSError: as of :func:`export_dense`.
+        ExportError, OSError, UserError: as of :func:`export_dense`.
     """
     return _export("factors", model, path, samples, tolerance)
 
@@ -105,7 +107,8 @@ def export_onnx(
 
     Raises:
         ExportError, OSError: as of :func:`export_dense`; torch cannot express the network.
-        UserError: onnx, onnxscript or onnxruntime is not installed; the network exceeds 2 GB.
+        UserError: onnx, onnxscript or onnxruntime is not installed; the network exceeds 2 GB; the
+            name does not end in .onnx, by which the file is read.
     """
     return _export("onnx", model, path, samples, tolerance)
 
@@ -120,6 +123,7 @@ def export_torch(
 
     Raises:
         ExportError, OSError: as of :func:`export_dense`; torch.export cannot follow the network.
+        UserError: the name does not end in .pt2, by which the file is read.
     """
     return _export("torch-export", model, path, samples, tolerance)
 
@@ -137,6 +141,7 @@ def _export(
     form: str, model: nn.Module, path: str | Path, samples: Samples, tolerance: float
 ) -> Exported:
     path = Path(path)
+    check_name(form, path)
     network = copy.deepcopy(whole(model)).cpu().eval()
     samples = dict(samples) if isinstance(samples, Mapping) else samples
     samples = tree_map(lambda x: x.detach().cpu() if isinstance(x, Tensor) else x, samples)

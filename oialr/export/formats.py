@@ -28,6 +28,8 @@ Samples = Tensor | tuple[Any, ...] | Mapping[str, Any]
 The leading dimension of every tensor is the batch.
 """
 Network = Callable[..., Any]
+READ_BY_SUFFIX = {SUFFIXES[form]: form for form in ("onnx", "torch-export")}
+"""Suffixes that tell the format of a file; what has another one tells it by its first bytes."""
 ONNX = ("onnx", "onnxscript", "onnxruntime")
 """Packages that it takes."""
 LARGEST_ONNX = 2**31 - 2**20
@@ -69,8 +71,8 @@ def read_exported(path: str | Path, network: nn.Module | None = None) -> Network
     path = Path(path)
     with path.open("rb") as file:
         head = file.read(9)
-    if path.suffix in (".onnx", ".pt2"):
-        form = "onnx" if path.suffix == ".onnx" else "torch-export"
+    if path.suffix in READ_BY_SUFFIX:
+        form = READ_BY_SUFFIX[path.suffix]
     elif head[:2] == b"PK":
         form = "dense"  # an archive of torch.save
     elif head[8:] == b"{":
@@ -78,6 +80,22 @@ def read_exported(path: str | Path, network: nn.Module | None = None) -> Network
     else:
         raise ValueError(f"{path} is no file of weights: neither of torch.save nor safetensors")
     return FORMATS[form].read(path, network)
+
+
+def check_name(form: str, path: Path) -> None:
+    """Reject the name of a file that :func:`read_exported` would take for another format.
+
+    Raises:
+        UserError: it has the suffix of one, or lacks that of its own.
+    """
+    own = SUFFIXES[form]
+    if READ_BY_SUFFIX.get(path.suffix, form) != form:
+        raise UserError(
+            f"{path}: {path.suffix} is the suffix of {READ_BY_SUFFIX[path.suffix]}, and this is "
+            f"{form}: name the file {path.with_suffix(own)}"
+        )
+    if own in READ_BY_SUFFIX and path.suffix != own:
+        raise UserError(f"{path}: {form} is read by the suffix {own}: name the file {path}{own}")
 
 
 def _write_dense(model: nn.Module, path: Path, _: Samples) -> None:

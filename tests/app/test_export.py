@@ -3,17 +3,20 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from support.launching import train
 from support.tiny_run import TINY
+from torch import nn
 
 from app import evaluate, export
 from app.command import how_to_use
 from app.errors import UserError
 from oialr.errors import ExportError
 from oialr.export import files
+from oialr.export.formats import READ_BY_SUFFIX, check_name
 
 FILES = {
     "dense": "dense.pt",
@@ -125,6 +128,18 @@ def test_the_best_weights_are_those_that_were_tested(tmp_path, capsys):
     assert lines == figures(tmp_path / "run")
 
 
+@pytest.mark.parametrize("form", FILES)
+def test_files_have_names_by_which_they_are_read(form):
+    own = Path(FILES[form]).suffix
+    for name in ("a", "a.pt", "a.ONNX", "a.onnx", "a.pt2", "a.safetensors"):
+        read_by = READ_BY_SUFFIX.get(Path(name).suffix)
+        if read_by == form or (read_by is None and own not in READ_BY_SUFFIX):
+            check_name(form, Path(name))
+        else:
+            with pytest.raises(UserError, match=rf"^{name}: .*: name the file a.*{own}$"):
+                files.EXPORTERS[form](nn.Linear(2, 2), name, torch.ones(1, 2))
+
+
 @pytest.mark.parametrize(
     ("door", "arguments", "message"),
     [
@@ -134,6 +149,16 @@ def test_the_best_weights_are_those_that_were_tested(tmp_path, capsys):
         (export, ["{}/tiny", "--samples", "0"], "--samples: 0 is not a positive number"),
         (export, ["{}/tiny", "--format", "onx"], "invalid choice: 'onx'"),
         (export, ["{}/tiny", "oialr.cutof=1"], "oialr.cutof"),
+        (
+            export,
+            ["{}/tiny", "--format", "onnx", "--output", "{}/digits"],
+            "digits: onnx is read by the suffix .onnx: name the file .*/digits.onnx$",
+        ),
+        (
+            export,
+            ["{}/tiny", "--output", "{}/digits.pt2"],
+            "digits.pt2: .pt2 is the suffix of torch-export, and this is dense: .*/digits.pt$",
+        ),
         (evaluate, ["{}/nothing"], "there is no such folder or file"),
         (evaluate, ["{}/tiny", "--run", "{}/tiny"], "--run is for a file"),
         (evaluate, ["{}/tiny/metrics.h5"], "metrics.h5 is no file of weights"),

@@ -11,7 +11,7 @@ from torch import nn
 import oialr
 from oialr.compatibility import import_torchvision
 from oialr.convert import get_layer, to_dense
-from oialr.export import files, formats
+from oialr.export import SUFFIXES, files, formats
 from oialr.layers.base import FactoredLayer
 from oialr.skeleton import factored_weights
 
@@ -203,7 +203,7 @@ class TwoInputs(nn.Module):
 def test_arguments_may_have_names(form, tmp_path):
     model = low_rank(TwoInputs(), 0.2)
     inputs = {"x": torch.randn(1, 64), "mask": torch.ones(1, 64)}
-    result = files.EXPORTERS[form](model, tmp_path / "model", inputs)
+    result = files.EXPORTERS[form](model, tmp_path / f"model{SUFFIXES[form]}", inputs)
     assert result.difference < 1e-5
 
 
@@ -236,12 +236,12 @@ class Infinite(Branching):
     ],
 )
 def test_what_does_not_compute_the_same_is_no_file(model, form, message, tmp_path):
-    path = tmp_path / "model"
+    path = tmp_path / f"model{SUFFIXES[form]}"
     path.write_text("an older file")
     with pytest.raises(oialr.ExportError, match=message) as raised:
         files.EXPORTERS[form](model(), path, torch.randn(3, 16))
     assert "\n" not in str(raised.value)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
     assert path.read_text() == "an older file"
 
 
