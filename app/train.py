@@ -138,6 +138,7 @@ def _run(configuration: Configuration, *, resume: bool) -> int:
         from app.runtime.processes import start_runtime
         from app.training.position import Stopped
         from app.training.run import train
+        from app.training.trained import has_weights
 
         distributed = configuration.distributed
         with start_runtime(device=distributed.device, timeout=distributed.timeout) as runtime:
@@ -193,7 +194,8 @@ def _run(configuration: Configuration, *, resume: bool) -> int:
         log.say(line)
     if outcome.finished_before:
         log.say(f"{outcome.folder} was finished before: nothing was trained now")
-    log.say(how_to_use(outcome.folder))
+    if has_weights(outcome.folder):  # with run.keep_checkpoints=0 there is nothing to use
+        log.say(how_to_use(outcome.folder))
     log.say(how_to_draw(outcome.folder))
     return 0
 

@@ -18,6 +18,7 @@ from app.training.evaluation import evaluate
 from app.training.state import restore
 from app.training.storage import early_stopping_of
 from oialr.export.formats import read_exported
+from oialr.placement.processes import Processes
 
 PROGRAMS = (".onnx", ".pt2")
 """Suffixes of files that hold a whole network, for the CPU."""
@@ -46,6 +47,11 @@ def run_of(file: Path) -> Path:
         if (folder / "config.yaml").exists():
             return folder
     raise UserError(f"{file} lies in the folder of no run: name its run or configuration by --run")
+
+
+def has_weights(run: Path) -> bool:
+    """Whether a run's folder holds a checkpoint, without which nobody can use its network."""
+    return bool(Checkpoints(run / "checkpoints", Processes(), keep=1, read_only=True).complete())
 
 
 @contextmanager

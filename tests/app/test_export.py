@@ -14,6 +14,7 @@ from torch import nn
 from app import evaluate, export
 from app.command import how_to_use
 from app.errors import UserError
+from app.training.trained import has_weights
 from oialr.errors import ExportError
 from oialr.export import files
 from oialr.export.formats import READ_BY_SUFFIX, check_name
@@ -126,6 +127,13 @@ def test_the_best_weights_are_those_that_were_tested(tmp_path, capsys):
     first, *lines = capsys.readouterr().out.splitlines()
     assert first.endswith(f"weights after step {summary['tested_step']}")
     assert lines == figures(tmp_path / "run")
+
+
+def test_without_a_checkpoint_there_are_no_weights(run, tmp_path):
+    assert has_weights(run)
+    (tmp_path / "checkpoints" / "partial-00000008").mkdir(parents=True)
+    assert not has_weights(tmp_path)
+    assert not has_weights(tmp_path / "nothing")
 
 
 @pytest.mark.parametrize("form", FILES)

@@ -165,12 +165,14 @@ def test_a_training_needs_no_stdout(tmp_path):
 
 @pytest.mark.slow
 def test_a_training_in_a_folder_that_the_terminal_cannot_name(tmp_path):
+    """And what it says at its end works: without a checkpoint there is nothing to export."""
     arguments = [*TINY, "run.dir=ü ñ/run 1", "run.keep_checkpoints=0"]
     code, out, errors = run(
         "", "-m", "app.train", *arguments, cwd=tmp_path, PYTHONIOENCODING="ascii"
     )
     assert (code, "Traceback" in errors) == (0, False)
     assert out.startswith("run \\xfc \\xf1/run 1: ")
+    assert "use it:" not in out
     assert out.endswith("draw it: python -m app.report '\\xfc \\xf1/run 1'\n")
     assert "run ü ñ/run 1: " in (tmp_path / "ü ñ" / "run 1" / "log.txt").read_text()
     folder = os.fsencode(tmp_path) + b"/n\xff"
