@@ -310,8 +310,11 @@ def test_a_mask_of_integers_is_refused_by_attention_as_by_torch_s():
 
 def test_precision_that_is_set_for_everything_is_followed_after_an_event():
     backends = torch.backends
-    before = backends.fp32_precision
+    settings = backends, backends.cuda.matmul, backends.mkldnn.matmul
+    before = [each.fp32_precision for each in settings]
     try:
+        for each in settings:  # set by nobody, whatever another test has left
+            each.fp32_precision = "none"
         backends.fp32_precision = "tf32"
         with full_precision():
             assert backends.cuda.matmul.fp32_precision == "ieee"
@@ -319,7 +322,8 @@ def test_precision_that_is_set_for_everything_is_followed_after_an_event():
         backends.fp32_precision = "ieee"
         assert backends.cuda.matmul.fp32_precision == "ieee"
     finally:
-        backends.fp32_precision = before
+        for each, value in zip(settings, before, strict=True):
+            each.fp32_precision = value
 
 
 def test_complex_weights_are_not_measured():
