@@ -11,6 +11,10 @@ if [ ! -f slurm/job.sh ]; then
     echo "$PWD/slurm/job.sh: not found; start this script from the repository root" >&2
     exit 2
 fi
+if [ $# -eq 0 ]; then # sbatch would wait for a script from the terminal
+    echo "usage: slurm/submit_with_report.sh [options of sbatch] slurm/SCRIPT.sh [arguments]" >&2
+    exit 2
+fi
 job=$(sbatch --parsable "$@")
 job=${job%%;*} # of a cluster among several
 report=$(sbatch --parsable "--dependency=afterany:$job" slurm/report.sh "$job")

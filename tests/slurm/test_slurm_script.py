@@ -464,3 +464,21 @@ def test_configuration_fits_the_header(name: str) -> None:
     assert paper.oialr.delay == 10 * steps  # as the comments in the file say
     assert paper.oialr.update_interval == steps // 2
     configuration.check_steps(configuration.training.epochs * steps)
+
+
+def test_nothing_is_submitted_where_no_script_is_named(site: Path) -> None:
+    """sbatch would read one from the terminal, and seem to hang."""
+    install(site, "sbatch", "#!/usr/bin/env bash\ntouch submitted\n")
+    path = f"{site / 'bin'}:{os.environ['PATH']}"
+    result = subprocess.run(
+        ["slurm/submit_with_report.sh"],
+        cwd=site,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("usage: slurm/submit_with_report.sh ")
+    assert not (site / "submitted").exists()
