@@ -1,13 +1,19 @@
 """Workarounds for other packages: one function each, with the version seen and when it can go."""
 
+import ctypes
 import fcntl
 import importlib
 import inspect
 import os
 import random
 import re
+import select
+import socket
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -135,6 +141,59 @@ def _start_of_step_daemon() -> float | None:
             return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + since_boot
         process = int(fields[1])
     return None
+
+
+def initialize_mpi(mpi: Any) -> None:
+    """Initialize MPI, in a step of Slurm by lines that Slurm can read; nothing if it is.
+
+    Seen with MPICH 5.0.2 under srun --mpi=pmi2 of Slurm 22.05: Slurm says that a value may have
+    1,024 characters, and reads no more than 1,024 of a line that holds a key, too. With UCX a
+    process publishes 4 KiB, its address and whatever lies behind it in memory, in pieces of about
+    that length, so that a start fails now and then: MPI_Init aborts on one process and hangs on the
+    others. Therefore MPICH is told of shorter values, by a thread between it and Slurm while MPI is
+    initialized. It can go when Slurm reads whole lines, or says how long a value may be.
+
+    Args:
+        mpi: the module mpi4py.MPI, imported where mpi4py.rc.initialize is False.
+    """
+    if mpi.Is_initialized():
+        return
+    if "PMI_FD" not in os.environ or "PMI_JOBID" not in os.environ:  # mpirun gives no PMI_JOBID
+        mpi.Init_thread()
+        return
+    with _shorter_values_of_slurm(int(os.environ["PMI_FD"])):
+        # As mpi4py does it, but without Python's lock, so that the relay runs.
+        initialize = ctypes.CDLL(mpi.__file__).MPI_Init_thread
+        initialize(None, None, mpi.THREAD_MULTIPLE, ctypes.byref(ctypes.c_int()))
+
+
+@contextmanager
+def _shorter_values_of_slurm(descriptor: int) -> Iterator[None]:
+    """Put a relay between MPI, which talks to a file descriptor, and Slurm, which listens there."""
+    slurm = socket.socket(fileno=os.dup(descriptor))
+    ours, theirs = socket.socketpair()
+    os.dup2(theirs.fileno(), descriptor)
+    theirs.close()
+    relay = threading.Thread(target=_relay, args=(ours, slurm), daemon=True)
+    relay.start()
+    try:
+        yield
+    finally:
+        os.dup2(slurm.fileno(), descriptor)  # the last of theirs, which ends the relay
+        relay.join()
+        ours.close()
+        slurm.close()
+
+
+def _relay(mpi: socket.socket, slurm: socket.socket) -> None:
+    other = {mpi: slurm, slurm: mpi}
+    while True:
+        for end in select.select([mpi, slurm], [], [])[0]:
+            text = end.recv(2**16)
+            if not text:
+                return
+            # With the longest key and name of a step a line has 114 characters more.
+            other[end].sendall(re.sub(rb"(?<= vallen_max=)1024\b", b"900", text))
 
 
 def unlink_shared_memory_of_mpich(node: Any) -> None:

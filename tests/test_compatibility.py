@@ -1,13 +1,15 @@
 """Workarounds for other packages, each in a process of its own, where nothing is imported yet."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from support.launching import launch
+from support.launching import environment, launch
+from support.pmi_server import run_two
 
 from app import compatibility
 from app.errors import StorageError
@@ -132,6 +134,32 @@ def test_no_killed_process_leaves_shared_memory_of_mpich_behind(tmp_path: Path) 
         code=signal.SIGKILL,
     )
     assert report.read_text() == "2 {'(deleted)'}\n"
+
+
+@pytest.mark.slow
+def test_slurm_can_read_every_line_by_which_mpich_starts() -> None:
+    """It reads 1,024 characters. How many a line has is chance, but not how many it may have.
+
+    A value holds bytes, two digits each, and numbers of zero bytes in brackets.
+    """
+    puts = run_two(
+        [
+            sys.executable,
+            "-c",
+            "from app.runtime.launch import read_launch\n"
+            "from app.runtime.processes import connect_mpi\n"
+            "world = connect_mpi(read_launch())\n"
+            "assert world.allreduce(world.rank + 1) == 3\n",
+        ],
+        environment(),
+    )
+    values = [put.split(" value=")[1].strip() for put in puts if "-seg-" in put]
+    zeros = [sum(map(int, re.findall(r"\[(\d+)\]", value))) for value in values]
+    digits = [
+        len(re.sub(r"\[\d+\]", "", value)) + 2 * n for value, n in zip(values, zeros, strict=True)
+    ]
+    assert len(digits) > 1
+    assert max(digits) < 900
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from app.compatibility import (
+    initialize_mpi,
     remove_stale_shared_memory_of_mpich,
     unlink_shared_memory_of_mpich,
 )
@@ -190,16 +191,20 @@ def use(
 def connect_mpi(launch: Launch) -> Any:
     """Return COMM_WORLD, checked against what the launcher started; None where MPI is not used.
 
-    A collective call. The import initializes MPI, so a process that is alone needs no MPI library.
+    A collective call. A process that is alone needs no MPI library.
     """
     if launch.launcher in ("alone", "torchrun") or launch.process_count == 1:
         return None
     started = f"{launch.launcher} started {launch.process_count} processes"
     remove_stale_shared_memory_of_mpich()
     try:
+        import mpi4py
+
+        mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise UserError(f"{started}, but MPI cannot be used: {error}") from None
+    initialize_mpi(MPI)
     if launch.process_count != MPI.COMM_WORLD.Get_size():
         library = MPI.Get_library_version().split("\n")[0].rstrip("\0 ")
         cure = (
