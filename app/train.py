@@ -41,7 +41,8 @@ examples:
   mpirun -n 8 python -m app.train --resume runs/full-rank
 
 exit codes: 0 done, 1 a fault, 2 a mistake in what was asked for, 75 stopped by SIGTERM, SIGUSR1,
-Ctrl-C or run.stop_after with a checkpoint: go on with --resume. A second Ctrl-C ends at once.
+Ctrl-C, a closed terminal or run.stop_after with a checkpoint: go on with --resume. A second Ctrl-C
+ends at once.
 torchrun starts anew on any code but 0, so a stop has 0 there; unfinished.json in the folder tells.
 """
 

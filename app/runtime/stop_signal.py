@@ -23,6 +23,9 @@ class StopRequest(Protocol):
 class StopSignal:
     """Remembers a signal that asks the program to stop, instead of dying of it.
 
+    A terminal that closes (SIGHUP) sends such a signal, too; a program that was started to outlive
+    it (nohup) ignores that.
+
     A second Ctrl-C ends the program at once, wherever it is: a process that waits in a library for
     another one never comes to its handlers, so that a thread of its own counts them.
 
@@ -32,7 +35,7 @@ class StopSignal:
     that.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
     def __init__(self) -> None:
         self.number = 0
@@ -47,7 +50,8 @@ class StopSignal:
         os.register_at_fork(after_in_child=_forget)
         threading.Thread(target=_count, args=(came,), name="Ctrl-C", daemon=True).start()
         for number in self.SIGNALS:
-            signal.signal(number, self._receive)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:

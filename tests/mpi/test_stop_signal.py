@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 
+import pytest
 from support.launching import ROOT, TIMEOUT, command, environment
 
 # A process that waits for ever inside the C library: its handlers never get their turn.
@@ -30,6 +31,30 @@ with StopSignal() as stop:
     os.kill(os.getpid(), signal.SIGINT)
     print(stop.number)
 """
+
+TERMINAL_CLOSES = """
+import os, signal, sys
+from app.runtime.stop_signal import StopSignal
+if sys.argv[1] == "nohup":
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+with StopSignal() as stop:
+    os.kill(os.getpid(), signal.SIGHUP)
+    print(stop.number)
+"""
+
+
+@pytest.mark.parametrize(("start", "number"), [("plain", signal.SIGHUP), ("nohup", 0)])
+def test_a_closed_terminal_stops_what_was_not_started_to_outlive_it(start, number):
+    result = subprocess.run(
+        [sys.executable, "-c", TERMINAL_CLOSES, start],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=True,
+    )
+    assert result.stdout == f"{number:d}\n"
 
 
 def test_a_second_interrupt_ends_a_process_that_is_stuck():
