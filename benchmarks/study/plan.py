@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from app import config
 from app.errors import UserError
 from benchmarks.study import derived
-from benchmarks.study.cell import Cell, read_record, validation_figure
+from benchmarks.study.cell import Cell, read_record, validation_figure, write_record
 from benchmarks.study.definition import ROOT, Study
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ class Plan:
         return min(figures, key=lambda factor: (figures[factor], factor))
 
     def ended(self) -> list[Path]:
-        """Return the folders of all cells that are finished or diverged, but for watched ones."""
+        """Return the folders of all cells that are finished or diverged, watched ones included."""
         places = []
         pairs = [(n, m) for n in self.study.networks for m in self.study.methods_for(n)]
         for network, method in pairs:
@@ -141,6 +141,8 @@ class Plan:
                 wanted += [(network, method, seed, factor) for seed in seeds]
             except Waiting:
                 pass
+            if watched := self.study.methods[method].stable_ranks_of:
+                wanted += [(name, watched, seed, factor) for name, _, seed, factor in wanted]
             for arguments in dict.fromkeys(wanted):
                 try:
                     cell = self.cell(*arguments)
@@ -262,8 +264,6 @@ class Plan:
         """Return delay and release at the end of the full-rank phase, and ranks, as Cuttlefish."""
         if (place := watched.finished) is None:
             raise Waiting(f"{watched}")
-        if not (place / "metrics.h5").exists():  # it comes from an archive
-            raise Waiting(f"the metrics of {watched}: delete {place} to watch it again")
         keys = self.study.keys_of(method, network)
         kept = {key: keys[key] for key in keys if re.match(r"oialr.(keep|in|ex)", key)}
         path = self._path(network, method)
@@ -271,11 +271,22 @@ class Plan:
         configuration = config.load(path, assignments)
         task = self._tasks(network, path)
         full = derived.full_ranks(configuration, task)
-        epochs = derived.read_stable_ranks(place, full)
         latest = max(1, round(LATEST_SETTLED * configuration.training.epochs))
-        epoch = derived.settled([list(ranks.values()) for ranks in epochs], latest=latest)
+        record = read_record(place)
+        known = record.get("settled", {})
+        if (place / "metrics.h5").exists():
+            epochs = derived.read_stable_ranks(place, full)
+            epoch = derived.settled([list(ranks.values()) for ranks in epochs], latest=latest)
+            ranks = derived.scaled_stable_ranks(epochs[epoch], epochs[0], full)
+            # An archive has the record alone.
+            now = {**known, method: {"epoch": epoch, "ranks": ranks}}
+            if now != known:
+                write_record(place, {**record, "settled": now})
+        elif known.get(method, {"ranks": {}})["ranks"].keys() == full.keys():
+            epoch, ranks = known[method]["epoch"], known[method]["ranks"]
+        else:
+            raise Waiting(f"the metrics of {watched}: delete {place} to watch it again")
         step = epoch * task.steps_per_epoch
-        ranks = derived.scaled_stable_ranks(epochs[epoch], epochs[0], full)
         released = {"oialr.release": step} if "oialr.release" in keys else {}
         return {"oialr.delay": step, **released}, ranks
 

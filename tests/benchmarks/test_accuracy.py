@@ -765,6 +765,38 @@ def test_an_archive_gives_another_machine_the_same_tables(tmp_path):
     assert path.read_text().splitlines() == lines
 
 
+def test_an_archive_brings_the_ranks_that_a_watched_run_has_told(tmp_path, monkeypatch):
+    methods = {
+        "full-rank": {"set": {"oialr.enabled": False}},
+        "watched": {"set": {"oialr.enabled": False, "stability.enabled": True}},
+        "ranks": {"stable_ranks_of": "watched", "set": {"oialr.delay": 1, "oialr.release": 1}},
+    }
+    read = study(methods=methods, rows=["full-rank", "ranks"], seeds=1)
+    here, there = (Plan(read, tmp_path / name) for name in ("here", "there"))
+
+    def measured(_, names):
+        return [dict.fromkeys(names, value) for value in (8.0, 4.0, 3.95, 3.9)]
+
+    monkeypatch.setattr(derived, "read_stable_ranks", measured)
+    watched = here.cell("tiny", "watched", 0, 1)
+    finish(watched, HERE, accuracy=0.5, validation=0.5)
+    cell = here.cell("tiny", "ranks", 0, 1)
+    finish(cell, HERE, accuracy=0.5, validation=0.5, ranks={"a": 1})
+    assert cell.settings["oialr"]["delay"] == 2 * STEPS // 6
+    assert set(cell.ranks.values()) == {2, 8}  # full ranks of 4 and 16, times 3.95 / 8
+    archive.pack(path := tmp_path / "cells.jsonl", tmp_path / "here", here.ended())
+    archive.unpack(path, tmp_path / "there")
+    found = there.cell("tiny", "ranks", 0, 1)
+    assert (found.ranks, found.settings) == (cell.ranks, cell.settings)
+    assert found.finished
+    # Of other layers than the method's, they are none.
+    place = there.cell("tiny", "watched", 0, 1).place
+    settled = {"ranks": {"epoch": 2, "ranks": {"a": 1}}}
+    write_record(place, {**read_record(place), "settled": settled})
+    with pytest.raises(Waiting, match="to watch it again"):
+        there.cell("tiny", "ranks", 0, 1)
+
+
 def test_what_is_finished_counts_more_than_what_was_begun_or_failed(tmp_path):
     path, cells = tmp_path / "cells.jsonl", tmp_path / "cells"
     plan = Plan(study(seeds=1), cells)
