@@ -46,7 +46,11 @@ class Plan:
         self.study = study
         self._folder = folder.resolve()
         self._overrides = overrides
+        # Read once: every cell asks for them.
+        self._load = cache(config.load)
         self._tasks = cache(self._task)
+        self._full_ranks = cache(self._factorized)
+        self._sizes = cache(self._parameter_count)
 
     def cell(self, network: str, method: str, seed: int, factor: float) -> Cell:
         """Return a cell.
@@ -56,7 +60,7 @@ class Plan:
             UserError: the network's configuration is not right, or its data are not there.
         """
         path, base = self._path(network, method), self._base(network)
-        config.load(path, [*base, *self._overrides])  # what is wrong from here on is the method's
+        self._load(path, (*base, *self._overrides))  # what is wrong from here on is the method's
         set_keys = self.study.keys_of(method, network)
         # What shares of the steps are shares of, and what other keys' values are.
         run = tuple(
@@ -69,7 +73,7 @@ class Plan:
             )
         )
         try:
-            common = config.load(path, [*base, *run, *self._overrides])
+            common = self._load(path, (*base, *run, *self._overrides))
         except UserError as error:
             raise Waiting(str(error)) from None
         follows, ranks = self._follow(network, method, seed, factor)
@@ -80,7 +84,7 @@ class Plan:
         keys = {key: _resolve(value, steps, common) for key, value in set_keys.items()}
         arguments = [*base, *_assignments(keys), *self._overrides, *_assignments(follows)]
         try:
-            configuration = config.load(path, arguments)
+            configuration = self._load(path, tuple(arguments))
         except UserError as error:
             raise Waiting(str(error)) from None
         settings = _settings(configuration)
@@ -214,7 +218,7 @@ class Plan:
 
         from app.data import build_task
 
-        configuration = config.load(path, [*self._base(network), *assignments, *self._overrides])
+        configuration = self._load(path, (*self._base(network), *assignments, *self._overrides))
         device = torch.device("cpu")
         return build_task(configuration, process_index=0, process_count=1, device=device)
 
@@ -231,7 +235,7 @@ class Plan:
             return self._narrower(network, method, definition.as_small_as), None
         if definition.as_fast_as:
             path = self._path(network, method)
-            epochs = config.load(path, [*self._base(network), *self._overrides]).training.epochs
+            epochs = self._load(path, (*self._base(network), *self._overrides)).training.epochs
             ratio = self.step_ratio(network, definition.as_fast_as)
             if ratio is None:
                 raise Waiting(f"the CPU time of {definition.as_fast_as}")
@@ -250,13 +254,19 @@ class Plan:
         if (summary := cell.summary()) is None:
             raise Waiting(f"the size of {cell}")
         path, base = self._path(network, method), self._base(network)
-        task = self._tasks(network, path)
 
         def count(values: dict[str, int]) -> int:
-            assignments = [*base, *self._overrides, *_assignments(values)]
-            return derived.parameter_count(config.load(path, assignments), task)
+            return self._sizes(network, path, (*base, *self._overrides, *_assignments(values)))
 
         return dict(derived.narrow(width, summary["stored_parameters"], count))
+
+    def _parameter_count(self, network: str, path: str, assignments: tuple[str, ...]) -> int:
+        """Return the number of parameters of a network."""
+        return derived.parameter_count(self._load(path, assignments), self._tasks(network, path))
+
+    def _factorized(self, network: str, path: str, assignments: tuple[str, ...]) -> dict[str, int]:
+        """Return the full rank of every layer that the method factorizes, by name."""
+        return derived.full_ranks(self._load(path, assignments), self._tasks(network, path))
 
     def _settled(
         self, network: str, method: str, watched: Cell
@@ -267,11 +277,9 @@ class Plan:
         keys = self.study.keys_of(method, network)
         kept = {key: keys[key] for key in keys if re.match(r"oialr.(keep|in|ex)", key)}
         path = self._path(network, method)
-        assignments = [*self._base(network), *_assignments(kept), *self._overrides]
-        configuration = config.load(path, assignments)
-        task = self._tasks(network, path)
-        full = derived.full_ranks(configuration, task)
-        latest = max(1, round(LATEST_SETTLED * configuration.training.epochs))
+        assignments = (*self._base(network), *_assignments(kept), *self._overrides)
+        full = self._full_ranks(network, path, assignments)
+        latest = max(1, round(LATEST_SETTLED * self._load(path, assignments).training.epochs))
         record = read_record(place)
         known = record.get("settled", {})
         if (place / "metrics.h5").exists():
@@ -286,7 +294,7 @@ class Plan:
             epoch, ranks = known[method]["epoch"], known[method]["ranks"]
         else:
             raise Waiting(f"the metrics of {watched}: delete {place} to watch it again")
-        step = epoch * task.steps_per_epoch
+        step = epoch * self._tasks(network, path).steps_per_epoch
         released = {"oialr.release": step} if "oialr.release" in keys else {}
         return {"oialr.delay": step, **released}, ranks
 
