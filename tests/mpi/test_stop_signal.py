@@ -35,18 +35,17 @@ with StopSignal() as stop:
 TERMINAL_CLOSES = """
 import os, signal, sys
 from app.runtime.stop_signal import StopSignal
-if sys.argv[1] == "nohup":
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+signal.signal(signal.SIGHUP, getattr(signal, sys.argv[1]))  # whatever started the tests
 with StopSignal() as stop:
     os.kill(os.getpid(), signal.SIGHUP)
     print(stop.number)
 """
 
 
-@pytest.mark.parametrize(("start", "number"), [("plain", signal.SIGHUP), ("nohup", 0)])
-def test_a_closed_terminal_stops_what_was_not_started_to_outlive_it(start, number):
-    result = subprocess.run(
-        [sys.executable, "-c", TERMINAL_CLOSES, start],
+def run(program, *arguments):
+    """Run a program that comes to its end, and return what it has printed."""
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments],
         cwd=ROOT,
         env=environment(),
         capture_output=True,
@@ -54,7 +53,11 @@ def test_a_closed_terminal_stops_what_was_not_started_to_outlive_it(start, numbe
         timeout=TIMEOUT,
         check=True,
     )
-    assert result.stdout == f"{number:d}\n"
+
+
+@pytest.mark.parametrize(("start", "number"), [("SIG_DFL", signal.SIGHUP), ("SIG_IGN", 0)])
+def test_a_closed_terminal_stops_what_was_not_started_to_outlive_it(start, number):
+    assert run(TERMINAL_CLOSES, start).stdout == f"{number:d}\n"
 
 
 def test_a_second_interrupt_ends_a_process_that_is_stuck():
@@ -101,14 +104,6 @@ def test_an_interrupt_of_one_process_before_mpi_is_up_ends_all():
 
 
 def test_children_that_the_terminal_interrupts_too_do_not_count():
-    result = subprocess.run(
-        [sys.executable, "-c", FORKED],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-        check=True,
-    )
+    result = run(FORKED)
     assert result.stdout == "2 0\n2\n"
     assert result.stderr.count("Ctrl-C: stops after a checkpoint") == 1

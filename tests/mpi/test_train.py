@@ -327,14 +327,18 @@ def test_a_signal_ends_an_evaluation_too(tmp_path, undisturbed):
 
 @pytest.mark.parametrize("number", StopSignal.SIGNALS)
 def test_a_signal_to_a_single_process(tmp_path, number):
-    process = subprocess.Popen(
-        command(0, "-m", "app.train", "training.epochs=500", f"run.dir={tmp_path}"),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may have started the tests
+    try:
+        process = subprocess.Popen(
+            command(0, "-m", "app.train", "training.epochs=500", f"run.dir={tmp_path}"),
+            cwd=ROOT,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    finally:
+        signal.signal(signal.SIGHUP, before)
     try:
         for line in process.stdout:
             if line.startswith("epoch 1/"):
