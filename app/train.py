@@ -171,7 +171,9 @@ def _run(configuration: Configuration, *, resume: bool) -> int:
             except Stopped as stop:
                 if runtime.is_first:
                     assert log.folder
-                    tell(f"{stop}: {how_to_go_on(log.folder)}")
+                    kept = has_weights(log.folder)
+                    loss = "" if kept else ", from the first step again (run.keep_checkpoints=0)"
+                    tell(f"{stop}: {how_to_go_on(log.folder)}{loss}")
                 return stop_code()
             except (DivergedError, DifferingReplicasError, AgreedStorageError) as error:
                 if runtime.is_first:  # on all processes alike

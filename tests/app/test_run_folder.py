@@ -31,6 +31,13 @@ def copied(stopped, tmp_path):
     return shutil.copytree(stopped, tmp_path / "copy")
 
 
+def test_a_run_that_keeps_no_checkpoint_says_at_its_stop_that_it_begins_anew(tmp_path):
+    keys = ["run.keep_checkpoints=0", "run.stop_after=2", f"run.dir={tmp_path}"]
+    result = launched(0, *TINY, *keys, code=75)
+    again = f"--resume {tmp_path}, from the first step again (run.keep_checkpoints=0)\n"
+    assert again in result.stderr
+
+
 def contents(folder):
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {path.relative_to(folder): path.read_bytes() for path in files}
