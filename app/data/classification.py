@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -136,7 +137,7 @@ class InMemoryClassification(Classification):
             for name, part in parts.items()
         }
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Of the images and labels of all parts."""
         held = [tensor for part in self._parts.values() for tensor in part]

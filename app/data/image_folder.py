@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -54,12 +55,12 @@ class ImageFolderClassification(Classification):
                 cannot be read, or as in :class:`Classification`.
         """
         data = configuration.data
-        self._parts, classes = _list_parts(data)
+        self._parts, self.class_names = _list_parts(data)
         super().__init__(
             configuration,
             train_size=len(self._parts["train"]),
             input_shape=(3, data.image_size, data.image_size),
-            outputs=classes,
+            outputs=len(self.class_names),
             process_index=process_index,
             process_count=process_count,
             device=device,
@@ -78,7 +79,7 @@ class ImageFolderClassification(Classification):
         if data.check_images != "none" and process_index == 0:
             warn_of_dark_parts(self._parts, data.image_bits)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Of the files and classes of all parts, wherever they lie."""
         text = hashlib.sha256()
@@ -157,8 +158,8 @@ class ImageFolderClassification(Classification):
                 yield (self._normalize(inputs) if inputs.dtype == torch.uint8 else inputs), targets
 
 
-def _list_parts(data: DataSection) -> tuple[dict[str, list[File]], int]:
-    """Return the files of the parts train, validation and test, and the number of classes."""
+def _list_parts(data: DataSection) -> tuple[dict[str, list[File]], tuple[str, ...]]:
+    """Return the files of the parts train, validation and test, and the names of the classes."""
     root = Path(data.root)
     left_out = LeftOut()
     train, classes = list_folder(root / "train", left_out)
@@ -181,4 +182,4 @@ def _list_parts(data: DataSection) -> tuple[dict[str, list[File]], int]:
         indices, validation = split_off_validation(labels, data)
         parts["validation"] = [train[index] for index in validation]
     parts["train"] = [train[index] for index in limit_training_part(indices, data)]
-    return parts, len(classes)
+    return parts, tuple(classes)

@@ -6,6 +6,8 @@ nothing of files. What a training writes is opened after it, see :mod:`app.train
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +26,8 @@ from app.training.memory_layout import lay_channels_last
 from app.training.optimizer import Schedule, build_optimizer, warmup_steps
 from app.training.position import Position
 from app.training.precision import Precision
-from app.training.replicas import check_replicas, check_same_data, synchronize_batch_norm
+from app.training.replicas import check_replicas, synchronize_batch_norm
+from app.training.same_data import check_same_data, describe_data
 from app.training.stopwatch import Stopwatch
 from oialr.layer_survey import LayerReport, survey
 from oialr.method import OIALR
@@ -57,6 +60,11 @@ class Parts:
     position: Position = field(default_factory=Position)
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     """Of the training, in all sessions."""
+
+    @cached_property
+    def data(self) -> dict[str, Any]:
+        """What tells the data from others, see :func:`describe_data`; found out once."""
+        return describe_data(self.task)
 
     @property
     def trainable_percent(self) -> float:

@@ -1,6 +1,5 @@
 """The network's replicas: DistributedDataParallel, made anew where shapes changed."""
 
-import platform
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -8,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from app.data import Task
 from app.errors import AgreedUserError, UserError
 from app.training.compilation import Compiled
 from app.training.traceless import leaving_no_trace
@@ -16,35 +14,6 @@ from oialr.compatibility import import_torchvision
 from oialr.linalg.checksum import checksum
 from oialr.placement.comparison import compare
 from oialr.placement.processes import Processes
-
-
-def check_same_data(task: Task, processes: Processes) -> None:
-    """Reject data that are not the same on all processes. A collective call.
-
-    Each reads by itself, and which sample is whose, and which part it belongs to, follows from what
-    it has read: with a file more or less on one node, samples would be trained on twice, and
-    validated on where others train.
-
-    Raises:
-        AgreedUserError: they are not; it names a node, and what it has.
-    """
-    if processes.count == 1:
-        return
-    digest = getattr(task, "digest", "")
-    found = {name: getattr(task, name) for name in ("train_size", "steps_per_epoch", "outputs")}
-    found |= {
-        "input_shape": tuple(task.input_shape),
-        "samples": digest if isinstance(digest, str) else "",
-    }
-    first, *others = processes.gather((found, platform.node()))
-    for index, (theirs, node) in enumerate(others, start=1):
-        for name, value in theirs.items():
-            if value != first[0][name]:
-                raise AgreedUserError(
-                    f"data.root: process {index} on {node} reads other data than process 0 on "
-                    f"{first[1]} ({name} {value} and {first[0][name]}): make them the same on all "
-                    "nodes, copies in data.stage_to too"
-                )
 
 
 def check_replicas(model: nn.Module, processes: Processes) -> None:

@@ -12,6 +12,7 @@ from app.config.yaml_text import dump_value
 from app.errors import UserError, one_line
 from app.training.build import Parts
 from app.training.early_stopping import EarlyStopping
+from app.training.same_data import check_stored_data
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ def shared_state(parts: Parts, early_stopping: EarlyStopping | None) -> dict[str
     position, stopwatch = parts.position, parts.stopwatch
     return {
         "configuration": to_yaml(parts.configuration),
+        "data": parts.data,
         "process_count": parts.runtime.process_count,
         "position": {"step": position.step, "epoch": position.epoch, "batch": position.batch},
         "steps": parts.steps,
@@ -78,6 +80,8 @@ def restore(
             "their first one on; start a new run, with model.initial=DIR for the weights"
         )
     _check_shares(parts, shared["method"])
+    if "data" in shared:  # checkpoints of earlier versions are without
+        check_stored_data(parts.data, shared["data"])
     if changes := _changes(stored, current):
         # On purpose by whoever resumes; but config.yaml may also have been damaged or mixed up.
         logger.warning(

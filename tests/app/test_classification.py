@@ -17,30 +17,6 @@ from app.data import Batch, build_task, datasets, pixels
 from app.data.datasets import load
 from app.data.pixels import channel_statistics, crop_and_flip
 from app.errors import UserError
-from app.training.replicas import check_same_data
-from oialr.placement.processes import Processes
-
-
-class Pair(Processes):
-    """Two processes, of which this one is the first."""
-
-    def __init__(self, second):
-        super().__init__()
-        self.count, self._second = 2, second
-
-    def gather(self, value):
-        theirs = {**value[0], "samples": self._second.digest}
-        return [value, (theirs, "node7")]
-
-
-def test_processes_that_read_other_images_are_refused():
-    """Such as those of MNIST on one node and of Fashion-MNIST on another, of the same sizes."""
-    task, other = digits(), digits()
-    check_same_data(task, Pair(other))
-    images, labels = other._parts["validation"]
-    other._parts["validation"] = images, labels.flip(0)
-    with pytest.raises(UserError, match=r"process 1 on node7 reads other data than .* \(samples "):
-        check_same_data(task, Pair(other))
 
 
 @pytest.mark.usefixtures("global_random_state_untouched")
