@@ -17,7 +17,10 @@ class SearchSection(Section):
         None, gt=0, description="Trainings per worker on average; null: no such limit."
     )
     hours: float | None = Field(
-        None, gt=0, le=1e6, description="Start no training after these hours; null: no such limit."
+        None,
+        gt=0,
+        le=1e6,
+        description="Start no training after these hours, those of all sessions; null: no limit.",
     )
     processes_per_worker: int = Field(
         1, gt=0, description="Processes that train together; a worker is one such group."

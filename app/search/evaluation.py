@@ -17,6 +17,7 @@ import torch
 from app.config import to_yaml
 from app.config.settings import Configuration
 from app.errors import AgreedUserError, DivergedError, StorageError, UserError
+from app.recording.store import read_rows
 from app.runtime.stop_signal import StopRequest
 from app.runtime.workers import Workers
 from app.search import objective
@@ -160,18 +161,19 @@ def evaluate(
         stopped_elsewhere=stopped_elsewhere,
     )
     timeout = configuration.distributed.timeout
-    summary: dict[str, Any] | None = None
     failure: _Failure | None = None
+    step_seconds = math.nan
     try:
         with workers.join(timeout=timeout) as runtime:
             if runtime.is_first:
                 _prepare(run_folder, configuration)
             try:
-                summary = train(
-                    configuration, runtime, watch, resume=False, test=False, on_epoch=watch
-                ).summary
+                train(configuration, runtime, watch, resume=False, test=False, on_epoch=watch)
             except _RAISED_ALIKE as error:
                 failure = _as_failure(error)
+        if workers.is_first and not failure:
+            rows = read_rows(run_folder / "metrics.h5", "train")
+            step_seconds = float(rows["step_seconds"].mean())
     except StorageError:  # no fault of the candidate, and the next would meet it too
         raise
     except Exception as error:
@@ -179,12 +181,13 @@ def evaluate(
     gc.collect()  # of the network and of what the traceback held
     if workers.device.type == "cuda":
         torch.cuda.empty_cache()
-    reports = workers.gather((failure, stop_signal.number or watch.interrupted), timeout=timeout)
-    failures = [report for report, _ in reports if report]
-    if failures and any(number for _, number in reports):
+    report = (failure, stop_signal.number or watch.interrupted, step_seconds)
+    reports = workers.gather(report, timeout=timeout)
+    failures = [failure for failure, _, _ in reports if failure]
+    if failures and any(number for _, number, _ in reports):
         return None
     cause = min(failures, key=lambda failure: failure.when, default=None)
-    step_seconds = summary["seconds"] / summary["steps"] if summary and not cause else math.nan
+    step_seconds = math.nan if cause else reports[0][2]
     return Evaluation(
         **place,
         parameters=definition.space.values_of(configuration),
@@ -198,6 +201,15 @@ def evaluate(
         traceback=cause.traceback if cause else "",
         curve=tuple(watch.curve),
     )
+
+
+def leave_sign(folder: Path) -> None:
+    """Leave in an evaluation's folder that it is in the store, for slurm/job.sh."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "recorded").touch()
+    except OSError as error:
+        raise StorageError(f"cannot write {folder / 'recorded'}: {error.strerror}") from error
 
 
 def _refused(parameters: dict[str, Any], failure: _Failure, place: Mapping[str, Any]) -> Evaluation:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from app.config import to_yaml
-from app.errors import AgreedUserError, StorageError
+from app.errors import AgreedUserError
 from app.runtime.launch import Launch
 from app.runtime.lease import Claim, Lease
 from app.runtime.rendezvous import make_store
@@ -23,10 +23,19 @@ from app.runtime.workers import Workers, wait
 from app.search import objective
 from app.search.budget import Budget
 from app.search.definition import STORED, Definition, train_again
-from app.search.evaluation import evaluate
+from app.search.evaluation import evaluate, leave_sign
 from app.search.evolution import Known, check_islands, evolve, island_of
 from app.search.progress import Progress
-from app.search.store import STORE, Additions, Evaluation, Store, mend, read_evaluations, sessions
+from app.search.store import (
+    STORE,
+    Additions,
+    Evaluation,
+    Store,
+    mend,
+    read_evaluations,
+    seconds_spent,
+    sessions,
+)
 from app.search.tally import Tally, best_of
 from app.training.folder import check_free, make_folder, naming, write_text
 from app.training.inspection import check_run
@@ -179,12 +188,12 @@ class _Session:
         parameters = definition.space.column_types()
         first = world.Get_rank() == 0
         self._mended = mend(store, parameters) if first else []
-        self._number, self._earlier = world.bcast(
-            (sessions(store), read_evaluations(store)) if first else None
+        self._number, self._earlier, spent = world.bcast(
+            (sessions(store), read_evaluations(store), seconds_spent(store)) if first else None
         )
         limits = [section.evaluations, section.generations and section.generations * workers.count]
         limit = min((limit for limit in limits if limit is not None), default=None)
-        deadline = math.inf if section.hours is None else time.monotonic() + 3600 * section.hours
+        deadline = time.monotonic() + 3600 * (section.hours or math.inf) - spent
         launch = Launch(
             launcher="mpi", process_index=world.Get_rank(), process_count=world.Get_size()
         )
@@ -277,7 +286,7 @@ class _Session:
         if self._store:
             self._claim.check()
             self._store.append(evaluation)
-            _leave_sign(self._folder / evaluation.folder)
+            leave_sign(self._folder / evaluation.folder)
             self._tally.add(self._additions.read())
             best = self._tally.best
             self._progress.evaluation(evaluation, self._tally.count, best)
@@ -349,15 +358,6 @@ def _conclude(
         claim.check()
         write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
-
-
-def _leave_sign(folder: Path) -> None:
-    """Leave in an evaluation's folder that it is in the store, for slurm/job.sh."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recorded").touch()
-    except OSError as error:
-        raise StorageError(f"cannot write {folder / 'recorded'}: {error.strerror}") from error
 
 
 def _train_best(

@@ -9,6 +9,7 @@ are read as they are.
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 
@@ -70,7 +71,7 @@ class Evaluation:
     """On the validation part; NaN without a result."""
     trainable_percent: float
     step_seconds: float
-    """Mean wall time of a step; NaN without a result."""
+    """Mean wall time of a step, as in the training's metrics.h5; NaN without a result."""
     epochs: int
     """Epochs that were evaluated."""
     seconds: float
@@ -161,6 +162,24 @@ def sessions(folder: Path) -> int:
     """Return the number of sessions that have written into a folder."""
     names = {path.name.split("-worker-")[0] for path in folder.glob(_FILES)}
     return len(names)
+
+
+def seconds_spent(folder: Path) -> float:
+    """Return the seconds of all sessions, each from its first evaluation to the end of its last.
+
+    What was under way when a session was stopped or killed does not count.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    spans: dict[str, list[tuple[float, float]]] = {}
+    for path in folder.glob(_FILES):
+        rows, _ = _read(path)
+        for row in rows[rows["status"] != b""]:
+            start = datetime.fromisoformat(row["started"].decode()).timestamp()
+            session = path.name.split("-worker-")[0]
+            spans.setdefault(session, []).append((start, start + row["seconds"].item()))
+    return sum(max(end for _, end in s) - min(start for start, _ in s) for s in spans.values())
 
 
 def mend(folder: Path, parameters: Mapping[str, str]) -> list[str]:

@@ -1,5 +1,6 @@
 """The store of a search: whole rows, many writers, kill -9."""
 
+import itertools
 import math
 import os
 import signal
@@ -17,7 +18,15 @@ from app import config
 from app.errors import StorageError, UserError
 from app.search.objective import FAILED
 from app.search.space import read_space
-from app.search.store import Additions, Store, _read, mend, read_evaluations, sessions
+from app.search.store import (
+    Additions,
+    Store,
+    _read,
+    mend,
+    read_evaluations,
+    seconds_spent,
+    sessions,
+)
 from app.search.tally import Tally, best_of
 
 
@@ -118,6 +127,23 @@ def test_a_look_reads_no_row_twice(tmp_path, monkeypatch):
         store.append(evaluation(number))
         additions.read()
     assert read == [(1, len(evaluation(0).curve))] * 6
+
+
+def test_the_seconds_of_a_search_are_those_of_its_sessions(tmp_path):
+    assert seconds_spent(tmp_path) == 0
+    times = {  # session, worker: start and seconds of each evaluation
+        (0, 0): [("12:00:10", 20), ("12:00:30", 25)],
+        (0, 1): [("12:00:00", 10), ("12:00:12", 50)],  # from 0 to 62
+        (1, 0): [("15:30:00", 7)],
+        (2, 0): [],
+    }
+    numbers = itertools.count()
+    for (session, worker), evaluations in times.items():
+        store = create(tmp_path, session=session, worker=worker)
+        for start, seconds in evaluations:
+            started = f"2026-11-24T{start}.000+00:00"
+            store.append(evaluation(next(numbers), started=started, seconds=float(seconds)))
+    assert seconds_spent(tmp_path) == 62 + 7
 
 
 def test_a_failure_keeps_the_end_of_its_traceback(tmp_path):
