@@ -137,6 +137,7 @@ def _run(configuration: Configuration, *, resume: bool) -> int:
     with StopSignal() as stop_signal:
         from app.recording.log import Log
         from app.runtime.processes import start_runtime
+        from app.training.early_stopping import ended_early
         from app.training.position import Stopped
         from app.training.run import train
         from app.training.trained import has_weights
@@ -195,6 +196,8 @@ def _run(configuration: Configuration, *, resume: bool) -> int:
                 raise
     for line in summary_lines(outcome.summary):
         log.say(line)
+    if early := ended_early(outcome.summary, configuration.training):
+        log.say(early)
     if outcome.finished_before:
         log.say(f"{outcome.folder} was finished before: nothing was trained now")
     if has_weights(outcome.folder):  # with run.keep_checkpoints=0 there is nothing to use

@@ -31,7 +31,10 @@ class RunSection(Section):
         1, ge=0, description="Epochs between two checkpoints; 0: only at the end and when stopped."
     )
     keep_checkpoints: int = Field(
-        2, ge=0, description="Number of newest checkpoints that are kept; 0: none is written."
+        2,
+        ge=0,
+        description="Number of newest checkpoints that are kept; 0: none is written, but for the "
+        "best weights of training.early_stopping, which are tested.",
     )
     loggers: list[str] = Field(
         [],

@@ -2,18 +2,40 @@
 
 import logging
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
+from app.config.settings import TrainingSection
 from app.training.checkpoint import Checkpoints
 from oialr.method import OIALR
 from oialr.preparation import prepare
 
 logger = logging.getLogger(__name__)
 
+SINCE_BEST = "epochs_since_best"
+"""Key of summary.json, with training.early_stopping."""
 BEST_KEYS = ("ranks", "model")
 """What the best weights are kept with."""
+
+
+def ended_early(summary: Mapping[str, Any], training: TrainingSection) -> str | None:
+    """Return the line of a finished run that has stopped early, and would again; None: it did not.
+
+    Args:
+        summary: of the run.
+        training: as the run is configured now.
+    """
+    epochs, patience = summary["epochs"], training.early_stopping
+    since: int = summary.get(SINCE_BEST, 0)
+    if patience is None or since < patience or epochs >= training.epochs:
+        return None
+    since_then = "1 epoch" if since == 1 else f"{since} epochs"
+    return (
+        f"stopped early, after epoch {epochs} of {training.epochs}: no smaller validation loss in "
+        f"{since_then}; a larger training.early_stopping, or null, trains on"
+    )
 
 
 class EarlyStopping:
@@ -35,19 +57,21 @@ class EarlyStopping:
         self._patience = patience
         self._best = math.inf
         self._best_step: int | None = None
-        self._epochs_since = 0
+        self.epochs_since = 0
+        """Epochs since the one with the least loss, or since a beginning."""
         self._begun_step = 0
         self._kept_step = checkpoints.newest_step()
+        self._lost = False
 
     @property
     def exhausted(self) -> bool:
         """Whether it is time to stop."""
-        return self._epochs_since >= self._patience
+        return self.epochs_since >= self._patience
 
     def begin_anew(self, step: int) -> None:
         """Forget what was best up to a step, after which the network has another form."""
         self._best, self._best_step = math.inf, None
-        self._epochs_since, self._begun_step = 0, step
+        self.epochs_since, self._begun_step = 0, step
 
     def improves(self, step: int, loss: float) -> bool:
         """Take note of an epoch's validation loss; tell whether it is the least so far.
@@ -60,9 +84,9 @@ class EarlyStopping:
         if step <= self._begun_step:
             return False
         if loss < self._best:
-            self._best, self._epochs_since = loss, 0
+            self._best, self.epochs_since = loss, 0
             return True
-        self._epochs_since += 1
+        self.epochs_since += 1
         return False
 
     def keep(
@@ -90,8 +114,11 @@ class EarlyStopping:
         """
         loaded = None if self._best_step is None else self._checkpoints.load()
         if loaded is None:
-            # They were damaged when the run was resumed, or no epoch came after the last beginning.
-            logger.warning("the best weights are lost: those of the last epoch are tested")
+            reason = "the best weights are lost"
+            if self._best_step is None and not self._lost:
+                since = " since layers changed their form" if self._begun_step else " as yet"
+                reason = f"no epoch has ended{since}"
+            logger.warning("%s: the newest weights are tested", reason)
             return None
         best, _ = loaded
         prepare(model).load_state_dict(best["model"])
@@ -104,7 +131,7 @@ class EarlyStopping:
         return {
             "best": self._best,
             "best_step": self._best_step,
-            "epochs_since": self._epochs_since,
+            "epochs_since": self.epochs_since,
             "begun_step": self._begun_step,
         }
 
@@ -120,6 +147,7 @@ class EarlyStopping:
             logger.warning(
                 "early stopping begins anew: the best weights are damaged or not there any more"
             )
+            self._lost = True
             return
         self._best, self._best_step = state["best"], step
-        self._epochs_since = state["epochs_since"]
+        self.epochs_since = state["epochs_since"]

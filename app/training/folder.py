@@ -22,6 +22,7 @@ from app.runtime.launch import read_launch
 from app.runtime.lease import Lease
 from app.runtime.processes import Runtime
 from app.runtime.startup_check import check_folder
+from app.training.early_stopping import ended_early
 
 logger = logging.getLogger(__name__)
 
@@ -240,7 +241,9 @@ def finished(folder: Path, configuration: Configuration) -> dict[str, Any] | Non
         return None
     try:
         summary: dict[str, Any] = json.loads(path.read_text())
-        return summary if summary["epochs"] >= configuration.training.epochs else None
+        training = configuration.training
+        ended = summary["epochs"] >= training.epochs or ended_early(summary, training)
+        return summary if ended else None
     except (ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         logger.warning("%s is damaged (%s): it is made anew", path, reason)

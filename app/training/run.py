@@ -24,6 +24,7 @@ from app.runtime.stop_signal import StopRequest
 from app.runtime.watchdog import Watchdog
 from app.training.build import Parts, build
 from app.training.determinism import deterministic_algorithms
+from app.training.early_stopping import SINCE_BEST
 from app.training.folder import find_folder, finish, finished, mark_unfinished
 from app.training.position import Stopped
 from app.training.progress import EpochObserver, Progress
@@ -98,7 +99,7 @@ def train(
             ownership.take(earlier)
         nodes = check_nodes(configuration, runtime)
         parts = build(configuration, runtime, initial=earlier is None, tell=watchdog.progress)
-        storage = open_storage(parts, watchdog, ownership, earlier=earlier)
+        storage = open_storage(parts, watchdog, ownership, earlier=earlier, test=test)
         log.begin(storage.folder)
         if runtime.is_first:
             point_to(storage.folder)
@@ -130,6 +131,8 @@ def train(
         if problem := runtime.processes.from_first(storage.recorder.problem):
             raise AgreedStorageError(str(problem))
         summary = _summarize(parts, figures, tested_step=trainer.tested_step)
+        if storage.early_stopping:
+            summary[SINCE_BEST] = storage.early_stopping.epochs_since
         tidy(parts, storage.checkpoints, progress)
         if runtime.is_first:
             ownership.check()

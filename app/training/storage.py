@@ -75,7 +75,7 @@ class Ownership:
 
 
 def open_storage(
-    parts: Parts, watchdog: Watchdog, ownership: Ownership, *, earlier: Path | None
+    parts: Parts, watchdog: Watchdog, ownership: Ownership, *, earlier: Path | None, test: bool
 ) -> Storage:
     """Make or find the run's folder, and bring the parts to its checkpoint. A collective call.
 
@@ -84,6 +84,8 @@ def open_storage(
         watchdog: told of the progress.
         ownership: of the folder, which is taken as soon as there is one.
         earlier: folder of a run that goes on; None: a new one is made.
+        test: whether the test part is evaluated at the end. If not, and no checkpoints are kept,
+            nobody needs the best weights.
 
     Raises:
         UserError: the folder or the checkpoint are not what the configuration says.
@@ -107,7 +109,8 @@ def open_storage(
     )
     with watchdog.guard("the stored state"):
         state = checkpoints.load() if earlier else None
-    early_stopping = early_stopping_of(configuration, folder, processes, ownership.check)
+    keep = 1 if test or configuration.run.keep_checkpoints else 0
+    early_stopping = early_stopping_of(configuration, folder, processes, ownership.check, keep=keep)
     if state:
         processes.agree(lambda: check_epochs(parts, state[0]))
         processes.agree(lambda: restore(parts, early_stopping, *state))
@@ -141,6 +144,7 @@ def early_stopping_of(
     processes: Processes,
     check_owner: Callable[[], None] = lambda: None,
     *,
+    keep: int = 1,
     read_only: bool = False,
 ) -> EarlyStopping | None:
     """Return what keeps a run's best weights; None without training.early_stopping. Collective.
@@ -149,7 +153,7 @@ def early_stopping_of(
         configuration: of the run.
         folder: of the run.
         processes: who writes and reads together.
-        check_owner, read_only: as of :class:`Checkpoints`.
+        check_owner, keep, read_only: as of :class:`Checkpoints`.
     """
     patience = configuration.training.early_stopping
     if patience is None:
@@ -157,7 +161,7 @@ def early_stopping_of(
     best = Checkpoints(
         folder / "checkpoints" / "best",
         processes,
-        keep=1,
+        keep=keep,
         keys=BEST_KEYS,
         check_owner=check_owner,
         read_only=read_only,

@@ -223,6 +223,9 @@ def test_damaged_best_weights_let_early_stopping_begin_anew(tmp_path, caplog):
     model = torch.nn.Linear(3, 1, bias=False)
     torch.nn.init.constant_(model.weight, 1.5)
     first = early_stopping()
+    first.restore_best(model)
+    assert caplog.messages == ["no epoch has ended as yet: the newest weights are tested"]
+    caplog.clear()
     assert first.improves(10, 0.25)
     first.keep(10, model, None, process_count=1)
     state = first.state_dict()
@@ -239,7 +242,7 @@ def test_damaged_best_weights_let_early_stopping_begin_anew(tmp_path, caplog):
     assert "early stopping begins anew: the best weights are damaged" in caplog.text
     torch.nn.init.zeros_(model.weight)
     damaged.restore_best(model)
-    assert "the best weights are lost: those of the last epoch are tested" in caplog.text
+    assert "the best weights are lost: the newest weights are tested" in caplog.text
     assert model.weight.tolist() == [[0.0] * 3]
     assert damaged.improves(20, 0.5)
 

@@ -307,6 +307,25 @@ def test_an_equal_loss_is_no_smaller_one(tmp_path: Path) -> None:
     assert stopping.exhausted
 
 
+@pytest.mark.slow
+def test_a_run_that_stopped_early_says_so_and_goes_on_where_it_may(tmp_path: Path) -> None:
+    run = f"run.dir={tmp_path}"
+    off = ["oialr.enabled=false", "stability.enabled=false", "data.train_samples=200"]
+    rate = ["training.epochs=20", "training.warmup_epochs=0", "training.learning_rate=0.3"]
+    result = train(0, *TINY, *off, *rate, "training.early_stopping=1", run)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["epochs_since_best"] == 1
+    ended = summary["epochs"]
+    assert ended < 20
+    line = f"stopped early, after epoch {ended} of {{}}: no smaller validation loss in 1 epoch; a "
+    assert line.format(20) in result.stdout
+    again = train(0, "--resume", tmp_path, "training.epochs=30")
+    assert line.format(30) in again.stdout
+    assert "was finished before: nothing was trained now" in again.stdout
+    train(0, "--resume", tmp_path, f"training.epochs={ended + 1}", "training.early_stopping=9")
+    assert json.loads((tmp_path / "summary.json").read_text())["epochs"] == ended + 1
+
+
 def test_a_run_clips_its_gradients() -> None:
     configuration = config.load(None, [*TINY, "training.gradient_clip=0.001"])
     with start_runtime(device="cpu") as runtime:

@@ -71,6 +71,8 @@ def test_a_search_from_its_start_to_the_winner(tmp_path, tiny):
         assert one.loss == one.curve[-1]
         place = folder / one.folder
         assert not (place / "checkpoints").exists()
+        steps = read_rows(place / "metrics.h5", "train")["step_seconds"]
+        assert one.step_seconds == pytest.approx(steps.mean(), rel=1e-12)
         rows = read_rows(place / "metrics.h5", "eval")
         assert set(rows["split"]) == {"validation"}
         assert one.error == 1 - rows["accuracy"][-1]
@@ -107,10 +109,17 @@ def test_a_search_from_its_start_to_the_winner(tmp_path, tiny):
 @pytest.mark.slow
 def test_a_search_makes_its_own_folder(tmp_path, tiny):
     """Without run.dir, as it is typed first."""
-    search(2, "--config", tiny, "search.evaluations=1", cwd=tmp_path)
+    early = "training.early_stopping=1"  # whose best weights nobody tests in an evaluation
+    search(2, "--config", tiny, "search.evaluations=1", early, cwd=tmp_path)
     (folder,) = [path for path in (tmp_path / "runs").iterdir() if not path.is_symlink()]
     assert folder.name.startswith("tiny-")
-    assert [one.status for one in stored(folder)] == ["finished"]
+    (one,) = stored(folder)
+    assert one.status == "finished"
+    assert not list(folder.rglob("state.pt"))
+    # Hours are those of all sessions, and these were over before the second one.
+    hours = one.seconds / 3600 / 2
+    search(2, "--resume", folder, "search.evaluations=null", f"search.hours={hours}", cwd=tmp_path)
+    assert stored(folder) == [one]
 
 
 @pytest.mark.slow
