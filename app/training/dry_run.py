@@ -55,7 +55,7 @@ def dry_run(configuration: Configuration, runtime: Runtime) -> str:
     )
     bases = _bases(parts)
     with deterministic_algorithms(wanted=configuration.training.deterministic):
-        seconds = _measure(parts)
+        measured = _measure(parts)
     lines = [
         f"dry run: nothing is trained or written; {runtime.process_count} "
         f"{'process' if runtime.process_count == 1 else 'processes'} on {runtime.device.type}",
@@ -65,19 +65,19 @@ def dry_run(configuration: Configuration, runtime: Runtime) -> str:
         f"memory: {_memory(parts)}",
         _checkpoint(parts),
         *bases,
-        *_time(parts, seconds),
+        *_time(parts.steps, measured),
     ]
     return nodes + "\n".join(lines)
 
 
-def _measure(parts: Parts) -> list[float]:
-    """Return the wall time of each measured step, of the process that took longest."""
+def _measure(parts: Parts) -> list[tuple[float, int]]:
+    """Return wall time, of the process that took longest, and samples of each measured step."""
     runtime = parts.runtime
     batch_size = parts.configuration.training.batch_size
     batches = AgreedBatches(parts.task, batch_size, runtime.processes, _NeverAsked())
     step = TrainingStep(parts)
     stream = _batches(batches, parts)
-    seconds = []
+    measured = []
     for _ in range(1 + MEASURED):
         runtime.processes.barrier()
         start = time.perf_counter()
@@ -85,9 +85,10 @@ def _measure(parts: Parts) -> list[float]:
         (loss,) = fetch([taken], runtime.processes, problem=False).losses  # waits for the device
         if not math.isfinite(loss):
             raise DivergedError(f"the loss is {loss} at step {taken.step}")
-        seconds.append(max(runtime.processes.gather(time.perf_counter() - start)))
+        seconds = max(runtime.processes.gather(time.perf_counter() - start))
+        measured.append((seconds, taken.samples))
     batches.check()
-    return seconds[1:]
+    return measured[1:]
 
 
 class _NeverAsked:
@@ -154,13 +155,15 @@ def _bases(parts: Parts) -> list[str]:
     ]
 
 
-def _time(parts: Parts, seconds: list[float]) -> list[str]:
+def _time(steps: int, measured: list[tuple[float, int]]) -> list[str]:
+    """Tell the time of so many steps; the last batch of an epoch may have fewer samples."""
+    seconds = [one for one, _ in measured]
     each = statistics.median(seconds)
-    rate = parts.configuration.training.batch_size / each
-    measured = ", ".join(f"{one:.4f}" for one in seconds)
+    rate = sum(samples for _, samples in measured) / sum(seconds)
+    all_of_them = ", ".join(f"{one:.4f}" for one in seconds)
     return [
-        f"step: {each:.4f} s ({measured}), {rate:.0f} samples/s, full-rank",
-        f"time: {timedelta(seconds=round(each * parts.steps))} for {parts.steps} such steps; "
+        f"step: {each:.4f} s ({all_of_them}), {rate:.0f} samples/s, full-rank",
+        f"time: {timedelta(seconds=round(each * steps))} for {steps} such steps; "
         f"evaluations, events and checkpoints come on top",
     ]
 

@@ -8,7 +8,7 @@ import torch
 from support.launching import train
 from support.tiny_run import TINY
 
-from app.training.dry_run import _size
+from app.training.dry_run import _size, _time
 
 
 def test_a_dry_run_tells_what_the_run_needs_and_leaves_nothing(tmp_path):
@@ -38,6 +38,14 @@ def test_a_dry_run_tells_what_the_run_needs_and_leaves_nothing(tmp_path):
     assert abs(float(found[1]) - size) < 0.1
     refused = train(0, *TINY, "--dry-run", f"run.dir={whole}", code=2)
     assert f"run.dir: {whole} holds a run already" in refused.stderr
+
+
+def test_the_samples_of_a_step_are_those_that_it_had():
+    """An epoch of 300 samples in batches of 1200, and one whose last batch is small."""
+    (line, _) = _time(10, [(0.2, 300)] * 3)
+    assert line == "step: 0.2000 s (0.2000, 0.2000, 0.2000), 1500 samples/s, full-rank"
+    (line, _) = _time(10, [(0.4, 64), (0.1, 11), (0.5, 64)])
+    assert "step: 0.4000 s (0.4000, 0.1000, 0.5000), 139 samples/s" in line
 
 
 def test_sizes_are_those_of_files(tmp_path):
