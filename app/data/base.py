@@ -1,7 +1,8 @@
 """What all tasks share that spread every global batch over the processes."""
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -71,6 +72,14 @@ class ShardedTask:
     def digest(self) -> str:
         """Of the samples, the same wherever they are read; empty where it is not known."""
         return ""
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """What makes a network's input of a sample as it is stored, as JSON has it."""
+        return {}
+
+    def restore_preprocessing(self, stored: Mapping[str, Any]) -> None:
+        """Take over what a network was trained with, where it follows from the training part."""
 
     def _share(self, global_batch: slice) -> tuple[slice, int]:
         """Return this process's share within a global batch, and its number of true samples.

@@ -1,7 +1,7 @@
 """Image classification: loss, accuracy, and the sets that fit into memory."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -125,9 +125,7 @@ class InMemoryClassification(Classification):
         )
         self._augmentation = data.augmentation
         self._margin = self.input_shape[-1] // 8
-        mean, std = channel_statistics(images.train.images)
-        self._scale = torch.tensor(1 / std, dtype=torch.float32, device=device)[:, None, None]
-        self._shift = torch.tensor(-mean / std, dtype=torch.float32, device=device)[:, None, None]
+        self._normalize_by(*channel_statistics(images.train.images))
         parts = {"train": images.train, "validation": images.validation, "test": images.test}
         for name, part in parts.items():
             if part.images.min() == part.images.max():
@@ -142,6 +140,24 @@ class InMemoryClassification(Classification):
         """Of the images and labels of all parts."""
         held = [tensor for part in self._parts.values() for tensor in part]
         return f"{int(checksum(held, self.device)) % 2**48:012x}"
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """Mean and deviation of each channel over the training part, in units of stored pixels."""
+        mean, std = self._statistics
+        return {"pixels": "as stored", "mean": mean.tolist(), "std": std.tolist()}
+
+    def restore_preprocessing(self, stored: Mapping[str, Any]) -> None:
+        """Normalize as a network was trained with, whatever the training part is here."""
+        if {"mean", "std"} <= stored.keys():
+            self._normalize_by(np.array(stored["mean"]), np.array(stored["std"]))
+
+    def _normalize_by(self, mean: np.ndarray, std: np.ndarray) -> None:
+        self._statistics = mean, std
+        self._scale, self._shift = (
+            torch.tensor(values, dtype=torch.float32, device=self.device)[:, None, None]
+            for values in (1 / std, -mean / std)
+        )
 
     def train_batches(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
         """Yield this process's shares of the global batches; see :class:`app.data.Task`.

@@ -1,7 +1,7 @@
 """Forecasting of all variables of a time series: data in memory, squared and absolute error."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from app.data import Batch, datasets, sharding
 from app.data.base import ShardedTask
+from app.data.sets.ett import VARIABLES
 from app.data.splitting import limit_training_part
 
 if TYPE_CHECKING:
@@ -58,7 +59,18 @@ class Forecasting(ShardedTask):
             device=device,
         )
         self._variables = series.values.shape[1]
+        self._statistics = series.mean, series.deviation
         self._table = torch.from_numpy(np.hstack([series.values, series.calendar])).to(device)
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """How the variables are standardized, in the input and in the forecast."""
+        mean, deviation = self._statistics
+        return {
+            "columns": [*VARIABLES, "calendar features in [-0.5, 0.5]"],
+            "mean": mean.tolist(),
+            "std": deviation.tolist(),
+        }
 
     def train_batches(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
         """Yield this process's shares of the global batches; see :class:`app.data.Task`."""

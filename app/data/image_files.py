@@ -135,6 +135,11 @@ class Normalization:
         return (images - self._mean) / self._std
 
 
+def resized_side(size: int) -> int:
+    """Return what the shorter side is resized to, of which a crop of ``size`` pixels is left."""
+    return math.ceil(size / CROP_RATIO)
+
+
 class EvaluationTransform:
     """The central crop of the resized image, as bytes."""
 
@@ -144,7 +149,7 @@ class EvaluationTransform:
         from torchvision import transforms as t
 
         self._image_bits = image_bits
-        self._crop = t.Compose([t.Resize(math.ceil(size / CROP_RATIO)), t.CenterCrop(size)])
+        self._crop = t.Compose([t.Resize(resized_side(size)), t.CenterCrop(size)])
 
     def decode(self, image: Any, random: np.random.Generator) -> Any:
         """See :class:`Transform`."""

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,11 +24,14 @@ from app.data import Batch, sharding
 from app.data.classification import Classification
 from app.data.image_check import check_images, warn_of_dark_parts
 from app.data.image_files import (
+    MEAN,
+    STD,
     EvaluationTransform,
     ImageFiles,
     Normalization,
     TrainingTransform,
     collate,
+    resized_side,
 )
 from app.data.image_listing import File, LeftOut, list_folder
 from app.data.shared_memory import naming_shared_memory
@@ -87,6 +91,18 @@ class ImageFolderClassification(Classification):
             for path, label in files:
                 text.update(f"{part} {path.rsplit(os.sep, 2)[1:]} {label}\n".encode())
         return text.hexdigest()[:12]
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """What evaluation makes of an image: resized, cropped, normalized."""
+        size = self.input_shape[-1]
+        return {
+            "pixels": "RGB, 0 to 255",
+            "shorter_side": resized_side(size),
+            "central_crop": size,
+            "mean": [255 * value for value in MEAN],
+            "std": [255 * value for value in STD],
+        }
 
     def train_batches(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
         """Yield this process's shares of the global batches; see :class:`app.data.Task`.

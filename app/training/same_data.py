@@ -1,4 +1,4 @@
-"""Data that are the same: on all processes, and as those that a checkpoint was trained on."""
+"""Data that are the same: on all processes, and as those that a network was trained with."""
 
 import logging
 import platform
@@ -16,7 +16,7 @@ def describe_data(task: Task) -> dict[str, Any]:
     """Return what tells a task's data from others, as numbers and text.
 
     A task of one's own may go without ``digest``, text that other samples or parts change, and
-    ``class_names``, in the order of the network's outputs.
+    ``class_names``, in the order of the network's outputs (and without ``preprocessing``).
     """
     digest, names = getattr(task, "digest", ""), getattr(task, "class_names", ())
     return {
@@ -53,13 +53,13 @@ def check_same_data(task: Task, processes: Processes) -> None:
 
 
 def check_stored_data(now: Mapping[str, Any], was: Mapping[str, Any]) -> None:
-    """Hold data against those that a checkpoint was written with.
+    """Hold data against those that a network was trained with.
 
     Other samples are told of, since somebody may have added some; other classes are refused.
 
     Args:
         now: as of :func:`describe_data`.
-        was: the same, of the checkpoint.
+        was: the same, of the network's checkpoint or file.
 
     Raises:
         UserError: an output of the network stands for another class now.
@@ -68,11 +68,23 @@ def check_stored_data(now: Mapping[str, Any], was: Mapping[str, Any]) -> None:
     if names and before and names != before:
         others = ", ".join(sorted(set(names) ^ set(before))[:5]) or "in another order"
         raise UserError(
-            f"data.root: these are not the classes that the checkpoint was written with ({others}):"
-            " its outputs would count for the wrong ones"
+            f"data.root: these are not the classes that the network was trained with ({others}): "
+            "its outputs would count for the wrong ones"
         )
     if now["samples"] and was["samples"] and now["samples"] != was["samples"]:
         logger.warning(
-            "the data are not those of the checkpoint (other samples, more or fewer), and are "
-            "divided anew: what is validated or tested on may have been trained on"
+            "these are not the data that the network was trained with (other samples, more or "
+            "fewer), and are divided anew: what is validated or tested on may have been trained on"
         )
+
+
+def preprocessing_of(task: Task) -> dict[str, Any]:
+    """Return what makes a network's input of a stored sample; empty where the task does not say."""
+    return dict(getattr(task, "preprocessing", {}))
+
+
+def restore_preprocessing(task: Task, stored: Mapping[str, Any]) -> None:
+    """Let a task make the input that a network was trained with, as :func:`preprocessing_of`."""
+    restore = getattr(task, "restore_preprocessing", None)
+    if restore is not None:
+        restore(stored)

@@ -12,7 +12,7 @@ from app.config.yaml_text import dump_value
 from app.errors import UserError, one_line
 from app.training.build import Parts
 from app.training.early_stopping import EarlyStopping
-from app.training.same_data import check_stored_data
+from app.training.same_data import check_stored_data, preprocessing_of, restore_preprocessing
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +28,7 @@ def shared_state(parts: Parts, early_stopping: EarlyStopping | None) -> dict[str
     return {
         "configuration": to_yaml(parts.configuration),
         "data": parts.data,
+        "preprocessing": preprocessing_of(parts.task),
         "process_count": parts.runtime.process_count,
         "position": {"step": position.step, "epoch": position.epoch, "batch": position.batch},
         "steps": parts.steps,
@@ -82,6 +83,7 @@ def restore(
     _check_shares(parts, shared["method"])
     if "data" in shared:  # checkpoints of earlier versions are without
         check_stored_data(parts.data, shared["data"])
+        restore_preprocessing(parts.task, shared.get("preprocessing", {}))
     if changes := _changes(stored, current):
         # On purpose by whoever resumes; but config.yaml may also have been damaged or mixed up.
         logger.warning(

@@ -14,7 +14,9 @@ from app.errors import UserError
 from app.runtime.processes import Runtime
 from app.training.build import Parts, build
 from app.training.checkpoint import CHECKPOINT_KEYS, Checkpoints
+from app.training.description import read_description
 from app.training.evaluation import evaluate
+from app.training.same_data import check_stored_data, restore_preprocessing
 from app.training.state import restore
 from app.training.storage import early_stopping_of
 from oialr.export.formats import read_exported
@@ -131,6 +133,9 @@ def evaluate_file(
     full_rank = configuration.oialr.model_copy(update={"enabled": False})
     configuration = configuration.model_copy(update={"oialr": full_rank})
     parts = build(configuration, runtime, check_steps=False, initial=False)
+    if described := runtime.processes.agree(lambda: read_description(file)):
+        runtime.processes.agree(lambda: check_stored_data(parts.data, described["data"]))
+        restore_preprocessing(parts.task, described["input"]["preprocessing"])
 
     def read() -> Any:
         try:

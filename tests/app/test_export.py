@@ -5,19 +5,21 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support.launching import train
 from support.tiny_run import TINY
 from torch import nn
 
-from app import evaluate, export
+from app import config, evaluate, export
 from app.command import how_to_use
+from app.data import datasets
 from app.errors import UserError
 from app.training.trained import has_weights
 from oialr.errors import ExportError
 from oialr.export import files
-from oialr.export.formats import READ_BY_SUFFIX, check_name
+from oialr.export.formats import READ_BY_SUFFIX, check_name, read_exported
 
 FILES = {
     "dense": "dense.pt",
@@ -65,6 +67,28 @@ def test_a_file_gives_the_figures_of_the_run(run, form, capsys):
     first, *lines = capsys.readouterr().out.splitlines()
     assert first == str(path)
     assert lines == figures(run)
+
+
+@pytest.mark.slow
+def test_a_file_is_used_by_what_its_description_says(run, tmp_path, capsys):
+    """And by nothing else: from stored pixels to the accuracy of the run."""
+    path = tmp_path / "digits.onnx"
+    assert export.main([str(run), "--format", "onnx", "--output", str(path)]) == 0
+    told = json.loads((tmp_path / "digits.onnx.json").read_text())
+    assert told["input"]["shape"] == ["batch", 1, 8, 8]
+    assert told["output"] == {"shape": ["batch", 10], "class_names": []}
+    test = datasets.load(config.load(run / "config.yaml").data).test
+    mean, std = (np.array(told["input"]["preprocessing"][key]) for key in ("mean", "std"))
+    images = (test.images - mean[:, None, None]) / std[:, None, None]
+    (outputs,) = read_exported(path)(torch.tensor(images.astype(told["input"]["dtype"])))
+    right = (np.asarray(outputs).argmax(1) == test.labels).mean()
+    assert f"test_accuracy: {right:.4f}" in figures(run)
+    # Whatever the data are that it is evaluated on, it is normalized as it was trained.
+    assert evaluate.main([str(path), "--run", str(run), "data.train_samples=20"]) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == figures(run)
+    (tmp_path / "digits.onnx.json").write_text("{}")
+    with pytest.raises(UserError, match=r"digits.onnx.json is damaged: export the network anew"):
+        evaluate.main([str(path), "--run", str(run)])
 
 
 @pytest.mark.slow

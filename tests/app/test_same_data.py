@@ -1,8 +1,12 @@
 """Data that are the same on all processes, and as those that a checkpoint was trained on."""
 
+import json
 import shutil
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 from support.digit_tasks import digits
 from support.image_folders import SIZE, folder_task, write_images
 from support.launching import launch, train
@@ -70,6 +74,31 @@ def test_a_task_of_ones_own_may_say_nothing_of_its_data(caplog):
     assert not caplog.records
 
 
+def test_what_is_made_of_an_image_is_described(images):
+    """Somebody who has the description alone makes the same of an image."""
+    task = folder_task(images)
+    told = task.preprocessing
+    batch = next(task.evaluation_batches("test"))
+    paths = sorted((images / "val" / "ant").iterdir())
+    with Image.open(paths[0]) as image:  # 40 x 30: the shorter side is the height
+        side, crop = told["shorter_side"], told["central_crop"]
+        width = side * 40 // 30
+        resized = np.asarray(image.resize((width, side), Image.Resampling.BILINEAR), float)
+    top, left = round((side - crop) / 2), round((width - crop) / 2)
+    values = resized[top : top + crop, left : left + crop].transpose(2, 0, 1)
+    mean, std = (np.array(told[key])[:, None, None] for key in ("mean", "std"))
+    np.testing.assert_allclose(batch.inputs[0], (values - mean) / std, rtol=1e-5, atol=1e-6)
+
+
+def test_a_network_keeps_the_normalization_that_it_was_trained_with():
+    other = digits(data={"train_samples": 20})
+    trained = digits()
+    assert other.preprocessing != trained.preprocessing
+    other.restore_preprocessing(json.loads(json.dumps(trained.preprocessing)))
+    batches = [next(task.evaluation_batches("test")).inputs for task in (other, trained)]
+    assert torch.equal(*batches)
+
+
 @pytest.mark.slow
 def test_a_run_that_goes_on_or_is_evaluated_knows_its_data(images, tmp_path):
     run = tmp_path / "run"
@@ -91,7 +120,7 @@ def test_a_run_that_goes_on_or_is_evaluated_knows_its_data(images, tmp_path):
         "run.stop_after=2",
         code=75,
     )
-    told = "the data are not those of the checkpoint"
+    told = "these are not the data that the network was trained with"
     evaluated = launch(0, "-m", "app.evaluate", run)
     assert told not in evaluated.stderr
     shutil.copy(images / "train" / "bee" / "1.png", images / "train" / "bee" / "more.png")

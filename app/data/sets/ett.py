@@ -34,6 +34,9 @@ class Series:
 
     values: np.ndarray
     """(steps, variables) float32, of mean 0 and deviation 1 over the training part."""
+    mean: np.ndarray
+    """(variables,) float64, of the training part, in the units of the file; so is ``deviation``."""
+    deviation: np.ndarray
     calendar: np.ndarray
     """(steps, features) float32 in [-0.5, 0.5]; see :func:`calendar_features`."""
     parts: dict[str, slice]
@@ -67,9 +70,12 @@ def load(data: "DataSection") -> Series:
     train = values[parts["train"]]
     # A constant variable has the deviation 1: one cannot divide by 0, or what rounding makes of it.
     deviation = np.where(np.ptp(train, axis=0) > 0, train.std(axis=0), 1.0)
-    standardized = (values - train.mean(axis=0)) / deviation
+    mean = train.mean(axis=0)
+    standardized = (values - mean) / deviation
     return Series(
         values=standardized.astype(np.float32),
+        mean=mean,
+        deviation=deviation,
         calendar=calendar_features(times, minutes),
         parts=parts,
     )
