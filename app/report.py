@@ -56,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="PATTERN",
         action="append",
         default=[],
-        help="draw the spectra of layers that match, such as 'blocks.0.*' (six of all); repeatable",
+        help="draw the spectra of layers that match, such as 'blocks.0.*', at most six of them at "
+        "even distances (all); repeatable",
     )
     parser.add_argument(
         "--reference",
