@@ -239,8 +239,8 @@ def _loss(
             trainable_percent=watch.trainable_percent,
             step_seconds=step_seconds,
         )
-    if cause.status == "hopeless":  # the priced error that was worse than the median
-        return min(watch.curve[-1], objective.OUT_OF_BOUNDS)
+    if cause.status == "hopeless":
+        return objective.loss_of_hopeless(watch.curve[-1])
     return objective.FAILED
 
 

@@ -12,6 +12,7 @@ from app.reporting.terminal import Curves
 from app.search.definition import STORED, load
 from app.search.report import columns, row
 from app.search.store import STORE, Evaluation, read_evaluations
+from app.search.tally import best_first
 
 _SHOWN = 10
 _RECENT = 20
@@ -37,7 +38,7 @@ def follow_search(folder: Path, *, interval: float) -> None:
         counts = Counter(one.status for one in evaluations).most_common()
         came_to = ", ".join(f"{count} {status}" for status, count in counts) or "none yet"
         state = "finished" if finished else "not finished"
-        best = sorted(evaluations, key=lambda one: one.loss)[:_SHOWN]
+        best = best_first(evaluations)[:_SHOWN]
         headline = f"{folder}: a search, {state}; evaluations: {came_to}"
         if not finished and (left := time_left(evaluations, limit)) is not None:
             headline += f"; {left} left at this pace"

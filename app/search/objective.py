@@ -8,6 +8,8 @@ import numpy as np
 
 from app.config.search_section import SearchSection
 
+HOPELESS = 1e5
+"""Least loss of an evaluation that was given up: it never came to all prices and bounds."""
 OUT_OF_BOUNDS = 1e6
 """Least loss of an evaluation that exceeds search.trainable_bound."""
 FAILED = 1e9
@@ -52,6 +54,14 @@ def loss(
         return OUT_OF_BOUNDS + trainable_percent - section.trainable_bound
     priced = priced_error(section, error=error, trainable_percent=trainable_percent)
     return priced + section.step_price * step_seconds
+
+
+def loss_of_hopeless(value: float) -> float:
+    """Return the loss of a training that was given up for its priced error at some epoch.
+
+    It loses against all that came to an end within bounds, the more the larger the error.
+    """
+    return min(HOPELESS + value, OUT_OF_BOUNDS)
 
 
 def medians(curves: Sequence[Sequence[float]]) -> list[float]:

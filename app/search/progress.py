@@ -44,12 +44,11 @@ class Progress:
         left = self._deadline - now
         if self._total is not None:
             left = min(left, (self._total - done) * seconds_each)
-        if one.status in ("finished", "hopeless"):
-            result = (
-                f"loss {one.loss:.4f}  error {one.error:.4f}  "
-                f"trainable {one.trainable_percent:.1f} %"
-            )
-            result += "  (stopped: hopeless)" if one.status == "hopeless" else ""
+        figures = f"error {one.error:.4f}  trainable {one.trainable_percent:.1f} %"
+        if one.status == "finished":
+            result = f"loss {one.loss:.4f}  {figures}"
+        elif one.status == "hopeless":
+            result = f"{figures}  (stopped: hopeless)"
         else:
             result = f"{one.status}: {(one.traceback.strip().splitlines() or [''])[-1][:160]}"
         best_so_far = f"best {best.loss:.4f} (number {best.number})" if best else "no result yet"

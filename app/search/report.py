@@ -15,6 +15,7 @@ from app.search.definition import STORED, load, train_again
 from app.search.importance import LEAST_EVALUATIONS, importance
 from app.search.space import Space
 from app.search.store import STORE, Evaluation, read_evaluations
+from app.search.tally import best_first
 
 _SHOWN = 15
 """Evaluations in the table."""
@@ -57,7 +58,7 @@ def write_search_report(folder: Path, *, output: Path | None, formats: Sequence[
             title=f"Search {folder.resolve().name}",
             statuses=Counter(one.status for one in evaluations).most_common(),
             columns=columns(space),
-            rows=[row(one) for one in sorted(evaluations, key=lambda one: one.loss)[:_SHOWN]],
+            rows=[row(one) for one in best_first(evaluations)[:_SHOWN]],
             command=train_again(folder, evaluations[0].processes),
             drawings=shown,
             notices=notices,
@@ -67,13 +68,14 @@ def write_search_report(folder: Path, *, output: Path | None, formats: Sequence[
 
 def columns(space: Space) -> list[str]:
     """Return the headings of a table of evaluations."""
-    return ["number", "loss", "error", "trainable, %", "seed", *space.keys]
+    return ["number", "status", "loss", "error", "trainable, %", "seed", *space.keys]
 
 
 def row(one: Evaluation) -> list[str]:
     """Return an evaluation as a row of that table."""
     return [
         f"{one.number:05d}",
+        one.status,
         f"{one.loss:.4g}",
         f"{one.error:.4g}",
         f"{one.trainable_percent:.1f}",

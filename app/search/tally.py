@@ -11,6 +11,11 @@ def best_of(evaluations: Sequence[Evaluation]) -> Evaluation | None:
     return min(succeeded, key=lambda one: (one.loss, one.number), default=None)
 
 
+def best_first(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    """Return all evaluations, those that came to an end before the others, by their losses."""
+    return sorted(evaluations, key=lambda one: (not one.succeeded, one.loss, one.number))
+
+
 class Tally:
     """Their number, the best one, and what medians are taken of."""
 

@@ -1,6 +1,7 @@
 """The search as a user starts it: workers of several processes, faults, resume, mistakes."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +16,7 @@ from app.config.settings import Configuration
 from app.recording.store import read_rows
 from app.search.definition import load
 from app.search.evaluation import Hopeless, _Watch, evaluate
-from app.search.objective import FAILED
+from app.search.objective import FAILED, HOPELESS
 from app.search.session import _Session
 from app.search.store import Store, read_evaluations
 
@@ -139,12 +140,13 @@ def test_faults_are_results_and_the_search_goes_on(tmp_path, tiny):
         "finished",
     ]
     assert len(ones[5].curve) == 2
-    assert ones[5].loss == ones[5].curve[-1]
+    assert ones[5].loss == HOPELESS + ones[5].curve[-1]
     messages = {0: "a bad day", 1: "no room", 2: "DivergedError", 4: "stopped"}
     for number, message in messages.items():
         assert ones[number].loss == FAILED
         assert message in ones[number].traceback
     assert "ValueError: a bad day" in result.stdout
+    assert re.search(r"number 5, .* s: error 0\.\d+ .*\(stopped: hopeless\)", result.stdout)
     assert "worker 0" in result.stdout
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["failed"] == 4

@@ -239,6 +239,16 @@ def test_the_pareto_front_is_what_nothing_dominates(points):
     assert len(objective.pareto_front(array)) == len(expected)
 
 
+def test_what_is_given_up_loses_against_all_that_ends_within_bounds():
+    """Though its error at that epoch, without the price of steps, is smaller than their losses."""
+    section = SearchSection(trainable_bound=30.0, step_price=2.0)
+    figures = {"error": 0.05, "trainable_percent": 20.0, "step_seconds": 0.06}
+    whole = objective.loss(section, **figures)
+    given_up = [objective.loss_of_hopeless(value) for value in (0.12, 0.15, 1e30)]
+    out_of_bounds = objective.loss(section, **{**figures, "trainable_percent": 31.0})
+    assert 0.12 < whole < given_up[0] < given_up[1] < given_up[2] <= out_of_bounds
+
+
 def budget(limit=6, finished=(), deadline=math.inf, store=None):
     return Budget(store or dist.HashStore(), finished=finished, limit=limit, deadline=deadline)
 

@@ -27,7 +27,7 @@ from app.search.store import (
     seconds_spent,
     sessions,
 )
-from app.search.tally import Tally, best_of
+from app.search.tally import Tally, best_first, best_of
 
 
 def test_what_is_written_is_read_while_others_write(tmp_path):
@@ -172,6 +172,14 @@ def test_the_best_is_the_least_loss_that_came_to_an_end():
     failed = replace(evaluation(5), loss=FAILED)
     assert best_of([*ones, hopeless, failed]).number == 3
     assert best_of([hopeless, failed]) is None
+
+
+def test_what_did_not_come_to_an_end_is_shown_after_what_did():
+    ones = [evaluation(i) for i in range(3)]  # the later, the better
+    hopeless = replace(evaluation(4), status="hopeless", loss=0.0)  # of an earlier version
+    failed = replace(evaluation(5), status="failed", loss=FAILED)
+    shown = best_first([failed, hopeless, *ones])
+    assert [one.number for one in shown] == [2, 1, 0, 4, 5]
 
 
 def test_a_row_that_never_reached_the_file_does_not_count(tmp_path):
