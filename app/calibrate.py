@@ -1,8 +1,10 @@
 """Measure what factorizations cost on this machine, for the plan of who factorizes what."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from app.command import Parser, run_command
+from app.errors import UserError
 from app.runtime.launch import read_launch
 from app.runtime.streams import show
 
@@ -31,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from app.runtime.calibration import measure_costs, write_costs
     from app.runtime.processes import start_runtime
 
+    if not Path(options.output).absolute().parent.is_dir():
+        raise UserError(f"--output: there is no folder for {options.output}")
     with start_runtime(device=options.device) as runtime:
         costs = measure_costs(runtime.processes, runtime.device, quick=options.quick)
         runtime.processes.agree(

@@ -1,6 +1,7 @@
 """Measures what factorizations cost on this machine, and keeps it in a file."""
 
 import json
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
@@ -15,6 +16,8 @@ from app.errors import UserError
 from oialr.linalg.svd import economy_svd
 from oialr.placement.costs import Costs, split_limit
 from oialr.placement.processes import Processes
+
+logger = logging.getLogger(__name__)
 
 SHAPES = (
     *((32, 32), (64, 512), (192, 192), (256, 256), (256, 1024), (256, 2304), (512, 512)),
@@ -83,16 +86,24 @@ def measure_costs(
         split_svd, members = processes.split_svd(), range(processes.count)
         functions += [partial(split_svd.factorize, matrix, members) for matrix in can_be]
     seconds = _fastest(functions, processes, rounds)
-    tall, square, entry, call = _fit([_terms(s) for s in shapes], seconds[: len(shapes)])
+    alone, split = seconds[: len(shapes)], seconds[len(shapes) :]
+    tall, square, entry, call = _fit([_terms(s) for s in shapes], alone, alone)
     costs = Costs(tall=tall, square=square, entry=entry, call=call)
     if not can_be:
         return costs
     without = replace(costs, merge=0.0, merge_rows=0.0, merge_call=0.0)
-    terms, extra = [], []
-    for matrix, measured in zip(can_be, seconds[len(shapes) :], strict=True):
-        terms.append(_split_terms(matrix.shape, processes.count))
-        extra.append(max(1e-9, measured - without.seconds(matrix.shape, processes.count)))
-    merge, merge_rows, merge_call = _fit(terms, extra)
+    terms = [_split_terms(matrix.shape, processes.count) for matrix in can_be]
+    extra = [
+        measured - without.seconds(matrix.shape, processes.count)
+        for matrix, measured in zip(can_be, split, strict=True)
+    ]
+    merge, merge_rows, merge_call = _fit(terms, extra, split)
+    if not merge + merge_rows + merge_call:
+        logger.warning(
+            "splitting was measured as free, which it is not: the machine was disturbed; merge, "
+            "merge_rows and merge_call stay at their defaults"
+        )
+        return costs
     return replace(costs, merge=merge, merge_rows=merge_rows, merge_call=merge_call)
 
 
@@ -109,13 +120,23 @@ def _split_terms(shape: Sequence[int], process_count: int) -> list[float]:
     return [merges * short**3, merges * rows * short**2, merges]
 
 
-def _fit(terms: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
-    """Fit non-negative coefficients by least squares of the relative errors."""
+def _fit(
+    terms: Sequence[Sequence[float]], targets: Sequence[float], seconds: Sequence[float]
+) -> list[float]:
+    """Fit non-negative coefficients by least squares of errors relative to what was measured.
+
+    Args:
+        terms: of each measurement.
+        targets: seconds that the terms are to explain, of each; what is left of a measurement after
+            a subtraction may be as small as its noise, or negative.
+        seconds: that were measured, whole.
+    """
     from scipy.optimize import nnls
 
-    weighted = np.array(terms, dtype=float) / np.array(seconds)[:, None]
+    measured = np.array(seconds)
+    weighted = np.array(terms, dtype=float) / measured[:, None]
     scale = weighted.max(axis=0)
-    coefficients, _ = nnls(weighted / scale, np.ones(len(seconds)))
+    coefficients, _ = nnls(weighted / scale, np.array(targets) / measured)
     return [float(value) for value in coefficients / scale]
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -223,11 +224,38 @@ def test_calibration_finds_the_costs_of_splitting_again(count):
     terms = [calibration._split_terms(shape, count) for shape in shapes]
     expected = [COSTS.merge, COSTS.merge_rows, COSTS.merge_call]
     seconds = [sum(map(math.prod, zip(row, expected, strict=True))) for row in terms]
-    assert calibration._fit(terms, seconds) == pytest.approx(expected, rel=1e-6)
+    assert calibration._fit(terms, seconds, seconds) == pytest.approx(expected, rel=1e-6)
     # Two matrices of one ratio of sides would leave merge and merge_rows one unknown.
     together = [[row[0] / s, row[1] / s, row[2] / s] for row, s in zip(terms, seconds, strict=True)]
     scaled = torch.tensor(together, dtype=torch.float64)
     assert torch.linalg.cond(scaled / scaled.amax(0)) < 500
+
+
+def calibrate(monkeypatch, disturbed):
+    """Return the costs of a machine of which the splits of some matrices took other times."""
+    shapes = calibration.SHAPES + calibration.LARGE_SHAPES
+    split = [shape for shape in shapes if split_limit(shape) >= 2]
+    alone = [COSTS.seconds(shape) for shape in shapes]
+    together = [COSTS.seconds(shape, 2) * disturbed(shape) for shape in split]
+    monkeypatch.setattr(calibration, "_fastest", lambda *_: alone + together)
+    processes = SimpleNamespace(
+        communicator="MPI", count=2, split_svd=lambda: SimpleNamespace(factorize=print)
+    )
+    return calibration.measure_costs(processes, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("shape", [(64, 512), (256, 1024), (768, 3072), (256, 16384)])
+def test_one_disturbed_matrix_does_not_make_splitting_free(monkeypatch, shape):
+    costs = calibrate(monkeypatch, lambda one: 0.65 if one == shape else 1.0)
+    for other in ((512, 4608), (256, 2304), (128, 4096)):
+        assert costs.seconds(other, 2) == pytest.approx(COSTS.seconds(other, 2), rel=0.2)
+
+
+def test_splitting_that_seems_free_is_told_and_not_believed(monkeypatch, caplog):
+    costs = calibrate(monkeypatch, lambda _: 0.1)
+    assert (costs.merge, costs.merge_rows) == (Costs().merge, Costs().merge_rows)
+    assert costs.merge_call == Costs().merge_call
+    assert "splitting was measured as free, which it is not" in caplog.text
 
 
 GOOD = {field.name: 1 for field in fields(Costs)}
