@@ -165,8 +165,14 @@ class FactoredConv(FactoredTwin):
         return right.reshape(-1, self.in_channels, 1, self.kernel_size[1])
 
     def _vertical(self, left: Tensor) -> Tensor:
-        """Return U core or A (o kh, r) as a kernel (o, r, kh, 1)."""
-        return left.reshape(self.out_channels, self.kernel_size[0], -1, 1).transpose(1, 2)
+        """Return U core or A (o kh, r) as a kernel (o, r, kh, 1).
+
+        It lies in memory as channels last, with the stride of that in its last dimension too: torch
+        lets any other stride pass where there is one number, and its own convolution's backward,
+        which has no oneDNN for float64, then raises.
+        """
+        kernel = left.reshape(self.out_channels, self.kernel_size[0], 1, -1)
+        return kernel.permute(0, 3, 1, 2)
 
     def _along(self, direction: int, padding: str | tuple[int, ...]) -> dict[str, Any]:
         """Return what a convolution along the height (0) or the width (1) takes of this one's."""

@@ -59,6 +59,22 @@ def test_a_twin_equals_its_dense_layer(dense, execution):
     torch.testing.assert_close(twin.core.grad, U.mT @ G @ Vh.mT, rtol=1e-10, atol=1e-9)
 
 
+@pytest.mark.parametrize("execution", ["factored", "folded"])
+def test_a_twin_learns_in_channels_last(dense, execution):
+    """torch's own convolution, in float64 or without oneDNN, refused the kernel's strides."""
+    x = torch.randn(3, 4, 9, 8, dtype=torch.float64).to(memory_format=torch.channels_last)
+    U, core, Vh = factors_of(dense)
+    for factors in ((U, core, Vh), (U @ core, Vh)):
+        _, twin = kind_of(dense).factorize(copy.deepcopy(dense), "weight", factors)
+        twin.execution = execution
+        twin(x).square().sum().backward()
+        found = [parameter.grad for parameter in twin.parameters() if parameter.requires_grad]
+        twin.zero_grad()
+        twin(x.contiguous()).square().sum().backward()
+        expected = [parameter.grad for parameter in twin.parameters() if parameter.requires_grad]
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-9)
+
+
 def test_a_released_twin_and_two_plain_layers_equal_the_weight_that_they_hold(dense):
     x = torch.randn(3, 4, 9, 8, dtype=torch.float64)
     U, core, Vh = factors_of(dense, rank=5)
