@@ -1,10 +1,8 @@
 """A layer's replacement by its twin of the same function, and the way back."""
 
-from typing import Any
-
 from torch import Tensor, nn
 
-from oialr.layers.base import FACTOR_NAMES, FactoredLayer, FactoredParts
+from oialr.layers.base import FACTOR_NAMES, FactoredLayer, FactoredParts, hooks_of
 from oialr.layers.registry import adapter_of, claims, kind_of
 from oialr.layers.twin import FactoredTwin
 from oialr.linalg.precision import full_precision
@@ -43,15 +41,6 @@ def factorize_layer(model: nn.Module, name: str, *factors: Tensor) -> FactoredLa
     twin, layer = adapter.factorize(module, key, factors)
     _replace(model, module, twin, path)
     return layer
-
-
-HOOKS = frozenset(key for key in nn.Module().__dict__ if "hook" in key)
-"""Attributes of a module that hold what somebody has hung on it."""
-
-
-def hooks_of(layer: nn.Module) -> dict[str, Any]:
-    """Return what holds a layer's hooks: the objects themselves, which their handles know."""
-    return {key: value for key, value in layer.__dict__.items() if key in HOOKS}
 
 
 @full_precision()

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from oialr.convert import put_in_place
-from oialr.layers.base import FactoredParts
+from oialr.layers.base import FactoredParts, hooks_of
 from oialr.layers.cost import MANY_ROWS
 from oialr.layers.registry import adapter_of
 from oialr.layers.twin import FactoredTwin
@@ -29,7 +29,8 @@ def for_inference(
     sequence of two. Of nn.MultiheadAttention all four projections become layers of that kind, as
     children of a module that attends by the formula; it stays nn.MultiheadAttention where dense
     projections are faster. All types of layers are torch's own, so that quantization and exporters
-    find them, and the way of execution depends on no shape of the input.
+    find them, and the way of execution depends on no shape of the input. What takes a layer's place
+    has its hooks.
 
     Code that reads ``weight`` or ``in_features`` of a layer, instead of calling it, does not find
     them in an nn.Sequential: exclude such layers.
@@ -59,6 +60,7 @@ def for_inference(
         new = layer.plain(None if is_excluded else rows)
         if adapter_of(type(new)) is not None:  # as it was before the method
             logger.info("%s is dense: %s", path, "excluded" if is_excluded else "faster so")
+        new.__dict__.update(hooks_of(layer))
         put_in_place(plain, layer, new)
     _leave_fused_kernels(plain)
     return plain.requires_grad_(False)

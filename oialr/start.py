@@ -12,11 +12,11 @@ from weakref import WeakSet
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from oialr.convert import densify_layer, get_layer, hooks_of
+from oialr.convert import densify_layer, get_layer
 from oialr.factor_steps import check_decay
 from oialr.forms import DENSE, Form, form_of, take_form, weight_shapes
 from oialr.layer_survey import LayerReport, factorizable, parameter_counts, survey
-from oialr.layers.base import FactoredLayer
+from oialr.layers.base import FactoredLayer, hooks_of
 from oialr.momentary_groups import LISTS
 from oialr.optimizer_state import check_forms, check_held
 from oialr.options import Options

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from oialr.layers.adapter import LayerAdapter
-from oialr.layers.base import FactoredLayer, FactoredParts
+from oialr.layers.base import FactoredLayer, FactoredParts, hooks_of
 from oialr.layers.linear import FactoredLinear, ordered, plain_linear
 from oialr.layers.open_attention import OpenAttention
 from oialr.layers.plain_attention import PlainAttention
@@ -112,11 +112,13 @@ class FactoredAttention(FactoredParts, OpenAttention):
             dense = self.to_dense()
             if isinstance(out, FactoredLinear):
                 dense._modules["out_proj"] = out.to_dense()
+                dense._modules["out_proj"].__dict__.update(hooks_of(out))
             return dense
         shared, own = self._plain_projections(rows)
         out = out.plain(rows) if isinstance(out, FactoredLinear) else out
         if isinstance(out, nn.Linear):  # of the type that is passed over
             out = plain_linear(out.weight, out.bias)
+        out.__dict__.update(hooks_of(self.out_proj))
         attention = PlainAttention.of(self, shared=shared, own=own, out_proj=out)
         return attention.train(self.training)
 

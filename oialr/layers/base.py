@@ -1,5 +1,7 @@
 """What every factorized layer has in common: a weight held as U core Vh, or as A B."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +15,8 @@ FROZEN = ("U", "core", "Vh")
 RELEASED = ("A", "B")
 """Names of the factors after a release, which are both trained."""
 FACTOR_NAMES = FROZEN + RELEASED
+HOOKS = frozenset(key for key in nn.Module().__dict__ if "hook" in key)
+"""Attributes of a module that hold what somebody has hung on it."""
 
 
 class FactoredLayer(nn.Module):
@@ -203,6 +207,11 @@ class FactoredLayer(nn.Module):
                 factor if isinstance(factor, nn.Parameter) else nn.Parameter(factor, is_trained),
             )
         self._parameters.update(others)  # last, in whatever way the layer came to its factors
+
+
+def hooks_of(layer: nn.Module) -> dict[str, Any]:
+    """Return what holds a layer's hooks: the objects themselves, which their handles know."""
+    return {key: value for key, value in layer.__dict__.items() if key in HOOKS}
 
 
 class FactoredParts(nn.Module):

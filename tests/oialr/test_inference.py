@@ -83,6 +83,31 @@ def test_a_layer_becomes_two_of_torchs_own_type(layer, shape, released):
     torch.testing.assert_close(plain(x), factored.to_dense()(x), **EXACT)
 
 
+@pytest.mark.parametrize("exclude", [(), ("layer", "attention")], ids=["two", "dense"])
+def test_hooks_of_factorized_layers_are_those_of_what_takes_their_places(exclude):
+    """They change the function here: two layers, or a dense one, without them were another net."""
+    attending = Attending().double()
+    model = nn.ModuleDict({"layer": nn.Linear(64, 64), "attending": attending, "head": nn.Tanh()})
+    model = low_rank(model.double(), 0.1, keep_last_layer=False)
+    layer, attention = model["layer"], model["attending"].attention
+    out_proj = attention.out_proj
+    layer.register_forward_pre_hook(lambda _, inputs: (3 * inputs[0],))
+    attention.register_forward_hook(lambda _, inputs, output: (output[0] + inputs[0], output[1]))
+    if not exclude:  # a dense nn.MultiheadAttention never calls it
+        out_proj.register_forward_hook(lambda _, inputs, output: output - inputs[0])
+
+    def output(network):
+        return network["attending"](network["layer"](x))
+
+    x = torch.randn(2, 5, 64, dtype=torch.float64)
+    expected = output(model.eval())
+    plain = oialr.for_inference(model, exclude=[f"*{name}" for name in exclude])
+    assert type(plain["layer"]) is (nn.Linear if exclude else nn.Sequential)
+    kind = nn.MultiheadAttention if exclude else PlainAttention
+    assert type(plain["attending"].attention) is kind
+    torch.testing.assert_close(output(plain), expected, **EXACT)
+
+
 OPTIONS = [
     {},
     {"bias": False},
