@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _WRITE = re.compile(r"[a-z]\w*_|__setitem__|__i(add|sub|mul|truediv|floordiv|mod|pow|and|or|xor)__")
 """Names of the methods of a tensor that write to it."""
@@ -18,7 +18,7 @@ class FormedWeight(Tensor):
 
     A factorized layer forms its dense weight anew at every access, so an initialization, a clamp or
     an assignment of that weight would be lost. Whoever tries is told. What is computed from it is
-    an ordinary tensor.
+    an ordinary tensor, and what nn.Parameter makes of it an ordinary parameter.
 
     Guarded are the methods of the tensor and of what :data:`_VIEWS` return; operators see nothing
     but an ordinary tensor, since torch's fused ones do without weights that have functions of their
@@ -36,6 +36,17 @@ class FormedWeight(Tensor):
     @data.setter
     def data(self, value: Tensor) -> None:
         _refuse()
+
+    @property
+    def _is_param(self) -> bool:
+        """Whether somebody has made a parameter of it: then it is that, and not this any more."""
+        return False
+
+    @_is_param.setter
+    def _is_param(self, _: bool) -> None:
+        # nn.Parameter keeps the type of what it is made of, and marks it by this attribute. What it
+        # has marked is held by whoever asked for it, to be written to.
+        self.__class__ = nn.Parameter  # type: ignore[assignment]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Be stored as an ordinary tensor."""

@@ -1,6 +1,7 @@
 """Networks that do with their layers what nobody foresaw: kept full-rank, taken along, or told."""
 
 import copy
+import io
 import pickle
 from functools import partial
 from types import MethodType
@@ -282,6 +283,47 @@ def test_a_formed_weight_can_be_read_copied_and_stored():
     model.hidden.core.grad = None
     weight.square().sum().backward()
     torch.testing.assert_close(model.hidden.core.grad, 2 * model.hidden.core.detach())
+
+
+READS = {
+    "itself": lambda layer: layer.weight,
+    "detached": lambda layer: layer.weight.detach(),
+    "data": lambda layer: layer.weight.data,
+    "contiguous": lambda layer: layer.weight.contiguous(),
+    "cpu": lambda layer: layer.weight.cpu(),
+    "rows": lambda layer: layer.weight.data[:8],
+    "view": lambda layer: layer.weight.detach().view(-1),
+}
+
+
+@pytest.mark.parametrize("read", READS)
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_a_parameter_of_a_formed_weight_is_an_ordinary_one(read, is_trained):
+    """It was of the guarded type: no training, no load, and no parameter any more once copied."""
+    model, optimizer, method = make()
+    train(model, optimizer, method, 2)
+    value = READS[read](model.hidden)
+    holder = nn.Module()
+    holder.weight = nn.Parameter(value, is_trained)
+    file = io.BytesIO()
+    torch.save(holder, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    for each in (holder, copy.deepcopy(holder), loaded):
+        (parameter,) = each.parameters()
+        assert (type(parameter), parameter.requires_grad) == (nn.Parameter, is_trained)
+        assert torch.equal(parameter, value)
+    holder.load_state_dict({"weight": torch.ones(value.shape)})
+    nn.init.zeros_(holder.weight)
+    if is_trained:
+        holder.weight.sum().backward()
+        for foreach in (False, True):
+            torch.optim.SGD(holder.parameters(), lr=1.0, foreach=foreach).step()
+    assert holder.weight.unique().item() == (-2 if is_trained else 0)
+    before = model.hidden.form_weight()
+    with pytest.raises(RuntimeError, match="formed anew"):  # the guard has not gone
+        READS["detached"](model.hidden).zero_()
+    assert torch.equal(model.hidden.weight, before)
 
 
 class Holding(Network):
