@@ -3,6 +3,7 @@
 import weakref
 from bisect import bisect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -12,6 +13,23 @@ from oialr.momentary_groups import LISTS, MomentaryTwins, Place, Twin
 
 Kind = Literal["cores", "factors", "dense"]
 """Cores; the factors A and B after a release; full-rank weights that a release has brought back."""
+
+MARK = "oialr_twin"
+"""Key of a group that is a twin. It is in no stored state, which is the same with and without."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What a twin is, for who meets it in a copy of the optimizer, where nobody else knows."""
+
+    kind: Kind
+    origin: int
+    """Position of the group that it is a twin of."""
+    learning_rate_factor: float
+    has_change: bool
+    """Whether other options than the learning rate differ from the origin's."""
+    places: tuple[str | None, ...] = field(repr=False)
+    """What the origin held at first: names of weights, and None for each other parameter."""
 
 
 class TwinGroups:
@@ -31,11 +49,13 @@ class TwinGroups:
             weights: the full-rank weights by name, in the order that what replaces them shall have
                 in the twins.
         """
+        names = {id(weight): name for name, weight in weights.items()}
+        self._adopted = _take_back(optimizer, names)
+        """Positions of twins that were there already, empty now, by kind and origin."""
         # Groups are known by their position: load_state_dict makes new dictionaries of them.
         self._origin: dict[str, int] = {}
         self._order = {name: i for i, name in enumerate(weights)}
         self._weights = {name: weakref.ref(weight) for name, weight in weights.items()}
-        names = {id(weight): name for name, weight in weights.items()}
         self._places: dict[int, list[Place]] = {}
         """Of each group with weights: names of these and other parameters, in their order."""
         self._stored_names: dict[str, str] = {}
@@ -51,6 +71,7 @@ class TwinGroups:
                 stored = group.get("param_names", [])
                 pairs = zip(found, stored, strict=False)
                 self._stored_names |= {name: key for name, key in pairs if name}
+        self._marks: dict[int, Mark] = {}
         self._twins: dict[tuple[Kind, int], int] = {}
         self._rate_factors: dict[int, float] = {}
         self._keys: dict[int, list[tuple[int, int]]] = {}
@@ -75,7 +96,7 @@ class TwinGroups:
             change: tells by the origin's options which of them are others in its twin; None: no.
         """
         has_schedule = any("initial_lr" in group for group in optimizer.param_groups)
-        if has_schedule and self._momentary is None:
+        if has_schedule and self._momentary is None and not self._adopted:
             self._momentary = MomentaryTwins(optimizer, self._places, self._kinds)
         for i in sorted(set(self._origin.values())):
             twin = Twin(
@@ -84,11 +105,25 @@ class TwinGroups:
             if self._momentary:
                 self._momentary.add(twin)
                 continue
-            origin, position = optimizer.param_groups[i], len(optimizer.param_groups)
-            lists: dict[str, Any] = {key: [] for key in LISTS if key in origin}
-            optimizer.add_param_group({**twin.options(origin), **lists})
+            if not self._marks:
+                optimizer.register_state_dict_post_hook(_without_marks)
+                optimizer.register_load_state_dict_post_hook(self._mark)
+            origin, position = optimizer.param_groups[i], self._adopted.get((kind, i))
+            if position is None:
+                position = len(optimizer.param_groups)
+                lists: dict[str, Any] = {key: [] for key in LISTS if key in origin}
+                optimizer.add_param_group({**twin.options(origin), **lists})
             self._twins[kind, i], self._keys[position] = position, []
             self._rate_factors[position] = learning_rate_factor
+            places = (place if isinstance(place, str) else None for place in self._places[i])
+            has_change = change is not None
+            self._marks[position] = Mark(kind, i, learning_rate_factor, has_change, (*places,))
+            self._mark(optimizer)
+
+    def _mark(self, optimizer: Optimizer) -> None:
+        """Let the twins, of which a loaded state has made new dictionaries, be known as such."""
+        for position, mark in self._marks.items():
+            optimizer.param_groups[position][MARK] = mark
 
     def rate_factors(self, optimizer: Optimizer) -> list[float]:
         """Return the learning rate of each group over that of its origin; 1 of any other group."""
@@ -224,6 +259,27 @@ class TwinGroups:
                 ]
 
 
+def check_twins(optimizer: Optimizer, twins: Mapping[Kind, tuple[float, bool]]) -> None:
+    """Reject twins of another method, in a copy of its optimizer, that are others than needed.
+
+    Args:
+        optimizer: as it is now.
+        twins: that will be needed: their learning rate over that of their origin, and whether
+            other options differ.
+
+    Raises:
+        ValueError: there are twins, and not these.
+    """
+    marks: list[Mark] = [group[MARK] for group in optimizer.param_groups if MARK in group]
+    found = {mark.kind: (mark.learning_rate_factor, mark.has_change) for mark in marks}
+    if found and found != dict(twins):
+        raise ValueError(
+            "the optimizer is a copy of that of another OIALR, whose core_learning_rate_factor, "
+            "release, factor_learning_rate_factor or frobenius_decay were others, and has its "
+            "groups: give the same options, or make a new optimizer"
+        )
+
+
 def exchange(
     optimizer: Optimizer, old: Sequence[nn.Parameter], new: Sequence[nn.Parameter]
 ) -> None:
@@ -247,6 +303,47 @@ def exchange(
         if names is not None:
             names[found[0] : found[0]] = [name] * len(new)
         return
+
+
+def _take_back(optimizer: Optimizer, names: Mapping[int, str]) -> dict[tuple[Kind, int], int]:
+    """Put weights that are in twins already where they were at first.
+
+    Args:
+        optimizer: perhaps a copy of that of another method; changed in place.
+        names: of weights by their ids.
+
+    Returns:
+        The positions of the twins, by kind and origin.
+    """
+    groups = optimizer.param_groups
+    twins: dict[tuple[Kind, int], int] = {}
+    for position, twin in enumerate(groups):
+        mark: Mark | None = twin.get(MARK)
+        if mark is None:
+            continue
+        twins[mark.kind, mark.origin] = position
+        origin = groups[mark.origin]
+        keys = [key for key in LISTS if key in origin]
+        rows = [*zip(*([*origin[key], *twin[key]] for key in keys), strict=True)]
+        known = {names[id(row[0])]: row for row in rows if id(row[0]) in names}
+        others = [row for row in rows if id(row[0]) not in names]
+        ordered = []
+        for place in mark.places:
+            if place in known:
+                ordered.append(known.pop(place))
+            elif place is None and others:
+                ordered.append(others.pop(0))
+        ordered += [*others, *known.values()]
+        for i, key in enumerate(keys):
+            origin[key][:] = [row[i] for row in ordered]
+            twin[key][:] = []
+    return twins
+
+
+def _without_marks(_: Optimizer, state: dict[str, Any]) -> None:
+    """Leave the marks of twins out of a stored state."""
+    for group in state["param_groups"]:
+        group.pop(MARK, None)
 
 
 def _remove(

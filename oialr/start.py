@@ -20,7 +20,7 @@ from oialr.layers.base import FactoredLayer, hooks_of
 from oialr.momentary_groups import LISTS
 from oialr.optimizer_state import check_forms, check_held
 from oialr.options import Options
-from oialr.parameter_groups import exchange
+from oialr.parameter_groups import Kind, check_twins, exchange
 from oialr.target import TargetSize
 from oialr.transitions import Transitions
 
@@ -68,8 +68,23 @@ def find_layers(
     is_released = options.release is not None
     if is_released:
         check_decay(optimizer, options)
+    check_twins(optimizer, _twins(options))
     _, stored = parameter_counts(model)
     return reports, layers, TargetSize.of(options, layers, stored=stored, is_released=is_released)
+
+
+def _twins(options: Options) -> dict[Kind, tuple[float, bool]]:
+    """Return what a method with these options adds twins of, as of :func:`check_twins`."""
+    twins: dict[Kind, tuple[float, bool]] = {}
+    if options.core_learning_rate_factor != 1:
+        twins["cores"] = options.core_learning_rate_factor, False
+    if options.release is not None:
+        has_decay = options.frobenius_decay is not None
+        twins |= {
+            "factors": (options.factor_learning_rate_factor, has_decay),
+            "dense": (1.0, False),
+        }
+    return twins
 
 
 class LowRankLayers:

@@ -217,6 +217,69 @@ def test_a_loop_that_gives_all_groups_one_rate_is_told():
     method.step()
 
 
+COPIED = {
+    "core_learning_rate_factor": 3.0,
+    "factor_learning_rate_factor": 0.5,
+    "release": 8,
+    "cutoff": 0.3,
+    "frobenius_decay": 0.01,
+}
+
+
+def groups_of(model, optimizer):
+    """Tell of each group its rate, and the names of what it holds."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [
+        (group["lr"], [names[id(parameter)] for parameter in group["params"]])
+        for group in optimizer.param_groups
+    ]
+
+
+@pytest.mark.parametrize("schedule", [None, "before", "after"])
+@pytest.mark.parametrize("steps", [3, 7, 10])
+def test_a_copied_pair_of_network_and_optimizer_goes_on_as_the_first_one(steps, schedule):
+    """Its cores were given the factor twice: the first method's groups were taken for others."""
+    model, optimizer, method = make(has_schedule=schedule == "before", **COPIED)
+    early = copy.deepcopy([part.state_dict() for part in (model, method, optimizer)])
+    if schedule == "after":
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    train(model, optimizer, method, steps)
+    pair = copy.deepcopy((model, optimizer))
+    other = OIALR(*pair, delay=5, update_interval=3, **COPIED)
+    other.load_state_dict(method.state_dict())
+    assert groups_of(*pair) == groups_of(model, optimizer)
+    assert other.learning_rate_factors == method.learning_rate_factors
+    assert not any("oialr" in key for group in early[2]["param_groups"] for key in group)
+    train(model, optimizer, method, 4, first=steps)
+    train(*pair, other, 4, first=steps)
+    assert other.converted
+    assert groups_of(*pair) == groups_of(model, optimizer)
+    assert all(map(torch.equal, pair[0].parameters(), model.parameters()))
+    if schedule != "after":  # which the early state is without
+        again = copy.deepcopy(pair)
+        third = OIALR(*again, delay=5, update_interval=3, **COPIED)
+        for part, state in zip((again[0], third, again[1]), early, strict=True):
+            part.load_state_dict(state)
+        fourth = copy.deepcopy(again)  # the state that was loaded has not made it forget
+        OIALR(*fourth, delay=5, update_interval=3, **COPIED)
+        assert groups_of(*fourth) == groups_of(*again)
+        train(*again, third, steps + 4)
+        assert groups_of(*again) == groups_of(model, optimizer)
+        assert all(map(torch.equal, again[0].parameters(), model.parameters()))
+
+
+def test_a_copied_pair_with_other_options_is_refused_and_left_as_it_is():
+    model, optimizer, method = make(**COPIED)
+    train(model, optimizer, method, 7)
+    pair = copy.deepcopy((model, optimizer))
+    before = groups_of(*pair)
+    for options in ({}, {"core_learning_rate_factor": 3.0}, {**COPIED, "frobenius_decay": None}):
+        with pytest.raises(ValueError, match=r"copy of that of another OIALR, .* were others"):
+            OIALR(*pair, delay=5, update_interval=3, **options)
+        assert groups_of(*pair) == before
+    OIALR(*pair, delay=5, update_interval=3, **COPIED)
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_steps_that_gradscaler_skips_are_not_counted(fused):
     model = mlp()
