@@ -32,7 +32,7 @@ from oialr.forms import Form, check_can_take, form_of
 from oialr.gradients import GradientWatch
 from oialr.input_moments import InputMoments, InputWatch
 from oialr.layer_survey import LayerReport, parameter_counts
-from oialr.optimizer_state import check_optimizer, check_stored_optimizer
+from oialr.optimizer_state import check_optimizer
 from oialr.options import RATE_FACTORS, READINGS, Options, signature_with_options
 from oialr.parameter_groups import TwinGroups
 from oialr.placement.assignment import Factorization, Plan
@@ -155,7 +155,7 @@ class OIALR:
         optimizer.register_step_post_hook(self._count_step)
         TAKEN.add(optimizer)
         low_rank.put_back(self._transitions, self.layers)
-        optimizer.register_load_state_dict_pre_hook(partial(check_stored_optimizer, model=model))
+        self._transitions.follow_stored_groups(self.layers)
         follow_stored_forms(model, self._take_stored_forms)
         self._inputs.look_ahead()
 
@@ -341,8 +341,8 @@ class OIALR:
 
         The network's own load_state_dict gives it and its optimizer the shapes of the stored
         weights, and this method does the same where it comes before: the values of the factors are
-        NaN until the weights are loaded. The optimizer's load_state_dict comes after either, and
-        raises ValueError where it does not find its shapes.
+        NaN until the weights are loaded. The optimizer's load_state_dict comes after either of
+        them, and raises ValueError where it does not find its shapes.
 
         Raises:
             ValueError: the state belongs to another network, or this network is low-rank already at

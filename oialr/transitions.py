@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,12 @@ from oialr.layers.base import FactoredLayer
 from oialr.linalg.svd import Factors, balanced, truncated
 from oialr.linalg.weighting import taken_back
 from oialr.memory import tensors_of
-from oialr.optimizer_state import check_before_event, replace_parameter, rotate_parameter
+from oialr.optimizer_state import (
+    check_before_event,
+    check_stored_optimizer,
+    replace_parameter,
+    rotate_parameter,
+)
 from oialr.options import Options
 from oialr.parameter_groups import Kind, TwinGroups
 from oialr.present import Bases, PresentLayers
@@ -33,6 +38,9 @@ from oialr.transport import (
     Projection,
     Transport,
 )
+
+RETURNED = "oialr_returned"
+"""Entry of an optimizer's stored state: names of dense weights that a release has brought back."""
 
 
 class Transitions(PresentLayers):
@@ -202,6 +210,41 @@ class Transitions(PresentLayers):
             homes = {report.name: self._home(report) for report in reports}
             self._groups.arrange(self._optimizer, homes, dead=dead)
         return bool(dead)
+
+    def follow_stored_groups(self, reports: Sequence[LayerReport]) -> None:
+        """Let stored states of the optimizer be loaded, and tell what the network does not.
+
+        A dense weight that a release has brought back is in a group of its own, and looks like any
+        other: so the optimizer's state names such weights, and is loaded right after the network's.
+
+        Args:
+            reports: all layers.
+        """
+
+        def store(_: Optimizer, state: dict[str, Any]) -> None:
+            state[RETURNED] = self._returned()
+
+        def take(optimizer: Optimizer, state: dict[str, Any]) -> None:
+            before = self._returned()
+            # States of earlier versions are without: there the method's own state has told it.
+            self._arrange(reports, state.get(RETURNED, before))
+            try:
+                check_stored_optimizer(optimizer, state, model=self._model)
+            except ValueError:
+                self._arrange(reports, before)
+                raise
+
+        if self._options.release is not None:
+            self._optimizer.register_state_dict_post_hook(store)
+        self._optimizer.register_load_state_dict_pre_hook(take)
+
+    def _returned(self) -> list[str]:
+        return sorted(name for name, form in self.released.items() if form == "dense")
+
+    def _arrange(self, reports: Sequence[LayerReport], returned: Collection[str]) -> None:
+        """Let the optimizer have dense weights where a release has put them, in this network."""
+        forms = {report.name: form_of(self._model, report.name) for report in reports}
+        self.take_forms(reports, forms, returned=returned)
 
     def _home(self, report: LayerReport) -> tuple[Kind | None, list[nn.Parameter]]:
         """Return what is trained of a layer, and which twin of its group it belongs to."""

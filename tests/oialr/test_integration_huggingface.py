@@ -282,13 +282,17 @@ def test_stability_is_measured_after_every_epoch(tmp_path):
     assert 0 < logged[0] <= 1.0001
 
 
-def loop(steps, folder=None, seed=0):
+def loop(steps, folder=None, seed=0, schedule=None, **options):
     """Train with accelerate in a loop of one's own; go on from a folder if there is one."""
     accelerator = Accelerator(cpu=True)
     model = network(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    if schedule == "before":
+        accelerator.prepare(torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0))
     model, optimizer = accelerator.prepare(model.train(), optimizer)
-    method = OIALR(model, optimizer, **OPTIONS)
+    method = OIALR(model, optimizer, **{**OPTIONS, **options})
+    if schedule == "after":
+        accelerator.prepare(torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0))
     accelerator.register_for_checkpointing(method)
     if folder:
         accelerator.load_state(folder)
@@ -301,6 +305,21 @@ def loop(steps, folder=None, seed=0):
         method.step()
         optimizer.zero_grad()
     return accelerator, method.model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", [None, "before", "after"])
+@pytest.mark.parametrize("steps", [3, 6, 9])
+def test_a_loop_of_accelerate_resumes_in_every_phase(steps, schedule, tmp_path):
+    """It loads network, optimizer and method in this order; some layers are dense again at 8."""
+    options = {**FACTORS, "schedule": schedule}
+    _, whole = loop(STEPS, **options)
+    accelerator, model = loop(steps, **options)
+    if steps == 9:
+        forms = {layer.split(".")[-1] for layer in model.state_dict() if "proj" in layer}
+        assert forms == {"weight", "A", "B"}
+    accelerator.save_state(tmp_path)
+    assert equal(loop(STEPS, tmp_path, seed=9, **options)[1], whole)
 
 
 @pytest.mark.slow

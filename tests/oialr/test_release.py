@@ -292,6 +292,64 @@ def test_a_resumed_training_is_the_one_that_was_not_stopped(kind, factors, cutof
         assert [p.shape for p in mine["params"]] == [p.shape for p in theirs["params"]]
 
 
+def mixed(seed=0, **options):
+    """Make a network of which a release brings one layer back to dense, and not the other one."""
+    options = {"delay": 5, "release": 12, "layer_fraction": 1, **CUT, **options}
+    model, optimizer, method = make(seed=seed, **options)
+    nn.init.orthogonal_(model[0].weight, gain=20)
+    return model, optimizer, method
+
+
+@pytest.mark.parametrize("has_schedule", [False, True])
+@pytest.mark.parametrize("stop", [3, 8, 14])
+def test_states_are_loaded_in_the_order_of_frameworks(stop, has_schedule):
+    """Network, optimizer, method: a layer that is dense again was not known as such."""
+    model, optimizer, method = mixed(has_schedule=has_schedule)
+    train(model, optimizer, method, stop)
+    states = copy.deepcopy([part.state_dict() for part in (model, optimizer, method)])
+    train(model, optimizer, method, 14 - stop, first=stop)
+    assert {*method.state_dict()["released"].values()} == {"factors", "dense"}
+    train(model, optimizer, method, 6, first=14)
+    # Into new ones, and into those of the end, which go back to an earlier phase.
+    for other in (mixed(1, has_schedule=has_schedule), (model, optimizer, method)):
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        for part, state in zip(other, copy.deepcopy(states), strict=True):
+            part.load_state_dict(state)
+        assert other[2].state_dict() == states[2]
+        train(*other, 20 - stop, first=stop)
+        assert all(map(torch.equal, other[0].parameters(), before))
+
+
+def test_a_state_of_an_optimizer_from_before_does_not_name_dense_weights_and_is_loaded_last():
+    model, optimizer, method = mixed()
+    train(model, optimizer, method, 14)
+    states = copy.deepcopy([part.state_dict() for part in (model, method, optimizer)])
+    del states[2]["oialr_returned"]
+    other = mixed(1)
+    other[0].load_state_dict(states[0])
+    with pytest.raises(ValueError, match="after a release OIALR's state too"):
+        other[1].load_state_dict(states[2])
+    other[2].load_state_dict(states[1])
+    other[1].load_state_dict(states[2])
+    for parts in ((model, optimizer, method), other):
+        train(*parts, 6, first=14)
+    assert all(map(torch.equal, other[0].parameters(), model.parameters()))
+
+
+def test_a_state_that_is_refused_leaves_the_optimizer_as_it_was():
+    model, optimizer, method = mixed()
+    train(model, optimizer, method, 14)
+    other = mixed(1, release=30)
+    train(*other, 3)
+    before = copy.deepcopy(other[1].state_dict())
+    held = [[*group["params"]] for group in other[1].param_groups]
+    with pytest.raises(ValueError, match="It was stored at other ranks"):
+        other[1].load_state_dict(optimizer.state_dict())
+    now = [[*group["params"]] for group in other[1].param_groups]
+    assert [[*map(id, params)] for params in now] == [[*map(id, params)] for params in held]
+    assert other[1].state_dict()["param_groups"] == before["param_groups"]
+
+
 @pytest.mark.parametrize(
     ("stored", "now", "message"),
     [
