@@ -112,8 +112,8 @@ class Events:
         self._measure_memory = measure_memory
         self._send_results = False
         """Whether the owner's results are sent, since processes compute others from the same."""
-        self._told: set[str] = set()
-        """Names of layers of which was told that something keeps them full-rank."""
+        self._told: set[tuple[str, str]] = set()
+        """Names of layers of which was told that something keeps them as they are, and as what."""
         self._told_unseen: set[str] = set()
         """Names of those of which was told that their inputs were not seen, or few of them."""
 
@@ -257,10 +257,11 @@ class Events:
             for matrix, is_full in zip(matrices, flags[1], strict=True)
         ]
         for report, is_kept, obstacle in zip(reports, flags[2], obstacles, strict=True):
-            if is_kept and report.name not in self._told:
-                self._told.add(report.name)
+            what = "full-rank weight" if self._transitions.is_dense(report) else "present core"
+            if is_kept and (report.name, what) not in self._told:
+                self._told.add((report.name, what))
                 reason = obstacle or "another process finds an obstacle"
-                logger.warning("%s keeps its full-rank weight: %s", report.name, reason)
+                logger.warning("%s keeps its %s: %s", report.name, what, reason)
         free = [i for i, is_kept in enumerate(flags[2]) if not is_kept]
         return [reports[i] for i in free], [infos[i] for i in free]
 

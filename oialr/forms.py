@@ -16,7 +16,7 @@ from oialr.layers.base import FACTOR_NAMES, FROZEN, RELEASED, FactoredLayer, Fac
 from oialr.layers.reading import MatrixReading
 from oialr.layers.registry import adapter_of, kind_of
 from oialr.layers.twin import FactoredTwin
-from oialr.obstacles import Obstacles
+from oialr.obstacles import Obstacles, lost_hooks
 
 
 @dataclass(frozen=True)
@@ -106,13 +106,20 @@ def check_can_take(model: nn.Module, forms: Mapping[str, Form], *, to_train: boo
         to_train: the layers are the method's: they must be trained, in float32 or float64.
 
     Raises:
-        ValueError: a layer cannot be replaced by its twin.
+        ValueError: a layer cannot be replaced by its twin, or has factors with hooks.
     """
     waiting = [
         name
         for name, form in forms.items()
         if form.rank is not None and form_of(model, name) == DENSE
     ]
+    for name, form in forms.items():
+        layer = get_layer(model, name)
+        if not isinstance(layer, FactoredLayer) or form_of(model, name) == form:
+            continue
+        for factor in layer.factors:
+            if reason := lost_hooks(factor):
+                raise ValueError(f"{name} cannot be {form} as it was stored: it {reason}")
     obstacles = Obstacles(model) if waiting else None
     for name in waiting:
         assert obstacles

@@ -53,11 +53,21 @@ class Obstacles:
             return "not trained"
         if to_train and weight.dtype not in MASTER_DTYPES:
             return f"{weight.dtype}; weights must be float32 or float64 (try autocast)"
-        if weight._backward_hooks or weight._post_accumulate_grad_hooks:
-            return "has hooks, which its replacement would lose"
+        if reason := lost_hooks(weight):
+            return reason
         if self._holders[id(weight)] > 1:
             return "tied to another layer's weight"
         return adapter.obstacle(module, key)
+
+
+def lost_hooks(parameter: nn.Parameter) -> str | None:
+    """Say that somebody has hung on a parameter what another one in its place would be without.
+
+    Those of DistributedDataParallel are elsewhere: it finds new parameters by itself.
+    """
+    if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+        return "has hooks, which its replacement would lose"
+    return None
 
 
 def _oddity(module: nn.Module, whole: nn.Module) -> str | None:

@@ -11,7 +11,7 @@ from oialr.convert import get_layer
 from oialr.layer_survey import LayerReport
 from oialr.layers.base import FactoredLayer
 from oialr.linalg.svd import orthonormalized
-from oialr.obstacles import Obstacles
+from oialr.obstacles import Obstacles, lost_hooks
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,11 @@ class PresentLayers:
         return [tensor.detach() for tensor in tensors]
 
     def obstacles(self, reports: Sequence[LayerReport]) -> list[str | None]:
-        """Say of each layer why it cannot be converted any more; None if it can, or is low-rank."""
-        if not any(map(self.is_dense, reports)):
-            return [None] * len(reports)
-        obstacles = Obstacles(self._model)
-        return [obstacles.of(r.name) if self.is_dense(r) else None for r in reports]
+        """Say of each layer why no event can change it any more; None if it can."""
+        obstacles = Obstacles(self._model) if any(map(self.is_dense, reports)) else None
+        return [
+            obstacles.of(report.name)
+            if obstacles and self.is_dense(report)
+            else lost_hooks(self.weight(report))
+            for report in reports
+        ]

@@ -45,10 +45,10 @@ class RankChoice:
         Args:
             target: knows the layers.
             energies: squared singular values of the layers' weights by name; None: unknown.
-            obstacles: of each layer whether something keeps it from turning low-rank.
+            obstacles: of each layer whether something keeps it as it is.
         """
         fixed = {
-            layer.name: self._present(layer, has_core=not target.is_released)
+            layer.name: self._present(layer, has_core=is_kept or not target.is_released)
             for layer, is_kept in zip(target.layers, obstacles, strict=True)
             if is_kept or energies[layer.name] is None
         }

@@ -137,6 +137,79 @@ def test_what_one_process_finds_keeps_a_layer_full_rank_on_all(caplog):
     assert "hidden.weight keeps its full-rank weight: another process finds" in caplog.text
 
 
+HOOKS = {
+    "gradient": lambda core, call: core.register_hook(call),
+    "accumulated": lambda core, call: core.register_post_accumulate_grad_hook(call),
+}
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("options", [{}, {"target_size": 0.5}], ids=str)
+def test_a_core_with_hooks_stays_with_a_warning(hook, options, caplog):
+    """A cut or a release made another parameter, and who clips gradients so clipped no more."""
+    options = {"release": 8, **options}
+    model, optimizer, method = make(**options)
+    train(model, optimizer, method, 3)
+    core, calls = model.hidden.core, []
+    handle = HOOKS[hook](core, lambda _: calls.append(1))
+    ranks = method.ranks()
+    events = train(model, optimizer, method, 6)
+    assert {event.kind for event in events} >= {"cut", "release"}
+    for event in events:
+        assert {layer.name for layer in event.layers} == set(LAYERS) - {"hidden.weight"}
+    assert model.hidden.core is core
+    assert len(calls) == 6
+    assert method.ranks()["hidden.weight"] == ranks["hidden.weight"]
+    released = method.state_dict()["released"]
+    assert [name for name in LAYERS if not released[name]] == ["hidden.weight"]
+    (line,) = [r.getMessage() for r in caplog.records if "keeps its" in r.getMessage()]
+    assert line == (
+        "hidden.weight keeps its present core: has hooks, which its replacement would lose"
+    )
+    states = copy.deepcopy([part.state_dict() for part in (model, optimizer, method)])
+    other, other_optimizer, other_method = make(**options)
+    for part, state in zip((other, other_optimizer, other_method), states, strict=True):
+        part.load_state_dict(state)
+    assert other_method.state_dict() == method.state_dict()
+    assert all(map(torch.equal, other.parameters(), model.parameters()))
+    train(other, other_optimizer, other_method, 2)
+    low_rank = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"hidden.weight cannot be dense as it was stored.*hooks"):
+        model.load_state_dict(Network().state_dict())
+    assert list(model.state_dict()) == list(low_rank)
+    handle.remove()
+    model.load_state_dict(Network().state_dict())
+
+
+def test_hooks_that_one_process_finds_keep_a_core_on_all(caplog):
+    class Partner(Processes):
+        """Somewhere else the core of the second layer has hooks, from step 3 on."""
+
+        def maximum(self, values):
+            values = values.clone()
+            values[-1, LAYERS.index("hidden.weight")] = int(method.step_count > 2)
+            return values
+
+    model, optimizer, method = make(processes=Partner())
+    train(model, optimizer, method, 3)
+    ranks = method.ranks()
+    train(model, optimizer, method, 1)
+    changed = [name for name, rank in method.ranks().items() if rank < ranks[name]]
+    assert changed == [name for name in LAYERS if name != "hidden.weight"]
+    assert "hidden.weight keeps its present core: another process finds" in caplog.text
+
+
+def test_a_core_is_cut_when_its_hook_is_gone():
+    model, optimizer, method = make()
+    train(model, optimizer, method, 3)
+    rank, handle = model.hidden.rank, model.hidden.core.register_hook(lambda _: None)
+    train(model, optimizer, method, 1)
+    assert model.hidden.rank == rank
+    handle.remove()
+    train(model, optimizer, method, 2)
+    assert model.hidden.rank < rank
+
+
 def test_a_layer_turns_low_rank_when_its_hook_is_gone(caplog):
     model, optimizer, method = make(include=["hidden"])
     handle = model.hidden.register_forward_hook(lambda *_: None)

@@ -82,6 +82,20 @@ def test_a_wrapper_from_before_an_event_says_so(group):
         other(batch(0)[0])
 
 
+def test_what_a_wrapper_hangs_on_parameters_keeps_no_layer(group, caplog):
+    model, optimizer, method = make(release=11, layer_fraction=1, **CUT)
+    wrapper, kinds = DistributedDataParallel(model), []
+    for k in range(12):
+        optimizer.zero_grad()
+        wrapper(batch(k)[0]).square().mean().backward()
+        optimizer.step()
+        if (event := method.step()) and event.layers:
+            kinds.append(event.kind)
+            wrapper = DistributedDataParallel(method.model) if event.shapes_changed else wrapper
+    assert kinds == ["convert", "cut", "release"]
+    assert "has hooks" not in caplog.text
+
+
 def count_calls(state, bucket):
     state.append(bucket.index())
     future = torch.futures.Future()
