@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from oialr.averages import WEIGHT_AVERAGE, put_average, take_average
 from oialr.naming import full_name
 from oialr.optimizers.registry import (
     known_averages,
@@ -30,9 +31,6 @@ from oialr.optimizers.rule import Group, OptimizerRule
 from oialr.options import UnknownState
 from oialr.parameter_groups import TwinGroups
 from oialr.transport import Transport
-
-WEIGHT_AVERAGE = "weight_average"
-"""Not an optimizer's own: an average of the weight itself, which is linear in it."""
 
 
 def check_optimizer(optimizer: Optimizer, unknown: UnknownState) -> None:
@@ -201,6 +199,7 @@ def replace_parameter(
             names = [name] if len(new) == 1 else [f"{name}.{j}" for j in range(len(new))]
             group["param_names"][i : i + 1] = names
     rule = rule_of(optimizer)
+    average = take_average(optimizer, old) if group is not None else None
     state = optimizer.state.pop(old, None) if group is not None else None
     for parameter, transport in new.items():
         if old.grad is not None:
@@ -209,6 +208,7 @@ def replace_parameter(
             moved = transported(state, old, transport, rule=rule, group=group, unknown=unknown)
             if moved:
                 optimizer.state[parameter] = moved
+        put_average(optimizer, parameter, average, transport)
     old.grad = None  # a list of parameters from before would clip by its norm
 
 
@@ -233,6 +233,7 @@ def rotate_parameter(
     if parameter.grad is not None:
         parameter.grad = transport.linear(parameter.grad)
     group = _group_of(optimizer, parameter)
+    average = take_average(optimizer, parameter)
     state = optimizer.state.pop(parameter, None)
     if state and group is not None:
         moved = transported(
@@ -240,6 +241,7 @@ def rotate_parameter(
         )
         if moved:
             optimizer.state[parameter] = moved
+    put_average(optimizer, parameter, average, transport)
 
 
 def transported(
@@ -251,7 +253,7 @@ def transported(
     group: Group,
     unknown: UnknownState,
 ) -> dict[str, Any]:
-    """Return the state that belongs to what takes a parameter's place.
+    """Return the state that belongs to what takes a parameter's place, but for an average of it.
 
     Args:
         state: the optimizer's entry for the parameter.
@@ -278,8 +280,6 @@ def transported(
             moved[key] = value  # None where a moment is not in use
         elif value.dim() == 0:
             moved[key] = value.clone()  # a step count, which is counted up in place
-        elif key == WEIGHT_AVERAGE:
-            moved[key] = transport.average(value)
         elif key in rule.linear:
             moved[key] = transport.linear(value)
         elif key in rule.squared:

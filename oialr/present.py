@@ -7,6 +7,7 @@ from typing import Self
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from oialr.averages import averages_aside
 from oialr.convert import get_layer
 from oialr.layer_survey import LayerReport
 from oialr.layers.base import FactoredLayer
@@ -109,6 +110,8 @@ class PresentLayers:
             parameters = layer.factors
         states = [self._optimizer.state.get(parameter, {}) for parameter in parameters]
         stored = [value for state in states for value in state.values()]
+        aside = averages_aside(self._optimizer)
+        stored += [aside[parameter].average for parameter in parameters if parameter in aside]
         tensors = (*parameters, *(value for value in stored if isinstance(value, Tensor)))
         return [tensor.detach() for tensor in tensors]
 

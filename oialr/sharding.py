@@ -6,11 +6,13 @@ low-rank may be split by torch's fully_shard and trained on; an event needs whol
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from oialr.averages import averages_aside
 from oialr.naming import names_of
 from oialr.wrappers import unwrapped, unwrapped_optimizer
 
@@ -134,6 +136,11 @@ def followed(
         if id(old) in replaced and old in optimizer.state:
             new, state = replaced[id(old)], optimizer.state.pop(old)
             optimizer.state[new] = {k: _split_like(v, old, new) for k, v in state.items()}
+    aside = averages_aside(optimizer)
+    for old in before.values():
+        if id(old) in replaced and old in aside:
+            new, kept = replaced[id(old)], aside.pop(old)
+            aside[new] = replace(kept, average=_split_like(kept.average, old, new))
     for exchange in exchanges:
         exchange(replaced)
 

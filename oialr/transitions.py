@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from oialr.averages import take_average
 from oialr.convert import densify_layer, factorize_layer, get_layer
 from oialr.followers import Followers
 from oialr.forms import Form, form_of, take_form
@@ -204,6 +205,7 @@ class Transitions(PresentLayers):
             else:
                 self.released.pop(name, None)
         for parameter in dead:
+            take_average(self._optimizer, parameter)
             self._optimizer.state.pop(parameter, None)
             parameter.grad = None
         if dead or released != {name: self.released.get(name) for name in released}:

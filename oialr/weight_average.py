@@ -6,7 +6,7 @@ projection U^T A V, the closest that U and V can hold; what lies outside would d
 is past. From a core to the next, core' = U'^T core V', the average follows by U'^T A V': exactly
 where nothing is cut. This is the transport of a first moment (:mod:`oialr.optimizer_state`).
 So the average of a parameter is kept where its moments are, in the optimizer's state, and is
-rotated, cut, stored and loaded with them.
+rotated, cut, stored and loaded with them; aside (:mod:`oialr.averages`), where there are none.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from oialr.optimizer_state import WEIGHT_AVERAGE as KEY
+from oialr.averages import WEIGHT_AVERAGE as KEY
+from oialr.averages import Aside, averages_aside, has_room
 from oialr.wrappers import unwrapped, unwrapped_optimizer
 
 
@@ -49,13 +50,10 @@ class WeightAverage:
         averages, present = [], []
         for group in self._optimizer.param_groups:
             for parameter in group["params"]:
-                state = self._optimizer.state.get(parameter, {})
-                if KEY in state:
-                    averages.append(state[KEY])
+                average = self._present(parameter)
+                if average is not None:
+                    averages.append(average)
                     present.append(parameter.detach())
-                elif state or isinstance(self._optimizer, torch.optim.SGD):
-                    # The others have filled the state first, which they do only where it is empty.
-                    self._optimizer.state[parameter][KEY] = parameter.detach().clone()
         for name, buffer in self._model.named_buffers():
             if name not in self._buffers:
                 self._buffers[name] = buffer.clone()
@@ -67,6 +65,25 @@ class WeightAverage:
         if averages:
             torch._foreach_lerp_(averages, present, weight)
 
+    def _present(self, parameter: nn.Parameter) -> Tensor | None:
+        """Return the average of a parameter; None where it begins now, or where none is needed."""
+        state, aside = self._optimizer.state, averages_aside(self._optimizer)
+        if KEY in state.get(parameter, {}):
+            average: Tensor = state[parameter][KEY]
+            return average
+        kept = aside.get(parameter)
+        if has_room(self._optimizer, parameter):
+            aside.pop(parameter, None)
+            if kept and kept.had_state:  # and begins anew after an event
+                state[parameter][KEY] = kept.average
+                return kept.average
+            state[parameter][KEY] = parameter.detach().clone()
+        elif kept:
+            return kept.average
+        elif parameter.requires_grad:
+            aside[parameter] = Aside(parameter.detach().clone(), had_state=False)
+        return None
+
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Put the average in the place of the weights for a while."""
@@ -77,21 +94,53 @@ class WeightAverage:
             self._swap()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the optimizer's state does not hold: the averages of buffers."""
-        return {"buffers": self._buffers}
+        """Return what the optimizer's state does not hold, averages of buffers above all."""
+        aside = averages_aside(self._optimizer)
+        return {
+            "buffers": self._buffers,
+            "aside": {
+                i: {"average": aside[parameter].average, "had_state": aside[parameter].had_state}
+                for i, parameter in enumerate(self._parameters())
+                if parameter in aside
+            },
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a stored state, after the optimizer's."""
+        """Take over a stored state, after the optimizer's.
+
+        Raises:
+            ValueError: an average has not the shape of its parameter.
+        """
+        parameters, aside = self._parameters(), averages_aside(self._optimizer)
+        stored = state.get("aside", {})  # states of earlier versions are without
+        for i, kept in stored.items():
+            if i >= len(parameters) or kept["average"].shape != parameters[i].shape:
+                raise ValueError(
+                    "the stored averages do not fit the optimizer: load the network's state, and "
+                    "then the optimizer's, before that of the average"
+                )
+        aside.clear()
+        for i, kept in stored.items():
+            average = kept["average"].to(parameters[i].device)
+            aside[parameters[i]] = Aside(average, kept["had_state"])
         devices = {name: buffer.device for name, buffer in self._model.named_buffers()}
         self._buffers = {name: b.to(devices[name]) for name, b in state["buffers"].items()}
 
+    def _parameters(self) -> list[nn.Parameter]:
+        """Return all that the optimizer holds, in its order."""
+        return [p for group in self._optimizer.param_groups for p in group["params"]]
+
     @torch.no_grad()
     def _swap(self) -> None:
-        for parameter, state in self._optimizer.state.items():
-            if KEY in state:  # by value: fully_shard reads the memory that a parameter began with
-                kept = parameter.clone()
-                parameter.copy_(state[KEY])
-                state[KEY].copy_(kept)
+        aside = averages_aside(self._optimizer).items()
+        averages: dict[Tensor, Tensor] = {parameter: kept.average for parameter, kept in aside}
+        states = self._optimizer.state.items()
+        averages |= {parameter: state[KEY] for parameter, state in states if KEY in state}
+        for parameter, average in averages.items():
+            # By value: fully_shard reads the memory that a parameter began with.
+            kept = parameter.clone()
+            parameter.copy_(average)
+            average.copy_(kept)
         for name, buffer in self._model.named_buffers():
             if name in self._buffers:
                 buffer.data, self._buffers[name] = self._buffers[name], buffer.data

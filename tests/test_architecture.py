@@ -13,6 +13,7 @@ APP, LIBRARY = ROOT / "app", ROOT / "oialr"
 # What each part of the library imports of the others: the whole graph, and not a bit more.
 GRAPH = {
     "around_steps": set(),
+    "averages": {"transport"},
     "allocation": {"schedule"},
     "compatibility": set(),
     "compression": {
@@ -103,19 +104,26 @@ GRAPH = {
     "momentary_groups": {"around_steps"},
     "naming": set(),
     "obstacles": {"layers", "naming"},
-    "optimizer_state": {"naming", "optimizers", "options", "parameter_groups", "transport"},
+    "optimizer_state": {
+        "averages",
+        "naming",
+        "optimizers",
+        "options",
+        "parameter_groups",
+        "transport",
+    },
     "optimizers": {"naming", "transport"},
     "options": set(),
     "outputs": {"layers"},
     "parameter_groups": {"momentary_groups"},
     "placement": {"compatibility", "errors", "linalg"},
     "preparation": {"forms", "sharding", "wrappers"},
-    "present": {"convert", "layer_survey", "layers", "linalg", "obstacles"},
+    "present": {"averages", "convert", "layer_survey", "layers", "linalg", "obstacles"},
     "rank_choice": {"allocation", "layer_survey", "options", "present", "schedule", "target"},
     "reference": set(),
     "replaced": {"layers"},
     "schedule": {"options"},
-    "sharding": {"naming", "wrappers"},
+    "sharding": {"averages", "naming", "wrappers"},
     "share": {"layer_survey"},
     "skeleton": {"convert", "layers"},
     "stability": {
@@ -146,6 +154,7 @@ GRAPH = {
     "target": {"allocation", "layer_survey", "options"},
     "timetable": {"options", "schedule"},
     "transitions": {
+        "averages",
         "convert",
         "followers",
         "forms",
@@ -163,7 +172,7 @@ GRAPH = {
     },
     "transport": {"layers", "linalg"},
     "turns": {"layer_survey", "options", "placement", "present", "schedule", "stability"},
-    "weight_average": {"optimizer_state", "wrappers"},
+    "weight_average": {"averages", "wrappers"},
     "wrappers": {"naming"},
 }
 COMMUNICATE = {"placement", "stability"}

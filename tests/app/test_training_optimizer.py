@@ -13,9 +13,9 @@ from app.config.settings import TrainingSection
 from app.errors import UserError
 from app.training.optimizer import build_optimizer
 from app.training.precision import Precision
+from oialr.averages import WEIGHT_AVERAGE
 from oialr.compatibility import import_torchvision
 from oialr.convert import get_layer
-from oialr.optimizer_state import WEIGHT_AVERAGE
 from oialr.optimizers.registry import rule_of
 from oialr.weight_average import WeightAverage
 

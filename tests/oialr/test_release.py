@@ -9,10 +9,10 @@ from support.method_loop import CUT, OPTIMIZERS, batch, make, network, train, we
 from torch import nn
 
 from oialr import OIALR, prepare
+from oialr.averages import WEIGHT_AVERAGE
 from oialr.convert import get_layer
 from oialr.layer_survey import survey
 from oialr.layers.base import FactoredLayer
-from oialr.optimizer_state import WEIGHT_AVERAGE
 from oialr.placement.processes import Processes
 from oialr.stability.tracker import BasisTracker
 

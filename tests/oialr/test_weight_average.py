@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import oialr
 from oialr import OIALR, WeightAverage
-from oialr.optimizer_state import WEIGHT_AVERAGE
+from oialr.averages import WEIGHT_AVERAGE
 
 pytestmark = pytest.mark.usefixtures("own_random_state")
 
@@ -31,11 +32,29 @@ class Network(nn.Module):
         return self.head(torch.tanh(self.square(torch.tanh(self.wide(x)))))
 
 
+class Signs(torch.optim.Optimizer):
+    """A step by the signs of the gradient, without any state."""
+
+    def __init__(self, params: Any, lr: float = 1e-3) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.sub_(group["lr"] * parameter.grad.sign())
+
+
+oialr.register_optimizer(Signs, oialr.OptimizerRule())
+
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2),
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
     "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3),
+    "adadelta": lambda p: torch.optim.Adadelta(p, lr=1.0),  # without a rule
+    "signs": lambda p: Signs(p, lr=1e-2),
 }
 
 
@@ -45,6 +64,8 @@ def parts(
     model = Network()
     optimizer = OPTIMIZERS[kind](model.parameters())
     options = {"delay": 5, "update_interval": 4, "layer_fraction": 1, "cutoff": 0.01, **options}
+    if kind == "adadelta":
+        options["unknown_optimizer_state"] = "reset"
     method = OIALR(model, optimizer, rank_multiple=1, **options)
     return model, optimizer, method, WeightAverage(model, optimizer, decay=decay)
 
@@ -99,7 +120,14 @@ def test_average_of_a_full_rank_network(kind: str) -> None:
     for name, weight in dense_weights(model).items():
         assert torch.equal(weight, before[name])
     # The optimizer itself does the same as without an average.
-    idle = OIALR(reference, reference_optimizer, delay=1000, update_interval=1, rank_multiple=1)
+    idle = OIALR(
+        reference,
+        reference_optimizer,
+        delay=1000,
+        update_interval=1,
+        rank_multiple=1,
+        unknown_optimizer_state="reset",
+    )
     silent = WeightAverage(nn.Module(), torch.optim.SGD([nn.Parameter(torch.zeros(1))]), decay=0.5)
     take_steps(reference, reference_optimizer, idle, silent, range(8))
     for name, weight in dense_weights(reference).items():
@@ -143,6 +171,32 @@ def test_average_is_cut_to_the_kept_directions() -> None:
         seen.append(dense_weights(model)["square"])
     torch.testing.assert_close(seen[1], U @ U.T @ seen[0] @ V @ V.T)
     assert not torch.allclose(seen[1], seen[0])
+
+
+@pytest.mark.parametrize("stop", [3, 5, 7, 9])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_stored_average_goes_on(kind: str, stop: int) -> None:
+    """Stored before the conversion, right after it or an update, and in between."""
+    mine, theirs = parts(kind, cutoff=0.2), parts(kind, cutoff=0.2)
+    take_steps(*mine, range(stop))
+    states = copy.deepcopy([part.state_dict() for part in mine])
+    for part, state in zip(theirs, states, strict=True):
+        part.load_state_dict(state)
+    for model, optimizer, method, average in (mine, theirs):
+        take_steps(model, optimizer, method, average, range(stop, 15))
+    with mine[3].applied(), theirs[3].applied():
+        assert all(map(torch.equal, mine[0].parameters(), theirs[0].parameters()))
+        averaged = dense_weights(mine[0])["square"]
+    assert not torch.equal(dense_weights(mine[0])["square"], averaged)
+
+
+def test_stored_averages_of_other_ranks_are_refused() -> None:
+    model, optimizer, method, average = parts("signs", cutoff=0.2)
+    take_steps(model, optimizer, method, average, range(7))
+    with pytest.raises(ValueError, match="averages do not fit the optimizer"):
+        parts("signs")[3].load_state_dict(average.state_dict())
+    other = parts("signs")
+    other[3].load_state_dict({"buffers": average.state_dict()["buffers"]})  # from before
 
 
 def test_averages_of_running_statistics() -> None:
