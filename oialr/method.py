@@ -125,8 +125,7 @@ class OIALR:
         self._groups = groups = TwinGroups(optimizer, weights)
         self._wrappers = Wrappers(model)
         self._schedule_checked = False
-        if options.core_learning_rate_factor != 1:
-            factor = options.core_learning_rate_factor
+        if (factor := options.core_learning_rate_factor) != 1:
             groups.add(optimizer, "cores", learning_rate_factor=factor)
         if options.release is not None:
             FactorSteps(
@@ -135,6 +134,8 @@ class OIALR:
                 options=options,
                 steps_since_release=lambda: self.steps_since_release,
             )
+        else:
+            optimizer.register_step_pre_hook(lambda optimizer, *_: groups.rates.follow(optimizer))
         self._transitions = Transitions(
             model, optimizer, options=options, groups=groups, gradients=self._gradients
         )

@@ -115,7 +115,7 @@ GRAPH = {
     "optimizers": {"naming", "transport"},
     "options": set(),
     "outputs": {"layers"},
-    "parameter_groups": {"momentary_groups"},
+    "parameter_groups": {"momentary_groups", "twin_rates"},
     "placement": {"compatibility", "errors", "linalg"},
     "preparation": {"forms", "sharding", "wrappers"},
     "present": {"averages", "convert", "layer_survey", "layers", "linalg", "obstacles"},
@@ -172,6 +172,7 @@ GRAPH = {
     },
     "transport": {"layers", "linalg"},
     "turns": {"layer_survey", "options", "placement", "present", "schedule", "stability"},
+    "twin_rates": set(),
     "weight_average": {"averages", "wrappers"},
     "wrappers": {"naming"},
 }

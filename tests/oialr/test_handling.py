@@ -217,6 +217,116 @@ def test_a_loop_that_gives_all_groups_one_rate_is_told():
     method.step()
 
 
+ONE_GROUP = {"release": 8, "cutoff": 0.3, "release_warmup": 3, "factor_learning_rate_factor": 0.5}
+
+
+def rate_at(step):
+    return 1e-2 * (1 - step / 20) if step else 0.0
+
+
+def loop(parts, steps, first=0, *, how):
+    """Train in a loop that sets the rate of one group, or of all; return those after each step."""
+    model, optimizer, method = parts
+    rates = []
+    for k in range(first, first + steps):
+        factors = method.learning_rate_factors if how == "all" else [1.0]
+        for group, factor in zip(optimizer.param_groups, factors, strict=False):
+            group["lr"] = rate_at(k) * factor
+        train(model, optimizer, method, 1, first=k)
+        rates.append([group["lr"] for group in optimizer.param_groups])
+    return rates
+
+
+@pytest.mark.parametrize("options", [{}, {"core_learning_rate_factor": 3.0}], ids=str)
+@pytest.mark.parametrize("stop", [3, 7, 10])
+def test_groups_follow_a_loop_that_sets_the_rate_of_the_first_one(options, stop):
+    """The factors of a release went on at the rate of the start."""
+    options = {**ONE_GROUP, **options}
+    parts, others, late = make(**options), make(**options), make(seed=1, **options)
+    expected = loop(others, 14, how="all")
+    rates = loop(parts, stop, how="first")
+    parts[1].param_groups[0]["lr"] = 0.5  # which is stored, and no step has been made with
+    states = copy.deepcopy([part.state_dict() for part in parts])
+    rates += loop(parts, 14 - stop, first=stop, how="first")
+    assert rates == expected
+    assert all(map(torch.equal, parts[0].parameters(), others[0].parameters()))
+    for part, state in zip(late, states, strict=True):
+        part.load_state_dict(state)
+    assert loop(late, 14 - stop, first=stop, how="first") == expected[stop:]
+    assert all(map(torch.equal, late[0].parameters(), others[0].parameters()))
+
+
+def test_a_rate_that_somebody_sets_is_left_to_them(caplog):
+    model, optimizer, method = make(**ONE_GROUP)
+    optimizer.param_groups[1]["lr"] = 0.125
+    rates = loop((model, optimizer, method), 4, how="first")
+    assert [row[1] for row in rates] == [0.125] * 4
+    assert [row[2] for row in rates] == [row[0] for row in rates]
+    states = copy.deepcopy([part.state_dict() for part in (model, optimizer, method)])
+    other = make(seed=1, **ONE_GROUP)
+    for part, state in zip(other, states, strict=True):
+        part.load_state_dict(state)
+    groups = other[1].param_groups
+    groups[1]["lr"] = 0.5 * groups[0]["lr"]  # by chance
+    rates = loop(other, 4, first=4, how="first")
+    assert len({row[1] for row in rates}) == 1
+    assert not caplog.records
+
+
+def test_a_plateau_with_lowest_rates_is_left_alone():
+    """It has no rate to begin with, by which schedules are known."""
+    model, optimizer, method = make(**ONE_GROUP)
+    lowest = [1e-3, 2.5e-3, 1e-3]
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        optimizer, factor=0.5, patience=0, min_lr=lowest
+    )
+    for k in range(5):
+        train(model, optimizer, method, 1, first=k)
+        plateau.step(float(k))
+    assert [group["lr"] for group in optimizer.param_groups] == lowest
+
+
+def test_a_group_of_an_earlier_state_that_stays_behind_is_told(caplog):
+    model, optimizer, method = make(**ONE_GROUP)
+    train(model, optimizer, method, 9)
+    states = copy.deepcopy([part.state_dict() for part in (model, optimizer, method)])
+    states[1]["param_groups"][0]["lr"] = 0.007  # of a loop that has set no other
+    del states[1]["oialr_following"]
+    other = make(seed=1, **ONE_GROUP)
+    for part, state in zip(other, states, strict=True):
+        part.load_state_dict(state)
+    rates = loop(other, 3, first=9, how="first")
+    assert {row[1] for row in rates} == {0.005}
+    (record,) = caplog.records
+    assert "dense again keeps the learning rate 0.01, which was not 1 times" in record.getMessage()
+
+
+def test_rates_in_tensors_are_not_looked_at():
+    model = mlp()
+    rate = torch.tensor(0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), rate, foreach=False)
+    method = OIALR(model, optimizer, delay=2, update_interval=9, core_learning_rate_factor=3.0)
+    for _ in range(4):
+        step(model, optimizer)
+        method.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    step(model, optimizer)
+    assert [group["lr"].item() for group in optimizer.param_groups] == pytest.approx([0.01, 0.03])
+
+
+@pytest.mark.parametrize("is_list", [False, True])
+def test_a_schedule_of_swa_with_one_rate_is_told(is_list, caplog):
+    model, optimizer, method = make(core_learning_rate_factor=3.0)
+    train(model, optimizer, method, 1)
+    rate = [0.05 * factor for factor in method.learning_rate_factors] if is_list else 0.05
+    schedule = torch.optim.swa_utils.SWALR(optimizer, swa_lr=rate, anneal_epochs=2)
+    for k in range(1, 4):
+        train(model, optimizer, method, 1, first=k)
+        schedule.step()
+    told = [r.getMessage() for r in caplog.records if "SWALR gives the group of cores" in r.message]
+    assert len(told) == (0 if is_list else 1)
+
+
 COPIED = {
     "core_learning_rate_factor": 3.0,
     "factor_learning_rate_factor": 0.5,
