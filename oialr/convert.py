@@ -47,7 +47,7 @@ def factorize_layer(model: nn.Module, name: str, *factors: Tensor) -> FactoredLa
 def densify_layer(model: nn.Module, name: str, *, with_hooks: bool = True) -> nn.Parameter:
     """Put the dense twin in the place of a factorized layer, and return its weight.
 
-    A layer of several weights, such as attention, stays what it is, with one of them dense.
+    A layer of several weights, such as attention, stays what it is while one of them is factorized.
 
     Args:
         model: the network; changed in place.
@@ -57,13 +57,34 @@ def densify_layer(model: nn.Module, name: str, *, with_hooks: bool = True) -> nn
     path, _, key = name.rpartition(".")
     module = model.get_submodule(path)
     if isinstance(module, FactoredParts):
-        return module.densify(key)
-    assert isinstance(module, FactoredTwin)
-    dense = module.to_dense()
+        weight = module.densify(key)
+    else:
+        assert isinstance(module, FactoredTwin)
+        dense = module.to_dense()
+        if with_hooks:
+            dense.__dict__.update(hooks_of(module))
+        _replace(model, module, dense, path)
+        weight = dense.get_parameter(key)
     if with_hooks:
-        dense.__dict__.update(hooks_of(module))
-    _replace(model, module, dense, path)
-    return dense.get_parameter(key)
+        _close(model, path)
+    return weight
+
+
+def _close(model: nn.Module, path: str) -> None:
+    """Put the dense twin in the place of attention that has no factors any more.
+
+    What is computed with its weights is then what a network computes that is loaded in this form,
+    to the last bit.
+
+    Args:
+        model: the network; changed in place.
+        path: of what has become dense: of attention, or of a child of it.
+    """
+    for place in filter(None, (path, path.rpartition(".")[0])):
+        module = model.get_submodule(place)
+        is_factored = any(isinstance(layer, FactoredLayer) for layer in module.modules())
+        if isinstance(module, FactoredParts) and not is_factored:
+            _replace(model, module, module.to_dense(), place)
 
 
 @full_precision()

@@ -329,6 +329,44 @@ def test_only_a_part_is_factorized():
     assert_twins(Holder(kdim=1), inputs(kdim=1))
 
 
+class SelfAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attn(x, x, x, need_weights=False)[0]
+
+
+def test_attention_that_a_release_makes_dense_is_what_a_loaded_network_has():
+    """To the last bit: a run that is resumed computes what the one before computed."""
+    torch.manual_seed(0)
+    model, x = SelfAttention(), torch.randn(3, 5, 16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = {"delay": 1, "update_interval": 1, "cutoff": 1e-9, "release": 3}
+    method = OIALR(model, optimizer, **options, **KEEP)
+    kinds, called = [], []
+    for step in range(4):
+        if step == 1:  # before the conversion it would keep the layer full-rank
+            model.attn.register_forward_hook(lambda *_: called.append(1))
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+        if event := method.step():
+            kinds.append((event.kind, type(model.attn)))
+    assert kinds[0] == ("convert", FactoredAttention)
+    assert kinds[-1] == ("release", nn.MultiheadAttention)
+    assert called == [1] * 3
+    other = SelfAttention()
+    other.load_state_dict(model.state_dict())
+    for one in (model, other):
+        one.zero_grad()
+        one(x).square().mean().backward()
+    assert torch.equal(model(x), other(x))
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine.grad, theirs.grad)
+
+
 def test_the_output_projection_of_a_foreign_attention_stays_dense():
     class Own(nn.MultiheadAttention):
         pass
