@@ -20,6 +20,7 @@ def rebuild(
     figures: Sequence[str],
     not_averaged: Collection[str],
     full_ranks: Mapping[str, int],
+    groups: Mapping[str, int],
 ) -> tuple[MetricsStore, str]:
     """Start a new file in a damaged one's place, which stays beside it under another name.
 
@@ -29,19 +30,19 @@ def rebuild(
         path: of the damaged file.
         counts: rows that each group had.
         kept: all rows of some groups, from elsewhere.
-        configuration, layers, figures, not_averaged, full_ranks: as for
+        configuration, layers, figures, not_averaged, full_ranks, groups: as for
             :meth:`MetricsStore.create`.
 
     Returns:
         The new file, and a line that says what became of the old one and which rows are lost.
     """
-    groups = run_groups(figures)
+    schema = run_groups(figures)
     for layer, shape in layers.items():
         of_layer = layer_groups(shape, full_ranks.get(layer))
-        groups |= {f"layers/{layer}/{name}": columns for name, columns in of_layer.items()}
+        schema |= {f"layers/{layer}/{name}": columns for name, columns in of_layer.items()}
 
     def columns(group: str) -> dict[str, np.dtype]:
-        return {column.name: np.dtype(column.dtype) for column in groups[group]}
+        return {column.name: np.dtype(column.dtype) for column in schema[group]}
 
     wanted = {group: count for group, count in counts.items() if count and group not in kept}
     rows = {**readable_rows(path, wanted, columns), **kept}
@@ -53,6 +54,7 @@ def rebuild(
         figures=figures,
         not_averaged=not_averaged,
         full_ranks=full_ranks,
+        groups=groups,
         rows=rows,
     )
     found = store.counts()

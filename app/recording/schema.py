@@ -94,6 +94,11 @@ def run_groups(figures: Sequence[str]) -> dict[str, tuple[Column, ...]]:
     }
 
 
+def full_rank_of(shape: tuple[int, ...], groups: int) -> int:
+    """Return the rank that a weight can have which is read by the rule, as a stack of matrices."""
+    return min(shape[0] // groups, math.prod(shape[1:]))
+
+
 def layer_groups(
     shape: tuple[int, ...], full_rank: int | None = None
 ) -> dict[str, tuple[Column, ...]]:
@@ -105,6 +110,6 @@ def layer_groups(
             rule, the leading dimension makes the rows.
     """
     text = "Singular values before a cut, descending, padded with NaN"
-    k = min(shape[0], math.prod(shape[1:])) if full_rank is None else full_rank
+    k = full_rank_of(shape, groups=1) if full_rank is None else full_rank
     spectrum = (STEP, Column("singular_values", "f4", "1", text, width=k))
     return {"rank": RANK, "stability": STABILITY, "spectrum": spectrum}

@@ -16,7 +16,7 @@ import numpy as np
 from app.errors import StorageError, UserError
 from app.recording.columns import append, as_array, create_group
 from app.recording.copying import Rows, copy
-from app.recording.schema import SCHEMA_VERSION, layer_groups, run_groups
+from app.recording.schema import SCHEMA_VERSION, full_rank_of, layer_groups, run_groups
 from app.recording.swmr import (
     abandon,
     close,
@@ -60,6 +60,7 @@ class MetricsStore:
         figures: Sequence[str] = ("accuracy",),
         not_averaged: Collection[str] = (),
         full_ranks: Mapping[str, int] | None = None,
+        groups: Mapping[str, int] | None = None,
         rows: Mapping[str, Rows] | None = None,
     ) -> Self:
         """Start a new file.
@@ -71,10 +72,11 @@ class MetricsStore:
             figures: figures of merit of an evaluation, beside the loss.
             not_averaged: layers that means over the layers leave out.
             full_ranks: numbers of singular values, of layers that are not read by the rule.
+            groups: numbers of matrices, of layers that are read as a stack of several.
             rows: with which groups begin.
         """
         path = Path(path)
-        rows = rows or {}
+        rows, full_ranks, groups = rows or {}, full_ranks or {}, groups or {}
         with new_file(path) as file:
             file.attrs["schema_version"] = SCHEMA_VERSION
             # Of fixed length: SWMR excludes variable-length strings.
@@ -87,7 +89,9 @@ class MetricsStore:
                 attributes["shape"] = shape
                 attributes["index"] = index  # HDF5 lists groups by name
                 attributes["averaged"] = layer not in not_averaged
-                for name, columns in layer_groups(shape, (full_ranks or {}).get(layer)).items():
+                full_rank = full_ranks.get(layer)
+                attributes["full_rank"] = full_rank or full_rank_of(shape, groups.get(layer, 1))
+                for name, columns in layer_groups(shape, full_rank).items():
                     path_in_file = f"layers/{layer}/{name}"
                     create_group(file, path_in_file, columns, rows.get(path_in_file))
         return cls(file, path)
@@ -254,6 +258,8 @@ class StoredLayer:
     """Of the dense weight."""
     averaged: bool
     """Whether means over the layers take it in."""
+    full_rank: int | None
+    """Rank that it can have at most; None: an older file, which does not tell."""
 
 
 class Follower:
@@ -286,6 +292,7 @@ class Follower:
                     name=name,
                     shape=tuple(int(size) for size in nodes[name].attrs["shape"]),
                     averaged=bool(nodes[name].attrs.get("averaged", True)),
+                    full_rank=int(nodes[name].attrs.get("full_rank", 0)) or None,
                 )
                 for name in _layer_names(nodes)
             ]

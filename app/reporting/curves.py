@@ -145,14 +145,10 @@ def other_measures(run: Run, name: str) -> Drawing | None:
     if not found:
         return None
     figure, panels = new_figure([HEIGHT] * len(found))
-    ranks = {
-        layer.name: rows["rank"].max(initial=1)
-        for layer, rows in zip(run.layers, run.stability, strict=True)
-    }
     for [axes], (column, series) in zip(panels, found.items(), strict=True):
         values = series.averaged()
         if column in percent:
-            full = [ranks[layer.name] for layer in series.layers if layer.averaged]
+            full = [run.full_ranks[layer.name] for layer in series.layers if layer.averaged]
             values = 100 * values / np.array(full)[:, None]
         x = run.axis(series.steps)
         low, middle, high = np.nanpercentile(values, [10, 50, 90], axis=0)
@@ -167,7 +163,7 @@ def other_measures(run: Run, name: str) -> Drawing | None:
         name=name,
         title="Ranks and further measures",
         caption="Median over the layers and the range of the middle 80 % of them; ranks in percent "
-        "of the full rank.",
+        f"of {run.full_rank_text}.",
         alt=f"Curves by {run.axis.label} of the median over the layers of {', '.join(found)}.",
         figure=figure,
     )

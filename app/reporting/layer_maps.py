@@ -83,7 +83,7 @@ def mixing_map(run: Run, name: str, low: float) -> Drawing | None:
 
 
 def rank_map(run: Run, name: str) -> Drawing | None:
-    """Draw the rank of every layer over its largest; None where no rank changes."""
+    """Draw the rank of every layer over the full rank; None where all are full-rank."""
     series = run.relative_ranks()
     if not len(series.steps) or np.nanmin(series.values) == 1:
         return None
@@ -97,8 +97,7 @@ def rank_map(run: Run, name: str) -> Drawing | None:
         low=0,
         high=100,
         colours="cividis",
-        caption="Rank of each layer's weight, in percent of the largest rank recorded of it. A "
-        "layer that stays full-rank is at 100 % throughout.",
+        caption=f"Rank of each layer's weight, in percent of {run.full_rank_text}.",
     )
 
 

@@ -163,15 +163,31 @@ class Run:
         ]
         return _join(tracks)
 
+    @cached_property
+    def full_ranks(self) -> dict[str, float]:
+        """Of each layer by name the rank that it can have; of older files the largest recorded."""
+        return {
+            layer.name: layer.full_rank
+            or float(max(rows["rank"].max(initial=1) for rows in (stability, rank)))
+            for layer, stability, rank in zip(self.layers, self.stability, self.rank, strict=True)
+        }
+
+    @property
+    def full_rank_text(self) -> str:
+        """What ranks are in percent of."""
+        if any(layer.full_rank is None for layer in self.layers):
+            return "the largest rank recorded, since this older file does not tell the full rank"
+        return "the full rank"
+
     def relative_ranks(self) -> LayerSeries:
-        """Return each layer's rank over its largest one, at every event and measurement."""
+        """Return each layer's rank over the full rank, at every event and measurement."""
         tracks = []
         for layer, stability, rank in zip(self.layers, self.stability, self.rank, strict=True):
             steps = np.concatenate([stability["step"], rank["step"]])
             ranks = np.concatenate([stability["rank"], rank["rank"]]).astype(float)
             if len(steps):
                 order = np.argsort(steps, kind="stable")
-                tracks.append((layer, steps[order], ranks[order] / max(1.0, ranks.max())))
+                tracks.append((layer, steps[order], ranks[order] / self.full_ranks[layer.name]))
         return _join(tracks, carry=True)
 
 

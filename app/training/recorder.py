@@ -275,6 +275,7 @@ def _schema(
         "full_ranks": {
             layer.name: layer.full_rank for layer in layers if layer.reading.is_by_direction
         },
+        "groups": {layer.name: layer.reading.groups for layer in layers},
     }
 
 

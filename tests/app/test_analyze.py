@@ -25,6 +25,7 @@ from app.analysis.choice import Found, compare, drop_copies, order
 from app.analysis.files import Source, find_checkpoints, natural_order, number_in
 from app.errors import UserError
 from app.recording.store import Follower, read_rows
+from app.reporting.runs import read_run
 from app.training.foreign_files import CheckpointError
 from oialr.layer_survey import survey
 from oialr.placement.processes import Processes
@@ -444,6 +445,18 @@ def test_a_folder_with_copies_is_measured_as_without_them(tmp_path, capsys):
         one, two = (read_rows(f / "metrics.h5", f"layers/{name}/stability") for f in (plain, full))
         for column, values in one.items():
             np.testing.assert_array_equal(two[column], values, err_msg=column)
+
+
+def test_full_ranks_are_known_where_only_low_rank_checkpoints_are_left(tmp_path):
+    folder = tmp_path / "run"
+    train_and_save(folder)
+    for epoch in (0, 1, 2):
+        (folder / f"epoch-{epoch}.pt").unlink()
+    analyze.main([str(folder), "--window", "1"])
+    run = read_run(folder / "analysis")
+    assert max(read_rows(run.folder / "metrics.h5", "layers/fc.weight/stability")["rank"]) < 8
+    assert run.full_ranks["fc.weight"] == 8
+    assert run.full_ranks["conv.weight"] == 4  # of each of its two groups
 
 
 def test_a_checkpoint_that_is_missing_moves_no_window(tmp_path):

@@ -197,6 +197,31 @@ def test_ranks_hold_from_event_to_event(tmp_path):
     assert (series.values[1:] == 1).all()
 
 
+def test_ranks_are_in_percent_of_the_full_rank_also_where_no_checkpoint_has_it(tmp_path):
+    writer = Writer(tmp_path / "run")
+    for epoch in (6, 7):
+        for place, name in enumerate(LAYERS):
+            writer.measure(place, name, epoch)
+    writer.store.close()
+
+    def numerical_rank():
+        figure = curves.other_measures(read_run(tmp_path / "run"), "measures").figure
+        axes = next(a for a in figure.axes if a.get_ylabel().startswith("numerical"))
+        # The lower end of the band: a tenth of the way from the lowest to the median.
+        return axes.collections[0].get_paths()[0].vertices[:, 1].min()
+
+    run = read_run(tmp_path / "run")
+    np.testing.assert_array_equal(run.relative_ranks().values[0], [0.5, 0.5])
+    assert "percent of the full rank." in layer_maps.rank_map(run, "rank").caption
+    assert numerical_rank() == pytest.approx(60)  # of 50, 100, 100
+    with h5py.File(tmp_path / "run" / "metrics.h5", "r+") as file:  # of an earlier version
+        for name in LAYERS:
+            del file[f"layers/{name}"].attrs["full_rank"]
+    assert numerical_rank() == 100
+    caption = curves.other_measures(read_run(tmp_path / "run"), "measures").caption
+    assert "the largest rank recorded, since this older file" in caption
+
+
 def test_the_spectrum_of_a_step_is_the_last_one(tmp_path):
     run = read_run(write_run(tmp_path / "run"))
     [(steps, values)] = read_spectra(run, ["patch.weight"])
