@@ -27,9 +27,11 @@ examples:
 CHECKPOINT is a file or a folder of files: of torch.save (a state_dict, alone or under state_dict or
 model), of safetensors, or of this program; shards are one checkpoint: those that an index.json
 names, or else those of names such as model-00001-of-00002. They are sorted by the epoch or step
-that they hold, or else by name, 2 before 10; copies, such as the last or the best once more, and
-averages (ema, swa) are passed over. All floating tensors of two or more dimensions are measured;
-those whose names are those of embeddings, tokens, positions or masks are not averaged.
+that they hold, or else by name, 2 before 10, and the last line says which; copies, such as the last
+or the best once more, and averages (ema, swa) are passed over. Checkpoints of several trainings, or
+of two networks that are trained together, are refused. All floating tensors of two or more
+dimensions are measured; those whose names are those of embeddings, tokens, positions or masks are
+not averaged.
 
 An analysis that was killed or interrupted goes on where it was when the same command is given
 again.
@@ -127,7 +129,7 @@ def _run(options: argparse.Namespace) -> int:
             show(f"skipped: {problem}", error=True)
         for note in _notes(result, options.window):
             show(note, error=True)
-        what = f"{result.checkpoints} checkpoints, {result.layers} weights"
+        what = f"{result.checkpoints} checkpoints, {result.layers} weights, {result.ordered}"
         if result.estimate:
             put(f"dry run, nothing is measured: {what}, {result.estimate}")
         else:

@@ -1,16 +1,24 @@
 """Which of the checkpoints that were found are measured, at which time, and against which.
 
 Folders of checkpoints hold some of them twice (the last, the best) and averages beside them. A copy
-would be measured as a time at which nothing moved, and an average as one of another network.
+would be measured as a time at which nothing moved, and an average as one of another network. Two
+trainings in one series would be measured as a collapse that never happened: they are refused.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, combinations, pairwise
 from pathlib import Path
 
-from app.analysis.files import Source, number_in
+from app.analysis.files import (
+    Source,
+    has_named_time,
+    has_number,
+    number_in,
+    times_in,
+    without_time,
+)
 from app.analysis.selection import Shapes
 
 
@@ -49,8 +57,19 @@ class Series:
     label: str
     """What time is counted in."""
     times: list[int]
-    """Of each the epoch or step that they all hold, or the number in their names, or their number
+    """Of each the epoch or step that they hold, or the number in their names, or their number
     in natural order."""
+
+    def described(self) -> str:
+        """Say what orders them, and from where to where."""
+        if self.label == _BY_NAME:
+            first, last = self.found[0].path.name, self.found[-1].path.name
+            return f"ordered by name, {first} ... {last}"
+        return f"ordered by {self.label} {self.times[0]} ... {self.times[-1]}"
+
+
+_BY_NAME = "checkpoint"
+"""Label where nothing but the natural order of the names tells the time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +98,7 @@ def drop_copies(found: Sequence[Found]) -> tuple[list[Found], list[PassedOver]]:
         ]
     else:
         kept = list(found)
+    some_are_no_copies = any(not entry.source.is_named_copy for entry in kept)
     originals: list[Found] = []
     # Named copies come last, so that they are copies of the others and not the other way round.
     for entry in sorted(kept, key=lambda entry: entry.source.is_named_copy):
@@ -86,49 +106,126 @@ def drop_copies(found: Sequence[Found]) -> tuple[list[Found], list[PassedOver]]:
         if original is not None:
             reason = f"the same as {original.path.name}"
             passed_over.append(PassedOver(path=entry.path, reason=reason))
-        elif originals and entry.source.is_named_copy and _time(entry) == (None, None):
+        elif originals and _is_copy_by_name(entry, originals, some_are_no_copies):
             passed_over.append(PassedOver(path=entry.path, reason="a copy by its name"))
         else:
             originals.append(entry)
     return [entry for entry in kept if entry in originals], passed_over
 
 
+def several_series(found: Sequence[Found]) -> str | None:
+    """Say in a line which checkpoints are of several trainings or networks; None: of one.
+
+    They hold different weights at a time that nothing tells apart, in another folder or under
+    another name. What is called the best or the last may differ from what else has its time.
+
+    Args:
+        found: as :func:`drop_copies` returns them.
+    """
+    at: dict[tuple[tuple[str, int], ...], list[Found]] = {}
+    for entry in found:
+        if not entry.source.is_named_copy:
+            at.setdefault(tuple(sorted(times_in(entry.path).items())), []).append(entry)
+    for one, other in chain.from_iterable(combinations(entries, 2) for entries in at.values()):
+        if one.fingerprint == other.fingerprint or not _are_of_one_time(one, other):
+            continue
+        name = without_time(one.path)
+        if one.path.parent != other.path.parent:
+            cure = "give the folder of one"
+        elif name != without_time(other.path):
+            cure = f"give the files of one, such as {one.path.parent / name}"
+        else:
+            continue
+        return (
+            f"{one.path} and {other.path}: of the same time, with different weights: two "
+            f"trainings or networks are no series; {cure}"
+        )
+    return None
+
+
 def order(found: Sequence[Found]) -> tuple[Series, list[PassedOver]]:
     """Sort checkpoints by time, one for each.
 
     Where most of them are the only one of their epoch, the others of an epoch are passed over: what
-    was written within it, and otherwise all but the last step's.
+    was written within it, and otherwise all but the last step's. Where nothing orders all of them,
+    those are passed over that do not tell the epoch or step that most of them hold.
 
     Args:
         found: as :func:`drop_copies` returns them, in natural order.
     """
-    for label, times in (
-        ("epoch", [entry.epoch for entry in found]),
-        ("optimizer step", [entry.step for entry in found]),
-    ):
-        by_time: dict[int, list[Found]] = {}
-        for entry, time in zip(found, times, strict=True):
-            if time is not None:
-                by_time.setdefault(time, []).append(entry)
-        chosen = {time: min(entries, key=_preference) for time, entries in by_time.items()}
-        if None in times or 2 * len(chosen) <= len(found):
-            continue
-        if label == "epoch" and any(entry.within_epoch for entry in chosen.values()):
-            continue  # its true time is between two epochs
-        series = Series(
-            found=[chosen[time] for time in sorted(chosen)], label=label, times=sorted(chosen)
-        )
-        return series, [
-            PassedOver(path=entry.path, reason=f"{label} {time} is {chosen[time].path.name}")
-            for time, entries in by_time.items()
-            for entry in entries
-            if entry is not chosen[time]
+    unordered = [e for e in found if e.source.is_named_initial and _time(e) == (None, None)]
+    initial = unordered[0] if len(unordered) == 1 else None
+    found = sorted(found, key=lambda entry: entry is not initial)
+
+    def times(told: Callable[[Found], int | None]) -> list[int | None]:
+        """Return what is told of the checkpoints; what is called initial was before all else."""
+        others = {told(entry) for entry in found if entry is not initial}
+        return [
+            (None if 0 in others else 0) if entry is initial else told(entry) for entry in found
         ]
-    numbers = [number_in(entry.path) for entry in found]
-    known = [number for number in numbers if number is not None]
-    if len(known) == len(found) and all(a < b for a, b in pairwise(known)):
-        return Series(found=list(found), label="number in the name", times=known), []
-    return Series(found=list(found), label="checkpoint", times=list(range(1, len(found) + 1))), []
+
+    held = {
+        "epoch": times(lambda entry: entry.epoch),
+        "optimizer step": times(lambda entry: entry.step),
+    }
+    for label, values in held.items():
+        if None not in values and (choice := _by_time(label, found, values)):
+            return choice
+    if series := _by_number(found, times(lambda entry: number_in(entry.path))):
+        return series, []
+    for label, values in held.items():
+        if choice := _by_time(label, found, values):
+            return choice
+    return Series(found=found, label=_BY_NAME, times=list(range(1, len(found) + 1))), []
+
+
+def _by_time(
+    label: str, found: Sequence[Found], times: Sequence[int | None]
+) -> tuple[Series, list[PassedOver]] | None:
+    """Sort by what most checkpoints hold; None where most do not, or are not alone at their time.
+
+    Returns:
+        The series, and what is passed over.
+    """
+    by_time: dict[int, list[Found]] = {}
+    passed_over = []
+    for entry, time in zip(found, times, strict=True):
+        if time is None:
+            reason = f"holds no {label}, as most of them do"
+            passed_over.append(PassedOver(path=entry.path, reason=reason))
+        else:
+            by_time.setdefault(time, []).append(entry)
+    chosen = {time: min(entries, key=_preference) for time, entries in by_time.items()}
+    if 2 * len(chosen) <= len(found):
+        return None
+    if label == "epoch" and any(entry.within_epoch for entry in chosen.values()):
+        return None  # its true time is between two epochs
+    series = Series(
+        found=[chosen[time] for time in sorted(chosen)], label=label, times=sorted(chosen)
+    )
+    return series, passed_over + [
+        PassedOver(path=entry.path, reason=f"{label} {time} is {chosen[time].path.name}")
+        for time, entries in by_time.items()
+        for entry in entries
+        if entry is not chosen[time]
+    ]
+
+
+def _by_number(found: Sequence[Found], numbers: Sequence[int | None]) -> Series | None:
+    """Sort by the numbers in all names; None where these need not be times.
+
+    They are where they agree with the order of the names, or where words beside them say so.
+    """
+    known = {number: e for number, e in zip(numbers, found, strict=True) if number is not None}
+    if len(known) < len(found):
+        return None
+    others = [entry for entry in known.values() if not entry.source.is_named_initial]
+    units = {frozenset(times_in(entry.path)) for entry in others}
+    have_words = len(units) == 1 and all(has_named_time(entry.path) for entry in others)
+    if not have_words and any(a > b for a, b in pairwise(known)):
+        return None
+    times = sorted(known)
+    return Series(found=[known[t] for t in times], label="number in the name", times=times)
 
 
 def compare(times: Sequence[int], window: int) -> Comparisons:
@@ -151,6 +248,38 @@ def compare(times: Sequence[int], window: int) -> Comparisons:
 
 def _time(entry: Found) -> tuple[int | None, int | None]:
     return entry.epoch, entry.step
+
+
+def _are_of_one_time(one: Found, other: Found) -> bool:
+    """Whether the times that two checkpoints with equal times in their names hold are the same."""
+    held = list(zip(_time(one), _time(other), strict=True))
+    if one.within_epoch != other.within_epoch or any(
+        a is not None and b is not None and a != b for a, b in held
+    ):
+        return False
+    if any(a is not None and a == b for a, b in held):
+        return True
+    if has_number(one.path) and has_number(other.path):
+        return True
+    # The number is the folder's: nothing tells the time of a.pt and b.pt in run-7.
+    return one.path.name == other.path.name and bool(times_in(one.path))
+
+
+def _is_copy_by_name(entry: Found, originals: Sequence[Found], others: bool) -> bool:
+    """Whether a checkpoint that holds no time is one of the others, as its name says.
+
+    It is not where the name tells a time that none of the others has.
+
+    Args:
+        entry: the checkpoint.
+        originals: those before it.
+        others: whether there are any whose names do not say that they are copies. Where all are
+            the best, a number tells them apart; else it may be that of a ResNet-50.
+    """
+    if not entry.source.is_named_copy or _time(entry) != (None, None):
+        return False
+    tells_time = has_named_time(entry.path) if others else has_number(entry.path)
+    return not tells_time or number_in(entry.path) in {number_in(other.path) for other in originals}
 
 
 def _is_copy(entry: Found, other: Found) -> bool:

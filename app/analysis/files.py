@@ -31,9 +31,12 @@ COMPANIONS = (
 """Names of files and folders that lie beside checkpoints and hold no weights, or some once more."""
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)")
-_NAMED_TIME = re.compile(r"(?:^|[^a-z])(epochs?|steps?|iter(?:ation)?s?)[^a-z0-9]{0,2}(\d+)")
+_NAMED_TIME = re.compile(
+    r"(?:^|[^a-z])(epochs?|steps?|iter(?:ation)?s?)[^a-z0-9]{0,2}(\d+)", re.IGNORECASE
+)
 _DECIMAL = re.compile(r"\d+\.\d+")
 _COPIES = {"last", "latest", "best", "newest", "recovery"}
+_INITIAL = {"init", "initial", "initialization", "initialisation"}
 _AVERAGES = {"ema", "swa", "avg", "average", "averaged"}
 
 
@@ -55,6 +58,11 @@ class Source:
     def is_named_copy(self) -> bool:
         """Whether the name says that it is one of the others once more, such as the best."""
         return bool(_words(self.path) & _COPIES)
+
+    @property
+    def is_named_initial(self) -> bool:
+        """Whether the name says that it was written before the training."""
+        return bool(_words(self.path) & _INITIAL)
 
     @property
     def is_named_average(self) -> bool:
@@ -160,14 +168,45 @@ def number_in(path: Path) -> int | None:
     It is the one after "epoch", or else after "step" or "iteration", or else the last whole one:
     0.81 in val_loss=0.81 is none. None if there is none. The numbers of shards are no times.
     """
-    shard = _SHARD.fullmatch(path.stem)
-    for name in (shard["stem"] if shard else path.stem, path.parent.name):
-        times = _NAMED_TIME.findall(name.lower())
-        if named := {word[:4]: number for word, number in times}:
-            return int(named.get("epoc") or named.get("step") or named["iter"])
-        if numbers := re.findall(r"\d+", _DECIMAL.sub("", name)):
-            return int(numbers[-1])
-    return None
+    times = times_in(path)
+    return next((times[unit] for unit in ("epoc", "step", "iter", "") if unit in times), None)
+
+
+def times_in(path: Path) -> dict[str, int]:
+    """Return the numbers that tell the time in a file's name, or else in its folder's.
+
+    They stand under the beginning of the words that tell what is counted: "epoc", "step" and
+    "iter". Where there is no such word the last whole number stands under "".
+    """
+    for name in (_stem(path), path.parent.name):
+        if times := _times_in_name(name):
+            return times
+    return {}
+
+
+def has_named_time(path: Path) -> bool:
+    """Whether the file's own name tells an epoch, a step or an iteration."""
+    return bool(_times_in_name(_stem(path)).keys() - {""})
+
+
+def has_number(path: Path) -> bool:
+    """Whether the file's own name holds a whole number, which may tell its time."""
+    return bool(_times_in_name(_stem(path)))
+
+
+def without_time(path: Path) -> str:
+    """Return the file's name as a pattern: what tells its time, and decimals, is a star."""
+    name = _DECIMAL.sub("*", path.name)
+    own = _times_in_name(_stem(path))
+    if not own:
+        return name
+    if "" in own:
+        return re.sub(r"\d+(?!.*\d)", "*", _SHARD.sub(r"\g<stem>", name))
+
+    def star(found: re.Match[str]) -> str:
+        return found[0][: found.start(2) - found.start()] + "*"
+
+    return _NAMED_TIME.sub(star, name)
 
 
 def _together(paths: Sequence[Path]) -> list[tuple[Path, ...]]:
@@ -193,6 +232,18 @@ def _missing_shard(files: Sequence[Path]) -> int | None:
     first = min(1, *numbers)
     expected = range(first, first + _shard(files[0])[1])
     return next((number for number in expected if number not in numbers), None)
+
+
+def _stem(path: Path) -> str:
+    shard = _SHARD.fullmatch(path.stem)
+    return shard["stem"] if shard else path.stem
+
+
+def _times_in_name(name: str) -> dict[str, int]:
+    if named := _NAMED_TIME.findall(name.lower()):
+        return {word[:4]: int(number) for word, number in named}
+    numbers = re.findall(r"\d+", _DECIMAL.sub("", name))
+    return {"": int(numbers[-1])} if numbers else {}
 
 
 def _words(path: Path) -> set[str]:

@@ -7,7 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from app.analysis.choice import Comparisons, PassedOver, Series, compare, drop_copies, order
+from app.analysis.choice import (
+    Comparisons,
+    PassedOver,
+    Series,
+    compare,
+    drop_copies,
+    order,
+    several_series,
+)
 from app.analysis.estimate import Estimate, Speed, estimate, measure_speed
 from app.analysis.files import Source, find_checkpoints
 from app.analysis.measuring import find_damage, measure
@@ -31,6 +39,8 @@ class Analysis:
     checkpoints: int = 0
     """Those that are measured."""
     layers: int = 0
+    ordered: str = ""
+    """What the series is ordered by, and from where to where."""
     problems: list[str] = field(default_factory=list)
     """A line for each file that was skipped."""
     passed_over: list[PassedOver] = field(default_factory=list)
@@ -82,6 +92,8 @@ def analyze(
         reason = f": {problems[0]}" if problems else ""
         raise AgreedUserError(f"no checkpoint can be read{reason}")
     found, passed_over = drop_copies(found)
+    if problem := several_series(found):
+        raise AgreedUserError(problem)
     series, of_the_same_time = order(found)
     comparisons = compare(series.times, window)
     layers = processes.agree(
@@ -97,6 +109,7 @@ def analyze(
         metrics=folder / "metrics.h5",
         checkpoints=len(series.found),
         layers=len(layers),
+        ordered=series.described(),
         problems=problems,
         passed_over=passed_over + of_the_same_time,
         by_count=comparisons.by_count,

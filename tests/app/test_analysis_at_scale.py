@@ -237,6 +237,7 @@ def test_a_dry_run_tells_what_it_would_take_and_leaves_nothing(tmp_path, capsys)
     before = sorted(tmp_path.rglob("*"))
     assert analyze.main([str(folder), "--dry-run"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("dry run, nothing is measured: 4 checkpoints, 5 weights, less than a")
+    told = "4 checkpoints, 5 weights, ordered by number in the name 0 ... 3, less than a"
+    assert line.startswith(f"dry run, nothing is measured: {told}")
     assert "GiB of memory" in line
     assert sorted(tmp_path.rglob("*")) == before

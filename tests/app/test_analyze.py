@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import struct
 import sys
 import types
@@ -21,8 +22,15 @@ from torch import nn
 
 from app import OIALR, analyze, report
 from app.analysis.checkpoint import read_checkpoint
-from app.analysis.choice import Found, compare, drop_copies, order
-from app.analysis.files import Source, find_checkpoints, natural_order, number_in
+from app.analysis.choice import Found, compare, drop_copies, order, several_series
+from app.analysis.files import (
+    Source,
+    find_checkpoints,
+    natural_order,
+    number_in,
+    times_in,
+    without_time,
+)
 from app.errors import UserError
 from app.recording.store import Follower, read_rows
 from app.reporting.runs import read_run
@@ -308,6 +316,20 @@ def test_time_is_the_epoch_or_the_step_or_the_name_or_the_order():
         ([("a9.pt", None, None), ("b5.pt", None, None)], "checkpoint", ["a9.pt", "b5.pt"],
          [1, 2]),
         ([("a.pt", None, None), ("b5.pt", 2, 3)], "checkpoint", ["a.pt", "b5.pt"], [1, 2]),
+        # The initial weights, which hold no epoch, come first, whatever the others count.
+        ([("e1.pt", 1, None), ("e2.pt", 2, None), ("init.pt", None, None)], "epoch",
+         ["init.pt", "e1.pt", "e2.pt"], [0, 1, 2]),
+        ([("e1.pt", None, None), ("e2.pt", None, None), ("init.pt", None, None)],
+         "number in the name", ["init.pt", "e1.pt", "e2.pt"], [0, 1, 2]),
+        ([("e0.pt", None, None), ("e1.pt", None, None), ("init.pt", None, None)], "checkpoint",
+         ["init.pt", "e0.pt", "e1.pt"], [1, 2, 3]),
+        # A single one without an epoch does not take it from all, unless names order all of them.
+        ([("a.pt", 2, None), ("b.pt", 1, None), ("c.pt", None, None)], "epoch", ["b.pt", "a.pt"],
+         [1, 2]),
+        ([("e1.pt", 1, None), ("e2.pt", 2, None), ("e3.pt", None, None)], "number in the name",
+         ["e1.pt", "e2.pt", "e3.pt"], [1, 2, 3]),
+        ([("best-epoch15.pt", None, None), ("epoch10.pt", None, None), ("epoch20.pt", None, None)],
+         "number in the name", ["epoch10.pt", "best-epoch15.pt", "epoch20.pt"], [10, 15, 20]),
         # One more of an epoch does not take the epochs away from all: the last step's stays.
         ([("a.pt", 1, 30), ("b.pt", 1, 20), ("c.pt", 2, 40)], "epoch", ["a.pt", "c.pt"], [1, 2]),
     ):  # fmt: skip
@@ -350,11 +372,66 @@ def test_copies_and_averages_are_passed_over():
         ([("ema-1.pt", None, None, "a"), ("ema-2.pt", None, None, "b")],
          ["ema-1.pt", "ema-2.pt"], []),
         ([("last.ckpt", None, None, "a")], ["last.ckpt"], []),
+        # A name that tells a time is a copy only of what has that time.
+        ([("best_epoch3.pth", None, None, "a"), ("best_epoch7.pth", None, None, "b"),
+          ("best_epoch12.pth", None, None, "c")],
+         ["best_epoch3.pth", "best_epoch7.pth", "best_epoch12.pth"], []),
+        ([("best-3.pt", None, None, "a"), ("best-7.pt", None, None, "b")],
+         ["best-3.pt", "best-7.pt"], []),
+        ([("epoch-3.pt", None, None, "a"), ("best-epoch3.pt", None, None, "b"),
+          ("resnet50_best.pt", None, None, "c")],
+         ["epoch-3.pt"], ["a copy by its name", "a copy by its name"]),
     ):  # fmt: skip
         found = [found_at(n, epoch=e, step=s, weights=w) for n, e, s, w in entries]
         left, passed_over = drop_copies(found)
         assert [entry.path.name for entry in left] == kept
         assert [entry.reason for entry in passed_over] == reasons
+
+
+@pytest.mark.parametrize(
+    ("entries", "cure"),
+    [
+        # Seeds in folders, with and without times in the files; of different lengths too.
+        ([("s0/e1.pt", 1, None), ("s0/e2.pt", 2, None), ("s1/e1.pt", 1, None)], "the folder of"),
+        ([("s0/e1.pt", None, None), ("s1/e1.pt", None, None)], "the folder of"),
+        ([("s0/step-20/state.pt", 1, 20), ("s1/step-20/state.pt", 1, 20)], "the folder of"),
+        ([("s0/step-20/model.bin", None, None), ("s1/step-20/model.bin", None, None)], "folder"),
+        ([("s0/e1.pt", 1, None), ("s1/e1.pt", None, None)], "the folder of"),
+        # Networks or seeds beside each other.
+        ([("G_0.pt", None, None), ("D_0.pt", None, None)], r"such as f/G_\*\.pt$"),
+        ([("s0-epoch1.pt", None, None), ("s1-epoch1.pt", None, None)], r"f/s0-epoch\*\.pt$"),
+        ([("a.pt", 3, 30), ("b.pt", 3, 30)], "such as f/a.pt"),
+        # One training.
+        ([("epoch=0-step=1.ckpt", None, None), ("epoch=0-step=2.ckpt", None, None)], None),
+        ([("epoch=0-loss=0.3.ckpt", None, None), ("epoch=0-loss=0.2.ckpt", None, None)], None),
+        ([("step-40/state.pt", 2, 40), ("step-55/state.pt", 2, 55)], None),
+        ([("step-40/model.bin", None, None), ("step-55/model.bin", None, None)], None),
+        ([("epoch-3.pt", 3, None), ("best.pt", 3, None), ("stop.pt", 3, None)], None),
+        ([("run-7/a.pt", None, None), ("run-7/b.pt", None, None)], None),
+        ([("a/model.pt", None, None), ("b/model.pt", None, None)], None),
+    ],
+)
+def test_several_trainings_or_networks_are_no_series(entries, cure):
+    problem = several_series([found_at(name, epoch=e, step=s) for name, e, s in entries])
+    assert (problem is None) == (cure is None)
+    if problem:
+        assert re.search(cure, problem)
+        assert problem.startswith(f"f/{entries[0][0]} and f/{entries[-1][0]}: of the same time")
+
+
+def test_several_trainings_are_refused_and_one_of_them_is_measured(tmp_path, capsys):
+    for seed in ("s0", "s1"):
+        save_series(tmp_path / seed, count=3)
+    torch.save({"fc0.weight": torch.randn(6, 5)}, tmp_path / "s1" / "model-0.pt")
+    state = torch.load(tmp_path / "s1" / "model-2.pt")
+    torch.save({k: v.flip(0) for k, v in state.items()}, tmp_path / "s1" / "model-2.pt")
+    with pytest.raises(UserError, match=r"s0/model-2\.pt and .*s1/model-2\.pt: of the same time"):
+        analyze.main([str(tmp_path)])
+    assert not (tmp_path / "analysis").exists()
+    capsys.readouterr()
+    analyze.main([str(tmp_path / "s0"), "--window", "1"])
+    ordered = "3 checkpoints, 5 weights, ordered by number in the name 0 ... 2"
+    assert ordered in capsys.readouterr().out
 
 
 def test_a_window_is_a_time_and_not_a_number_of_files():
@@ -384,6 +461,18 @@ def test_a_window_is_a_time_and_not_a_number_of_files():
 )
 def test_the_number_that_tells_the_time(name, number):
     assert number_in(Path("run-7") / name) == number
+
+
+def test_the_times_in_a_name_and_what_is_left_without_them():
+    for name, times, left in (
+        ("epoch=3-step=40-loss=0.81.ckpt", {"epoc": 3, "step": 40}, "epoch=*-step=*-loss=*.ckpt"),
+        ("s1-Epoch_09.pt", {"epoc": 9}, "s1-Epoch_*.pt"),
+        ("resnet50-12.pth.tar", {"": 12}, "resnet50-*.pth.tar"),
+        ("m-4-00001-of-00002.safetensors", {"": 4}, "m-*.safetensors"),
+        ("model.pt", {"": 7}, "model.pt"),
+    ):
+        assert times_in(Path("run-7") / name) == times
+        assert without_time(Path("run-7") / name) == left
 
 
 @pytest.mark.slow
