@@ -167,7 +167,7 @@ def _losses(run: Run) -> Curves:
 
 
 def _headline(run: Run, written: float) -> Text:
-    text = Text(f"{run.folder}: {run.state()}", style="bold")
+    text = Text(f"{run.path}: {run.state()}", style="bold")
     if len(run.train["step"]):
         recent = slice(-50, None)
         text.append(

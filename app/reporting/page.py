@@ -45,11 +45,11 @@ def render_page(
         groups: all runs, by configuration.
         table: the final figures.
         together: drawings of all runs.
-        drawings: those of each run, by its folder.
+        drawings: those of each run, by its file.
         notices: what the reader should know first.
     """
     sections = [
-        _section(run, group, drawings[run.folder]) for group in groups for run in group.runs
+        _section(run, group, drawings[run.metrics]) for group in groups for run in group.runs
     ]
     shown = [*together, *(drawing for section in sections for drawing in section.drawings)]
     return _render(

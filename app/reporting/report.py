@@ -39,7 +39,7 @@ def write_report(
 
     Args:
         paths: folders of runs; of several, those that are none are skipped with a notice.
-        output: folder of the report; None: RUN/report for one run, ./report for several.
+        output: folder of the report; None: that of the run for one run, ./report for several.
         formats: of the figures' files, of drawing.FORMATS.
         layers: patterns of the layers whose spectra are drawn; none: some of them.
         reference: key of REFERENCE_CURVES, or None.
@@ -52,7 +52,7 @@ def write_report(
     check_patterns(runs, layers)
     curve = REFERENCE_CURVES[reference] if reference else None
     groups = group_runs(runs)
-    folder = output or (runs[0].folder / "report" if len(runs) == 1 else Path("report"))
+    folder = output or (runs[0].report_folder if len(runs) == 1 else Path("report"))
     notices += _missing(runs, reference)
     with style():
         found = (
@@ -64,7 +64,7 @@ def write_report(
         together = [drawing for drawing in found if drawing]
         scales = _Scales.common(runs)
         drawings = {
-            run.folder: _draw_run(run, number if len(runs) > 1 else None, layers, curve, scales)
+            run.metrics: _draw_run(run, number if len(runs) > 1 else None, layers, curve, scales)
             for number, run in enumerate(runs, 1)
         }
         figures = [
@@ -86,18 +86,18 @@ def write_report(
 def _missing(runs: Sequence[Run], reference: str | None) -> list[str]:
     """Say what cannot be drawn of some runs, a line each."""
     notices = [
-        f"{run.folder}: no basis stability was recorded yet that could be compared; its maps are "
+        f"{run.path}: no basis stability was recorded yet that could be compared; its maps are "
         f"left out"
         for run in runs
         if not len(run.series("stability").steps)
     ]
     notices += [
-        f"{run.folder}: --reference counts epochs, and this run {run.axis.label}: left out"
+        f"{run.path}: --reference counts epochs, and this run {run.axis.label}: left out"
         for run in runs
         if reference and run.axis.label != "epoch"
     ]
     notices += [
-        f"{run.folder}: --reference has a window of 5 epochs, and this run compares with "
+        f"{run.path}: --reference has a window of 5 epochs, and this run compares with "
         f"{window_of(run)}"
         for run in runs
         if reference
@@ -121,8 +121,7 @@ def _read_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
             run = read_run(path)
             if run.is_empty:
                 raise UserError(
-                    f"{run.folder / 'metrics.h5'}: nothing is recorded yet; try again when the run "
-                    f"has begun"
+                    f"{run.metrics}: nothing is recorded yet; try again when the run has begun"
                 )
         except UserError as error:
             skipped.append(str(error))
@@ -130,9 +129,9 @@ def _read_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
         except OSError as error:  # another user's, for one
             skipped.append(refused_path(error) or f"{path}: cannot be read ({one_line(error)})")
             continue
-        if run.folder.resolve() in runs:
+        if run.metrics.resolve() in runs:
             raise UserError(f"{path}: given twice")
-        runs[run.folder.resolve()] = run
+        runs[run.metrics.resolve()] = run
     if not runs:
         more = f" (and {len(skipped) - 1} more)" if len(skipped) > 1 else ""
         raise UserError(skipped[0] + more)

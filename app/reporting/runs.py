@@ -15,6 +15,9 @@ from app.config import parse
 from app.errors import UserError
 from app.recording.store import Follower, StoredLayer
 
+METRICS = "metrics.h5"
+"""Name of a run's own file; others are kept beside it, such as metrics-before-1.h5."""
+
 Rows = dict[str, np.ndarray]
 """The columns of a group, all of the same length."""
 
@@ -58,7 +61,10 @@ class LayerSeries:
 class Run:
     """Everything of a run but its spectra, which may be large: see :func:`read_spectra`."""
 
-    folder: Path
+    path: Path
+    """Its folder, or a file that is not called metrics.h5, such as metrics-before-1.h5."""
+    metrics: Path
+    """The file that was read."""
     name: str
     configuration: dict[str, Any]
     """Sections of the resolved configuration; of an analysis, the section analysis alone."""
@@ -94,6 +100,12 @@ class Run:
             return TimeAxis(label="optimizer step", steps_per_unit=1)
         steps = self.evaluation["step"][finished] / self.evaluation["epoch"][finished]
         return TimeAxis(label="epoch", steps_per_unit=float(steps[0]))
+
+    @property
+    def report_folder(self) -> Path:
+        """Where its report lies: that of a file of another name takes nobody's place."""
+        own = self.metrics.name == METRICS
+        return self.metrics.parent / ("report" if own else f"report-{self.metrics.stem}")
 
     @property
     def is_finished(self) -> bool:
@@ -195,14 +207,15 @@ def read_run(path: Path | str) -> Run:
     """Read a run that goes on, was stopped, or has ended.
 
     Args:
-        path: its folder, or the metrics.h5 in it.
+        path: its folder, or the metrics.h5 in it; or a file of another name, to which the summary
+            in its folder does not belong.
 
     Raises:
         UserError: no metrics there, or no metrics of a run.
     """
     path = Path(path)
-    metrics = path if path.is_file() else path / "metrics.h5"
-    folder = metrics.parent
+    metrics = path if path.is_file() else path / METRICS
+    folder, is_own = metrics.parent, metrics.name == METRICS
     if not metrics.exists() and (folder / "search.yaml").exists():
         raise UserError(f"{folder}: a search is reported alone: python -m app.report {folder}")
     reader = Follower(metrics)
@@ -210,13 +223,14 @@ def read_run(path: Path | str) -> Run:
         layers = reader.layers()
         yaml = reader.configuration()
         return Run(
-            folder=folder,
-            name=folder.resolve().name,
+            path=folder if is_own else metrics,
+            metrics=metrics,
+            name=folder.resolve().name + ("" if is_own else f"-{metrics.stem}"),
             configuration=parse(yaml, source=f"{metrics}: config"),
             yaml=yaml,
             # One that is trained on for more epochs has that of the epochs before.
             summary=None
-            if (folder / "unfinished.json").exists()
+            if not is_own or (folder / "unfinished.json").exists()
             else _read_summary(folder / "summary.json"),
             sessions=reader.rows("sessions"),
             train=reader.rows("train"),
@@ -239,7 +253,7 @@ def read_spectra(run: Run, names: Sequence[str]) -> list[tuple[np.ndarray, np.nd
         and padded with NaN.
     """
     spectra = []
-    reader = Follower(run.folder / "metrics.h5")
+    reader = Follower(run.metrics)
     try:
         for name in names:
             rows = reader.rows(f"layers/{name}/spectrum")

@@ -543,7 +543,7 @@ def test_full_ranks_are_known_where_only_low_rank_checkpoints_are_left(tmp_path)
         (folder / f"epoch-{epoch}.pt").unlink()
     analyze.main([str(folder), "--window", "1"])
     run = read_run(folder / "analysis")
-    assert max(read_rows(run.folder / "metrics.h5", "layers/fc.weight/stability")["rank"]) < 8
+    assert max(read_rows(run.metrics, "layers/fc.weight/stability")["rank"]) < 8
     assert run.full_ranks["fc.weight"] == 8
     assert run.full_ranks["conv.weight"] == 4  # of each of its two groups
 

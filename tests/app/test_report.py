@@ -720,6 +720,30 @@ def test_a_single_run_has_its_report_in_its_folder(tmp_path):
     assert (folder / "report" / "figures" / "mixing.png").exists()
 
 
+@pytest.mark.parametrize("name", ["metrics-before-1", "metrics-damaged"])
+def test_a_file_that_is_kept_beside_metrics_is_reported_as_itself(tmp_path, name):
+    """As the program leaves them: summary, spectra and report of the folder are another run's."""
+    folder = write_run(tmp_path / "run", "oialr.enabled=false")
+    other = write_run(tmp_path / "other", "oialr.enabled=false", epochs=5, finished=False,
+                      layers={"patch.weight": (3, 3)})  # fmt: skip
+    kept = (other / "metrics.h5").rename(folder / f"{name}.h5")
+    run = read_run(kept)
+    assert (run.name, run.summary) == (f"run-{name}", None)
+    assert run.state() == "not finished: in epoch 5 of 8, step 50"
+    [(steps, values)] = read_spectra(run, ["patch.weight"])
+    assert (steps[-1], values.shape[1]) == (50, 3)
+    assert report.main([str(folder), "--formats", "svg"]) == 0
+    page = (folder / "report" / "report.html").read_bytes()
+    assert report.main([str(kept), "--formats", "svg"]) == 0
+    assert (folder / "report" / "report.html").read_bytes() == page
+    assert "not finished" in (folder / f"report-{name}" / "report.html").read_text()
+    # Both are of one folder, and not the same.
+    both = [str(kept), str(folder / "metrics.h5")]
+    assert report.main([*both, "--formats", "svg", "--output", str(tmp_path / "out")]) == 0
+    with pytest.raises(UserError, match="given twice"):
+        report.main([*both, str(folder)])
+
+
 def empty_run(folder):
     Writer(folder).store.close()
     return folder
@@ -798,7 +822,7 @@ def test_what_another_user_has_closed_is_skipped_by_name(tmp_path, monkeypatch):
     close(tmp_path / "closed", monkeypatch)
     monkeypatch.setattr(io, "open", open_others)
     found, notices = whole_report._read_runs([tmp_path / n for n in ("open", "closed", "summary")])
-    assert [run.folder for run in found] == [tmp_path / "open"]
+    assert [run.path for run in found] == [tmp_path / "open"]
     cure = "Permission denied; have it opened to this user, or name another path"
     assert notices == [
         f"skipped: {tmp_path / 'closed' / 'metrics.h5'}: {cure}",
