@@ -12,14 +12,14 @@ from app.reporting.drawing import (
     Drawing,
     as_label,
     colour_and_line,
-    marker_of,
+    dots,
     new_figure,
     whole_numbers,
 )
 from app.reporting.layer_maps import draw_reference
 from app.reporting.panels import HEIGHT, Curve, Panel, axis_label, draw_panels, wrapped
 from app.reporting.reference import ReferenceCurve
-from app.reporting.runs import Run
+from app.reporting.runs import Run, percentiles
 
 _POINTS = 1000  # of a curve with a value for each step: more than a figure has dots
 
@@ -151,9 +151,9 @@ def other_measures(run: Run, name: str) -> Drawing | None:
             full = [run.full_ranks[layer.name] for layer in series.layers if layer.averaged]
             values = 100 * values / np.array(full)[:, None]
         x = run.axis(series.steps)
-        low, middle, high = np.nanpercentile(values, [10, 50, 90], axis=0)
+        low, middle, high = percentiles(values, [10, 50, 90])
         axes.fill_between(x, low, high, color=colour_and_line(0)[0], alpha=0.2, linewidth=0)
-        axes.plot(x, middle, color=colour_and_line(0)[0], marker=marker_of(x))
+        axes.plot(x, middle, color=colour_and_line(0)[0], **dots(middle))
         axes.set_ylabel(wrapped(as_label(column).replace("_", " ") + ", %" * (column in percent)))
         if column == "orthonormality_error" and np.nanmin(low) > 0:
             axes.set_yscale("log")

@@ -128,6 +128,15 @@ def marker_of(x: np.ndarray) -> str:
     return "o" if len(x) == 1 else ""
 
 
+def dots(y: np.ndarray) -> dict[str, Any]:
+    """Return the settings of a line that mark what would not be seen: values between two gaps."""
+    import numpy as np
+
+    known = np.isfinite(np.concatenate([[np.nan], y, [np.nan]]))
+    alone = np.flatnonzero(known[1:-1] & ~known[:-2] & ~known[2:])
+    return {"marker": "o", "markevery": alone.tolist()} if len(alone) else {}
+
+
 def short_name(layer: str) -> str:
     """Return a layer's name as a label: without what is in its middle, if it is long."""
     name = layer.removesuffix(".weight")

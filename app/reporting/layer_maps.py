@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from app.reporting.drawing import COLOURS, Drawing, marker_of, new_figure, short_name, whole_numbers
+from app.reporting.drawing import COLOURS, Drawing, dots, new_figure, short_name, whole_numbers
 from app.reporting.reference import ReferenceCurve
-from app.reporting.runs import LayerSeries, Run
+from app.reporting.runs import LayerSeries, Run, percentiles
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -173,12 +173,10 @@ def draw_reference(axes: Axes, curve: ReferenceCurve) -> None:
 
 def _draw_mean(axes: Axes, x: np.ndarray, series: LayerSeries) -> None:
     values = series.averaged()
-    measured = np.isfinite(values).any(0)
-    band = np.full((2, len(x)), np.nan)
-    if measured.any():
-        band[:, measured] = np.nanpercentile(values[:, measured], [10, 90], axis=0)
-    axes.fill_between(x, *band, color=COLOURS[0], alpha=0.2, linewidth=0)
-    axes.plot(x, series.mean(), color=COLOURS[0], marker=marker_of(x), label="mean over the layers")
+    low, high = percentiles(values, [10, 90])
+    mean = series.mean()
+    axes.fill_between(x, low, high, color=COLOURS[0], alpha=0.2, linewidth=0)
+    axes.plot(x, mean, color=COLOURS[0], label="mean over the layers", **dots(mean))
 
 
 def _label_layers(axes: Axes, names: Sequence[str], height: float) -> None:

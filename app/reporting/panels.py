@@ -13,7 +13,7 @@ from app.reporting.drawing import (
     LineStyle,
     as_label,
     colour_and_line,
-    marker_of,
+    dots,
     new_figure,
     whole_numbers,
 )
@@ -95,7 +95,7 @@ def wrapped(label: str) -> str:
 def _draw(axes: Axes, panel: Panel, run: Run, colour: str, line: LineStyle) -> None:
     x, y = panel.curve(run)
     if panel.kinds is None:
-        axes.plot(x, y, color=colour, linestyle=line, marker=marker_of(x), alpha=0.85)
+        axes.plot(x, y, color=colour, linestyle=line, alpha=0.85, **dots(y))
         if panel.marks_end and len(x):
             axes.plot(x[-1:], y[-1:], "o", color=colour)
         return

@@ -166,7 +166,8 @@ class Run:
     def series(self, column: str) -> LayerSeries:
         """Return a column of /layers/NAME/stability, of all layers that have finite values in it.
 
-        Steps at which no layer has one are left out.
+        They reach from the first to the last finite value. Between them steps without any stay, and
+        where measurements are missing some are put in: a gap is drawn as one.
         """
         tracks = [
             (layer, rows["step"], rows[column].astype(float))
@@ -265,6 +266,15 @@ def read_spectra(run: Run, names: Sequence[str]) -> list[tuple[np.ndarray, np.nd
     return spectra
 
 
+def percentiles(values: np.ndarray, wanted: Sequence[float]) -> np.ndarray:
+    """Return percentiles of values (L, T) over the layers, (len(wanted), T); NaN without any."""
+    found = np.full((len(wanted), values.shape[1]), np.nan)
+    measured = np.isfinite(values).any(0)
+    if measured.any():
+        found[:, measured] = np.nanpercentile(values[:, measured], wanted, axis=0)
+    return found
+
+
 def check_patterns(runs: Sequence[Run], patterns: Sequence[str]) -> None:
     """Reject a pattern that matches no layer with a spectrum, in any run: it is misspelt.
 
@@ -332,6 +342,10 @@ def _join(
     """
     seen = [steps[np.isfinite(values)] for _, steps, values in tracks]
     common = np.unique(np.concatenate(seen)) if seen else np.empty(0)
+    if len(common) and not carry:
+        measured = np.unique(np.concatenate([steps for _, steps, _ in tracks]))
+        within = (measured >= common[0]) & (measured <= common[-1])
+        common = np.unique(np.concatenate([measured[within], _in_gaps(measured[within])]))
     table = np.full((len(tracks), len(common)), np.nan)
     for row, (_, steps, values) in zip(table, tracks, strict=True):
         if carry:
@@ -341,3 +355,22 @@ def _join(
             finite = np.isfinite(values)
             row[np.searchsorted(common, steps[finite])] = values[finite]
     return LayerSeries(layers=[layer for layer, *_ in tracks], steps=common, values=table)
+
+
+def _in_gaps(steps: np.ndarray) -> np.ndarray:
+    """Return the steps at which measurements are missing, where most are at one distance.
+
+    Of a long gap these are its first and its last one.
+    """
+    if len(steps) < 3:
+        return steps[:0]
+    distances = np.diff(steps)
+    found, counts = np.unique(distances, return_counts=True)
+    usual = found[counts.argmax()]
+    if 2 * counts.max() < len(distances):
+        return steps[:0]
+    long = distances > 1.5 * usual
+    before, after = steps[:-1][long], steps[1:][long]
+    middle = (before + after) // 2
+    ends = [np.minimum(before + usual, middle), np.maximum(after - usual, middle)]
+    return np.concatenate(ends)

@@ -28,6 +28,7 @@ from app.reporting.reference import REFERENCE_CURVES
 from app.reporting.runs import (
     LayerSeries,
     Run,
+    _in_gaps,
     check_patterns,
     choose_layers,
     read_run,
@@ -188,6 +189,54 @@ def test_a_layer_that_is_measured_less_often_is_averaged_where_it_is(tmp_path):
     series = read_run(tmp_path / "run").series("stability")
     assert np.isnan(series.values[1:, -1]).all()
     assert series.mean()[-1] == stability_of(0, 7)
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_is_missing_is_a_gap(tmp_path):
+    """Of the epochs 0 to 12 the seventh and eighth are gone, and the tenth has no reference."""
+    writer = Writer(tmp_path / "run", "oialr.enabled=false", layers={"a.weight": (4, 4)})
+    epochs = [*range(7), 9, 10, 11, 12]
+    for epoch in epochs:
+        values = dict.fromkeys(("step", "epoch"), epoch) | {"rank": 4, "numerical_rank": 4}
+        known = epoch >= 2 and epoch != 10
+        values |= dict.fromkeys(("stability", "effective_rank"), 0.9 if known else np.nan)
+        writer.store.append("layers/a.weight/stability", **row(STABILITY, **values))
+    writer.store.close()
+    run = read_run(tmp_path / "run")
+    series = run.series("stability")
+    assert series.steps.tolist() == list(range(2, 13))
+    missing = [False] * 5 + [True, True, False, True, False, False]
+    assert np.isnan(series.values[0]).tolist() == missing
+    # The map has these columns, of equal width, and the curve is broken; 9 stands alone.
+    with drawing.style():
+        drawn = layer_maps.stability_map(run, "stability", 0.8, None)
+    top, bottom = drawn.figure.axes[:2]
+    assert np.isnan(np.ma.filled(top.collections[0].get_array(), np.nan)).tolist() == [missing]
+    edges = top.collections[0].get_coordinates()[0, :, 0]
+    np.testing.assert_allclose(edges, np.arange(1.5, 13))
+    assert np.isnan(bottom.lines[0].get_ydata()).tolist() == missing
+    assert bottom.lines[0].get_markevery() == [7]
+    other = curves.other_measures(run, "measures").figure.axes
+    line = next(a for a in other if a.get_ylabel().startswith("effective")).lines[0]
+    assert np.isnan(line.get_ydata()).tolist() == missing
+    [group] = comparison.group_runs([run])
+    mean = curves.means([group], None).figure.axes[0].lines[0]
+    assert np.isnan(mean.get_ydata()).tolist() == missing
+
+
+@pytest.mark.parametrize(
+    ("steps", "missing"),
+    [
+        ([1, 2, 3, 9, 10], [4, 8]),
+        ([2, 4, 6, 10, 12], [8]),
+        ([10, 20, 30, 47, 57], [38]),  # less than two of the usual distances
+        ([10, 20, 30, 34], []),  # the end of a run
+        ([1, 10, 100, 1000], []),  # no usual distance
+        ([1, 9], []),
+    ],
+)
+def test_steps_of_a_gap(steps, missing):
+    assert sorted(set(_in_gaps(np.array(steps)).tolist())) == missing
 
 
 def test_ranks_hold_from_event_to_event(tmp_path):
