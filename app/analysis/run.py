@@ -124,6 +124,7 @@ def analyze(
                 "checkpoints": [str(path) for path in paths],
                 "position": series.label,
                 "window": window,
+                "span": None if comparisons.by_count else comparisons.span,
                 "include": list(include),
                 "exclude": list(exclude),
                 "not_averaged": list(not_averaged),

@@ -213,6 +213,8 @@ def _lowest(series: LayerSeries) -> tuple[float, float]:
 def window_of(run: Run) -> str:
     """Say what is compared with."""
     if analysis := run.configuration.get("analysis"):
+        if run.axis.label == "epoch" and (span := analysis.get("span")):  # older files lack it
+            return f"{span} epoch{'s' * (span > 1)} before"
         window, unit = analysis["window"], "checkpoint"
     else:
         section = run.configuration.get("stability", {})

@@ -80,8 +80,9 @@ def draw_panels(
 
 
 def axis_label(groups: Sequence[RunGroup]) -> str:
-    """Return what the runs' time is counted in."""
-    return " or ".join(dict.fromkeys(run.axis.label for group in groups for run in group.runs))
+    """Return what the runs' time is counted in: the same for all that are drawn together."""
+    (label,) = {run.axis.label for group in groups for run in group.runs}
+    return label
 
 
 def wrapped(label: str) -> str:

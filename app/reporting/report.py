@@ -1,11 +1,11 @@
 """A report from its runs to its files: puts the parts together."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from app.errors import UserError, one_line, refused_path
-from app.reporting.comparison import final_figures, group_runs
+from app.reporting.comparison import RunGroup, final_figures, group_runs
 from app.reporting.curves import costs, learning, means, other_measures, seconds
 from app.reporting.drawing import Drawing, save, style
 from app.reporting.layer_maps import floor, mixing_map, rank_map, stability_map, window_of
@@ -53,13 +53,14 @@ def write_report(
     curve = REFERENCE_CURVES[reference] if reference else None
     groups = group_runs(runs)
     folder = output or (runs[0].report_folder if len(runs) == 1 else Path("report"))
-    notices += _missing(runs, reference)
+    comparable, left_out = _of_one_axis(groups)
+    notices += _missing(runs, reference) + left_out
     with style():
         found = (
-            learning(groups),
-            costs(groups),
-            means(groups, curve) if len(runs) > 1 else None,
-            seconds(groups),
+            learning(comparable),
+            costs(comparable),
+            means(comparable, curve) if sum(len(g.runs) for g in comparable) > 1 else None,
+            seconds(comparable),
         )
         together = [drawing for drawing in found if drawing]
         scales = _Scales.common(runs)
@@ -100,12 +101,33 @@ def _missing(runs: Sequence[Run], reference: str | None) -> list[str]:
         f"{run.path}: --reference has a window of 5 epochs, and this run compares with "
         f"{window_of(run)}"
         for run in runs
-        if reference
-        and run.axis.label == "epoch"
-        and window_of(run) != "5 epochs before"
-        and "analysis" not in run.configuration
+        if reference and run.axis.label == "epoch" and window_of(run) != "5 epochs before"
     ]
     return notices
+
+
+def _of_one_axis(groups: Sequence[RunGroup]) -> tuple[list[RunGroup], list[str]]:
+    """Leave out the analyses whose time is counted in something else than that of the other runs.
+
+    A figure of all runs has one axis, and an epoch is no step and no number in a name. Runs of
+    trainings are counted alike; without any, all are counted as the first analysis is.
+
+    Returns:
+        The groups, and a line for each analysis that is left out.
+    """
+    runs = [run for group in groups for run in group.runs]
+    label = min(runs, key=lambda run: "analysis" in run.configuration).axis.label
+    kept = [
+        replace(group, runs=[run for run in group.runs if run.axis.label == label])
+        for group in groups
+    ]
+    notices = [
+        f"{run.path}: its axis is {run.axis.label!r}, that of the other runs {label!r}: it is not "
+        f"in the figures of all runs together"
+        for run in runs
+        if run.axis.label != label
+    ]
+    return [group for group in kept if group.runs], notices
 
 
 def _read_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
@@ -144,20 +166,25 @@ def _read_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Scales:
-    """Of the colours, common to all runs of a page."""
+    """Of the colours, common to all runs of a page, or to those whose time is counted alike."""
 
     stability: float
     mixing: float
-    times: tuple[float, float]
+    times: Mapping[str, tuple[float, float]]
+    """By what is counted."""
 
     @classmethod
     def common(cls, runs: Sequence[Run]) -> "_Scales":
         """Return those that take in what was measured of all runs."""
-        first, last = zip(*(run.span() for run in runs), strict=True)
+        times: dict[str, tuple[float, float]] = {}
+        for run in runs:
+            first, last = run.span()
+            others = times.get(run.axis.label, (first, last))
+            times[run.axis.label] = min(first, others[0]), max(last, others[1])
         return cls(
             stability=floor(runs, "stability"),
             mixing=floor(runs, "mixing_similarity"),
-            times=(min(first), max(last)),
+            times=times,
         )
 
 
@@ -178,7 +205,7 @@ def _draw_run(
         stability_map(run, name("stability"), scales.stability, reference),
         mixing_map(run, name("mixing"), scales.mixing),
         rank_map(run, name("rank")),
-        spectra(run, chosen, name("spectra"), scales.times),
+        spectra(run, chosen, name("spectra"), scales.times[run.axis.label]),
         other_measures(run, name("measures")),
     ]
     return [drawing for drawing in found if drawing]

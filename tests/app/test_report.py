@@ -649,6 +649,58 @@ def test_a_reference_beside_another_window_is_noted(tmp_path, capsys):
     assert "has a window of 5 epochs, and this run compares with 2 epochs before" in notes[0]
 
 
+def analysis_of(folder, **section):
+    """A run as an analysis leaves it."""
+    write_run(folder, "oialr.enabled=false")
+    values = {"checkpoints": ["x"], "window": 5, **section}
+    with h5py.File(folder / "metrics.h5", "r+") as file:
+        file.attrs["config"] = np.bytes_(json.dumps({"analysis": values}).encode())
+    return folder
+
+
+def drawn_by(monkeypatch):
+    """Keep the drawings of a report instead of writing them."""
+    drawn = {}
+    monkeypatch.setattr(whole_report, "save", lambda d, *_: drawn.setdefault(d.name, d) and [])
+    return drawn
+
+
+def test_a_reference_beside_an_analysis_is_held_against_its_span(tmp_path):
+    for name, section, told in (
+        ("same", {"position": "epoch", "window": 1, "span": 5}, None),
+        ("other", {"position": "epoch", "window": 1, "span": 10}, "with 10 epochs before"),
+        ("older", {"position": "epoch", "window": 5}, "with 5 checkpoints before"),
+        ("places", {"position": "epoch", "window": 2, "span": None}, "with 2 checkpoints before"),
+    ):
+        folder = analysis_of(tmp_path / name, **section)
+        notes = whole_report._missing([read_run(folder)], "vit_b16")
+        assert len(notes) == (told is not None)
+        assert told is None or notes[0].endswith(f"this run compares {told}")
+
+
+@pytest.mark.slow
+def test_what_counts_other_times_is_not_on_one_axis(tmp_path, capsys, monkeypatch):
+    drawn = drawn_by(monkeypatch)
+    epochs = [str(write_run(tmp_path / name)) for name in ("a", "b")]
+    steps = str(analysis_of(tmp_path / "steps", position="number in the name", span=50))
+    assert report.main([steps, *epochs, "--output", str(tmp_path / "out")]) == 0
+    [note] = [line for line in capsys.readouterr().err.splitlines() if "together" in line]
+    assert "steps: its axis is 'number in the name', that of the other runs 'epoch': it is" in note
+    axes = drawn["means"].figure.axes
+    assert len(axes[0].lines) == 2
+    assert axes[-1].get_xlabel() == "epoch"
+    # The colours of the spectra end where its own times do.
+    bars = {name: d.figure.axes[-1] for name, d in drawn.items() if name.startswith("spectra-")}
+    assert [bar.get_ylabel() for bar in bars.values()] == ["number in the name", "epoch", "epoch"]
+    assert [bar.get_ylim() for bar in bars.values()] == [(0, 80), (0, 8), (0, 8)]
+    # What is counted alike is drawn together, and of others the first.
+    drawn.clear()
+    same = str(analysis_of(tmp_path / "same", position="epoch", span=5))
+    assert report.main([steps, same, "--output", str(tmp_path / "out")]) == 0
+    assert "means" not in drawn
+    assert "same: its axis is 'epoch', that" in capsys.readouterr().err
+
+
 def test_spectra_are_those_of_averaged_layers_and_a_single_value_is_a_dot(tmp_path):
     layers = {"position": (5, 6), "row.weight": (1, 4), "fc.weight": (4, 4)}
     writer = Writer(tmp_path / "run", layers=layers)
