@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from app.analysis.run import Analysis
 
 _NAMED = 5
-"""Files that are passed over and named."""
+"""Files that are passed over, and tensors that are left out, and named."""
 EXAMPLES = """\
 examples:
   python -m app.analyze checkpoints/
@@ -30,8 +30,8 @@ names, or else those of names such as model-00001-of-00002. They are sorted by t
 that they hold, or else by name, 2 before 10, and the last line says which; copies, such as the last
 or the best once more, and averages (ema, swa) are passed over. Checkpoints of several trainings, or
 of two networks that are trained together, are refused. All floating tensors of two or more
-dimensions are measured; those whose names are those of embeddings, tokens, positions or masks are
-not averaged.
+dimensions are measured; those whose names are those of embeddings, tokens, positions, masks or
+scales are not averaged.
 
 An analysis that was killed or interrupted goes on where it was when the same command is given
 again.
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("--include", "measure only weights that match (*); repeatable"),
         ("--exclude", "do not measure weights that match; repeatable"),
         ("--not-averaged", "measure weights that match, but leave them out of means; repeatable, "
-         "instead of the names of embeddings, tokens, positions and masks"),
+         "instead of the names of embeddings, tokens, positions, masks and scales"),
     ):  # fmt: skip
         parser.add_argument(option, metavar="PATTERN", action="append", help=what)
     parser.add_argument(
@@ -142,10 +142,14 @@ def _run(options: argparse.Namespace) -> int:
 def _notes(result: "Analysis", window: int) -> list[str]:
     """Return what the user should know, a line each."""
     notes = []
-    if passed_over := result.passed_over:
-        named = ", ".join(f"{entry.path} ({entry.reason})" for entry in passed_over[:_NAMED])
-        more = f" and {len(passed_over) - _NAMED} more" if len(passed_over) > _NAMED else ""
-        notes.append(f"passed over: {named}{more}")
+    passed_over = [f"{entry.path} ({entry.reason})" for entry in result.passed_over]
+    for what, entries in (
+        ("passed over", passed_over),
+        ("left out, since they hold integers", result.integers),
+    ):
+        more = f" and {len(entries) - _NAMED} more" if len(entries) > _NAMED else ""
+        if entries:
+            notes.append(f"{what}: {', '.join(entries[:_NAMED])}{more}")
     if result.by_count:
         notes.append(
             f"the checkpoints are at no common distance in time: each is compared with the one "

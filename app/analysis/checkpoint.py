@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from app.analysis.files import shards_by_tensor
+from app.analysis.quantized import Scaled, join_scales
 from app.training.foreign_files import (
     STATE_KEYS,
     CheckpointError,
@@ -59,7 +60,7 @@ class StoredFactors:
         return first.shape[0] if first.dim() == 3 else 1
 
 
-Weight = Tensor | StoredFactors
+Weight = Tensor | StoredFactors | Scaled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,8 @@ class StoredCheckpoint:
 
     weights: Mapping[str, Weight]
     """All floating tensors of two or more dimensions, by the dense name, in stored order."""
+    integers: list[str]
+    """Tensors of two or more dimensions that are left out, since they hold integers."""
     step: int | None
     epoch: int | None
     within_epoch: bool
@@ -113,7 +116,11 @@ def read_checkpoint(
         raise CheckpointError(f"{index}: {problem}")
     if problem := next(filter(None, map(_unusable, state.items())), None):
         raise CheckpointError(f"{path}: {problem}")
-    weights = _name_weights(without_wrappers(state))
+    try:
+        joined, integers = join_scales(without_wrappers(state))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    weights = _name_weights(joined)
     if not weights:
         raise CheckpointError(f"{path}: no floating tensor of two or more dimensions")
     if (name := _impossible_name(weights)) is not None:
@@ -121,6 +128,7 @@ def read_checkpoint(
     steps = (_as_int(position.get(key)) for key in _STEP_KEYS)
     return StoredCheckpoint(
         weights=weights,
+        integers=integers,
         step=next((step for step in steps if step is not None), None),
         epoch=_as_int(position.get("epoch")),
         within_epoch=bool(_as_int(position.get("batch"))),
@@ -134,8 +142,7 @@ def fingerprint(weights: Mapping[str, Weight]) -> str:
     """
     digest = hashlib.sha256()
     for name, weight in weights.items():
-        parts = weight.factors if isinstance(weight, StoredFactors) else (weight,)
-        for part in parts:
+        for part in _parts(weight):
             flat = part.detach().to_dense().flatten()
             some = torch.cat([flat[:_LOOKED_AT], flat[-_LOOKED_AT:]]).contiguous()
             digest.update(f"{name} {tuple(part.shape)} {part.dtype}".encode())
@@ -202,19 +209,24 @@ def _unusable(entry: tuple[str, Tensor]) -> str | None:
     return None
 
 
-def _name_weights(state: dict[str, Tensor]) -> dict[str, Weight]:
+def _name_weights(state: Mapping[str, Tensor | Scaled]) -> dict[str, Weight]:
     """Find the weights, those that are held as factors under their dense names."""
     weights: dict[str, Weight] = {}
     for name, tensor in state.items():
         path, _, key = name.rpartition(".")
         parts = next((names for names in (FROZEN, RELEASED) if key in names), ())
-        factors = [state[k] for k in (f"{path}.{part}" for part in parts) if k in state]
+        beside = [state[k] for k in (f"{path}.{part}" for part in parts) if k in state]
+        factors = [factor for factor in beside if isinstance(factor, Tensor)]
         if parts and len(factors) == len(parts) and _are_factors(factors):
             if key == parts[0]:
                 weights[_dense_name(path, state)] = StoredFactors(tuple(factors))
-        elif tensor.dim() >= 2 and tensor.is_floating_point() and tensor.numel():
+        elif isinstance(tensor, Scaled) or _may_be_weight(tensor):
             weights[name] = tensor
     return weights
+
+
+def _may_be_weight(tensor: Tensor) -> bool:
+    return bool(tensor.dim() >= 2 and tensor.is_floating_point() and tensor.numel())
 
 
 def _are_factors(factors: Sequence[Tensor]) -> bool:
@@ -256,7 +268,7 @@ def _is_text(name: str) -> bool:
     return True
 
 
-def _dense_name(path: str, state: Mapping[str, Tensor]) -> str:
+def _dense_name(path: str, state: Collection[str]) -> str:
     """Return the dense parameter name of factors: a layer of several weights holds them itself."""
     parent, _, child = path.rpartition(".")
     prefix = f"{parent}." if parent else ""
@@ -280,12 +292,20 @@ def _as_int(value: Any) -> int | None:
 
 def is_finite(weight: Weight) -> bool:
     """Whether a weight holds neither NaN nor infinity."""
-    parts = weight.factors if isinstance(weight, StoredFactors) else (weight,)
-    return all(bool(_to(part, part.device).isfinite().all()) for part in parts)
+    return all(bool(_to(part, part.device).isfinite().all()) for part in _parts(weight))
 
 
-def _to(tensor: Tensor, device: torch.device) -> Tensor:
+def _parts(weight: Weight) -> tuple[Tensor, ...]:
+    """Return the tensors that a weight is stored as."""
+    if isinstance(weight, StoredFactors):
+        return weight.factors
+    return (weight.values, weight.scale) if isinstance(weight, Scaled) else (weight,)
+
+
+def _to(tensor: Tensor | Scaled, device: torch.device) -> Tensor:
     """Bring a tensor to a device, dense, in a dtype that is computed in."""
+    if isinstance(tensor, Scaled):
+        return tensor.dense(device)
     # torch promotes no dtype of 8 bits.
     dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
     return tensor.detach().to_dense().to(device, dtype)

@@ -34,6 +34,8 @@ class Found:
     """Whether it was written after more than ``epoch`` epochs."""
     fingerprint: str = ""
     """Of the weights; equal ones have equal fingerprints."""
+    integers: tuple[str, ...] = ()
+    """Tensors of integers that may have been meant as weights, and are left out."""
 
     @property
     def path(self) -> Path:

@@ -45,6 +45,8 @@ class Analysis:
     """A line for each file that was skipped."""
     passed_over: list[PassedOver] = field(default_factory=list)
     """Copies, averages and the like, of which nothing new would be measured."""
+    integers: list[str] = field(default_factory=list)
+    """Tensors of integers that are left out, in any of the checkpoints."""
     by_count: bool = False
     """Whether a window is a number of checkpoints, for want of any two that are it apart."""
     estimate: Estimate | None = None
@@ -112,6 +114,7 @@ def analyze(
         ordered=series.described(),
         problems=problems,
         passed_over=passed_over + of_the_same_time,
+        integers=list(dict.fromkeys(text for entry in series.found for text in entry.integers)),
         by_count=comparisons.by_count,
     )
     work = _Work(layers, series, comparisons, min(window, len(series.found) - 1), runtime)

@@ -23,8 +23,10 @@ NOT_AVERAGED = (
     "*wte.weight",
     "*wpe.weight",
     "*bias",
+    "*_scale",
+    "*_scale_inv",
 )
-"""Names of embeddings, tokens, positions and masks, which are no linear maps."""
+"""Names of embeddings, tokens, positions, masks and scales, which are no linear maps."""
 
 Shapes = Mapping[str, tuple[tuple[int, ...], int, bool]]
 """Of each weight the shape, the number of matrices it is read as, and whether it is factored."""

@@ -31,6 +31,7 @@ def look_into(sources: Sequence[Source], processes: Processes) -> tuple[list[Fou
             epoch=stored.epoch,
             within_epoch=stored.within_epoch,
             fingerprint=fingerprint(stored.weights),
+            integers=tuple(stored.integers),
         )
         mine.append((index, entry))
     gathered = [entry for part in processes.gather(mine) for entry in part]

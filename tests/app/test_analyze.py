@@ -142,6 +142,7 @@ def test_tokens_and_positions_are_recorded_and_not_averaged(tmp_path):
     "cls_token", "pos_embed", "embeddings.position_embeddings", "encoder.pos_embedding",
     "transformer.wte.weight", "model.embed_tokens.weight", "embeddings.word_embeddings.weight",
     "layers.0.attn.relative_position_bias_table", "h.0.attn.bias", "class_token",
+    "fc.weight_scale", "fc.weight_scale_inv",
 ])  # fmt: skip
 def test_names_of_what_is_no_linear_map(name):
     from app.analysis.selection import NOT_AVERAGED, select_weights
@@ -704,6 +705,77 @@ def test_weights_of_8_bits_sparse_ones_and_names_with_a_slash_are_measured(tmp_p
     for values in others:
         np.testing.assert_array_equal(values, dense)
     assert report.main([str(tmp_path / "analysis"), "--formats", "png"]) == 0
+
+
+def quantized(weight, kind, scale_shape):
+    """Values and scales of a weight, each scale the largest of its block."""
+    (m, n), (a, b) = weight.shape, scale_shape
+    blocks = weight.reshape(a, m // a, b, n // b)
+    largest = 127 if kind == torch.int8 else 448
+    scale = blocks.abs().amax((1, 3)) / largest
+    values = (blocks / scale[:, None, :, None]).reshape(m, n)
+    return values.round().to(kind) if kind == torch.int8 else values.to(kind), scale
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        (torch.int8, (8, 1), (8, 1), "_scale"),
+        (torch.int8, (8, 1), (8,), "_scale"),
+        (torch.int8, (1, 1), (), "_scale"),
+        (torch.float8_e4m3fn, (2, 4), (2, 4), "_scale_inv"),
+        (torch.float8_e4m3fn, (1, 16), (1, 16), "_scale"),
+    ],
+)
+def test_weights_of_8_bits_are_measured_with_their_scales(tmp_path, capsys, case):
+    kind, scale_shape, stored, end = case
+    torch.manual_seed(0)
+    weight = torch.randn(8, 16) * torch.tensor([1.0, 50.0]).repeat_interleave(4)[:, None]
+    for number in range(3):
+        weight = weight + 0.3 * torch.randn(8, 16)
+        values, scale = quantized(weight, kind, scale_shape)
+        whole = scale.repeat_interleave(8 // scale_shape[0], 0)
+        whole = whole.repeat_interleave(16 // scale_shape[1], 1)
+        state = {
+            "dense.weight": values.float() * whole,
+            "l.weight": values,
+            f"l.weight{end}": scale.reshape(stored),
+            "l.index": torch.zeros(3, 3, dtype=torch.int64),
+            "l.mask": torch.ones(3, 3, dtype=torch.bool),
+        }
+        torch.save(state, tmp_path / f"{number}.pt")
+    assert analyze.main([str(tmp_path), "--window", "1"]) == 0
+    captured = capsys.readouterr()
+    assert "3 checkpoints, 2 weights" in captured.out
+    assert "left out, since they hold integers: l.index (int64)\n" in captured.err
+    one, two = (
+        read_rows(tmp_path / "analysis" / "metrics.h5", f"layers/{name}.weight/stability")
+        for name in ("dense", "l")
+    )
+    assert np.isfinite(one["stability"][1:]).all()
+    for column, values in one.items():
+        np.testing.assert_array_equal(two[column], values, err_msg=column)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"l.weight": torch.int8, "l.SCB": (8,)},
+        {"l.weight": torch.int8, "l.weight_scale": (8, 1), "l.weight_zero_point": (8, 1)},
+        {"l.weight": torch.int8, "l.weight_scale": (3, 1)},
+        {"l.weight": torch.float8_e4m3fn, "l.weight_scale": (1, 2)},  # of 7, or of 8 and 6
+        {"l.weight": torch.uint8, "l.weight.absmax": (8,)},
+        {"l.qweight": torch.int32, "l.scales": (2, 14), "l.qzeros": (2, 14)},
+    ],
+)
+def test_weights_that_cannot_be_dequantized_with_certainty_are_refused(tmp_path, state):
+    (name, kind), *scales = state.items()
+    tensors = {key: torch.ones(shape) for key, shape in scales}
+    tensors |= {name: torch.ones(8, 14).to(kind), "other.weight": torch.ones(4, 4)}
+    torch.save(tensors, tmp_path / "1.pt")
+    kind = str(kind).removeprefix("torch.")
+    with pytest.raises(UserError, match=rf"1\.pt: '{name}' is {kind} with scales: save it deq"):
+        analyze.main([str(tmp_path)])
 
 
 @pytest.mark.parametrize(
