@@ -131,7 +131,7 @@ def _analyze(*arguments: str) -> dict[str, Any]:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise RuntimeError(f"the analysis ended with {process.returncode}")
-    told = re.search(r"(\d+) weights[,:] (.*), up to ([\d.]+) GiB", text)
+    told = re.search(r"(\d+) weights[,:] (?:ordered .*, )?(.*), up to ([\d.]+) GiB", text)
     assert told, text
     return {
         "weights": int(told[1]),
