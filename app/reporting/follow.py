@@ -219,7 +219,7 @@ def _layers(run: Run) -> Table:
     for place in np.argsort(last)[:_LAYERS]:
         name = series.layers[place].name
         rank = ranks[name]
-        table.add_row(name, _number(last[place]), str(rank[-1]), str(rank.max()))
+        table.add_row(name, _number(last[place]), str(rank[-1]), f"{run.full_ranks[name]:g}")
     return table
 
 

@@ -23,7 +23,7 @@ from app.reporting import comparison, curves, drawing, layer_maps
 from app.reporting import report as whole_report
 from app.reporting.comparison import _figures
 from app.reporting.events import event_table
-from app.reporting.follow import follow, time_left
+from app.reporting.follow import _layers, follow, time_left
 from app.reporting.reference import REFERENCE_CURVES
 from app.reporting.runs import (
     LayerSeries,
@@ -262,6 +262,8 @@ def test_ranks_are_in_percent_of_the_full_rank_also_where_no_checkpoint_has_it(t
     run = read_run(tmp_path / "run")
     np.testing.assert_array_equal(run.relative_ranks().values[0], [0.5, 0.5])
     assert "percent of the full rank." in layer_maps.rank_map(run, "rank").caption
+    told = dict(zip(*(c._cells for c in _layers(run).columns[::3]), strict=True))
+    assert told["patch.weight"] == "4"  # what --follow says that its rank is of
     assert numerical_rank() == pytest.approx(60)  # of 50, 100, 100
     with h5py.File(tmp_path / "run" / "metrics.h5", "r+") as file:  # of an earlier version
         for name in LAYERS:
