@@ -33,9 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from app.runtime.calibration import measure_costs, write_costs
     from app.runtime.processes import start_runtime
 
-    if not Path(options.output).absolute().parent.is_dir():
-        raise UserError(f"--output: there is no folder for {options.output}")
+    def check_output() -> None:
+        if not Path(options.output).absolute().parent.is_dir():
+            raise UserError(f"--output: there is no folder for {options.output}")
+
     with start_runtime(device=options.device) as runtime:
+        runtime.processes.agree(lambda: check_output() if runtime.is_first else None)
         costs = measure_costs(runtime.processes, runtime.device, quick=options.quick)
         runtime.processes.agree(
             lambda: write_costs(costs, options.output) if runtime.is_first else None

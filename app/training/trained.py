@@ -133,11 +133,11 @@ def evaluate_file(
     full_rank = configuration.oialr.model_copy(update={"enabled": False})
     configuration = configuration.model_copy(update={"oialr": full_rank})
     parts = build(configuration, runtime, check_steps=False, initial=False)
-    if described := runtime.processes.agree(lambda: read_description(file)):
-        runtime.processes.agree(lambda: check_stored_data(parts.data, described["data"]))
-        restore_preprocessing(parts.task, described["input"]["preprocessing"])
 
     def read() -> Any:
+        if described := read_description(file):
+            check_stored_data(parts.data, described["data"])
+            restore_preprocessing(parts.task, described["input"]["preprocessing"])
         try:
             return read_exported(file, parts.model)
         except OSError as error:

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app.calibrate import main as calibrate_main
 from app.errors import UserError
 from app.runtime import calibration
 from app.runtime.calibration import read_costs, write_costs
@@ -288,6 +289,12 @@ def test_a_bad_calibration_file_is_the_users_mistake(tmp_path, text, problem):
 def test_costs_that_cannot_be_written_are_the_users_mistake(tmp_path):
     with pytest.raises(UserError, match="--output: cannot write"):
         write_costs(Costs(), tmp_path / "no" / "c.json")
+
+
+def test_that_there_is_no_folder_for_them_is_told_before_they_are_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration, "_fastest", None)
+    with pytest.raises(UserError, match="--output: there is no folder for"):
+        calibrate_main(["--output", str(tmp_path / "no" / "c.json"), "--device", "cpu"])
 
 
 @pytest.mark.parametrize("mode", ["auto", "owner", "heat", "replicated"])
