@@ -51,7 +51,8 @@ def save(model: nn.Module, file: str | os.PathLike[str]) -> None:
 
     Raises:
         ImportError: the package safetensors is not installed.
-        ValueError: the state of the network holds something that is no tensor.
+        ValueError: the state of the network holds something that is no tensor, or a tensor of a
+            type that such a file cannot have.
         OSError: the file cannot be written.
     """
     from safetensors import SafetensorError
@@ -79,6 +80,9 @@ def save(model: nn.Module, file: str | os.PathLike[str]) -> None:
     try:
         try:
             save_file(tensors, partial, {"format": "pt", KEY: json.dumps(description)})
+        except KeyError as error:  # safetensors looks the types of tensors up
+            names = [name for name, tensor in tensors.items() if tensor.dtype in error.args]
+            raise ValueError(f"{some(names)}: safetensors cannot store {error}") from None
         except SafetensorError as error:
             raise OSError(f"{target}: cannot be written: {error}") from None
         with open(partial, "rb+") as written:

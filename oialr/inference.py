@@ -1,6 +1,5 @@
 """A trained network for its use: plain layers in the place of factorized ones."""
 
-import copy
 import logging
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -8,6 +7,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from oialr.convert import put_in_place
+from oialr.copies import copied
 from oialr.layers.base import FactoredParts, hooks_of
 from oialr.layers.cost import MANY_ROWS
 from oialr.layers.registry import adapter_of
@@ -50,7 +50,7 @@ def for_inference(
     """
     if rows < 1:
         raise ValueError(f"rows must be at least 1, not {rows!r}")
-    plain = copy.deepcopy(whole(model)).eval().requires_grad_(False)
+    plain = copied(whole(model)).eval().requires_grad_(False)
     layers = _factorized(plain)
     for pattern in exclude:
         if not any(fnmatchcase(path, pattern) for path in layers):

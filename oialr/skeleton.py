@@ -1,12 +1,12 @@
 """A network without its numbers: the dense names and shapes, at no cost in memory."""
 
-import copy
 from itertools import chain
 
 import torch
 from torch import nn
 
 from oialr.convert import get_layer, to_dense
+from oialr.copies import copied
 from oialr.layers.base import FactoredLayer
 
 
@@ -18,7 +18,7 @@ def dense_skeleton(model: nn.Module) -> nn.Module:
         if isinstance(tensor, nn.Parameter):
             empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = empty
-    return to_dense(copy.deepcopy(model, memo))
+    return to_dense(copied(model, memo))
 
 
 def factored_weights(model: nn.Module) -> dict[str, FactoredLayer]:

@@ -30,6 +30,7 @@ GRAPH = {
         "wrappers",
     },
     "convert": {"layers", "linalg", "replaced"},
+    "copies": set(),
     "errors": set(),
     "events": {
         "errors",
@@ -44,6 +45,7 @@ GRAPH = {
     "export": {
         "compatibility",
         "convert",
+        "copies",
         "errors",
         "files",
         "inference",
@@ -63,7 +65,7 @@ GRAPH = {
     "followers": {"convert", "forms", "layers", "preparation", "transport", "wrappers"},
     "forms": {"convert", "layers", "obstacles"},
     "gradients": set(),
-    "inference": {"convert", "layers", "linalg", "sharding"},
+    "inference": {"convert", "copies", "layers", "linalg", "sharding"},
     "input_moments": {"convert", "layer_survey", "linalg", "naming", "placement"},
     "integrations": {"errors", "export", "method", "preparation", "stability", "wrappers"},
     "layer_survey": {
@@ -125,7 +127,7 @@ GRAPH = {
     "schedule": {"options"},
     "sharding": {"averages", "naming", "wrappers"},
     "share": {"layer_survey"},
-    "skeleton": {"convert", "layers"},
+    "skeleton": {"convert", "copies", "layers"},
     "stability": {
         "convert",
         "errors",

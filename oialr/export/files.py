@@ -1,6 +1,5 @@
 """Files of a trained network, which appear when they have been compared with it."""
 
-import copy
 import os
 import statistics
 import time
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from oialr.convert import to_dense
+from oialr.copies import copied
 from oialr.errors import ExportError
 from oialr.export.formats import FORMATS, Network, Samples, arguments, check_name
 from oialr.export.state import dense_state, state_bytes
@@ -142,7 +142,7 @@ def _export(
 ) -> Exported:
     path = Path(path)
     check_name(form, path)
-    network = copy.deepcopy(whole(model)).cpu().eval()
+    network = copied(whole(model)).cpu().eval()
     samples = dict(samples) if isinstance(samples, Mapping) else samples
     samples = tree_map(lambda x: x.detach().cpu() if isinstance(x, Tensor) else x, samples)
     # Beside the file, so that it takes its place in one step.
@@ -158,7 +158,7 @@ def _export(
                     f"what was written as {form} differs by {difference:.1e} from the network, "
                     f"whose outputs are up to {largest:.3g}: {path} is not made"
                 )
-            dense = to_dense(copy.deepcopy(network))
+            dense = to_dense(copied(network))
             seconds, dense_seconds = _seconds_per_sample([exported, dense], samples)
         with partial.open("rb") as file:
             os.fsync(file.fileno())

@@ -1,7 +1,6 @@
 """How a network is written to a file of each format, and how that is run again."""
 
 import contextlib
-import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from oialr.compatibility import without_fused_attention
 from oialr.convert import to_dense
+from oialr.copies import copied
 from oialr.errors import ExportError, UserError
 from oialr.export import SUFFIXES
 from oialr.export.state import dense_state, load_dense, read_stored, state_bytes, two_factors
@@ -119,13 +119,13 @@ def _compact(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _read_dense(path: Path, network: nn.Module | None) -> Network:
-    model = to_dense(copy.deepcopy(_known(network, path)))
+    model = to_dense(copied(_known(network, path)))
     return load_dense(model, read_stored(path), str(path)).eval()
 
 
 def _read_factors(path: Path, network: nn.Module | None) -> Network:
     _need("safetensors")
-    return load(copy.deepcopy(_known(network, path)), path).eval()
+    return load(copied(_known(network, path)), path).eval()
 
 
 def _known(network: nn.Module | None, path: Path) -> nn.Module:

@@ -1,6 +1,5 @@
 """A network for others: dense under the original names, or with two factors for each weight."""
 
-import copy
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from oialr.convert import densify_layer, to_dense
+from oialr.copies import copied
 from oialr.linalg.precision import full_precision
 from oialr.sharding import whole
 from oialr.skeleton import dense_skeleton, factored_weights
@@ -25,11 +25,11 @@ def dense_state(model: nn.Module) -> dict[str, Tensor]:
         Tensors on the network's devices, in the order of the dense network. Weights of factorized
         layers are formed, all other tensors are the network's own.
     """
-    copied: dict[int, Any] = {}
+    known: dict[int, Any] = {}
     model = whole(model)
     for tensor in [*model.parameters(), *model.buffers()]:
-        copied[id(tensor)] = tensor  # not copied
-    return to_dense(copy.deepcopy(model, copied)).state_dict()
+        known[id(tensor)] = tensor  # not copied
+    return to_dense(copied(model, known)).state_dict()
 
 
 @full_precision()
@@ -45,7 +45,7 @@ def two_factors(model: nn.Module) -> nn.Module:
     Returns:
         A network as a release makes it, on the same devices, which :func:`oialr.save` stores.
     """
-    model = copy.deepcopy(whole(model))
+    model = copied(whole(model))
     names = {layer: name for name, layer in factored_weights(model).items()}  # once, if it has two
     for layer, name in names.items():
         pair = layer.pair()

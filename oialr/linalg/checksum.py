@@ -31,7 +31,10 @@ def checksum(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
 def _checksum(tensor: Tensor) -> Tensor:
     if tensor.numel() == 0:
         return torch.zeros((), dtype=torch.int64, device=tensor.device)
-    bits = tensor.detach().view(_INTEGERS[tensor.element_size()])
+    tensor = tensor.detach()
+    if tensor.element_size() > max(_INTEGERS):  # complex128
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    bits = tensor.view(_INTEGERS[tensor.element_size()])
     rows = bits.reshape(tensor.shape[0] if tensor.dim() else 1, -1)
     # Sums of int32 in int32: in int64 they would take ten times as long.
     dtype = torch.promote_types(bits.dtype, torch.int32)

@@ -12,17 +12,21 @@ def random(*shape, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.uint8, torch.complex128]
+)
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (5, 3), (2, 4, 3)])
 def test_every_bit_counts(dtype, shape):
     tensor = random(*shape, dtype=dtype)
     expected = checksum([tensor], CPU)
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    size = 8 * tensor.element_size()
-    for position in range(tensor.numel()):
+    parts = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    size = 8 * parts.element_size()
+    for position in range(parts.numel()):
         for bit in (0, 1, size // 2, size - 1):
             changed = tensor.clone()
-            bits = changed.view(integer[tensor.element_size()]).view(-1)
+            bits = torch.view_as_real(changed) if tensor.is_complex() else changed
+            bits = bits.view(integer[parts.element_size()]).view(-1)
             bits[position] ^= -(2**bit) if bit == size - 1 and size > 8 else 2**bit
             assert checksum([changed], CPU) != expected, (position, bit)
 

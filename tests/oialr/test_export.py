@@ -104,6 +104,36 @@ def test_factors_are_two_where_these_are_smaller(projection, released, samples):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+class Keeping(nn.Module):
+    """Keeps what its forward pass computes, and has a weight that is formed in every one."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(32, 32)
+        self.second = nn.utils.weight_norm(nn.Linear(32, 4))
+        self.kept = []
+
+    def forward(self, x):
+        x = self.first(x)
+        self.kept.append({"hidden": x})
+        self.kept.append(self.kept)  # what contains itself is walked once
+        return {"out": self.second(x)}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+@pytest.mark.parametrize("make", [oialr.two_factors, oialr.for_inference, oialr.dense_state])
+def test_a_network_may_keep_what_a_forward_pass_has_left_in_it(make):
+    model, x = low_rank(Keeping(), 0.2), torch.randn(2, 32)
+    model(x)
+    made = make(model)
+    if isinstance(made, dict):
+        network = Keeping()
+        network.load_state_dict(made)
+        made = network
+    torch.testing.assert_close(outputs(made, x), outputs(model, x), rtol=1e-5, atol=1e-6)
+
+
 def test_factors_that_are_larger_than_the_weight_are_not_written(samples):
     model = trained(0.6)
     merged = oialr.two_factors(model)

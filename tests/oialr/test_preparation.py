@@ -203,6 +203,11 @@ def test_files(tmp_path, projection):
         oialr.load(other, tmp_path / "other")
     with pytest.raises(OSError, match=r"missing"):
         oialr.save(other, tmp_path / "missing" / "network")
+    other.one.register_buffer("spectrum", torch.zeros(2, dtype=torch.complex128))
+    with pytest.raises(ValueError, match=r"one\.spectrum: safetensors cannot store .*complex128"):
+        oialr.save(other, file)
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+    del other.one.spectrum
     from safetensors.torch import save_file
 
     save_file({"weight": torch.zeros(2)}, file)

@@ -1,10 +1,9 @@
 """Low-rank copies of networks, without a training."""
 
-import copy
-
 import torch
 
 from oialr.convert import factorize_layer
+from oialr.copies import copied
 from oialr.layer_survey import survey
 from oialr.linalg.svd import economy_svd
 
@@ -19,7 +18,7 @@ def low_rank(model, fraction=0.25, *, released=False, dense=(), **options):
         dense: names of weights that stay dense.
         options: of survey.
     """
-    model = copy.deepcopy(model)
+    model = copied(model)
     for report in survey(model, **options):
         if report.stays_dense is not None or report.name in dense:
             continue
