@@ -43,8 +43,9 @@ class TrainingStep:
         pieces = batch.split(
             micro_batches(batch.global_count, parts.runtime.process_count, training.accumulation)
         )
-        for piece in pieces:
-            with self.replicas.synchronize(piece is pieces[-1]):
+        for number, piece in enumerate(pieces, start=1):
+            # By number, since micro-batches of padding are one and the same.
+            with self.replicas.synchronize(number == len(pieces)):
                 with parts.precision.autocast():
                     loss = parts.task.loss(module, piece)
                 # Gradients are averaged over the processes; their sum is that of the mean loss.

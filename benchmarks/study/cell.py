@@ -303,7 +303,8 @@ def _is_done(place: Path, stop_after: int | None) -> bool:
     """Tell whether a run has come to its end, or as far as it was to come."""
     if (place / "summary.json").exists():
         return True
-    steps = [int(path.name[5:]) for path in (place / "checkpoints").glob("step-*[0-9]")]
+    # A step that was stored once more has a number behind it: step-00000050-1.
+    steps = [int(path.name.split("-")[1]) for path in (place / "checkpoints").glob("step-*[0-9]")]
     return stop_after is not None and max(steps, default=0) >= stop_after
 
 

@@ -45,9 +45,11 @@ def settled(ranks: Sequence[Sequence[float]], *, tolerance: float = 0.1, latest:
     Args:
         ranks: by epoch from 0, the beginning, one number per layer.
         tolerance: of a change from one epoch to the next.
-        latest: epoch that is taken if none before is settled.
+        latest: epoch that is taken if none before is settled, or the last one where the training
+            has ended before it.
     """
-    for epoch in range(1, min(latest, len(ranks) - 1)):
+    latest = min(latest, len(ranks) - 1)
+    for epoch in range(1, latest):
         changes = zip(ranks[epoch], ranks[epoch - 1], strict=True)
         if all(abs(now - before) <= tolerance for now, before in changes):
             return epoch

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from app.config.method_section import OIALRSection
+from app.config.settings import Configuration
 from app.errors import UserError
 from benchmarks.study.cell import (
     FINGERPRINT_STEPS,
@@ -279,8 +279,10 @@ def _read(
 def _other_form(summary: dict[str, Any], settings: dict[str, Any]) -> str | None:
     """Say what tested weights are if not what the training was to make of them; None if so."""
     ranks = summary["tested_ranks"].values()
-    section = OIALRSection.model_validate(settings.get("oialr", {}))
-    release = section.step_of("release", summary["steps"])
+    configuration = Configuration.model_validate(settings)
+    # Shares are of the steps that the run was to have: early stopping may have ended it before.
+    steps = summary["steps"] // summary["epochs"] * configuration.training.epochs
+    release = configuration.oialr.step_of("release", steps)
     if ranks and all(rank is None for rank in ranks):
         return "full-rank"
     if ranks and release is not None and summary["tested_step"] <= release:

@@ -496,9 +496,9 @@ def test_too_few_images(own_images: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["train", "val"])
+@pytest.mark.parametrize(("part", "accumulation"), [("train", 1), ("train", 2), ("val", 1)])
 def test_a_damaged_image_that_one_process_meets_ends_all_of_them_alike(
-    own_images: Path, tmp_path: Path, part: str
+    own_images: Path, tmp_path: Path, part: str, accumulation: int
 ) -> None:
     """The one good line, one code, no traceback of those that wait; the last checkpoint stays."""
     path = own_images / part / "bee" / "1.png"
@@ -514,6 +514,7 @@ def test_a_damaged_image_that_one_process_meets_ends_all_of_them_alike(
         "data.augmentation=none",
         "data.workers=0",
         "training.batch_size=4",
+        f"training.accumulation={accumulation}",
         "training.epochs=3",
         "training.warmup_epochs=0",
         "model.arguments={patch_size: 8, embed_dim: 16, depth: 1, num_heads: 2}",

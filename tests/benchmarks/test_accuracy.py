@@ -88,6 +88,7 @@ def finish(cell, code, *, accuracy, stored=100, seconds=10.0, ranks=None, valida
         "stored_parameters": stored,
         "stored_bytes": 4 * stored,
         "cpu_seconds": seconds,
+        "epochs": 6,
         "steps": 60,
         "tested_step": 60,
         "tested_ranks": ranks or {},
@@ -221,6 +222,25 @@ def test_the_recipe_of_a_study_is_that_of_the_shipped_configuration(name, tmp_pa
         assert options[0] == options[1], network
         layout = shipped.training.channels_last
         assert settings["training"].get("channels_last", False) == layout, network
+
+
+def test_a_method_is_the_same_whatever_recipe_the_network_s_configuration_has(tmp_path):
+    shared = read_study(ROOT / "benchmarks" / "accuracy" / "digits.yaml").methods
+    names = [
+        name
+        for name, method in shared.items()
+        if not method.follows and method.set.get("oialr.enabled", True)
+    ]
+    settings = []
+    for recipe in ("paper/settings", "recipes/transformer", "recipes/convolutional"):
+        own = tmp_path / "own.yaml"
+        files = [str(ROOT / "configs" / f"{name}.yaml") for name in ("paper/digits_vit", recipe)]
+        own.write_text(f"extends: {json.dumps(files)}\noialr: {{delay: 100}}\n")
+        networks = {"digits": {**TINY, "config": str(own)}}
+        plan = Plan(study(networks=networks, methods=shared), tmp_path)
+        settings.append([plan.cell("digits", name, 0, 1.0).settings["oialr"] for name in names])
+    assert len(names) > 10
+    assert settings == [settings[0]] * 3
 
 
 def test_where_the_data_lie_and_new_options_leave_a_cell_what_it_is(tmp_path):
@@ -398,6 +418,7 @@ def test_stable_ranks_are_settled_where_no_layer_moves():
     assert derived.settled(moving, tolerance=0.1, latest=9) == 3
     assert derived.settled(moving, tolerance=0.1, latest=2) == 2
     assert derived.settled(moving[:3], tolerance=0.1, latest=2) == 2
+    assert derived.settled(moving[:3], tolerance=0.1, latest=5) == 2  # the run has ended before
 
 
 def test_stable_ranks_are_scaled_to_be_full_at_the_beginning():
@@ -573,6 +594,7 @@ def test_a_cell_that_somebody_else_has_stopped_is_not_done(cell):
     with pytest.raises(CellError, match="exit code 75"):
         Pretended(HERE, codes=[75], step=30).run(cell)
     assert not read_record(cell.place)["fingerprints"]
+    (cell.place / "checkpoints" / "step-00000030-1").mkdir()  # stopped within an evaluation
     with pytest.raises(CellError, match="exit code 75"):
         Pretended(HERE, codes=[75, 75]).run(cell)
     assert not cell.finished
@@ -635,10 +657,18 @@ def test_the_front_is_what_none_beats():
 def test_weights_of_before_the_release_do_not_count(tmp_path):
     """Early stopping ended the first run before its release, at any size; the second after it."""
     note = "the tested weights, of step 60, are those of before the release (seeds 0)"
-    for release, notes in ((60, [note]), (59, []), (1.0 - 1e-9, [note]), ("delay", [])):
+    for release, epochs, notes in (
+        (60, 6, [note]),
+        (59, 6, []),
+        (1.0 - 1e-9, 6, [note]),
+        (0.75, 6, []),
+        (0.75, 12, [note]),  # of 120 steps, of which the run has taken 60
+        ("delay", 6, []),
+    ):
+        keys = {"oialr.delay": 10, "oialr.release": release, "training.epochs": epochs}
         methods = {
             "full-rank": {"set": {"oialr.enabled": False}},
-            "mine": {"set": {"oialr.delay": 10, "oialr.release": release}},
+            "mine": {"set": keys},
         }
         plan = Plan(study(methods=methods), tmp_path)
         finish(plan.cell("tiny", "full-rank", 0, 1), HERE, accuracy=0.5, stored=200)
