@@ -1,5 +1,6 @@
 """Measure what factorizations cost on this machine, for the plan of who factorizes what."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,8 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from app.runtime.processes import start_runtime
 
     def check_output() -> None:
-        if not Path(options.output).absolute().parent.is_dir():
+        path = Path(options.output).absolute()
+        if not path.parent.is_dir():
             raise UserError(f"--output: there is no folder for {options.output}")
+        if path.is_dir():
+            raise UserError(f"--output: {options.output} is a folder; name a file in it")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise UserError(f"--output: {options.output} cannot be written by this user")
 
     with start_runtime(device=options.device) as runtime:
         runtime.processes.agree(lambda: check_output() if runtime.is_first else None)

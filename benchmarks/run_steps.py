@@ -29,7 +29,9 @@ from app.training.build import Parts, build
 from app.training.optimizer import Schedule, build_optimizer
 from app.training.training_step import TrainingStep
 from oialr.convert import factorize_layer
+from oialr.factor_steps import FactorSteps
 from oialr.layer_survey import survey
+from oialr.parameter_groups import TwinGroups
 
 QUICK = [
     "model.arguments={patch_size: 4, embed_dim: 32, depth: 1, num_heads: 2}",
@@ -46,12 +48,21 @@ def released(parts: Parts, ranks: Mapping[str, int | None], configuration: Confi
     """Give the layers of a full-rank network two factors of these ranks, of random numbers."""
     model, training = parts.model, configuration.training
     options = configuration.oialr.options(parts.steps, warmup=0)
+    factors: dict[str, torch.nn.Parameter] = {}
     for layer in survey(model, options, minimum_rank_fraction=options.minimum_rank_fraction):
         if (r := ranks.get(layer.name)) is not None:
-            *groups, m, n = layer.stack_shape
-            A, B = torch.randn(*groups, m, r) / r**0.5, torch.randn(*groups, r, n) / n**0.5
-            factorize_layer(model, layer.name, A, B)
+            *stack, m, n = layer.stack_shape
+            A, B = torch.randn(*stack, m, r) / r**0.5, torch.randn(*stack, r, n) / n**0.5
+            factored = factorize_layer(model, layer.name, A, B)
+            factors |= {f"{layer.name}.{name}": getattr(factored, name) for name in "AB"}
     optimizer = build_optimizer(model, training)
+    # Of the method its decay alone takes part in such steps.
+    groups = TwinGroups(optimizer, factors)
+    FactorSteps(
+        optimizer, groups, options=options, steps_since_release=lambda: options.release_warmup
+    )
+    for name, factor in factors.items():
+        groups.move(optimizer, "factors", name, factor)
     schedule = Schedule(
         optimizer,
         training,
@@ -69,7 +80,7 @@ def measure(
     configuration = config.load(path, overrides)
     dense = config.load(path, [*overrides, *FULL_RANK])
     with start_runtime(device="cpu") as runtime:
-        parts = [build(dense, runtime) for _ in range(2)]
+        parts = [build(dense, runtime, initial=False) for _ in range(2)]
         before, release = (
             configuration.oialr.step_of(name, parts[0].steps) for name in ("delay", "release")
         )

@@ -9,7 +9,7 @@ import os
 import re
 import reprlib
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
@@ -25,6 +25,13 @@ from oialr.options import choices
 
 LONGEST_CHAIN = 16
 """Files that extend each other."""
+_ABBREVIATIONS = {
+    "lr": "learning_rate",
+    "wd": "weight_decay",
+    "bs": "batch_size",
+    "path": "root",
+}
+"""Other names that people give to keys."""
 _NULL = ("null", "Null", "NULL", "~")
 """What YAML reads as none."""
 _SHORT = reprlib.Repr()
@@ -300,8 +307,7 @@ def _describe(problem: Any) -> str:
     context = problem.get("ctx", {})
     match problem["type"]:
         case "extra_forbidden":
-            known = documented_keys() if "." in location else list(Configuration.model_fields)
-            return f"{location}: unknown key{_suggestion(location, known)}"
+            return f"{location}: unknown key{_hint(problem['loc'])}"
         case "value_error":  # a contradiction, raised by a section's own check
             return f"{location}.{context['error']}" if location else str(context["error"])
         case "literal_error":
@@ -315,6 +321,18 @@ def _describe(problem: Any) -> str:
             return f"{location}: {message} (got {given})"
 
 
+def _hint(location: Sequence[Any]) -> str:
+    """Say what an unknown key may have been meant to be."""
+    if len(location) == 1:
+        section, _, key = str(location[0]).partition(".")
+        if location[0] in documented_keys():  # as on the command line
+            return f"; in a file it is a key of a section, {section}: {{{key}: ...}}"
+        return _suggestion(str(location[0]), Configuration.model_fields)
+    if suggestion := _suggestion(".".join(map(str, location)), documented_keys()):
+        return suggestion
+    return "; what the network is built with is in model.arguments" * (location[0] == "model")
+
+
 def named(text: str) -> str:
     """Show a path or key in one line of bounded length, as it stands where that can be."""
     return text if text.isprintable() and len(text) <= 300 else _SHORT.repr(text)
@@ -326,8 +344,17 @@ def shortened(value: Any) -> str:
 
 
 def _suggestion(word: str, known: Iterable[str]) -> str:
-    known = list(known)
-    key = word.rpartition(".")[-1]
-    matches = [other for other in known if other.rpartition(".")[-1] == key]  # in another section
-    matches = matches or difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    """Guess which key or value was meant: one that is alike, in its own section first."""
+    by_key: dict[str, list[str]] = {}
+    section, _, key = word.rpartition(".")
+    for other in sorted(known, key=lambda other: other.rpartition(".")[0] != section):
+        by_key.setdefault(other.rpartition(".")[-1], []).append(other)
+    own = [name for name, others in by_key.items() if others[0].rpartition(".")[0] == section]
+    key = _ABBREVIATIONS.get(key, key)
+    matches = by_key.get(key) or [
+        other
+        for names in (own, by_key)
+        for name in difflib.get_close_matches(key, names, n=1, cutoff=0.6)
+        for other in by_key[name]
+    ]
     return f"; did you mean {matches[0]}?" if matches else ""

@@ -244,7 +244,8 @@ class Configuration(Section):
     def _check(self) -> Self:
         if not self.data.data_set.has_classes and self.training.label_smoothing:
             raise ValueError(
-                f"training.label_smoothing: is not for data.name={self.data.name}; leave it out"
+                f"training.label_smoothing: is not for data.name={self.data.name}; set it to 0 (it "
+                f"is {self.training.label_smoothing:g})"
             )
         return self
 

@@ -104,7 +104,7 @@ def _in_one_line(problem: str, mark: Any) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 3e-4 is a number and a key given twice is an error."""
+    """Safe YAML in which 3e-4 and 010 are numbers and a key given twice is an error."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         """Build a value; whatever its tag makes of it, a fault is one of the text."""
@@ -134,8 +134,10 @@ class _Loader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
         return super().construct_mapping(node, deep=deep)
 
-    def construct_number(self, node: yaml.ScalarNode) -> float:
-        return float(self.construct_scalar(node))
+    def construct_integer(self, node: yaml.ScalarNode) -> int:
+        text = self.construct_scalar(node).replace("_", "")
+        base = {"0x": 16, "0b": 2}.get(text.lstrip("+-")[:2].lower(), 10)
+        return int(text, base)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -152,10 +154,19 @@ class _LineDumper(yaml.SafeDumper):
 
 
 _LineDumper.add_representer(str, _LineDumper.represent_str)
-for _class in (_Loader, _Dumper):
-    _class.add_implicit_resolver(
-        "tag:oialr,2026:exponent",  # YAML 1.1 reads 3e-4 as a string
-        re.compile(r"^[-+]?[0-9]+(_[0-9]+)*[eE][-+]?[0-9]+$"),
-        list("-+0123456789"),
-    )
-_Loader.add_constructor("tag:oialr,2026:exponent", _Loader.construct_number)
+_DIGITS = "[0-9]+(_[0-9]+)*"
+_NUMBERS = {
+    "tag:yaml.org,2002:int": rf"^[-+]?(0b[01]+(_[01]+)*|0x[0-9a-fA-F]+|{_DIGITS})$",
+    "tag:yaml.org,2002:float": rf"^[-+]?(({_DIGITS}(\.({_DIGITS})?)?|\.{_DIGITS})([eE][-+]?[0-9]+)?"
+    r"|\.(inf|Inf|INF)|\.(nan|NaN|NAN))$",
+}
+"""What is a number, a whole one first. YAML 1.1, which the package reads, takes 3e-4 and 1.5e3 for
+words, 010 for 8 and 1:30 for 90."""
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBERS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _class in (_Loader, _Dumper, _LineDumper):
+    for _tag, _pattern in _NUMBERS.items():
+        _class.add_implicit_resolver(_tag, re.compile(_pattern), list("-+.0123456789"))
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_integer)

@@ -53,6 +53,11 @@ def build_task(
             f"data.arguments: {data.name} cannot be built with {data.arguments}: {error}"
         ) from None
     _check_complete(data.name, [name for name in _MEMBERS if not hasattr(own, name)])
+    if missing := {"validation", "test"} - set(own.splits):
+        raise UserError(
+            f"data.name: {data.name} has no part {', '.join(sorted(missing))} among its splits, "
+            "and a run chooses by the one and is tested on the other"
+        )
     return own
 
 

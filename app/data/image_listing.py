@@ -40,6 +40,8 @@ class LeftOut:
     """By name: hidden files and folders, and those of the system."""
     links: list[str] = field(default_factory=list)
     """To folders that are entered elsewhere, or that hold the link itself."""
+    loose: int = 0
+    """Images outside of the folders of the classes."""
     others: Counter[str] = field(default_factory=Counter)
     """Files by suffix."""
 
@@ -53,6 +55,8 @@ class LeftOut:
                 f"{len(self.links)} links to folders that are entered elsewhere or hold the link "
                 f"({self.links[0]})"
             )
+        if self.loose:
+            parts.append(f"{self.loose} images outside of the folders of the classes")
         if self.others:
             parts.append(
                 f"{self.others.total()} files that are no {', '.join(SUFFIXES)} "
@@ -141,7 +145,9 @@ def list_folder(folder: Path, left_out: LeftOut) -> tuple[list[File], list[str]]
         )
     walk = Walk(folder, left_out)
     classes, loose = walk.entries(folder)
-    left_out.others.update(_suffix(name) for name in loose)
+    suffixes = [_suffix(name) for name in loose]
+    left_out.loose += sum(suffix in SUFFIXES for suffix in suffixes)
+    left_out.others.update(suffix for suffix in suffixes if suffix not in SUFFIXES)
     if not classes:
         raise UserError(
             f"data.root: nothing to learn from in {folder}: it holds no class folder"

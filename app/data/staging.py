@@ -58,6 +58,9 @@ def stage(data: DataSection) -> None:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
     except OSError as error:
+        if error.filename and Path(error.filename).is_relative_to(origin):
+            reason = error.strerror or error
+            raise UserError(f"data.root: cannot read {error.filename} ({reason})") from None
         raise UserError(
             f"data.stage_to: cannot copy {origin} to {copy} ({error.strerror or error}); choose "
             f"another folder, or leave data.stage_to out"

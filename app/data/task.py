@@ -66,7 +66,7 @@ class Task(Protocol):
     figures: tuple[str, ...]
     """Names of the figures of merit, beside the loss."""
     splits: tuple[str, ...]
-    """Parts to evaluate on: "validation", "test"."""
+    """Parts to evaluate on: "validation" and "test", and perhaps others."""
 
     def train_batches(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
         """Yield this process's share of each global batch of an epoch, from ``first_batch`` on."""

@@ -11,6 +11,7 @@ from app.data import sharding
 from app.data.base import ShardedTask
 from app.data.splitting import limit_training_part
 from app.data.task import Batch
+from app.errors import UserError
 
 if TYPE_CHECKING:
     from app.config.settings import Configuration
@@ -49,8 +50,10 @@ class TensorTask(ShardedTask, ABC):
             device: where the data are kept.
 
         Raises:
-            UserError: data.train_samples is too large, or an epoch would have no batch.
+            UserError: a part is missing or empty, or has other numbers of inputs and targets;
+                data.train_samples is too large, or an epoch would have no batch.
         """
+        _check_parts(type(self).__name__, parts)
         taken = dict(parts)
         inputs, targets = taken["train"]
         kept = limit_training_part(torch.arange(len(inputs)).numpy(), configuration.data)
@@ -132,3 +135,16 @@ class TensorTask(ShardedTask, ABC):
             count=2,
             global_count=2,
         )
+
+
+def _check_parts(name: str, parts: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Reject parts that would be found wrong only after an epoch, or at the end of a run."""
+    for part in ("train", "validation", "test"):
+        if part not in parts:
+            raise UserError(f"data.name: {name} has no part {part!r}: {', '.join(parts)}")
+        inputs, targets = parts[part]
+        if not len(inputs) or len(inputs) != len(targets):
+            raise UserError(
+                f"data.name: {name} has {len(inputs)} inputs and {len(targets)} targets in its "
+                f"part {part!r}, and as many of each are needed, at least one"
+            )

@@ -15,6 +15,7 @@ import torch
 from app.errors import UserError
 from oialr.linalg.svd import economy_svd
 from oialr.placement.costs import Costs, split_limit
+from oialr.placement.factorization import why_not_split
 from oialr.placement.processes import Processes
 
 logger = logging.getLogger(__name__)
@@ -79,7 +80,8 @@ def measure_costs(
     generator = torch.Generator().manual_seed(0)
     matrices = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
     can_be = [m for m in matrices if split_limit(m.shape) >= processes.count > 1]
-    if processes.communicator is None or len(can_be) < 3:
+    can_split = all(processes.gather(why_not_split(processes) is None))
+    if not can_split or len(can_be) < 3:
         can_be = []
     functions: list[Callable[[], object]] = [partial(economy_svd, matrix) for matrix in matrices]
     if can_be:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from app.data import Task
+from app.errors import AgreedUserError
 from oialr.placement.processes import Processes
 
 
@@ -32,7 +33,7 @@ def evaluate(
         stop_asked: returns other than 0 if this process is to stop; called before each batch.
 
     Raises:
-        AgreedUserError: a process cannot read its data; on all of them.
+        AgreedUserError: a process cannot read its data, or there are none; on all of them.
     """
     for buffer in model.buffers():  # running statistics: those of process 0 count
         processes.broadcast(buffer, 0)
@@ -56,4 +57,6 @@ def evaluate(
     *sums_of_all, count, stopped = processes.sum(totals).tolist()
     if stopped:
         return None
+    if not count:
+        raise AgreedUserError(f"data.name: the data have no sample in their part {split!r}")
     return {key: total / count for key, total in zip(keys[:-1], sums_of_all, strict=True)}

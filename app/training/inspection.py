@@ -31,9 +31,10 @@ def explain_run(configuration: Configuration, runtime: Runtime, *, resume: bool)
         state = Checkpoints(
             folder / "checkpoints", runtime.processes, keep=1, read_only=True
         ).load()
+        if state and (stored := state[0]["method"]) is None:
+            raise UserError(f"--explain: {folder} is a full-rank training: oialr.enabled was false")
         if state:
-            ranks = state[0]["method"]["ranks"]
-            released = state[0]["method"].get("released", {})
+            ranks, released = stored["ranks"], stored.get("released", {})
         if ranks and not any(ranks.values()):
             ranks = None  # before the conversion
     batch = parts.task.example_batch()

@@ -64,7 +64,7 @@ class Factorizer:
         """Seconds that this process has spent on factorizations in the last call."""
         self.predicted_seconds = [0.0] * processes.count
         """For each process, what the plan of the last call predicts of that."""
-        if mode == "heat" and (problem := _why_not_split(processes)):
+        if mode == "heat" and (problem := why_not_split(processes)):
             raise UserError(f"distributed.factorization: heat needs {problem}")
 
     def plan(self, infos: Sequence[MatrixInfo]) -> Plan:
@@ -72,7 +72,7 @@ class Factorizer:
         if self._nodes is None:
             # Every process must come to the same plan.
             self._costs = self._processes.from_first(self._costs)
-            mine = socket.gethostname(), _why_not_split(self._processes) is None
+            mine = socket.gethostname(), why_not_split(self._processes) is None
             places = self._processes.gather(mine)
             names = [name for name, _ in places]
             self._nodes = [names.index(name) for name in names]
@@ -234,7 +234,7 @@ class _Sharing:
                     yield i, unpack(parts), bucket.owner
 
 
-def _why_not_split(processes: Processes) -> str | None:
+def why_not_split(processes: Processes) -> str | None:
     """Say what the processes lack to share the work on a layer; None if nothing. Local."""
     if processes.count == 1:
         return None

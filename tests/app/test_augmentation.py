@@ -366,6 +366,13 @@ def test_full_disk_leaves_nothing_behind(
     assert [path.suffix for path in (tmp_path / "local").iterdir()] == [".lock"]
 
 
+def test_an_image_that_cannot_be_read_is_named(images: Path, tmp_path: Path) -> None:
+    path = images / "train" / "link.png"
+    path.symlink_to("nowhere.png")
+    with pytest.raises(UserError, match=r"^data\.root: cannot read .*link\.png \(No such file"):
+        stage(staged(images, tmp_path / "local"))
+
+
 def test_missing_origin(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^data\.root: .*gone not found"):
         stage(staged(tmp_path / "gone", tmp_path))

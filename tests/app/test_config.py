@@ -60,6 +60,25 @@ def test_cycles_that_grow_too_fast_leave_none_for_the_first():
     config.load(None, ["training.cycle_limit=1000", "training.cycle_mul=1"])
 
 
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        *(("010", 10), ("08", 8), ("-08", -8), ("1_000", 1000), ("0x1f", 31), ("0b11", 3)),
+        *(("3e-4", 3e-4), ("1.5e3", 1500.0), ("1.e2", 100.0), (".5", 0.5), ("-.5e+1", -5.0)),
+        *(("1:30", "1:30"), ("1_e5", "1_e5"), ("1.2.3", "1.2.3"), ("'010'", "010")),
+    ],
+)
+def test_numbers_are_what_people_write(text, number):
+    """The seeds 008 and 010 of a shell's loop are 8 and 10; nothing is in base 60."""
+    value = config.load(None, [f"model.arguments.x={text}"]).model.arguments["x"]
+    assert value == number
+    assert type(value) is type(number)
+    # A text that would be read as a number is written in quotes.
+    for written in (text, number):
+        assert yaml_text.load(yaml_text.dump({"x": written})) == {"x": written}
+        assert yaml_text.load(yaml_text.dump_value(written)) == written
+
+
 def test_null_is_none_where_a_key_may_have_none():
     loaded = config.load(None, ["run.dir=null", "data.root=null", "training.ema_decay=null"])
     assert (loaded.run.dir, loaded.data.root, loaded.training.ema_decay) == (None, "null", None)
@@ -79,6 +98,14 @@ def test_a_resumed_folder_is_what_was_typed():
     [
         ("training.epoch=3", "training.epoch: unknown key; did you mean training.epochs?"),
         ("trainin.epochs=3", "trainin: unknown key; did you mean training?"),
+        ("training.lr=1", "training.lr: unknown key; did you mean training.learning_rate?"),
+        ("training.wd=1", "training.wd: unknown key; did you mean training.weight_decay?"),
+        ("training.bs=1", "training.bs: unknown key; did you mean training.batch_size?"),
+        ("data.path=x", "data.path: unknown key; did you mean data.root?"),
+        ("model.depth=3", "model.depth: unknown key; what the network is built with is in model.a"),
+        ("run.epochs=3", "run.epochs: unknown key; did you mean training.epochs?"),
+        ("oialr.energy=3", "oialr.energy: unknown key"),
+        ("training.epochs=1:30", "training.epochs: should be a valid integer (got '1:30')"),
         ("data.cutoff=0.1", "data.cutoff: unknown key; did you mean oialr.cutoff?"),
         ("training.epochs=true", "training.epochs: should be a valid integer (got True)"),
         ("training.epochs=1.5", "training.epochs: should be a valid integer (got 1.5)"),
@@ -121,6 +148,10 @@ def test_mistakes_are_one_line(override, message):
     [
         ("training: {epochs: 1, epochs: 2}", "the key 'epochs' is given twice"),
         ("training: [", "a.yaml"),
+        (
+            "training.epochs: 3",
+            "training.epochs: unknown key; in a file it is a key of a section, training: {epochs",
+        ),
         ("- training", "expected sections such as 'training:', found one list"),
         ("training: {epochs: !!int abc}", "line 1, column 20: this cannot be read as int"),
         ("training: {epochs: 2020-13-45}", "line 1, column 20: this cannot be read as timestamp"),

@@ -473,7 +473,10 @@ def test_class_without_images_and_part_without_classes(own_images: Path) -> None
         folder_task(own_images)
     shutil.rmtree(own_images / "train")
     (own_images / "train").mkdir()
-    with pytest.raises(UserError, match=r"^data\.root: nothing to learn from in .*train"):
+    for name in ("a.png", "b.JPG", "c.txt"):
+        (own_images / "train" / name).touch()
+    own = r"no class folder, but 2 images outside of the folders .*; 1 files .* \(\.txt: 1\)$"
+    with pytest.raises(UserError, match=rf"^data\.root: nothing to learn from in .*train: .*{own}"):
         folder_task(own_images)
 
 

@@ -15,8 +15,10 @@ from app import config, models
 from app.config.settings import Configuration
 from app.data import TensorTask, build_task
 from app.data.building import _MEMBERS
-from app.errors import UserError
+from app.errors import AgreedUserError, UserError
 from app.recording.store import read_rows
+from app.training.evaluation import evaluate
+from oialr.placement.processes import Processes
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "language_model.yaml"
@@ -33,11 +35,20 @@ class Ramp(TensorTask):
 
     figures = ("distance",)
 
-    def __init__(self, configuration: Configuration, *, size: int = 11, **place: Any) -> None:
+    def __init__(
+        self,
+        configuration: Configuration,
+        *,
+        size: int = 11,
+        targets: int | None = None,
+        left_out: str = "",
+        **place: Any,
+    ) -> None:
         parts = {}
         for name, start in (("train", 0), ("validation", 100), ("test", 200)):
             inputs = torch.arange(start, start + size, dtype=torch.float64)[:, None]
-            parts[name] = (inputs, inputs[:, 0] * 2)
+            if name != left_out:
+                parts[name] = (inputs, inputs[:targets, 0] * 2)
         super().__init__(configuration, parts, outputs=1, **place)
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -45,6 +56,10 @@ class Ramp(TensorTask):
 
     def measures(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         return {"distance": (outputs[:, 0] - targets).abs()}
+
+
+class OnePart(Ramp):
+    splits = ("held out",)
 
 
 class NoTask:
@@ -108,6 +123,13 @@ def test_a_task_of_tensors_counts_every_sample_once(processes: int) -> None:
     assert example.targets.shape == (2,)
 
 
+def test_a_part_without_a_sample_is_told_by_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    (task,) = tasks(1)
+    monkeypatch.setattr(task, "evaluation_batches", lambda split: iter(()))
+    with pytest.raises(AgreedUserError, match="no sample in their part 'test'"):
+        evaluate(line(input_shape=(1,), outputs=1), task, "test", Processes(), torch.device("cpu"))
+
+
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
@@ -128,6 +150,18 @@ def test_a_task_of_tensors_counts_every_sample_once(processes: int) -> None:
             "Ramp",
             {"train_samples": 12},
             r"^data\.train_samples: 12 exceeds the 11 train",
+        ),
+        (
+            "Ramp",
+            {"arguments": {"left_out": "test"}},
+            r"^data\.name: Ramp has no part 'test': train, validation$",
+        ),
+        ("Ramp", {"arguments": {"size": 0}}, r"Ramp has 0 inputs and 0 targets in its part 'train"),
+        ("Ramp", {"arguments": {"targets": 9}}, r"has 11 inputs and 9 targets in its part 'train'"),
+        (
+            "OnePart",
+            {},
+            r"^data\.name: .*:OnePart has no part test, validation among its splits, and a run",
         ),
     ],
 )

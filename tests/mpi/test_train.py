@@ -478,6 +478,8 @@ def test_full_rank_baseline(tmp_path):
     assert summary["trained_parameters"] == summary["stored_parameters"]
     assert summary["tested_ranks"] == {}
     assert len(read_rows(tmp_path / "metrics.h5", "lowrank")["step"]) == 0
+    result = train(0, "--explain", "--resume", tmp_path, "oialr.enabled=true", code=2)
+    assert f"--explain: {tmp_path} is a full-rank training" in result.stderr
 
 
 @pytest.mark.parametrize("accumulation", [3])

@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 from dataclasses import fields
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -232,16 +234,18 @@ def test_calibration_finds_the_costs_of_splitting_again(count):
     assert torch.linalg.cond(scaled / scaled.amax(0)) < 500
 
 
-def calibrate(monkeypatch, disturbed):
+def calibrate(monkeypatch, disturbed, problem=None):
     """Return the costs of a machine of which the splits of some matrices took other times."""
     shapes = calibration.SHAPES + calibration.LARGE_SHAPES
     split = [shape for shape in shapes if split_limit(shape) >= 2]
     alone = [COSTS.seconds(shape) for shape in shapes]
     together = [COSTS.seconds(shape, 2) * disturbed(shape) for shape in split]
     monkeypatch.setattr(calibration, "_fastest", lambda *_: alone + together)
-    processes = SimpleNamespace(
-        communicator="MPI", count=2, split_svd=lambda: SimpleNamespace(factorize=print)
-    )
+    monkeypatch.setattr(calibration, "why_not_split", lambda _: problem)
+    split_svd = Mock(return_value=SimpleNamespace(factorize=print))
+    processes = SimpleNamespace(count=2, split_svd=split_svd, gather=lambda mine: [mine, True])
+    if problem:
+        split_svd.side_effect = ModuleNotFoundError
     return calibration.measure_costs(processes, torch.device("cpu"))
 
 
@@ -250,6 +254,12 @@ def test_one_disturbed_matrix_does_not_make_splitting_free(monkeypatch, shape):
     costs = calibrate(monkeypatch, lambda one: 0.65 if one == shape else 1.0)
     for other in ((512, 4608), (256, 2304), (128, 4096)):
         assert costs.seconds(other, 2) == pytest.approx(COSTS.seconds(other, 2), rel=0.2)
+
+
+def test_where_the_package_for_splitting_is_missing_the_rest_is_measured(monkeypatch):
+    costs = calibrate(monkeypatch, lambda _: 1.0, problem="the package heat")
+    assert costs.tall == pytest.approx(COSTS.tall, rel=1e-6)
+    assert (costs.merge, costs.merge_rows) == (Costs().merge, Costs().merge_rows)
 
 
 def test_splitting_that_seems_free_is_told_and_not_believed(monkeypatch, caplog):
@@ -295,6 +305,11 @@ def test_that_there_is_no_folder_for_them_is_told_before_they_are_measured(tmp_p
     monkeypatch.setattr(calibration, "_fastest", None)
     with pytest.raises(UserError, match="--output: there is no folder for"):
         calibrate_main(["--output", str(tmp_path / "no" / "c.json"), "--device", "cpu"])
+    with pytest.raises(UserError, match=r"--output: .* is a folder; name a file in it"):
+        calibrate_main(["--output", str(tmp_path), "--device", "cpu"])
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may write all
+    with pytest.raises(UserError, match=r"--output: .*c\.json cannot be written by this user"):
+        calibrate_main(["--output", str(tmp_path / "c.json"), "--device", "cpu"])
 
 
 @pytest.mark.parametrize("mode", ["auto", "owner", "heat", "replicated"])
