@@ -82,7 +82,7 @@ train() {
 # count whatever they came to.
 results() {
     find -H "$run_dir" -maxdepth 3 \
-        \( -path '*/checkpoints/step-*' -o -path '*/evaluations/*/recorded' \
+        \( -type d -path '*/checkpoints/step-*' -o -path '*/evaluations/*/recorded' \
         -o -path '*/evaluations/*/summary.json' \) 2>/dev/null |
         sed -E 's|(/step-[0-9]+)-[0-9]+$|\1|' | sort -u
 }

@@ -21,9 +21,13 @@ source slurm/job.sh
 of="${1:?name the job whose runs are reported}"
 shift
 shopt -s nullglob
-runs=("$RUNS_ROOT"/*-"$of" "$RUNS_ROOT"/*-"$of"_*)
-if [ -n "${RUN_DIR:-}" ]; then # the job has gone on with this one
+runs=("$RUNS_ROOT"/*-"$of"_*)
+if [ ${#runs[@]} -gt 0 ]; then # elements of an array have a folder each, whatever RUN_DIR says
+    runs=("$RUNS_ROOT"/*-"$of" "${runs[@]}")
+elif [ -n "${RUN_DIR:-}" ]; then # the job has gone on with this one
     runs=("$RUN_DIR")
+else
+    runs=("$RUNS_ROOT"/*-"$of")
 fi
 if [ ${#runs[@]} -eq 0 ]; then
     echo "$RUNS_ROOT: job $of has left no run here" >&2

@@ -9,9 +9,10 @@ import json
 import os
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Self
 
@@ -79,6 +80,10 @@ class Claim:
     path: Path
     """Of the lease's file."""
     holder: Holder
+    _found: list[float] = field(
+        init=False, repr=False, compare=False, default_factory=lambda: [time.time()]
+    )
+    """When the lease was last there, by the clock of this process."""
 
     def check(self) -> None:
         """Make sure that the folder is this program's still.
@@ -88,7 +93,8 @@ class Claim:
 
         Raises:
             TakenOverError: it is another's.
-            StorageError: it is not there any more, or cannot be written to.
+            StorageError: it is not there any more, or cannot be written to; or the lease is not
+                there, and since it was another program may have come and gone.
         """
         later = [path for path in _leases(self.folder) if _number(path) > _number(self.path)]
         if later:
@@ -98,11 +104,18 @@ class Claim:
                 f"did not reach it for more than {EXPIRY:g} s; nothing more is written"
             )
         if _read(self.path) == self.holder:
+            self._found[0] = time.time()
             return
         if not self.folder.is_dir():
             raise StorageError(f"run.dir: {self.folder} was removed or moved while the run lived")
         if self.path.exists():
             raise StorageError(f"run.dir: {self.folder} is another folder than before")
+        if (silent := time.time() - self._found[0]) > EXPIRY:
+            raise TakenOverError(
+                f"run.dir: {self.path.name} in {self.folder} is gone, and this program stood still "
+                f"or did not look at it for {silent:.0f} s, in which another one may have been "
+                "there; nothing more is written"
+            )
         try:
             _create(self.path, self.holder)  # somebody cleaned up
         except FileExistsError:  # another process of this program has been faster
@@ -172,8 +185,9 @@ class Lease:
     def _renew(self) -> None:
         while not self._ended.wait(RENEWAL):
             try:
+                self.claim.check()
                 os.utime(self.claim.path)
-            except OSError:  # told by the next check, or the file server answers again
+            except (OSError, StorageError):  # told by the next check, or the server answers again
                 continue
 
 

@@ -11,7 +11,7 @@ import pytest
 from support.launching import ROOT, TIMEOUT, command, environment, launch, train
 from support.tiny_run import DISTURBED, TINY
 
-from app.errors import StorageError, UserError
+from app.errors import StorageError, TakenOverError, UserError
 from app.runtime import lease as module
 from app.runtime.lease import EXPIRY, Holder, Lease
 
@@ -106,6 +106,19 @@ def test_an_owner_elsewhere_is_followed_when_it_has_not_renewed_for_long(tmp_pat
             first.check()
         first.release()
         assert names(tmp_path) == [".lease-000002"]
+
+
+def test_an_owner_that_stood_still_is_none_again_when_its_follower_has_ended(tmp_path, monkeypatch):
+    first = Lease.take(tmp_path, me=replace(Holder.current(), **ELSEWHERE))
+    first._ended.set()
+    first._thread.join()  # it stands still
+    silent_for(tmp_path, EXPIRY + 1)
+    Lease.take(tmp_path).release()
+    now = module.time.time() + EXPIRY + 1
+    monkeypatch.setattr(module.time, "time", lambda: now)
+    with pytest.raises(TakenOverError, match=r"\.lease-000001 in .* another one may have been"):
+        first.check()
+    assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize(

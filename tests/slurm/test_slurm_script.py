@@ -261,7 +261,7 @@ def test_what_is_stopped_twice_in_vain_is_not_requeued(site: Path) -> None:
     for body, requeued in (
         ("exit 75", True),
         ("exit 75", False),
-        (f"mkdir -p {step}; exit 75", True),
+        (f"mkdir -p {step}; touch {step}/state.pt; exit 75", True),
         (f"mv {step} {step}-1; exit 75", True),  # the same step once more is nothing new
         ("exit 75", False),
         (f"mkdir -p {recorded}; touch {recorded}/recorded; exit 1", True),
@@ -430,6 +430,7 @@ def test_a_search_is_resumed_as_it_was_started(site: Path) -> None:
         (["seed-90_0", "seed-90_10", "seed-9_0", "vit-190"], {}, ["seed-90_0", "seed-90_10"]),
         (["vit-90", "report_of_90"], {}, ["vit-90"]),
         (["vit-90"], {"RUN_DIR": "runs/vit-7"}, ["vit-7"]),
+        (["seed-90_0"], {"RUN_DIR": "runs/vit-7"}, ["seed-90_0"]),
         (["vit-9"], {}, None),
     ],
 )
