@@ -146,13 +146,13 @@ class MetricsStore:
         if not is_same_file(self._file, self._path):
             raise LostFileError(f"run.dir: {self._path} was removed, moved or replaced meanwhile")
         with writing(self._path):
-            for group, rows in self._buffer.items():
+            for group, rows in list(self._buffer.items()):
                 start = self._rows[group]
                 end = start + len(rows)
                 for name, dataset in self._groups[group].items():
                     append(dataset, as_array([row[name] for row in rows], dataset), start)
                 self._rows[group] = end
-        self._buffer.clear()
+                del self._buffer[group]  # the next group may fail, and another flush come
 
     def counts(self) -> dict[str, int]:
         """Return the rows of each group, after they have reached the disk.

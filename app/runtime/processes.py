@@ -3,6 +3,7 @@
 import gc
 import importlib
 import os
+import socket
 import sys
 import time
 import traceback
@@ -88,7 +89,7 @@ def start_runtime(*, device: str, timeout: float = 1800) -> Iterator[Runtime]:
     with Watchdog(timeout=None if alone else timeout, abort=os._exit, name=launch.name):
         communicator = connect_mpi(launch)
         with _fault_ends_all(communicator):
-            local_index, chosen = choose_device(device, launch, communicator)
+            local_index, chosen = choose_device(device, launch, communicator, timeout=timeout)
     with join(
         launch, communicator, device=chosen, local_index=local_index, timeout=timeout
     ) as runtime:
@@ -221,8 +222,18 @@ def connect_mpi(launch: Launch) -> Any:
     return MPI.COMM_WORLD
 
 
-def choose_device(device: str, launch: Launch, communicator: Any) -> tuple[int, torch.device]:
+def choose_device(
+    device: str, launch: Launch, communicator: Any, *, timeout: float = 1800
+) -> tuple[int, torch.device]:
     """Return this process's index on its node and its device; the same kind on all processes.
+
+    A collective call.
+
+    Args:
+        device: "auto", "cpu" or "cuda".
+        launch: this process's index and count.
+        communicator: mpi4py communicator; None alone and under torchrun.
+        timeout: seconds after which processes of torchrun wait no longer for each other.
 
     Raises:
         AgreedUserError: GPUs were asked for, and some process has none of its own.
@@ -239,21 +250,43 @@ def choose_device(device: str, launch: Launch, communicator: Any) -> tuple[int, 
         gpus = [mine] * int(os.environ["LOCAL_WORLD_SIZE"])
     else:
         local_index, gpus = 0, [mine]
-    index = own_gpu(gpus, local_index)
-    all_have_one = index is not None
-    if communicator is not None:
-        all_have_one = all(communicator.allgather(all_have_one))
-    if device == "cuda" and not all_have_one:
+    if device == "cpu":
+        return local_index, torch.device("cpu")
+    index, lack = own_gpu(gpus, local_index), ""
+    if index is None:
+        many = "1 process" if len(gpus) == 1 else f"{len(gpus)} processes"
+        lack = f"{many} on {socket.gethostname()}, which shows {len(mine)} GPUs to one of them"
+    lack = _first_lack(lack, launch, communicator, timeout=timeout)
+    if device == "cuda" and lack:
         raise AgreedUserError(
-            f"distributed.device: there is no GPU for each process: {len(gpus)} on this node, "
-            f"which shows {len(mine)} to this one; start one process per GPU, or set "
-            f"distributed.device=cpu"
+            f"distributed.device: there is no GPU for each process: {lack}; start one process per "
+            f"GPU, or set distributed.device=cpu"
         )
-    if index is None or not all_have_one:
+    if index is None or lack:
         return local_index, torch.device("cpu")
     chosen = torch.device("cuda", index)
     torch.cuda.set_device(chosen)
     return local_index, chosen
+
+
+def _first_lack(lack: str, launch: Launch, communicator: Any, *, timeout: float) -> str:
+    """Return what a process lacks, the same on all of them; empty if all have what they need."""
+    if communicator is not None:
+        return next(filter(None, communicator.allgather(lack)), "")
+    if launch.process_count == 1:
+        return lack
+    store = make_store(launch, None, timeout=timedelta(seconds=timeout))
+    if lack:
+        store.compare_set("lack", "", lack)
+    if store.add("looked", 1) == launch.process_count:
+        store.set("all have looked", "")
+    store.wait(["all have looked"])
+    first = store.get("lack").decode() if store.check(["lack"]) else ""
+    if store.add("read", 1) == launch.process_count:
+        store.set("all have read", "")
+    if launch.process_index == 0:  # which may be the store's host
+        store.wait(["all have read"])
+    return first
 
 
 def own_gpu(gpus: Sequence[Sequence[str]], local_index: int) -> int | None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from app.errors import StorageError
 from app.recording.loggers.chosen import Loggers
 from app.recording.rebuilding import rebuild
+from app.recording.schema import full_rank_of
 from app.recording.store import MetricsStore
 from app.recording.swmr import UnreadableFileError
 from app.recording.thinning import is_recorded
@@ -273,7 +274,9 @@ def _schema(
         "figures": figures,
         "not_averaged": {layer.name for layer in layers if not layer.is_linear_map},
         "full_ranks": {
-            layer.name: layer.full_rank for layer in layers if layer.reading.is_by_direction
+            layer.name: layer.full_rank
+            for layer in layers
+            if layer.full_rank != full_rank_of(layer.shape, layer.reading.groups)
         },
         "groups": {layer.name: layer.reading.groups for layer in layers},
     }

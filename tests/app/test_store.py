@@ -1,5 +1,6 @@
 """metrics.h5: schema, readers beside the writer, kill -9, resume."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -17,7 +18,9 @@ from support.launching import ROOT, TIMEOUT, environment
 from support.metrics_rows import create, spectrum_row, train_row
 from support.recorders import resume
 
-from app.errors import UserError
+from app.errors import StorageError, UserError
+from app.recording import store as module
+from app.recording.schema import run_groups
 from app.recording.store import Follower, MetricsStore, open_for_reading, read_rows
 
 
@@ -348,6 +351,29 @@ def test_uneven_columns_count_to_the_shortest(tmp_path):
     assert {len(values) for values in read_rows(path, "train").values()} == {1}
     with pytest.raises(UserError, match="train has 1 rows"):
         MetricsStore.resume(path, counts={"train": 2})
+
+
+def test_what_is_written_before_a_disk_is_full_is_not_written_again(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.h5"
+    store = MetricsStore.create(path, configuration="", layers={})
+    groups = {name: run_groups(["accuracy"])[name] for name in ("train", "stability")}
+    for group, columns in groups.items():
+        store.append(group, **{column.name: 1 for column in columns})
+    append, full = module.append, {"stability"}
+
+    def failing(dataset, values, start):
+        if any(name in dataset.name for name in full):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        append(dataset, values, start)
+
+    monkeypatch.setattr(module, "append", failing)
+    with pytest.raises(StorageError, match="No space left"):
+        store.flush()
+    assert store.length("train") == store.length("stability") == 1
+    full.clear()
+    store.close()
+    for group in groups:
+        assert list(read_rows(path, group)["step"]) == [1]
 
 
 def test_a_fraction_is_no_integer(tmp_path):

@@ -1,12 +1,20 @@
 """The method and its parts on several processes, under the real mpirun."""
 
+import socket
+import threading
+
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.launching import ROOT, launch
+from torch.distributed import HashStore
 
-from app.runtime.launch import read_launch
+from app.errors import AgreedUserError
+from app.runtime import processes
+from app.runtime.launch import Launch, read_launch
 from app.runtime.processes import own_gpu
+from app.runtime.rendezvous import new_attempt
 from oialr.placement.assignment import assign
 
 WORKERS = ROOT / "tests" / "support" / "workers"
@@ -114,3 +122,48 @@ def test_the_innermost_launcher_counts(environment, launcher, index, count):
 )
 def test_no_two_processes_take_one_gpu(gpus, expected):
     assert [own_gpu(gpus, i) for i in range(len(gpus))] == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "expected"),
+    [
+        ("cuda", ["a", "b", "c"], "cuda:0"),
+        ("auto", ["a", "b", "c"], "cuda:0"),
+        ("auto", ["a", "", "c"], "cpu"),
+        ("cpu", ["a", "", "c"], "cpu"),
+        ("cuda", ["a", "", "c"], "no GPU for each process: 1 process on {}, which shows 0 GPUs to"),
+    ],
+)
+def test_processes_of_torchrun_take_the_same_kind_of_device(monkeypatch, device, gpus, expected):
+    """Each is alone on its node here, and on one of these there is no GPU."""
+    whole = HashStore()
+
+    def make_store(launch, communicator, *, timeout):
+        return new_attempt(whole, launch.process_index, launch.process_count)
+
+    def visible():
+        name = gpus[int(threading.current_thread().name)]
+        return [name] if name else []
+
+    monkeypatch.setattr(processes, "make_store", make_store)
+    monkeypatch.setattr(processes, "_visible_gpus", visible)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    found = {}
+
+    def be(index):
+        own = Launch(launcher="torchrun", process_index=index, process_count=len(gpus))
+        try:
+            found[index] = str(processes.choose_device(device, own, None, timeout=60)[1])
+        except AgreedUserError as error:
+            found[index] = str(error)
+
+    threads = [threading.Thread(target=be, args=(i,), name=str(i)) for i in range(len(gpus))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert len(found) == len(gpus)
+    for what in found.values():
+        assert expected.format(socket.gethostname()) in what

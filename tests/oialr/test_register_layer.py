@@ -4,11 +4,14 @@ import copy
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import oialr
+from app.recording.store import Follower, read_rows
+from app.training.recorder import Recorder
 from oialr.layer_survey import parameter_counts
 from oialr.layers import registry
 
@@ -46,6 +49,23 @@ def train(model, optimizer, method, steps):
         optimizer.step()
         events.append(method.step())
     return [event.kind for event in events if event]
+
+
+def test_its_spectrum_is_recorded(page, tmp_path):
+    """It has 20 singular values, where a weight (4, 20, 6) that is read by the rule has 4."""
+    model, optimizer, method = make(page, delay=1, measure_memory=True)
+    path = tmp_path / "metrics.h5"
+    recorder = Recorder.create(path, configuration="", layers=method.survey, figures=["accuracy"])
+    model(torch.ones(2, 20, dtype=torch.float64)).sum().backward()
+    optimizer.step()
+    shares = {"trainable_percent": 1.0, "compression_percent": 1.0, "gradient_bytes": 0}
+    recorder.event(method.step(), model=model, **shares)
+    recorder.close()
+    spectrum = read_rows(path, "layers/0.weight/spectrum")["singular_values"]
+    assert spectrum.shape == (1, 20)
+    assert np.isfinite(spectrum).all()
+    (layer,) = [layer for layer in Follower(path).layers() if layer.name == "0.weight"]
+    assert layer.full_rank == 20
 
 
 RELEASED = {"release": 9, "retained_energy": 0.7, "largest_cut": 0.9}
