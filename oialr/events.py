@@ -283,9 +283,10 @@ class Events:
             if factors is None or rank is None:
                 what = "full-rank weight" if transitions.is_dense(reports[i]) else "factors"
                 logger.warning(
-                    "%s keeps its present %s for now: its factorization does not converge",
+                    "%s keeps its present %s%s: its factorization does not converge",
                     reports[i].name,
                     what,
+                    " to the end, since none comes after a release" if release else " for now",
                 )
                 continue
             happened[i] = LayerEvent(

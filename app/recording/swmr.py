@@ -6,6 +6,7 @@ dataset), so that damage is an error of whoever reads it, never other values.
 """
 
 import ctypes
+import errno
 import logging
 import os
 import re
@@ -166,11 +167,13 @@ def create_dataset(
 def is_same_file(file: h5py.File, path: Path) -> bool:
     """Whether a path leads to an open file."""
     # The open file keeps its inode from being used anew: equal numbers are the same file.
-    opened = os.fstat(file.id.get_vfd_handle())
     try:
-        return os.path.samestat(opened, path.stat())
-    except (FileNotFoundError, NotADirectoryError):
-        return False
+        return os.path.samestat(os.fstat(file.id.get_vfd_handle()), path.stat())
+    except OSError as error:
+        # A file server says ESTALE of what another node has removed.
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
+            return False
+        raise
 
 
 def sync(file: h5py.File) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from app.config import to_yaml
-from app.errors import AgreedStorageError, StorageError, TakenOverError
+from app.errors import AgreedStorageError, StorageError, TakenOverError, UserError
 from app.recording.store import LostFileError
 from app.training.checkpoint import Checkpoints
 from app.training.folder import write_text
@@ -55,6 +55,8 @@ def _rescue(trainer: "Trainer", folder: Path) -> str:
             write_text(home / "config.yaml", to_yaml(trainer.configuration))
         except (OSError, StorageError) as error:
             problem = f"what was in memory is lost, since {home} cannot be written ({error})"
+        except UserError as error:  # the rows cannot be read where they are
+            problem = f"what was in memory is lost, since the rows cannot be copied ({error})"
     problem, home = processes.from_first((problem, home))
     if problem:
         return problem

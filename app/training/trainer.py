@@ -227,15 +227,25 @@ class Trainer:
 
         Raises:
             Stopped: by a signal; the checkpoint of the last epoch is there.
+            AgreedStorageError: the run's folder or metrics.h5 is gone; what was in memory is saved.
         """
+        self._end_if_lost()
         stopping = self.early_stopping
         best_step = stopping.restore_best(self.model) if stopping else None
         with self._evaluated_weights() if best_step is None else nullcontext():
             figures = self._evaluate("test")
         if not figures:
             raise Stopped(f"stopped by a signal in the test after step {self.position.step}")
+        if best_step is None:  # otherwise the network is not that of the optimizer any more
+            self._end_if_lost()
         self.tested_step = self.position.step if best_step is None else best_step
         return figures
+
+    def _end_if_lost(self) -> None:
+        """End on all processes alike if the first cannot write any more. A collective call."""
+        self.recorder.flush()
+        if self.runtime.processes.from_first(self.recorder.problem):
+            end_without_storage(self)
 
     def _evaluated_weights(self) -> AbstractContextManager[None]:
         """Return the context in which the network has the weights that count."""

@@ -45,12 +45,16 @@ class Polar(NamedTuple):
     """Number r of determined directions."""
 
 
-def polar(matrix: Tensor, method: Method | None = None) -> Polar:
+def polar(
+    matrix: Tensor, method: Method | None = None, *, shape: tuple[int, int] | None = None
+) -> Polar:
     """Compute the polar factor, restricted to the determined directions.
 
     Args:
         matrix: (m, n), finite. Half precision is computed in float32.
         method: None: the fastest for its shape, dtype and device.
+        shape: by which directions count as determined, such as that of U core Vh where the matrix
+            is the core; None: the matrix's own.
 
     Returns:
         In float32, or float64 for a float64 matrix. A zero matrix has the factor 0 of rank 0.
@@ -66,7 +70,7 @@ def polar(matrix: Tensor, method: Method | None = None) -> Polar:
         matrix = matrix.float()
     method = method or choose_method(_shape(matrix), matrix.dtype, matrix.device)
     matrix, exponent = scaled(matrix)  # the factor is that of the matrix itself
-    factor, s, rank = _polar_in_range(matrix, method)
+    factor, s, rank = _polar_in_range(matrix, method, shape or _shape(matrix))
     return Polar(factor, times_power_of_two(s, exponent), rank)
 
 
@@ -91,30 +95,30 @@ def choose_method(shape: tuple[int, int], dtype: torch.dtype, device: torch.devi
     return "eigh" if k < 512 or max(shape) >= 1.25 * k else "svd"
 
 
-def _polar_in_range(matrix: Tensor, method: Method) -> Polar:
+def _polar_in_range(matrix: Tensor, method: Method, shape: tuple[int, int]) -> Polar:
     """Compute the polar factor of a matrix whose entries can be squared and divided by."""
     if method == "eigh":
         try:
-            return _polar_by_eigh(matrix)
+            return _polar_by_eigh(matrix, shape)
         except torch.linalg.LinAlgError:
             pass  # the SVD has more drivers to try
-    return _polar_by_svd(matrix)
+    return _polar_by_svd(matrix, shape)
 
 
-def _polar_by_svd(matrix: Tensor) -> Polar:
+def _polar_by_svd(matrix: Tensor, shape: tuple[int, int]) -> Polar:
     U, s, Vh = economy_svd(matrix)
-    r = numerical_rank(s, _shape(matrix))
+    r = numerical_rank(s, shape)
     return Polar(U[:, :r] @ Vh[:r], s, r)
 
 
-def _polar_by_eigh(matrix: Tensor) -> Polar:
+def _polar_by_eigh(matrix: Tensor, shape: tuple[int, int]) -> Polar:
     """B = W V diag(1 / s) V^T, with the eigenvectors V of W^T W = V diag(s^2) V^T."""
     tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
     # Squaring costs half of the digits of float64, and leaves those of float32.
     exact = tall.double()
     eigenvalues, V = torch.linalg.eigh(exact.T @ exact)
     s = eigenvalues.clamp_min(0).sqrt().flip(0)
-    r = numerical_rank(s.to(matrix.dtype), _shape(matrix))
+    r = numerical_rank(s.to(matrix.dtype), shape)
     V = V.flip(1)[:, :r]
     inverse_root = (V / s[:r]) @ V.T
     # The large product in the matrix's precision; but on GPUs that may be TF32, which a measurement

@@ -162,7 +162,8 @@ def measure_factored(U: Tensor, core: Tensor, Vh: Tensor) -> Snapshot:
             orthonormal rows. Half precision is computed in float32.
     """
     U, core, Vh = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (U, core, Vh))
-    polars = [polar(matrix) for matrix in core]
+    shape = U.shape[1], Vh.shape[2]  # of the weight: full-rank, it has the same numerical rank
+    polars = [polar(matrix, shape=shape) for matrix in core]
     factors = list(zip(U, core, Vh, strict=True))
     return Snapshot(
         reference=Reference(

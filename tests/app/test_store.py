@@ -21,7 +21,7 @@ from support.recorders import resume
 from app.errors import StorageError, UserError
 from app.recording import store as module
 from app.recording.schema import run_groups
-from app.recording.store import Follower, MetricsStore, open_for_reading, read_rows
+from app.recording.store import Follower, LostFileError, MetricsStore, open_for_reading, read_rows
 
 
 def test_schema_is_the_documented_one(tmp_path):
@@ -351,6 +351,21 @@ def test_uneven_columns_count_to_the_shortest(tmp_path):
     assert {len(values) for values in read_rows(path, "train").values()} == {1}
     with pytest.raises(UserError, match="train has 1 rows"):
         MetricsStore.resume(path, counts={"train": 2})
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.ESTALE])
+def test_what_another_node_has_removed_is_lost(tmp_path, number):
+    """A file server says so of an open file, in its own words."""
+
+    class Removed:
+        def stat(self):
+            raise OSError(number, os.strerror(number))
+
+    with MetricsStore.create(tmp_path / "metrics.h5", configuration="", layers={}) as store:
+        store._path, path = Removed(), store._path
+        with pytest.raises(LostFileError, match="removed, moved or replaced"):
+            store.flush()
+        store._path = path
 
 
 def test_what_is_written_before_a_disk_is_full_is_not_written_again(tmp_path, monkeypatch):

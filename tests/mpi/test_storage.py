@@ -1,5 +1,6 @@
 """Folders that cannot be written, are moved, or are on a full disk: one line each, nothing lost."""
 
+import json
 import os
 import shutil
 import signal
@@ -135,6 +136,20 @@ def test_a_run_whose_folder_is_lost_goes_on_from_memory(tmp_path, undisturbed, w
     if what == "move":
         assert not folder.exists()
         assert len(read_rows(tmp_path / "moved" / "metrics.h5", "eval")["step"]) == 2
+
+
+def test_a_run_whose_folder_is_lost_in_its_test_is_saved_too(tmp_path, undisturbed):
+    folder, saved = tmp_path / "run", tmp_path / "run-rescued"
+    arguments = (DISTURBED, "move in the test", 0, 0, *TINY, f"run.dir={folder}")
+    result = launch(2, *arguments, code=1)
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error")]
+    assert line.endswith(f"what was in memory is in {saved} now: go on with --resume {saved}")
+    assert read_rows(saved / "metrics.h5", "eval")["split"][-1] == "test"
+    train(2, "--resume", saved)
+    for name, value in last_checkpoint(undisturbed)["model"].items():
+        assert torch.equal(last_checkpoint(saved)["model"][name], value)
+    figures = [json.loads((each / "summary.json").read_text()) for each in (saved, undisturbed)]
+    assert figures[0]["test_accuracy"] == figures[1]["test_accuracy"]
 
 
 @pytest.fixture(scope="module")

@@ -101,6 +101,21 @@ def expected_mixing(before, after, rank):
     return 1 - float(difference / (torch.linalg.norm(factors[0]) + torch.linalg.norm(factors[1])))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_numerical_rank_is_that_of_the_weight_in_every_form(dtype):
+    """Singular values between r eps and max(m, n) eps of the largest one are noise in all forms."""
+    generator = torch.Generator().manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(512, 3, generator=generator, dtype=dtype)).Q for _ in "UV")
+    eps = torch.finfo(dtype).eps
+    s = torch.tensor([1.0, 1e3 * eps, 50 * eps], dtype=dtype)
+    forms = (
+        measurement.measure_dense((U * s @ V.mT)[None]),
+        measurement.measure_factored(U[None], torch.diag(s)[None], V.mT[None]),
+        measurement.measure_released((U * s.sqrt())[None], (V * s.sqrt()).mT[None]),
+    )
+    assert [form.compare(None, name="", averaged=True).numerical_rank for form in forms] == [2] * 3
+
+
 @pytest.mark.parametrize(
     ("first", "steps"),
     [(2, 3), (4, 2), (4, 3), (DELAY, 2), (DELAY + 1, 6)],
@@ -341,10 +356,10 @@ def test_a_weight_of_which_no_decomposition_converges_is_named_and_left_out(
     tracker.measure(model, 0)
     real = measurement.polar
 
-    def polar(matrix):
+    def polar(matrix, **options):
         if matrix.shape == shape:
             raise torch.linalg.LinAlgError("did not converge")
-        return real(matrix)
+        return real(matrix, **options)
 
     layer = get_layer(model, "fc.weight")
     shape = (layer.core if low_rank else layer.weight).shape

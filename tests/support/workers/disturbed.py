@@ -44,11 +44,27 @@ def disturb(what, process, step):
                 self.runtime.communicator.Barrier()
 
     Trainer._train_step = disturbed
+    if what == "move in the test":
+        move_in_the_test(process)
     if what == "evaluation":
         disturb_evaluation(process, step)
     if what == "signal":  # and once more on every process, when the program is on its way out
         for number in (signal.SIGUSR1, signal.SIGTERM):
             atexit.register(os.kill, os.getpid(), number)
+
+
+def move_in_the_test(process):
+    """Move the run's folder before the test's first batch."""
+    from app.training.trainer import Trainer
+
+    evaluate = Trainer._evaluate
+
+    def disturbed(self, split):
+        if self.runtime.process_index == process and split == "test":
+            self.storage.folder.rename(self.storage.folder.with_name("moved"))
+        return evaluate(self, split)
+
+    Trainer._evaluate = disturbed
 
 
 def disturb_evaluation(process, step):
