@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -117,6 +117,11 @@ def load(model: Model, file: str | os.PathLike[str]) -> Model:
     """
     state = _read(Path(file))
     network = whole(prepare(model))
+    if empty := [name for name, value in network.state_dict().items() if value.is_meta]:
+        raise ValueError(
+            f"the network has no memory on the device meta, such as for {some(empty)}: nothing can "
+            f"be loaded into it; build it on another device, or call its to_empty before"
+        )
     try:
         _check_fits(network, state)
     except ValueError as error:
@@ -130,6 +135,7 @@ def _tensors_of(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors: dict[str, Tensor] = {}
     same: dict[str, str] = {}
     seen: dict[tuple[Any, ...], str] = {}
+    storages = set()
     for name, value in network.state_dict().items():
         if not isinstance(value, Tensor):
             raise ValueError(f"{name} of the network's state is no tensor, and cannot be stored")
@@ -139,8 +145,11 @@ def _tensors_of(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
             continue
         seen[place] = name
         tensor = value.detach().cpu().contiguous()
-        is_all = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-        tensors[name] = tensor if is_all else tensor.clone()
+        storage = tensor.untyped_storage()
+        is_all = storage.nbytes() == tensor.numel() * tensor.element_size()
+        is_another = storage.data_ptr() in storages  # two looks at one memory, in other shapes
+        tensors[name] = tensor.clone() if is_another or not is_all else tensor
+        storages.add(storage.data_ptr())
     return tensors, same
 
 
@@ -202,3 +211,22 @@ def _check_fits(network: nn.Module, state: Mapping[str, Tensor]) -> None:
     for name, shape in shapes.items():
         if state[name].shape != shape:
             raise ValueError(f"{name} is {tuple(state[name].shape)}, and {tuple(shape)} there")
+    for first, *others in _alike(network, shapes):
+        for name in others:
+            one, other = state[first], state[name]
+            if one is not other and not torch.equal(one, other):
+                raise ValueError(f"{first} and {name} are one in the network, and two there")
+
+
+def _alike(network: nn.Module, names: Iterable[str]) -> list[list[str]]:
+    """Return names of a state that are one tensor in the network, whatever form its layers have."""
+    groups: dict[tuple[int, str], list[str]] = {}
+    parameters = dict(network.named_parameters(remove_duplicate=False))
+    modules = dict(network.named_modules(remove_duplicate=False))
+    for name in names:
+        path, _, key = name.rpartition(".")
+        if (parameter := parameters.get(name)) is not None:
+            groups.setdefault((id(parameter), ""), []).append(name)
+        elif (module := modules.get(path)) is not None:
+            groups.setdefault((id(module), key), []).append(name)
+    return [group for group in groups.values() if len(group) > 1]

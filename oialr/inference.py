@@ -1,9 +1,12 @@
 """A trained network for its use: plain layers in the place of factorized ones."""
 
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
+import torch
 from torch import nn
 
 from oialr.convert import put_in_place
@@ -13,6 +16,7 @@ from oialr.layers.cost import MANY_ROWS
 from oialr.layers.registry import adapter_of
 from oialr.layers.twin import FactoredTwin
 from oialr.linalg.precision import full_precision
+from oialr.naming import some
 from oialr.sharding import whole
 
 logger = logging.getLogger(__name__)
@@ -64,6 +68,46 @@ def for_inference(
         put_in_place(plain, layer, new)
     _leave_fused_kernels(plain)
     return plain.requires_grad_(False)
+
+
+def for_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> nn.Module:
+    """Make a network of plain layers, as :func:`for_inference`, where it can be called so.
+
+    Layers that the network does more with than to call them with an input become dense: code that
+    reads their weight, or gives an ``output_size``, fails with two layers in their place.
+
+    Args:
+        model: a network that can be called.
+        args, kwargs: of a call.
+    """
+    paths = list(_factorized(model))
+
+    def try_out(plain: Sequence[str]) -> nn.Module | None:
+        """Return the network with these as plain layers, and the others dense; None: it fails."""
+        others = [re.sub(r"([*?[])", r"[\1]", path) for path in paths if path not in plain]
+        made = for_inference(model, exclude=others)
+        try:
+            with torch.no_grad():
+                made(*args, **kwargs)
+        except Exception:  # whatever the code of the network makes of it
+            return None
+        return made
+
+    def called(group: Sequence[str]) -> list[str]:
+        """Return those that can be plain layers."""
+        if not group or try_out(group) is not None:
+            return list(group)
+        half = len(group) // 2
+        return called(group[:half]) + called(group[half:]) if half else []
+
+    if (made := try_out(paths)) is not None:
+        return made
+    plain = called(paths)
+    logger.info(
+        "dense, since the network fails with two layers in their place: %s",
+        some([path for path in paths if path not in plain]),
+    )
+    return try_out(plain) or for_inference(model, exclude=["*"])
 
 
 def _factorized(model: nn.Module) -> dict[str, FactoredTwin | FactoredParts]:

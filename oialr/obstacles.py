@@ -1,6 +1,7 @@
 """Why a layer cannot be replaced by its factorized twin, whatever the method's options are."""
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ class Obstacles:
         self._holders = Counter(
             id(parameter) for module in model.modules() for parameter in module._parameters.values()
         )
+        self._sharing = _sharing_memory(model.parameters())
         self._claims = claims(model)
 
     def of(self, name: str, *, to_train: bool = True) -> str | None:
@@ -57,7 +59,34 @@ class Obstacles:
             return reason
         if self._holders[id(weight)] > 1:
             return "tied to another layer's weight"
+        if id(weight) in self._sharing:
+            return "shares memory with another parameter"
         return adapter.obstacle(module, key)
+
+
+def _sharing_memory(parameters: Iterable[nn.Parameter]) -> set[int]:
+    """Return the ids of parameters that look at memory of another one, such as its transpose.
+
+    Parts of one buffer that lie behind each other share nothing.
+    """
+    by_storage: dict[int, list[tuple[int, int, int]]] = {}
+    for parameter in parameters:
+        if type(parameter) is not nn.Parameter or not parameter.numel():
+            continue  # such as of fully_shard
+        start = int(parameter.storage_offset())
+        sides = zip(parameter.shape, parameter.stride(), strict=True)
+        last = start + sum((size - 1) * int(stride) for size, stride in sides)
+        key = parameter.untyped_storage()._cdata
+        by_storage.setdefault(key, []).append((start, last, id(parameter)))
+    sharing = set()
+    for parts in by_storage.values():
+        end, holder = -1, 0
+        for start, last, name in sorted(parts):
+            if start <= end:
+                sharing |= {name, holder}
+            if last > end:
+                end, holder = last, name
+    return sharing
 
 
 def lost_hooks(parameter: nn.Parameter) -> str | None:

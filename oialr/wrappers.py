@@ -22,6 +22,7 @@ INSIDE = {
     "DistributedDataParallel": "module",
     "DataParallel": "module",
     "OptimizedModule": "_orig_mod",  # of torch.compile
+    "_FabricModule": "_forward_module",  # of Lightning
 }
 """The attribute that holds the network, by the name of the wrapper's type."""
 
@@ -34,8 +35,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def unwrapped_optimizer(optimizer: Optimizer) -> Optimizer:
-    """Return the optimizer inside that of accelerate."""
-    while "AcceleratedOptimizer" in names_of(optimizer):
+    """Return the optimizer inside that of accelerate, or of Lightning's Fabric."""
+    while {"AcceleratedOptimizer", "_FabricOptimizer"} & {*names_of(optimizer)}:
         inside: Any = optimizer
         optimizer = inside.optimizer
     return optimizer
@@ -57,10 +58,12 @@ class Wrappers:
         nobody. torch.compile compiles again, but not for ever.
         """
         for wrapper in _around(self._model):
+            is_whole = unwrapped(wrapper) is self._model
             if "DistributedDataParallel" in names_of(wrapper):
-                if _refuse not in wrapper._forward_pre_hooks.values():
+                is_told = _refuse in wrapper._forward_pre_hooks.values()
+                if not is_told and (is_whole or _is_outgrown(wrapper)):
                     wrapper.register_forward_pre_hook(_refuse)
-            elif "OptimizedModule" in names_of(wrapper):
+            elif "OptimizedModule" in names_of(wrapper) and is_whole:
                 self._count(wrapper)
         if getattr(self._model, "_compiled_call_impl", None) is not None:  # by its compile method
             self._count(self._model)
@@ -104,7 +107,7 @@ def renew_wrappers(model: nn.Module) -> None:
         )
         state["_module_parameters"] = [
             parameter
-            for name, parameter in network.named_parameters()
+            for name, parameter in ddp.module.named_parameters()
             if name not in ddp.parameters_to_ignore
         ]
         hooks, state["_comm_hooks"] = ddp._comm_hooks, []
@@ -114,12 +117,27 @@ def renew_wrappers(model: nn.Module) -> None:
 
 
 def _around(network: nn.Module) -> list[nn.Module]:
-    """Return what is around a network; nobody tells it of its wrappers."""
+    """Return what is around a network, or a part of it, or of which it is a part.
+
+    Nobody tells it of its wrappers.
+    """
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not distributed and "torch._dynamo" not in sys.modules:
         return []
+    parts = {*network.modules()}
     found = [thing for thing in gc.get_objects() if _wraps(thing)]
-    return [wrapper for wrapper in found if unwrapped(wrapper) is network]
+    return [
+        wrapper
+        for wrapper in found
+        if (inside := unwrapped(wrapper)) in parts or any(m is network for m in inside.modules())
+    ]
+
+
+def _is_outgrown(ddp: Any) -> bool:
+    """Whether a DistributedDataParallel averages gradients of other parameters than are there."""
+    named = ddp.module.named_parameters()
+    present = {id(parameter) for name, parameter in named if name not in ddp.parameters_to_ignore}
+    return present != {id(parameter) for parameter in ddp._module_parameters}
 
 
 def _wraps(thing: object) -> bool:
@@ -131,8 +149,8 @@ def _refuse(wrapper: nn.Module, _: Any) -> None:
         raise RuntimeError(
             "this DistributedDataParallel was made before layers of its network changed their "
             "form, and would average gradients of parameters that are there no more. Make it anew "
-            "where event.shapes_changed: model = DistributedDataParallel(method.model), with the "
-            "same device_ids"
+            "where event.shapes_changed: DistributedDataParallel(model.module) in the place of "
+            "model, with the same device_ids"
         )
 
 

@@ -151,7 +151,10 @@ def _export(
     try:
         with torch.no_grad():
             FORMATS[form].write(network, partial, samples)
-            exported = FORMATS[form].read(partial, network)
+            try:
+                exported = FORMATS[form].read(partial, network)
+            except ValueError as error:
+                raise ExportError(f"what was written cannot be read again: {error}") from error
             difference, largest = _compare(network, exported, samples)
             if not difference <= tolerance * max(1.0, largest):
                 raise ExportError(

@@ -1,9 +1,10 @@
 """How a network is written to a file of each format, and how that is run again."""
 
 import contextlib
+import inspect
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,9 +21,9 @@ from oialr.errors import ExportError, UserError
 from oialr.export import SUFFIXES
 from oialr.export.state import dense_state, load_dense, read_stored, state_bytes, two_factors
 from oialr.files import load, save
-from oialr.inference import for_inference
+from oialr.inference import for_call
 
-Samples = Tensor | tuple[Any, ...] | Mapping[str, Any]
+Samples = Tensor | Sequence[Any] | Mapping[str, Any]
 """A batch: the one argument of a network, its arguments, or those by name.
 
 The leading dimension of every tensor is the batch.
@@ -52,7 +53,7 @@ def arguments(samples: Samples) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments of a call, and those by name."""
     if isinstance(samples, Tensor):
         return (samples,), {}
-    return (samples, {}) if isinstance(samples, tuple) else ((), dict(samples))
+    return ((), dict(samples)) if isinstance(samples, Mapping) else (tuple(samples), {})
 
 
 def read_exported(path: str | Path, network: nn.Module | None = None) -> Network:
@@ -96,6 +97,11 @@ def check_name(form: str, path: Path) -> None:
         )
     if own in READ_BY_SUFFIX and path.suffix != own:
         raise UserError(f"{path}: {form} is read by the suffix {own}: name the file {path}{own}")
+    if form == "dense" and path.suffix == SUFFIXES["factors"]:
+        raise UserError(
+            f"{path}: {path.suffix} is the suffix of safetensors, and this is written by "
+            f"torch.save: name the file {path.with_suffix(own)}, or export as factors"
+        )
 
 
 def _write_dense(model: nn.Module, path: Path, _: Samples) -> None:
@@ -153,6 +159,8 @@ def _write_onnx(model: nn.Module, path: Path, samples: Samples) -> None:
     if state_bytes(dense_state(model)) > LARGEST_ONNX:
         raise UserError("a file of ONNX holds 2 GB at most: export by torch.export instead")
     program = _program(model, samples)
+    if any(tensor.dtype == torch.bfloat16 for tensor in program.state_dict.values()):
+        raise ExportError("onnxruntime computes nothing in bfloat16 on CPUs: export model.float()")
     try:
         with _quiet():
             torch.onnx.export(program, (), path, dynamo=True, external_data=False, verbose=False)
@@ -174,12 +182,26 @@ def _read_onnx(path: Path, _: nn.Module | None) -> Network:
     names = [node.name for node in session.get_inputs()]
 
     def network(*args: Any, **kwargs: Any) -> list[Tensor]:
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        arrays = (tensor.detach().cpu().numpy() for tensor in tensors)
-        outputs = session.run(None, dict(zip(names, arrays, strict=True)))
-        return [torch.from_numpy(output) for output in outputs]
+        # Inputs have the names of the arguments; those of an argument that holds several tensors
+        # have others, in its order.
+        named = {name: kwargs[name] for name in names if isinstance(kwargs.get(name), Tensor)}
+        others = {name: value for name, value in kwargs.items() if name not in named}
+        tensors = [leaf for leaf in tree_leaves((args, others)) if isinstance(leaf, Tensor)]
+        rest = [name for name in names if name not in named]
+        unknown = [name for name, value in others.items() if isinstance(value, Tensor)]
+        if unknown or len(tensors) != len(rest):
+            raise ValueError(f"{path} takes {', '.join(names)}, {_given(args, kwargs)} is given")
+        given = named | dict(zip(rest, tensors, strict=True))
+        arrays = {name: tensor.detach().cpu().numpy() for name, tensor in given.items()}
+        return [torch.from_numpy(output) for output in session.run(None, arrays)]
 
     return network
+
+
+def _given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """Say what a network was called with."""
+    many = len([leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)])
+    return " and ".join([*([f"{many} by position"] if many or not kwargs else []), *kwargs])
 
 
 def _need(*packages: str) -> None:
@@ -190,18 +212,25 @@ def _need(*packages: str) -> None:
 def _program(model: nn.Module, samples: Samples) -> torch.export.ExportedProgram:
     """Capture a network, of plain layers, for batches of any size."""
     args, kwargs = tree_map(_at_least_two, arguments(samples))
+    order = list(inspect.signature(model.forward).parameters)  # in which a program has its inputs
+    kwargs = {name: kwargs[name] for name in sorted(kwargs, key=_place_in(order))}
     batch = torch.export.Dim("batch", min=1)
-    shapes = tree_map(lambda x: {0: batch} if isinstance(x, Tensor) else None, (args, kwargs))
+    shapes = tree_map(
+        lambda x: {0: batch} if isinstance(x, Tensor) and x.dim() else None, (args, kwargs)
+    )
     try:
         with without_fused_attention(), _quiet():
-            return torch.export.export(
-                for_inference(model), args, kwargs, dynamic_shapes=shapes[1] or shapes[0]
-            )
+            plain = for_call(model, args, kwargs)
+            return torch.export.export(plain, args, kwargs, dynamic_shapes=shapes[1] or shapes[0])
     except Exception as error:  # whatever the code of the network makes of it
         raise ExportError(
             f"torch.export cannot follow this network with a batch of any size: "
             f"{_first_line(error)}"
         ) from error
+
+
+def _place_in(order: Sequence[str]) -> Callable[[str], int]:
+    return lambda name: order.index(name) if name in order else len(order)
 
 
 def _at_least_two(x: Any) -> Any:

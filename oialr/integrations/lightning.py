@@ -24,7 +24,7 @@ class OIALRCallback(pl.Callback):
     """Turns a LightningModule low-rank while it is trained, by automatic or manual optimization.
 
     ``Trainer(callbacks=[OIALRCallback(delay=1000, update_interval=500)])``; resumes, gradient
-    accumulation, clipping and DDP are Lightning's own. At an event ``trainable_percent`` and
+    accumulation, clipping, DDP and averages of weights are Lightning's own. At an event ``trainable_percent`` and
     ``compression_percent`` are logged.
     """
 
@@ -45,7 +45,8 @@ class OIALRCallback(pl.Callback):
         What an earlier ``test`` or ``validate`` has loaded is of another module.
         """
         self._stored = None
-        prepare(pl_module)
+        for module in (pl_module, *_averages(trainer)):
+            prepare(module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin, or go on where the checkpoint was, or where an earlier fit of the module ended.
@@ -65,9 +66,11 @@ class OIALRCallback(pl.Callback):
             if state is None and last and last.model is pl_module:
                 state = last.state_dict()
             self.method = OIALR(pl_module, optimizer, **self.options)
+        assert self.method is not None
         if state is not None:
-            assert self.method is not None
             self.method.load_state_dict(state)
+        for average in _averages(trainer):
+            self.method.follow(average)
 
     def on_train_batch_end(
         self,
@@ -96,6 +99,13 @@ class OIALRCallback(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the method's state until the method begins."""
         self._stored = state_dict or None
+
+
+def _averages(trainer: pl.Trainer) -> list[nn.Module]:
+    """Return the averaged copies that callbacks of Lightning hold: its EMA, and SWA."""
+    callbacks: list[Any] = [*trainer.callbacks]  # type: ignore[attr-defined]
+    held = [getattr(callback, "_average_model", None) for callback in callbacks]
+    return [average for average in held if isinstance(average, nn.Module)]
 
 
 class StabilityCallback(pl.Callback):

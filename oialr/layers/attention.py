@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from oialr.layers.adapter import LayerAdapter
-from oialr.layers.base import FactoredLayer, FactoredParts, hooks_of
+from oialr.layers.base import COMPILED, FactoredLayer, FactoredParts, hooks_of
 from oialr.layers.linear import FactoredLinear, ordered, plain_linear
 from oialr.layers.open_attention import OpenAttention
 from oialr.layers.plain_attention import PlainAttention
@@ -272,4 +272,4 @@ def _child(key: str) -> str:
 def _shared(module: nn.Module) -> dict[str, object]:
     """All that a module is, for a twin: the same objects, in dictionaries of its own."""
     own = {"_parameters": module._parameters.copy(), "_modules": module._modules.copy()}
-    return {**module.__dict__, **own}
+    return {key: value for key, value in {**module.__dict__, **own}.items() if key != COMPILED}

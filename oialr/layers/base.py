@@ -15,6 +15,8 @@ FROZEN = ("U", "core", "Vh")
 RELEASED = ("A", "B")
 """Names of the factors after a release, which are both trained."""
 FACTOR_NAMES = FROZEN + RELEASED
+COMPILED = "_compiled_call_impl"
+"""The attribute that a module's compile method sets: it calls that very module, and no copy."""
 HOOKS = frozenset(key for key in nn.Module().__dict__ if "hook" in key)
 """Attributes of a module that hold what somebody has hung on it."""
 

@@ -5,6 +5,7 @@ from typing import NoReturn, Self
 
 from torch import Tensor, nn
 
+from oialr.layers.base import COMPILED
 from oialr.layers.open_attention import OpenAttention
 
 
@@ -41,7 +42,11 @@ class PlainAttention(OpenAttention):
         plain = cls.__new__(cls)
         nn.Module.__init__(plain)
         plain.__dict__.update(
-            {key: value for key, value in attention.__dict__.items() if key not in plain.__dict__}
+            {
+                key: value
+                for key, value in attention.__dict__.items()
+                if key not in plain.__dict__ and key != COMPILED
+            }
         )
         plain.training = attention.training
         # nn.TransformerEncoderLayer takes this for a reason to call the attention, and not its

@@ -5,10 +5,10 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from oialr.layers.base import FACTOR_NAMES, FactoredLayer
+from oialr.layers.base import COMPILED, FACTOR_NAMES, FactoredLayer
 from oialr.layers.reading import MatrixReading
 
-_MACHINERY = frozenset(nn.Module().__dict__) - {"training"}
+_MACHINERY = (frozenset(nn.Module().__dict__) - {"training"}) | {COMPILED}
 """Parameters, buffers, children and hooks of a module."""
 
 
@@ -80,7 +80,8 @@ class FactoredTwin(FactoredLayer):
     def __reduce__(self) -> tuple[Any, ...]:
         """Be pickled by what the type is made of, since it has no module to be found in."""
         factored = next(kind for kind in type(self).__mro__ if "dense_type" not in vars(kind))
-        return _new, (factored, self.dense_type), self.__dict__
+        # As torch stores a module: what its compile method has made stays with the original.
+        return _new, (factored, self.dense_type), self.__getstate__()
 
 
 _types: dict[tuple[type, type], type] = {}

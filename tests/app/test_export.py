@@ -191,6 +191,11 @@ def test_files_have_names_by_which_they_are_read(form):
             ["{}/tiny", "--output", "{}/digits.pt2"],
             "digits.pt2: .pt2 is the suffix of torch-export, and this is dense: .*/digits.pt$",
         ),
+        (
+            export,
+            ["{}/tiny", "--output", "{}/digits.safetensors"],
+            "digits.safetensors: .safetensors is the suffix of safetensors, .*/digits.pt, or exp",
+        ),
         (evaluate, ["{}/nothing"], "there is no such folder or file"),
         (evaluate, ["{}/tiny", "--run", "{}/tiny"], "--run is for a file"),
         (evaluate, ["{}/tiny/metrics.h5"], "metrics.h5 is no file of weights"),

@@ -7,10 +7,12 @@ import pytest
 import torch
 from support.low_rank import low_rank
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import oialr
 from oialr.compatibility import import_torchvision
 from oialr.convert import get_layer, to_dense
+from oialr.errors import ExportError
 from oialr.export import SUFFIXES, files, formats
 from oialr.layers.base import FactoredLayer
 from oialr.skeleton import factored_weights
@@ -295,6 +297,55 @@ def test_missing_packages_are_named(monkeypatch, samples, tmp_path):
     monkeypatch.setattr(formats, "find_spec", lambda name: name == "onnx")
     with pytest.raises(oialr.UserError, match="pip install onnxscript onnxruntime"):
         oialr.export_onnx(trained(), tmp_path / "model.onnx", samples)
+
+
+class Two(nn.Module):
+    """Takes two arguments, and reads a weight instead of calling its layer."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.called = nn.Linear(64, 64)
+        self.read = nn.Linear(64, 64)
+        self.up = nn.ConvTranspose1d(64, 64, 2, stride=2)
+        self.head = nn.Linear(64, 3)
+
+    def forward(self, a, b, scale=None):
+        y = self.called(a) - 2 * nn.functional.linear(b, self.read.weight, self.read.bias)
+        y = y if scale is None else y * scale
+        return self.head(self.up(y[..., None], output_size=[2]).mean(-1))
+
+
+@pytest.mark.parametrize("form", ["onnx", "torch-export"])
+def test_a_file_of_a_network_that_does_more_than_to_call_its_layers(form, tmp_path, caplog):
+    """Inputs have the names and the order of the arguments, in whichever order they are given."""
+    caplog.set_level("INFO")
+    model, path = low_rank(Two(), 0.1), tmp_path / f"model{SUFFIXES[form]}"
+    a, b = torch.randn(2, 3, 64)
+    result = files.EXPORTERS[form](model, path, {"b": b, "a": a, "scale": torch.tensor(2.0)})
+    assert "fails with two layers in their place: read, up" in caplog.text
+    assert result.difference < 1e-5
+    exported, scale = oialr.read_exported(path), torch.tensor(2.0)
+    expected = model(a, b, scale)
+    calls = [exported(a=a, b=b, scale=scale), exported(scale=scale, b=b, a=a)]
+    if form == "onnx":
+        calls += [exported(a, b, scale), exported(a, scale=scale, b=b)]
+        for args, kwargs in (((a,), {}), ((a, b, a, a), {}), ((a, b), {"c": scale})):
+            with pytest.raises(ValueError, match=r"model\.onnx takes a, b, scale, .* is given"):
+                exported(*args, **kwargs)
+    for found in calls:
+        torch.testing.assert_close(tree_leaves(found)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_arguments_may_be_a_list_as_a_loader_gives_it(tmp_path):
+    assert oialr.export_torch(Two(), tmp_path / "a.pt2", list(torch.randn(2, 3, 64))).bytes
+
+
+def test_onnx_is_not_written_in_bfloat16(tmp_path):
+    samples = torch.randn(2, 3, 64).bfloat16()
+    with pytest.raises(ExportError, match=r"bfloat16 on CPUs: export model\.float"):
+        oialr.export_onnx(Two().bfloat16(), tmp_path / "a.onnx", tuple(samples))
+    assert not list(tmp_path.iterdir())
 
 
 def test_weights_of_another_network_are_refused_and_nothing_is_changed(samples, tmp_path):

@@ -5,8 +5,10 @@ import itertools
 
 import pytest
 import torch
+from support.low_rank import low_rank
 from support.method_loop import make, of_timm, train
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import oialr
 from oialr import OIALR, StabilityTracker
@@ -497,6 +499,38 @@ def test_precision_that_is_set_for_everything_is_followed_after_an_event():
     finally:
         for each, value in zip(settings, before, strict=True):
             each.fp32_precision = value
+
+
+def test_weights_that_share_memory_are_tied_as_far_as_it_matters():
+    """The transpose of another weight, as of an autoencoder, and parts of one flat buffer."""
+    model = nn.Sequential(nn.Linear(16, 24), nn.Linear(24, 16), nn.Linear(16, 16), nn.Linear(16, 4))
+    model[1].weight = nn.Parameter(model[0].weight.T)
+    flat = torch.randn(2 * 16 * 16)
+    model[2].weight = nn.Parameter(flat[: 16 * 16].view(16, 16))
+    model[2].bias = nn.Parameter(flat[16 * 16 : 16 * 17])
+    reasons = {report.name: report.stays_dense for report in oialr.survey(model)}
+    assert reasons["0.weight"] == reasons["1.weight"] == "shares memory with another parameter"
+    assert reasons["2.weight"] is None
+
+
+@pytest.mark.parametrize("attention", [False, True])
+def test_what_compile_hangs_on_a_layer_stays_with_it(attention):
+    """A copy called the original's weights, and a dense network what had been taken out of it."""
+    torch.manual_seed(0)
+    layer = nn.MultiheadAttention(24, 2, batch_first=True) if attention else nn.Linear(24, 24)
+    model = low_rank(nn.ModuleList([layer, nn.Linear(24, 24)]), 0.2)
+    x = torch.randn(2, 3, 24)
+    inputs = (x, x, x) if attention else (x,)
+    expected = tree_leaves(model[0](*inputs))[0]
+    model[0].compile(backend="eager")
+    copied = copy.deepcopy(model)
+    for parameter in copied.parameters():
+        parameter.data.zero_()
+    assert not tree_leaves(copied[0](*inputs))[0].any()
+    plain = oialr.for_inference(model)
+    torch.testing.assert_close(tree_leaves(plain[0](*inputs))[0], expected, rtol=1e-4, atol=1e-5)
+    dense = oialr.to_dense(model)
+    torch.testing.assert_close(tree_leaves(dense[0](*inputs))[0], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_complex_weights_are_not_measured():

@@ -5,6 +5,7 @@ import torch
 from support.examples import added_lines, check_output, described, need_framework
 from support.low_rank import equal
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
 import oialr
@@ -59,11 +60,10 @@ def trainer(callbacks, epochs, **settings):
         accelerator="cpu",
         devices=1,
         logger=False,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=callbacks,
-        **settings,
+        **{"enable_checkpointing": False, **settings},
     )
 
 
@@ -262,6 +262,69 @@ def test_checkpoints_and_files_load_into_a_new_module(tmp_path):
     assert equal(other, model)
     oialr.save(model, tmp_path / "network.safetensors")
     assert equal(oialr.load(module(9), tmp_path / "network.safetensors"), model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["ours", "theirs"])
+def test_averages_of_weights_follow(first, tmp_path):
+    """Without a test or a validation in between the module ends with the average, as a loop's."""
+
+    def fit(checkpoint=None):
+        model, average = module(), pl.callbacks.EMAWeightAveraging(decay=0.8)
+        ours = OIALRCallback(**OPTIONS, release=20)
+        kept = pl.callbacks.ModelCheckpoint(tmp_path, save_top_k=-1)
+        callbacks = [ours, average] if first == "ours" else [average, ours]
+        training = trainer([*callbacks, kept], 4, enable_checkpointing=True)
+        training.fit(model, data(), ckpt_path=checkpoint)
+        return model, ours.method
+
+    model, method = fit()
+    assert method.converted
+    assert method.steps_since_release is not None
+    for epoch in (0, 1, 2):  # low-rank, cut and released
+        resumed, _ = fit(tmp_path / f"epoch={epoch}-step={(epoch + 1) * BATCHES}.ckpt")
+        assert equal(resumed, model)
+    other = module()
+    optimizer = torch.optim.AdamW(other.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6)
+    looped = OIALR(other, optimizer, **OPTIONS, release=20)
+    copied = AveragedModel(other, avg_fn=get_ema_avg_fn(0.8))
+    looped.follow(copied)
+    for _ in range(4):
+        for number, batch in enumerate(data()):
+            other.training_step(batch, number).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            looped.step()
+            copied.update_parameters(other)
+        schedule.step()
+    assert method.ranks() == looped.ranks()
+    if first == "ours":
+        assert equal(model, copied.module)
+        return
+    x = next(iter(data()))[0]  # updated before an event and not after it: alike but for that
+    torch.testing.assert_close(model.network(x), copied.module.network(x), rtol=0.1, atol=0.02)
+
+
+@pytest.mark.slow
+def test_fabric_is_looked_through():
+    from lightning.fabric import Fabric
+
+    made = []
+    for fabric in (None, Fabric(accelerator="cpu", devices=1)):
+        model = module().network
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        wrapped = (model, optimizer) if fabric is None else fabric.setup(model, optimizer)
+        method = OIALR(*wrapped, **OPTIONS, release=20)
+        for x, y in [*data()] * 3:
+            loss = nn.functional.cross_entropy(wrapped[0](x), y)
+            loss.backward() if fabric is None else fabric.backward(loss)
+            wrapped[1].step()
+            method.step()
+            wrapped[1].zero_grad()
+        assert method.model is model
+        made.append(method)
+    assert equal(made[0].model, made[1].model)
 
 
 def test_several_optimizers_are_refused():

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from support.low_rank import low_rank
 from torch import nn
 
 import oialr
@@ -214,6 +215,41 @@ def test_files(tmp_path, projection):
     with pytest.raises(ValueError, match=r"was not written by oialr\.save"):
         oialr.load(other, file)
     assert torch.equal(other(x), model(x))
+
+
+def test_two_looks_at_one_memory_are_stored(tmp_path):
+    model = nn.Sequential(nn.Linear(6, 4), nn.Conv1d(6, 4, 1))
+    model[1].weight = nn.Parameter(model[0].weight[..., None])
+    oialr.save(model, tmp_path / "network.safetensors")
+    other = nn.Sequential(nn.Linear(6, 4), nn.Conv1d(6, 4, 1))
+    oialr.load(other, tmp_path / "network.safetensors")
+    assert torch.equal(other[0].weight, model[0].weight)
+    assert torch.equal(other[1].weight, model[1].weight)
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+def test_what_is_one_in_the_network_must_be_one_in_the_file(tmp_path, rank):
+    def build(is_tied):
+        torch.manual_seed(0)
+        first = nn.Linear(24, 24)
+        return nn.Sequential(first, first if is_tied else nn.Linear(24, 24), nn.Linear(24, 2))
+
+    untied, tied = build(False), build(True)
+    if rank:
+        untied = low_rank(untied, rank / 24)
+    oialr.save(untied, tmp_path / "network.safetensors")
+    before = copy.deepcopy(tied.state_dict())
+    with pytest.raises(ValueError, match=r"0\..* and 1\..* are one in the network, and two there"):
+        oialr.load(tied, tmp_path / "network.safetensors")
+    assert all(torch.equal(tied.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_a_network_without_memory_is_refused(tmp_path):
+    oialr.save(network(), tmp_path / "network.safetensors")
+    with torch.device("meta"):
+        empty = network()
+    with pytest.raises(ValueError, match=r"no memory on the device meta, such as for .*to_empty"):
+        oialr.load(empty, tmp_path / "network.safetensors")
 
 
 @pytest.mark.slow

@@ -69,7 +69,7 @@ def test_a_wrapper_from_before_an_event_says_so(group):
     train(old, optimizer, method, 5)
     with torch.no_grad():
         old(batch(0)[0])
-    with pytest.raises(RuntimeError, match=r"Make it anew.*DistributedDataParallel\(method\.model"):
+    with pytest.raises(RuntimeError, match=r"Make it anew.*DistributedDataParallel\(model\.module"):
         train(old, optimizer, method, 1)
     new = DistributedDataParallel(method.model)
     train(new, optimizer, method, 2)
@@ -80,6 +80,34 @@ def test_a_wrapper_from_before_an_event_says_so(group):
     other.load_state_dict(state)
     with pytest.raises(RuntimeError, match="Make it anew"):
         other(batch(0)[0])
+
+
+@pytest.mark.parametrize("outside", [True, False])
+def test_a_wrapper_around_more_or_less_than_the_network_says_so_too(group, outside):
+    """Its new cores would be averaged by nobody, without a word if unused parameters are found."""
+    torch.manual_seed(0)
+    whole = nn.Sequential(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), nn.Linear(16, 4))
+    optimizer = torch.optim.SGD(whole[0].parameters(), lr=0.1)
+    other = whole[1] = DistributedDataParallel(whole[1])  # which is to stay as it is
+    if outside:
+        model = DistributedDataParallel(whole, find_unused_parameters=True)
+        method, wrapper = OIALR(whole[0], optimizer, delay=1, update_interval=1), model
+    else:
+        model = whole
+        wrapper = model[0] = DistributedDataParallel(model[0], find_unused_parameters=True)
+        method = OIALR(model, optimizer, delay=1, update_interval=1)
+    x = torch.randn(3, 16)
+    model(x).sum().backward()
+    optimizer.step()
+    method.step()
+    assert method.converted
+    with pytest.raises(RuntimeError, match="Make it anew"):
+        model(x)
+    renew_wrappers(method.model)
+    model(x).sum().backward()
+    core = next(p for name, p in model.named_parameters() if name.endswith("0.core"))
+    assert any(p is core for p in wrapper._module_parameters)
+    assert other(x).shape == (3, 4)
 
 
 def test_what_a_wrapper_hangs_on_parameters_keeps_no_layer(group, caplog):
