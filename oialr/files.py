@@ -130,6 +130,17 @@ def load(model: Model, file: str | os.PathLike[str]) -> Model:
     return model
 
 
+def is_stored(file: str | os.PathLike[str]) -> bool:
+    """Whether a file is one of :func:`save`, as far as its head tells; its tensors are not read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as stored:
+            return KEY in (stored.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
+
+
 def _tensors_of(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return what is stored, on the CPU, and the names of what is stored under another name."""
     tensors: dict[str, Tensor] = {}

@@ -19,6 +19,9 @@ from oialr.layers.base import FROZEN
 from oialr.naming import some
 from oialr.placement.processes import Processes
 
+MOST_PREFIXES = 3
+"""Parts before all names, such as those of two wrappers around a module of Lightning."""
+
 
 @torch.no_grad()
 def load_initial(model: nn.Module, path: str) -> None:
@@ -45,7 +48,7 @@ def load_initial(model: nn.Module, path: str) -> None:
             f"{', '.join(STATE_KEYS)}"
         )
     own = model.state_dict()
-    state = _without_prefix(without_wrappers(state), own)
+    state = _of_the_network(state, own)
     if problem := _misfit(state, own):
         raise UserError(f"model.initial: {file} does not fit the network: {problem}")
     for name, tensor in own.items():
@@ -68,10 +71,24 @@ def _find_file(path: Path) -> Path:
     return complete[-1] / "state.pt"
 
 
-def _without_prefix(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Take off the first part of the names, if all share it and the network has none such."""
-    firsts = {name.partition(".")[0] for name in state}
-    if len(firsts) != 1 or firsts & {name.partition(".")[0] for name in own}:
+def _of_the_network(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Take off of the names what others have put there, if the network's are left then.
+
+    A part of a name may be a wrapper's or the network's own, such as module, and the first part
+    may be the one that all of the network's names share, too.
+    """
+    plain = without_wrappers(state)
+    candidates = [plain, _without_prefix(plain)]
+    for _ in range(MOST_PREFIXES + 1):
+        candidates += [state, without_wrappers(state)]
+        state = _without_prefix(state)
+    # Where none has all names, the one with most of the network's says best what is wrong.
+    return max(candidates, key=lambda names: len(names.keys() & own.keys()))
+
+
+def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take off the first part of the names, if all share it."""
+    if len({name.partition(".")[0] for name in state}) != 1:
         return state
     rest = {name.partition(".")[2]: tensor for name, tensor in state.items()}
     return state if "" in rest else rest

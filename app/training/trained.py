@@ -16,10 +16,12 @@ from app.training.build import Parts, build
 from app.training.checkpoint import CHECKPOINT_KEYS, Checkpoints
 from app.training.description import read_description
 from app.training.evaluation import evaluate
+from app.training.initial import load_initial
 from app.training.same_data import check_stored_data, restore_preprocessing
 from app.training.state import restore
 from app.training.storage import early_stopping_of
 from oialr.export.formats import read_exported
+from oialr.files import is_stored
 from oialr.placement.processes import Processes
 
 PROGRAMS = (".onnx", ".pt2")
@@ -143,6 +145,13 @@ def evaluate_file(
         except OSError as error:
             raise UserError(f"cannot read {file}: {error.strerror}") from None
         except ValueError as error:
+            if not is_stored(file):  # a state_dict that others have written, perhaps
+                try:
+                    load_initial(parts.model, str(file))
+                except UserError:
+                    pass
+                else:
+                    return parts.model.eval()
             raise UserError(str(error)) from None
 
     network = runtime.processes.agree(read)

@@ -11,11 +11,14 @@ With accelerate alone the method is used as in any loop; it takes the wrappers o
 import json
 import math
 import os
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -142,24 +145,29 @@ def from_pretrained(kind: Any, folder: str | os.PathLike[str]) -> Any:
     """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder)
-    made = kind._from_config(config) if hasattr(kind, "_from_config") else kind.from_config(config)
-    model: nn.Module = prepare(made)
-    state: dict[str, Tensor] = {}
+    stored: dict[str, Tensor] = {}
     for file in sorted(Path(folder).glob("model*.safetensors")):
-        state |= load_file(file)
-    if not state:
+        stored |= load_file(file)
+    if not stored:
         raise FileNotFoundError(f"{folder}: there is no model.safetensors")
+    config = (getattr(kind, "config_class", None) or AutoConfig).from_pretrained(folder)
+    make = getattr(kind, "_from_config", None) or kind.from_config
+    # Not that of config.json, which is the first parameter's, perhaps a frozen one's.
+    model: Any = prepare(make(config, dtype=_dtype_of(stored)))
+    state = _renamed(model, stored)
     unknown = model.load_state_dict(state, strict=False).unexpected_keys
     names: dict[int, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), set()).add(name)  # tied ones are stored under one of theirs
-    lacking = [min(tied) for tied in names.values() if not tied & set(state)]
+    there = {*state, *(model._keys_to_ignore_on_save or ())}
+    lacking = [min(tied) for tied in names.values() if not tied & there]
     if unknown or lacking:
         raise ValueError(
             f"{folder} does not fit {type(model).__name__}: "
             f"{', '.join([*unknown, *lacking][:3])} are on one side alone"
         )
+    if (Path(folder) / "generation_config.json").exists() and model.can_generate():
+        model.generation_config = model.generation_config_class.from_pretrained(folder)
     return model.eval()
 
 
@@ -170,4 +178,29 @@ def save_pretrained(model: PreTrainedModel, folder: str | os.PathLike[str]) -> N
         model: dense or low-rank; it stays as it is.
         folder: gets the configuration and the weights.
     """
-    model.save_pretrained(folder, state_dict=dense_state(model))
+    state = dense_state(model)
+    model.save_pretrained(folder, state_dict=state)
+    if model.dtype != (dtype := _dtype_of(state)):  # which is the first parameter's
+        model.config.dtype = dtype
+        model.config.save_pretrained(folder)
+
+
+def _dtype_of(state: Mapping[str, Tensor]) -> torch.dtype:
+    """Return the dtype of most of the weights, those left aside that may be frozen bases."""
+    counts: Counter[torch.dtype] = Counter()
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and name.rpartition(".")[2] not in ("U", "Vh"):
+            counts[tensor.dtype] += tensor.numel()
+    return counts.most_common(1)[0][0] if counts else torch.float32
+
+
+def _renamed(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give tensors of a file the names that the network's code has for them now.
+
+    transformers stores some networks under the names of earlier versions.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
+    return {rename_source_key(name, renamings, [])[0]: tensor for name, tensor in state.items()}

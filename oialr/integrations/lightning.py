@@ -24,8 +24,8 @@ class OIALRCallback(pl.Callback):
     """Turns a LightningModule low-rank while it is trained, by automatic or manual optimization.
 
     ``Trainer(callbacks=[OIALRCallback(delay=1000, update_interval=500)])``; resumes, gradient
-    accumulation, clipping, DDP and averages of weights are Lightning's own. At an event ``trainable_percent`` and
-    ``compression_percent`` are logged.
+    accumulation, clipping, DDP and averages of weights are Lightning's own. At an event
+    ``trainable_percent`` and ``compression_percent`` are logged.
     """
 
     def __init__(self, **options: Any) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from support.launching import train
 from support.tiny_run import TINY
 from torch import nn
@@ -52,6 +53,29 @@ def test_a_run_gives_the_figures_of_its_test(run, capsys):
     assert evaluate.main([str(run), "--part", "validation"]) == 0
     names = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()[1:]]
     assert names == ["validation_loss", "validation_accuracy"]
+
+
+@pytest.mark.slow
+def test_a_state_dict_of_anybody_gives_the_figures_of_the_run(run, capsys):
+    """Of an older torch.save, within a checkpoint, of safetensors, with a wrapper's names."""
+    assert export.main([str(run)]) == 0
+    state = torch.load(run / "exported" / "dense.pt")
+    wrapped = {f"module.{name}": tensor for name, tensor in state.items()}
+    torch.save(state, run / "old.pt", _use_new_zipfile_serialization=False)
+    torch.save({"state_dict": wrapped, "epoch": 3}, run / "nested.pt")
+    save_file(state, run / "plain.safetensors")
+    for name in ("old.pt", "nested.pt", "plain.safetensors"):
+        capsys.readouterr()
+        assert evaluate.main([str(run / name)]) == 0
+        assert capsys.readouterr().out.splitlines()[1:] == figures(run)
+    # What oialr.save has written has a checksum, and is read by that alone.
+    assert (
+        export.main([str(run), "--format", "factors", "--output", str(run / "f.safetensors")]) == 0
+    )
+    content = (run / "f.safetensors").read_bytes()
+    (run / "f.safetensors").write_bytes(content[:-3] + bytes(byte ^ 1 for byte in content[-3:]))
+    with pytest.raises(UserError, match=r"f\.safetensors is damaged"):
+        evaluate.main([str(run / "f.safetensors")])
 
 
 @pytest.mark.slow

@@ -43,6 +43,18 @@ def save_checkpoint(state: State, path: Path) -> Path:
     return path.with_suffix("")
 
 
+@pytest.mark.parametrize("inside", ["module", "model", "_orig_mod"])
+@pytest.mark.parametrize("prefix", ["", "module.", "model.", "network.", "module._orig_mod."])
+def test_a_part_of_a_name_may_be_the_network_s_own(
+    tmp_path: Path, inside: str, prefix: str
+) -> None:
+    """As where a module of Lightning holds as model a network whose own names begin with model."""
+    model, state = nn.ModuleDict({inside: network()}), named(changed(), f"{inside}.")
+    torch.save(named(state, prefix), tmp_path / "file.pt")
+    load_initial(model, str(tmp_path / "file.pt"))
+    assert all(torch.equal(model.state_dict()[name], state[name]) for name in state)
+
+
 @pytest.mark.parametrize(
     "save",
     [

@@ -18,6 +18,10 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    SwinConfig,
+    SwinForImageClassification,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -252,6 +256,77 @@ def test_tied_weights_load(tmp_path):
     loaded = from_pretrained(LlamaForCausalLM, tmp_path)
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     assert equal(loaded, model)
+
+
+def low_rank_and_back(model, folder, kind, **options):
+    """Store a network full-rank, low-rank and as dense weights; return it, and what is read."""
+    model.save_pretrained(folder / "full-rank")
+    assert equal(from_pretrained(kind, folder / "full-rank"), model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    method = OIALR(model, optimizer, delay=1, update_interval=1, **options)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    method.step()
+    assert method.converted
+    model.save_pretrained(folder / "low-rank")
+    save_pretrained(model, folder / "dense")
+    low, dense = from_pretrained(kind, folder / "low-rank"), kind.from_pretrained(folder / "dense")
+    assert equal(low, model)
+    return low, dense
+
+
+@pytest.mark.parametrize("frozen_dtype", [None, "bfloat16"])
+def test_networks_load_whose_names_transformers_changes(frozen_dtype, tmp_path):
+    """Swin is stored under the names of earlier versions; config.json has the dtype of one U."""
+    settings = {"num_channels": 1, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2]}
+    config = SwinConfig(image_size=16, patch_size=2, window_size=4, num_labels=4, **settings)
+    torch.manual_seed(0)
+    model = SwinForImageClassification(config).eval()
+    low, dense = low_rank_and_back(
+        model, tmp_path, SwinForImageClassification, frozen_dtype=frozen_dtype
+    )
+    dtypes = {p.dtype for name, p in low.named_parameters() if name.rpartition(".")[2] != "U"}
+    assert {p.dtype for p in dense.parameters()} == dtypes - {torch.bfloat16} == {torch.float32}
+    x = torch.randn(2, 1, 16, 16)
+    expected = model.eval()(x).logits
+    torch.testing.assert_close(low(x).logits, expected)
+    torch.testing.assert_close(dense.eval()(x).logits, expected, rtol=1e-3, atol=1e-3)
+
+
+class OwnConfig(PretrainedConfig):
+    model_type = "of_ones_own"
+
+    def __init__(self, width=32, **others):
+        super().__init__(**others)
+        self.width = width
+
+
+class Own(PreTrainedModel):
+    """Registered nowhere, as Own.from_pretrained asks of nobody."""
+
+    config_class = OwnConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.first = nn.Linear(config.width, config.width)
+        self.last = nn.Linear(config.width, 4)
+        self.post_init()
+
+    def _init_weights(self, module):
+        pass
+
+
+def test_a_network_of_ones_own_loads(tmp_path):
+    low_rank_and_back(Own(OwnConfig()), tmp_path, Own)
+
+
+def test_settings_of_generation_stay(tmp_path):
+    model = network()
+    model.generation_config.max_new_tokens = 77
+    model.save_pretrained(tmp_path / "a")
+    save_pretrained(from_pretrained(LlamaForCausalLM, tmp_path / "a"), tmp_path / "b")
+    assert LlamaForCausalLM.from_pretrained(tmp_path / "b").generation_config.max_new_tokens == 77
 
 
 def test_there_is_no_partial_load(trained, tmp_path):
