@@ -190,7 +190,9 @@ def test_files_have_names_by_which_they_are_read(form):
     for name in ("a", "a.pt", "a.ONNX", "a.onnx", "a.pt2", "a.safetensors"):
         read_by = READ_BY_SUFFIX.get(Path(name).suffix)
         if (form, name) == ("dense", "a.safetensors"):
-            with pytest.raises(UserError, match=r"^a\.safetensors: .* written by torch\.save: name"):
+            with pytest.raises(
+                UserError, match=r"^a\.safetensors: .* written by torch\.save: name"
+            ):
                 check_name(form, Path(name))
         elif read_by == form or (read_by is None and own not in READ_BY_SUFFIX):
             check_name(form, Path(name))
