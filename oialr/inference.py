@@ -100,6 +100,8 @@ def for_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -
         half = len(group) // 2
         return called(group[:half]) + called(group[half:]) if half else []
 
+    if not paths:
+        return for_inference(model)
     if (made := try_out(paths)) is not None:
         return made
     plain = called(paths)
