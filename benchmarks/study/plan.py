@@ -295,7 +295,8 @@ class Plan:
         else:
             raise Waiting(f"the metrics of {watched}: delete {place} to watch it again")
         step = epoch * self._tasks(network, path).steps_per_epoch
-        released = {"oialr.release": step} if "oialr.release" in keys else {}
+        is_released = keys.get("oialr.release") is not None
+        released = {"oialr.release": step} if is_released else {}
         return {"oialr.delay": step, **released}, ranks
 
 

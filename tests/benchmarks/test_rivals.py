@@ -39,7 +39,7 @@ def options_of(method, **more):
     """Return what a method sets of OIALR, for a run of which the first step is the delay."""
     keys = read_study_of_methods().keys_of(method)
     options = {key.removeprefix("oialr."): value for key, value in keys.items() if "oialr" in key}
-    steps = {key: 1 for key in ("delay", "release") if key in options}
+    steps = {key: 1 for key in ("delay", "release") if options.get(key) is not None}
     decay = {"frobenius_decay": 0.1} if options.get("frobenius_decay") else {}
     return {**options, **steps, "update_interval": 1000, **decay, **more}
 
