@@ -14,6 +14,7 @@ class Layer:
     def __init__(self, name):
         self.name, self.shape, self.is_linear_map = name, LAYERS[name], True
         self.reading = MatrixReading(LAYERS[name])
+        self.full_rank = min(self.reading.matrix_shape)
 
 
 def resume(path, counts, kept=None, **changes):
