@@ -1,9 +1,9 @@
 """A trained network for its use: plain layers in the place of factorized ones."""
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from glob import escape
 from typing import Any
 
 import torch
@@ -84,7 +84,7 @@ def for_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -
 
     def try_out(plain: Sequence[str]) -> nn.Module | None:
         """Return the network with these as plain layers, and the others dense; None: it fails."""
-        others = [re.sub(r"([*?[])", r"[\1]", path) for path in paths if path not in plain]
+        others = [escape(path) for path in paths if path not in plain]
         made = for_inference(model, exclude=others)
         try:
             with torch.no_grad():

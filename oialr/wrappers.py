@@ -58,12 +58,10 @@ class Wrappers:
         nobody. torch.compile compiles again, but not for ever.
         """
         for wrapper in _around(self._model):
-            is_whole = unwrapped(wrapper) is self._model
-            if "DistributedDataParallel" in names_of(wrapper):
-                is_told = _refuse in wrapper._forward_pre_hooks.values()
-                if not is_told and (is_whole or _is_outgrown(wrapper)):
+            if _is_outgrown(wrapper, self._model):
+                if _refuse not in wrapper._forward_pre_hooks.values():
                     wrapper.register_forward_pre_hook(_refuse)
-            elif "OptimizedModule" in names_of(wrapper) and is_whole:
+            elif "OptimizedModule" in names_of(wrapper) and unwrapped(wrapper) is self._model:
                 self._count(wrapper)
         if getattr(self._model, "_compiled_call_impl", None) is not None:  # by its compile method
             self._count(self._model)
@@ -97,7 +95,7 @@ def renew_wrappers(model: nn.Module) -> None:
     """
     network = unwrapped(model)
     for wrapper in _around(network):
-        if "DistributedDataParallel" not in names_of(wrapper):
+        if not _is_outgrown(wrapper, network):
             continue
         ddp: Any = wrapper
         state = ddp.__getstate__()
@@ -133,8 +131,17 @@ def _around(network: nn.Module) -> list[nn.Module]:
     ]
 
 
-def _is_outgrown(ddp: Any) -> bool:
-    """Whether a DistributedDataParallel averages gradients of other parameters than are there."""
+def _is_outgrown(wrapper: nn.Module, network: nn.Module) -> bool:
+    """Whether a wrapper is a DistributedDataParallel to be made anew, after a change of shapes.
+
+    One around the network itself is, and any other if the parameters whose gradients it averages
+    are not those that are there.
+    """
+    ddp: Any = wrapper
+    if "DistributedDataParallel" not in names_of(ddp):
+        return False
+    if unwrapped(ddp) is network:
+        return True
     named = ddp.module.named_parameters()
     present = {id(parameter) for name, parameter in named if name not in ddp.parameters_to_ignore}
     return present != {id(parameter) for parameter in ddp._module_parameters}

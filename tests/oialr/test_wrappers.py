@@ -103,7 +103,9 @@ def test_a_wrapper_around_more_or_less_than_the_network_says_so_too(group, outsi
     assert method.converted
     with pytest.raises(RuntimeError, match="Make it anew"):
         model(x)
+    reducer = other.reducer
     renew_wrappers(method.model)
+    assert other.reducer is reducer
     model(x).sum().backward()
     core = next(p for name, p in model.named_parameters() if name.endswith("0.core"))
     assert any(p is core for p in wrapper._module_parameters)
