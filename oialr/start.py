@@ -154,4 +154,6 @@ class LowRankLayers:
         )
         for name, hooks in self._hooks.items():
             get_layer(self._model, name).__dict__.update(hooks)
-        self._optimizer.state.update(self._states)
+        # Adagrad makes state for frozen factors too, which are in no group any more.
+        held = {p for group in self._optimizer.param_groups for p in group["params"]}
+        self._optimizer.state.update({p: s for p, s in self._states.items() if p in held})

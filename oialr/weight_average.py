@@ -21,6 +21,9 @@ from oialr.averages import WEIGHT_AVERAGE as KEY
 from oialr.averages import Aside, averages_aside, has_room
 from oialr.wrappers import unwrapped, unwrapped_optimizer
 
+STATISTICS = ("running_mean", "running_var")
+"""Names of the buffers that are averaged: an average of others, such as masks, is worth nothing."""
+
 
 class WeightAverage:
     """The average of all trained parameters, and of the running statistics of normalizations."""
@@ -54,14 +57,12 @@ class WeightAverage:
                 if average is not None:
                     averages.append(average)
                     present.append(parameter.detach())
-        for name, buffer in self._model.named_buffers():
-            if name not in self._buffers:
-                self._buffers[name] = buffer.clone()
-            elif buffer.is_floating_point():
+        for name, buffer in self._statistics().items():
+            if name in self._buffers:
                 averages.append(self._buffers[name])
                 present.append(buffer)
             else:
-                self._buffers[name].copy_(buffer)
+                self._buffers[name] = buffer.clone()
         if averages:
             torch._foreach_lerp_(averages, present, weight)
 
@@ -121,10 +122,19 @@ class WeightAverage:
                 )
         aside.clear()
         for i, kept in stored.items():
-            average = kept["average"].to(parameters[i].device)
+            average = kept["average"].to(parameters[i].device, copy=True)
             aside[parameters[i]] = Aside(average, kept["had_state"])
-        devices = {name: buffer.device for name, buffer in self._model.named_buffers()}
-        self._buffers = {name: b.to(devices[name]) for name, b in state["buffers"].items()}
+        statistics = self._statistics()
+        self._buffers = {  # those of earlier versions had all buffers of the network
+            name: stored.to(statistics[name].device, copy=True)
+            for name, stored in state["buffers"].items()
+            if name in statistics
+        }
+
+    def _statistics(self) -> dict[str, Tensor]:
+        """Return the buffers that are averaged, by name."""
+        named = self._model.named_buffers()
+        return {name: buffer for name, buffer in named if name.split(".")[-1] in STATISTICS}
 
     def _parameters(self) -> list[nn.Parameter]:
         """Return all that the optimizer holds, in its order."""
@@ -141,6 +151,6 @@ class WeightAverage:
             kept = parameter.clone()
             parameter.copy_(average)
             average.copy_(kept)
-        for name, buffer in self._model.named_buffers():
+        for name, buffer in self._statistics().items():
             if name in self._buffers:
                 buffer.data, self._buffers[name] = self._buffers[name], buffer.data

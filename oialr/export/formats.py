@@ -119,7 +119,8 @@ def _compact(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     clones: dict[tuple[Any, ...], Tensor] = {}
     compact = {}
     for name, tensor in state.items():
-        key = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape)
+        place = tensor.untyped_storage()._cdata, tensor.storage_offset()
+        key = (*place, tensor.shape, tensor.stride(), tensor.dtype)
         compact[name] = clones.setdefault(key, tensor.detach().clone())
     return compact
 

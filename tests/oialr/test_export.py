@@ -221,6 +221,18 @@ def test_timm_and_torchvision_load_the_file_with_equal_predictions(model, shape,
     assert torch.equal(ours.argmax(1), theirs.argmax(1))
 
 
+def test_a_weight_and_its_transpose_in_one_memory_are_stored_as_two(tmp_path):
+    """Of a square weight both have one place and shape, and only the strides differ."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)).eval()
+    model[2].weight = nn.Parameter(model[0].weight.t())
+    path = tmp_path / "model.pt"
+    oialr.export_dense(model, path, torch.randn(4, 16))
+    stored = torch.load(path, weights_only=True)
+    assert torch.equal(stored["0.weight"], model[0].weight)
+    assert torch.equal(stored["2.weight"], model[0].weight.T)
+
+
 class TwoInputs(nn.Module):
     def __init__(self):
         super().__init__()

@@ -71,6 +71,17 @@ def test_weights_come_before_optimizer_and_method(options, steps):
 
 
 @pytest.mark.slow
+def test_an_optimizer_that_begins_with_state_has_none_of_frozen_factors():
+    """Adagrad's, which is made of all parameters: its state could not be stored."""
+    model = network()
+    oialr.compress(model, target_size=0.6, release=False)
+    optimizer = torch.optim.Adagrad(model.parameters(), lr=1e-2)
+    method = OIALR(model, optimizer, delay=5, update_interval=3, cutoff=0.4)
+    train(model, optimizer, method, 2)
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    assert len(optimizer.state_dict()["state"]) == len(held) == len(optimizer.state)
+
+
 def test_names_of_parameters_stay_in_the_optimizer():
     made = []
     for steps in (0, 6, 20):

@@ -212,6 +212,36 @@ def test_averages_of_running_statistics() -> None:
     assert torch.equal(model.norm.running_mean, seen[-1]["mean"])
 
 
+def test_other_buffers_are_left_as_they_are() -> None:
+    """A mask of infinities became NaN, and one that grew with its samples ended the training."""
+    model, optimizer, method, average = parts(delay=1000)
+    model.register_buffer("mask", torch.full((3, 3), -torch.inf).triu(1))
+    take_steps(model, optimizer, method, average, range(2))
+    model.mask = mask = torch.full((4, 4), -torch.inf).triu(1)
+    take_steps(model, optimizer, method, average, range(2, 4))
+    with average.applied():
+        assert torch.equal(model.mask, mask)
+    state = average.state_dict()
+    assert set(state["buffers"]) == {"norm.running_mean", "norm.running_var"}
+    # Those of earlier versions had all of them.
+    average.load_state_dict({**state, "buffers": {**state["buffers"], "gone": mask}})
+
+
+@pytest.mark.parametrize("kind", ["adamw", "signs"])
+def test_a_state_that_was_loaded_stays_what_it_is(kind: str) -> None:
+    mine = parts(kind, delay=1000)
+    take_steps(*mine, range(3))
+    state = copy.deepcopy(mine[3].state_dict())
+    kept = copy.deepcopy(state)
+    mine[3].load_state_dict(state)
+    take_steps(*mine, range(3, 5))
+    for name, buffer in kept["buffers"].items():
+        assert torch.equal(state["buffers"][name], buffer)
+    assert len(kept["aside"]) == (9 if kind == "signs" else 0)
+    for i, one in kept["aside"].items():
+        assert torch.equal(state["aside"][i]["average"], one["average"])
+
+
 def test_parameter_without_a_gradient_keeps_the_optimizer_whole() -> None:
     """An optimizer fills the state of a parameter only where it is empty."""
     model, optimizer, method, average = parts(delay=1000)
