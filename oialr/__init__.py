@@ -75,6 +75,7 @@ if TYPE_CHECKING:
     from oialr.stability.alone import StabilityTracker as StabilityTracker
     from oialr.stability.measurement import LayerStability as LayerStability
     from oialr.weight_average import WeightAverage as WeightAverage
+    from oialr.wrappers import renew_wrappers as renew_wrappers
 
 _HOMES = {
     "OIALR": "oialr.method",
@@ -108,6 +109,7 @@ _HOMES = {
     "register_layer": "oialr.layers.registry",
     "load": "oialr.files",
     "prepare": "oialr.preparation",
+    "renew_wrappers": "oialr.wrappers",
     "save": "oialr.files",
     "register_optimizer": "oialr.optimizers",
     "survey": "oialr.layer_survey",

@@ -84,8 +84,9 @@ def renew_wrappers(model: nn.Module) -> None:
     """Make every DistributedDataParallel around a network anew, in its place.
 
     For loops that keep the wrapper where nobody can exchange it, such as that of transformers'
-    Trainer. To be called where ``event.shapes_changed``. torch gives a wrapper that is unpickled a
-    reducer of its own, for the parameters that the network has then; so does this. Nothing is sent.
+    Trainer, or where something else keeps it too, such as accelerate. To be called where
+    ``event.shapes_changed``. torch gives a wrapper that is unpickled a reducer of its own, for the
+    parameters that the network has then; so does this. Nothing is sent.
 
     Args:
         model: the network, whichever wrappers are around it.
@@ -156,8 +157,8 @@ def _refuse(wrapper: nn.Module, _: Any) -> None:
         raise RuntimeError(
             "this DistributedDataParallel was made before layers of its network changed their "
             "form, and would average gradients of parameters that are there no more. Make it anew "
-            "where event.shapes_changed: DistributedDataParallel(model.module) in the place of "
-            "model, with the same device_ids"
+            "where event.shapes_changed: oialr.renew_wrappers(model) does it in its place, or "
+            "DistributedDataParallel(model.module), with the same device_ids"
         )
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.examples import added_lines, check_output, described, need_framework
+from support.launching import ROOT, launch
 from support.low_rank import equal
 from torch import nn
 
@@ -403,6 +404,13 @@ def test_a_loop_of_accelerate_resumes_with_the_same_bits(steps, tmp_path):
     _, whole = loop(STEPS)
     loop(steps)[0].save_state(tmp_path)
     assert equal(loop(STEPS, tmp_path, seed=9)[1], whole)
+
+
+@pytest.mark.slow
+def test_a_loop_of_accelerate_with_two_processes_keeps_one_network(tmp_path):
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    worker = ROOT / "tests" / "support" / "workers" / "accelerated.py"
+    assert "2 processes, " in launch(0, "-m", *command, worker, tmp_path).stdout
 
 
 @pytest.mark.slow
