@@ -21,7 +21,6 @@ Prints Markdown tables, and leaves them in the study's folder with a figure of t
 
 import argparse
 import json
-import os
 import signal
 import sys
 from collections.abc import Iterable, Iterator
@@ -36,6 +35,7 @@ from benchmarks.study.cell import (
     Cell,
     CellError,
     Runner,
+    busy_cores,
     diverged,
     present_code,
     read_record,
@@ -160,10 +160,15 @@ class Harness:
             except Waiting as waiting:
                 self._wait(network, method, waiting)
                 continue
-            if (load := os.getloadavg()[0]) > IDLE:
-                _say(f"the machine is not idle (load {load:.1f}): CPU times are of little worth")
-            if cell := self._made((network, method, study.first_seed, factor)):
-                self._try(cell.alone)
+            cell = self._made((network, method, study.first_seed, factor))
+            if cell is None or cell.alone.finished:
+                continue
+            if (load := busy_cores()) > IDLE:
+                _say(
+                    f"the machine is not idle ({load:.1f} cores are busy): CPU times are of little "
+                    "worth"
+                )
+            self._try(cell.alone, load=load)
 
     def _run_all(self, cells: Iterable[Arguments]) -> None:
         """Run cells, several at the same time."""
@@ -196,10 +201,10 @@ class Harness:
             self._told.add(line)
             _say(line)
 
-    def _try(self, cell: Cell) -> None:
+    def _try(self, cell: Cell, load: float | None = None) -> None:
         """Run a cell and tell how it ended."""
         try:
-            if self._runner.run(cell):
+            if self._runner.run(cell, load=load):
                 _say(f"{cell}: {_ending(cell)}")
         except CellError as error:
             _say(f"{cell}: {error}")

@@ -28,7 +28,7 @@ OUTPUT = "output.txt"
 PROGRAM = ("app", "oialr")
 """Folders of the program."""
 IDLE = 0.5
-"""Load above which the machine is not idle, and CPU time not that of a run alone."""
+"""Cores that others keep busy, above which CPU time is not that of a run alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,16 @@ class Code:
     change a training's bits."""
     machine: str = ""
     """Processor and number of cores."""
+
+
+def busy_cores() -> float:
+    """Return how many cores all programs keep busy, in the mean over a second.
+
+    The load average would count for minutes what has ended, such as the run before.
+    """
+    import psutil
+
+    return float(psutil.cpu_percent(interval=1.0) / 100 * psutil.cpu_count())
 
 
 def present_code() -> Code:
@@ -183,8 +193,12 @@ class Runner:
         self._lock = threading.Lock()
         self._stopped = False
 
-    def run(self, cell: Cell) -> bool:
+    def run(self, cell: Cell, *, load: float | None = None) -> bool:
         """Bring a cell to its end, from where it stands.
+
+        Args:
+            cell: to be run.
+            load: cores that others keep busy, for the record of a cell that is to run alone.
 
         Returns:
             Whether anything was left to do.
@@ -215,13 +229,14 @@ class Runner:
                 "commit": self.code.commit,
                 "digest": self.code.digest,
                 "machine": self.code.machine,
-                "load": os.getloadavg()[0],
+                **({} if load is None else {"load": load}),
                 "settings": cell.settings,
                 "ranks": cell.ranks,
             }
             write_record(cell.place, record)
         if self.code.digest not in record["fingerprints"]:
-            self._train(cell, cell.place, stop_after=FINGERPRINT_STEPS)
+            if not _is_done(cell.place, FINGERPRINT_STEPS):  # else stopped before this was written
+                self._train(cell, cell.place, stop_after=FINGERPRINT_STEPS)
             record["fingerprints"][self.code.digest] = fingerprint(cell.place)
             write_record(cell.place, record)
         if not (cell.place / "summary.json").exists():

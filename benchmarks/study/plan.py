@@ -80,7 +80,9 @@ class Plan:
         epochs = follows.get("training.epochs", common.training.epochs)
         steps = epochs * self._tasks(network, path, run).steps_per_epoch
         rate = common.training.learning_rate
-        follows |= {"training.learning_rate": float(f"{factor * rate:.6g}"), "run.seed": seed}
+        if factor != 1:  # of readable figures; the configuration's own rate stays as it is
+            rate = float(f"{factor * rate:.6g}")
+        follows |= {"training.learning_rate": rate, "run.seed": seed}
         keys = {key: _resolve(value, steps, common) for key, value in set_keys.items()}
         arguments = [*base, *_assignments(keys), *self._overrides, *_assignments(follows)]
         try:

@@ -156,7 +156,7 @@ def tabulate(plan: Plan, network: str, code: Code) -> Table:
         pairs = ", ".join(f"{method} {record['commit']}" for method, record in alone.items())
         notes.append(f"CPU times are of several commits: {pairs}")
     if max(loads, default=0.0) > IDLE:
-        notes.append(f"CPU times are of runs beside other work (load {max(loads):.1f})")
+        notes.append(f"CPU times are of runs beside other work ({max(loads):.1f} cores of it)")
     return Table(network=network, figure="accuracy" if accuracy else "mse", rows=rows, notes=notes)
 
 

@@ -323,6 +323,13 @@ def test_configurations_as_they_are_can_be_compared(tmp_path):
     plan = Plan(compared, tmp_path)
     assert plan.cell("best", "a", 1000, 1).settings["training"]["epochs"] == 7
     assert plan.cell("best", "b", 1000, 1).settings["training"]["epochs"] == 60
+    # What a search has found is trained as it is: rounded, its rate might be below the least one.
+    path.write_text(
+        f"extends: {other}\n"
+        "training: {learning_rate: 0.00012345649, minimum_learning_rate: 0.00012345649}\n"
+    )
+    plan = Plan(compared, tmp_path)
+    assert plan.cell("best", "a", 1000, 1).settings["training"]["learning_rate"] == 0.00012345649
     twins = Plan(compare(None, other, seeds=1, first_seed=0), tmp_path)
     assert twins.cell("digits_vit", "full-rank", 0, 1).settings["oialr"]["enabled"] is False
 
@@ -381,7 +388,7 @@ def test_the_shortened_training_takes_the_time_of_the_one_that_it_follows(tmp_pa
     place = plan.cell("tiny", "paper", 0, 1).alone.place
     write_record(place, {**read_record(place), "load": 3.0})
     notes = tabulate(plan, "tiny", HERE).notes
-    assert "CPU times are of runs beside other work (load 3.0)" in notes
+    assert "CPU times are of runs beside other work (3.0 cores of it)" in notes
 
 
 def test_without_a_pair_alone_the_median_of_the_seeds_tells_how_much_is_shortened(tmp_path):
@@ -445,7 +452,7 @@ def test_cells_that_two_networks_share_are_run_once(tmp_path):
     asked = []
 
     class Asked(Runner):
-        def run(self, cell):
+        def run(self, cell, **_):
             asked.append(cell.place)
             return False
 
@@ -468,7 +475,7 @@ def test_a_method_of_watched_ranks_watches_where_there_are_learning_rates_alone(
     asked = []
 
     class Asked(Runner):
-        def run(self, cell):
+        def run(self, cell, **_):
             asked.append((cell.network, cell.method))
             return False
 
@@ -488,7 +495,7 @@ def test_ranks_are_watched_where_they_are_asked_for(tmp_path):
     plan._settled = lambda *_: ({}, {})
 
     class Finishing(Runner):
-        def run(self, cell):
+        def run(self, cell, **_):
             asked.append((cell.method, cell.seed, cell.factor))
             finish(cell, HERE, accuracy=0.5, validation=1 - cell.factor / 4)
             return True
@@ -502,7 +509,7 @@ def test_ranks_are_watched_where_they_are_asked_for(tmp_path):
 
 def test_a_fault_of_the_harness_is_raised(tmp_path):
     class Full(Runner):
-        def run(self, cell):
+        def run(self, cell, **_):
             raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
@@ -551,7 +558,7 @@ class Pretended(Runner):
             folder.mkdir(parents=True, exist_ok=True)
             torch.save({"model": {"w": torch.full((2,), self.weight)}}, folder / "state.pt")
         if code == 0:
-            (place / "summary.json").write_text('{"steps": 60}')
+            (place / "summary.json").write_text('{"steps": 60, "cpu_seconds": 1.0}')
         if code == 1:
             log.write("step 3\nerror: the loss is nan at step 3\ndraw it: ...\n")
             log.flush()
@@ -600,6 +607,40 @@ def test_a_cell_that_somebody_else_has_stopped_is_not_done(cell):
     assert not cell.finished
     Pretended(HERE, codes=[0]).run(cell)
     assert cell.finished
+
+
+def test_a_cell_that_was_killed_before_its_fingerprint_was_written_has_that_of_the_first_steps(
+    cell, monkeypatch
+):
+    """Resumed to be stopped at the step where it stands, it would go on to its end."""
+
+    def killed(place):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr("benchmarks.study.cell.fingerprint", killed)
+        with pytest.raises(KeyboardInterrupt):
+            Pretended(HERE, codes=[75]).run(cell)
+    assert not read_record(cell.place)["fingerprints"]
+    first = fingerprint(cell.place)
+    runner = Pretended(HERE, codes=[0], step=60)
+    runner.run(cell)
+    assert [call[-1] for call in runner.calls] == ["run.stop_after=null"]
+    assert read_record(cell.place)["fingerprints"] == {"1": first}
+
+
+def test_only_what_others_do_makes_a_machine_busy(tmp_path, monkeypatch, capsys):
+    """The harness's own last run still is in the load average when the next one begins."""
+    monkeypatch.setattr(os, "getloadavg", lambda: (2.0, 2.0, 2.0))
+    plan = Plan(study(seeds=1), tmp_path)
+    for busy, told in ((0.1, False), (0.9, True)):
+        monkeypatch.setattr("benchmarks.accuracy.busy_cores", lambda busy=busy: busy)
+        Harness(plan, Pretended(HERE, codes=[75, 0] * 4), jobs=1).run(time=True)
+        alone = plan.cell("tiny", "paper", 0, 1).alone
+        assert read_record(alone.place)["load"] == busy
+        assert ("the machine is not idle (0.9 cores are busy)" in capsys.readouterr().err) == told
+        shutil.rmtree(tmp_path)
+        tmp_path.mkdir()
 
 
 def test_no_cell_is_trained_by_a_program_that_has_changed_since_the_study_began(cell):
