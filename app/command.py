@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import oialr
 from app.errors import OutputError, StorageError, UserError, refused_path
+from app.runtime.host_memory import keep_freed_memory
 from app.runtime.launch import read_launch
 from app.runtime.streams import flush, prepare, put, show
 from app.runtime.versions import installed_versions
@@ -74,6 +75,7 @@ def run_command(main: Callable[[], int]) -> None:
     be raised on all processes alike. A path that the system refuses is one, wherever it is met.
     """
     prepare()
+    keep_freed_memory()
     try:
         code = main()
     except UserError as error:

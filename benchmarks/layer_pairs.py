@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from app.runtime.host_memory import keep_freed_memory
 from oialr.layer_survey import LayerReport, survey
 
 SHARES = (0.2, 0.35, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -69,7 +70,12 @@ def pairs(case: Case, report: LayerReport) -> dict[float, nn.Module]:
 
 
 def seconds(layer: nn.Module, x: Tensor, gradient: Tensor) -> float:
-    """Time forward and backward once, in CPU seconds."""
+    """Time forward and backward once, in CPU seconds.
+
+    Gradients are new ones, as those of activations are in a network: nothing is added to them.
+    """
+    x.grad = None
+    layer.zero_grad(set_to_none=True)
     start = time.process_time()
     layer(x).backward(gradient)
     return time.process_time() - start
@@ -108,6 +114,7 @@ def main() -> None:
     options = parser.parse_args()
     quick = options.quick
     torch.set_num_threads(1)
+    keep_freed_memory()  # as app.train does
     measured = {case.name: measure(case, rounds=1 if quick else 7) for case in cases(quick=quick)}
     if options.json:
         print(json.dumps(measured, indent=1))

@@ -24,6 +24,7 @@ import torch
 from app import config
 from app.config.settings import Configuration
 from app.errors import UserError
+from app.runtime.host_memory import keep_freed_memory
 from app.runtime.processes import start_runtime
 from app.training.build import Parts, build
 from app.training.optimizer import Schedule, build_optimizer
@@ -111,6 +112,7 @@ def main() -> None:
     if not options.runs and not options.quick:
         parser.error("name the folders of runs, or --quick")
     torch.set_num_threads(1)
+    keep_freed_memory()  # as app.train does
     rows: list[dict[str, Any]] = []
     for run in options.runs or [None]:
         rounds = 2 if options.quick else 20
