@@ -30,8 +30,8 @@ from oialr.layers.conv import FactoredConv
 from oialr.layers.cost import rank_pays
 from oialr.memory import TensorMemory, tensors_of
 from oialr.options import Execution
-from oialr.rank_choice import TENSOR_CORE_ALIGNMENT
 from oialr.schedule import rounded_up
+from oialr.target import alignment_on
 
 FLOOR = 0.01
 MULTIPLE = 16  # of ranks, OIALR's default
@@ -142,9 +142,8 @@ class Variant:
 
 def rank_at(fraction: float, full_rank: int, device: torch.device) -> int:
     """Return a share of a layer's full rank: a whole number, rounded up as OIALR does there."""
-    alignment = TENSOR_CORE_ALIGNMENT if device.type == "cuda" else 1
     rank = max(1, int(fraction * full_rank))
-    return rounded_up(rank, full_rank=full_rank, multiple=MULTIPLE, alignment=alignment)
+    return rounded_up(rank, full_rank=full_rank, multiple=MULTIPLE, alignment=alignment_on(device))
 
 
 def at_rank_fraction(model: nn.Module, fraction: float, option: str) -> nn.Module:

@@ -25,7 +25,7 @@ from oialr.linalg.svd import Factors, balanced, economy_svd, truncated
 from oialr.linalg.weighting import taken_back, weighted
 from oialr.options import Options, Selection
 from oialr.sharding import whole
-from oialr.target import TargetSize
+from oialr.target import TargetSize, alignment_on
 from oialr.wrappers import Wrappers
 
 logger = logging.getLogger(__name__)
@@ -102,18 +102,20 @@ def compress(
         **options,
     )
     layers = _layers(model, chosen)
+    alignment = alignment_on(model.get_parameter(layers[0].name).device)
     target = TargetSize(
         chosen,
         layers,
         stored=parameter_counts(model)[1],
         is_released=chosen.release is not None,
         is_trained=False,
+        alignment=alignment,
     )
     roots = _roots(model, layers, inputs)
     with full_precision():
         factors = {layer.name: _factorize(model, layer, roots.get(layer.name)) for layer in layers}
         energies = {name: _energies(s) for name, (_, s, _) in factors.items()}
-        ranks = target.ranks(energies, fixed={}, may_stay_dense=energies)
+        ranks = target.ranks(energies, fixed={}, may_stay_dense=energies, alignment=alignment)
         # What can fail comes before the first layer is replaced.
         for layer in layers:
             r, S = ranks[layer.name], roots.pop(layer.name, None)

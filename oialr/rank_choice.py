@@ -10,10 +10,7 @@ from oialr.layer_survey import LayerReport
 from oialr.options import Options
 from oialr.present import PresentLayers
 from oialr.schedule import kept_rank
-from oialr.target import TargetSize
-
-TENSOR_CORE_ALIGNMENT = 8
-"""Numbers of half precision in 16 bytes."""
+from oialr.target import TargetSize, alignment_on
 
 
 class RankChoice:
@@ -53,12 +50,11 @@ class RankChoice:
             if is_kept or energies[layer.name] is None
         }
         waiting = {layer.name for layer in target.layers if self._layers.is_dense(layer)}
-        is_cuda = self._layers.weight(target.layers[0]).is_cuda
         self.wanted = target.ranks(
             energies,
             fixed=fixed,
             may_stay_dense=waiting if self._options.defer_conversion else frozenset(),
-            alignment=TENSOR_CORE_ALIGNMENT if is_cuda else 1,
+            alignment=alignment_on(self._layers.weight(target.layers[0]).device),
         )
 
     def _present(self, report: LayerReport, *, has_core: bool) -> Choice:
@@ -83,9 +79,12 @@ class RankChoice:
             return None if is_dense and self._options.defer_conversion else s.shape[-1]
         if self.wanted and release:  # now or never, whatever a cut at once may be
             return wanted
-        alignment = TENSOR_CORE_ALIGNMENT if s.is_cuda else 1
         r = kept_rank(
-            s, self._options, full_rank=report.full_rank, alignment=alignment, wanted=wanted
+            s,
+            self._options,
+            full_rank=report.full_rank,
+            alignment=alignment_on(s.device),
+            wanted=wanted,
         )
         if release:
             return r if stored_parameters((m, n), r, has_core=False) < m * n else None

@@ -21,7 +21,7 @@ from oialr.momentary_groups import LISTS
 from oialr.optimizer_state import check_forms, check_held
 from oialr.options import Options
 from oialr.parameter_groups import Kind, check_twins, exchange
-from oialr.target import TargetSize
+from oialr.target import TargetSize, alignment_on
 from oialr.transitions import Transitions
 
 WAYS = ("execution", "recompute")
@@ -69,8 +69,14 @@ def find_layers(
     if is_released:
         check_decay(optimizer, options)
     check_twins(optimizer, _twins(options))
-    _, stored = parameter_counts(model)
-    return reports, layers, TargetSize.of(options, layers, stored=stored, is_released=is_released)
+    target = TargetSize.of(
+        options,
+        layers,
+        stored=parameter_counts(model)[1],
+        is_released=is_released,
+        alignment=alignment_on(model.get_parameter(layers[0].name).device),
+    )
+    return reports, layers, target
 
 
 def _twins(options: Options) -> dict[Kind, tuple[float, bool]]:

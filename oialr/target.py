@@ -4,9 +4,19 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Self
 
+import torch
+
 from oialr.allocation import Choice, allocate, layer_choices
 from oialr.layer_survey import LayerReport
 from oialr.options import RankRule
+
+TENSOR_CORE_ALIGNMENT = 8
+"""Numbers of half precision in 16 bytes."""
+
+
+def alignment_on(device: torch.device) -> int:
+    """Return what ranks should be multiples of on a device; 1: they may be any."""
+    return TENSOR_CORE_ALIGNMENT if device.type == "cuda" else 1
 
 
 class TargetSize:
@@ -20,6 +30,7 @@ class TargetSize:
         stored: int,
         is_released: bool,
         is_trained: bool = True,
+        alignment: int = 1,
     ) -> None:
         """Look at what there is to be saved.
 
@@ -30,6 +41,8 @@ class TargetSize:
             is_released: whether the run ends with two factors of each layer, not three.
             is_trained: whether two factors that take more time in a step than the dense weight are
                 out of the question.
+            alignment: with which the smallest ranks shall fit; see
+                :func:`oialr.schedule.rounded_up`.
 
         Raises:
             ValueError: the smallest ranks exceed the size.
@@ -41,13 +54,16 @@ class TargetSize:
         self._must_pay = is_released and is_trained
         others = stored - sum(math.prod(layer.shape) for layer in layers)
         self._budget = math.floor(rule.target_size * stored * (1 + 1e-12)) - others
-        flat = (self._choices(layer, [1.0] * layer.full_rank) for layer in layers)
+        flat = (
+            self._choices(layer, [1.0] * layer.full_rank, alignment=alignment) for layer in layers
+        )
         smallest = sum(choices[0].parameters for choices in flat)
         if smallest > self._budget:
+            hint = "; rank_multiple=1 rounds none of them up" if rule.rank_multiple > 1 else ""
             raise ValueError(
                 f"target_size {rule.target_size} cannot be reached: what stays full-rank takes "
                 f"{others / stored:.3f} of the network's parameters and the smallest ranks of the "
-                f"other layers take {smallest / stored:.3f}"
+                f"other layers take {smallest / stored:.3f}{hint}"
             )
 
     @classmethod

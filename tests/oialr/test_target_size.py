@@ -9,10 +9,13 @@ import torch
 from support.method_loop import make, network, train, weights
 from torch import nn
 
-from oialr import OIALR
+import oialr
+from oialr import OIALR, Options, survey
 from oialr.convert import get_layer
+from oialr.layer_survey import factorizable
 from oialr.placement.processes import Processes
 from oialr.placement.spectra import gather_energies
+from oialr.target import TargetSize, alignment_on
 
 STORED = sum(p.numel() for p in network().parameters())
 
@@ -242,3 +245,26 @@ def test_groups_of_a_kernel_count_all():
     method.step()
     left = 0.7 * stored - sum(p.numel() for p in model.parameters())
     assert 0 <= left < 2 * (16 + 36)  # no room for one rank more
+
+
+def test_the_smallest_ranks_are_those_of_the_device(monkeypatch):
+    """On a GPU a size was taken that no event could reach, since its ranks are rounded there."""
+    assert [alignment_on(torch.device(device)) for device in ("cpu", "cuda")] == [1, 8]
+    layers = factorizable(survey(network()))
+    options = {"delay": 4, "update_interval": 4, "release": 8, "target_size": 0.3}
+    for multiple, alignment in ((16, 1), (1, 8)):
+        rule = Options(rank_multiple=multiple, **options)
+        TargetSize(rule, layers, stored=STORED, is_released=True, alignment=alignment)
+    message = r"cannot be reached: .* take 0\.277; rank_multiple=1 rounds none of them up"
+    with pytest.raises(ValueError, match=message):
+        TargetSize(Options(**options), layers, stored=STORED, is_released=True, alignment=8)
+    make(**options)
+    oialr.compress(network(), target_size=0.3)
+    for module in ("start", "compression"):
+        monkeypatch.setattr(f"oialr.{module}.alignment_on", lambda device: 8)
+    with pytest.raises(ValueError, match=message):
+        make(**options)
+    with pytest.raises(ValueError, match=message):
+        oialr.compress(network(), target_size=0.3)
+    ranks = {layer.name: layer.rank for layer in oialr.compress(network(), target_size=0.6)}
+    assert ranks["2.weight"] % 8 == 0
