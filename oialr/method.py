@@ -112,7 +112,7 @@ class OIALR:
         low_rank = LowRankLayers(model, optimizer)
         try:
             self.survey, self.layers, target = find_layers(model, optimizer, options)
-            low_rank.check(self.layers)
+            low_rank.check(self.survey)
         except BaseException:
             low_rank.restore()
             raise

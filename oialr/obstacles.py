@@ -38,6 +38,8 @@ class Obstacles:
         path, _, key = name.rpartition(".")
         module = self._model.get_submodule(path)
         kind, weight = type(module), module._parameters.get(key)
+        if isinstance(module, FactoredLayer):
+            return "low-rank already"
         if weight is None:
             return f"is no parameter of {full_name(kind)} itself"
         adapter, claim = adapter_of(kind), self._claims.get(module)

@@ -2,7 +2,8 @@
 
 Frameworks restore weights before they make the optimizer and the method. What the method finds out
 at its start (which layers there are, in which groups of the optimizer) is asked of the full-rank
-network: so the low-rank layers are made dense for that, and then get the same factors again.
+network: so the low-rank layers are made dense for that, and then get the same factors again. But a
+layer of which nothing is trained stays what it is, as a dense one does.
 """
 
 from collections.abc import Sequence
@@ -111,7 +112,7 @@ class LowRankLayers:
         ]
         for name in weight_shapes(model):
             layer = get_layer(model, name)
-            if not isinstance(layer, FactoredLayer):
+            if not isinstance(layer, FactoredLayer) or _is_frozen(layer):
                 continue
             self._forms[name], self._factors[name] = form_of(model, name), layer.factors
             self._ways[name] = {key: layer.__dict__[key] for key in WAYS if key in layer.__dict__}
@@ -124,19 +125,26 @@ class LowRankLayers:
                 if factor in optimizer.state:
                     self._states[factor] = optimizer.state.pop(factor)
 
-    def check(self, reports: Sequence[LayerReport]) -> None:
+    def check(self, survey: Sequence[LayerReport]) -> None:
         """Reject layers of a method that have not the low-rank ones among them.
+
+        Args:
+            survey: of all weights, of which the method takes some.
 
         Raises:
             ValueError: a layer is none of the method's, or is read otherwise.
         """
-        readings = {report.name: report.reading for report in reports}
+        reports = {report.name: report for report in survey}
         for name, form in self._forms.items():
-            if name not in readings or not form.is_read_alike(readings[name]):
+            if (reason := reports[name].stays_dense) is not None:
                 raise ValueError(
-                    f"{name} is {form}, and the options of OIALR do not make it so: do include, "
-                    "exclude, attention_projection or convolutions differ from those of its "
-                    "training?"
+                    f"{name} is {form}, and OIALR would make it full-rank: {reason}. Give the "
+                    "options that it was made with, or make the network dense by oialr.to_dense"
+                )
+            if not form.is_read_alike(reports[name].reading):
+                raise ValueError(
+                    f"{name} is {form}, and OIALR would read it as {reports[name].reading}: do "
+                    "attention_projection or convolutions differ from those of its training?"
                 )
 
     def restore(self) -> None:
@@ -163,3 +171,9 @@ class LowRankLayers:
         # Adagrad makes state for frozen factors too, which are in no group any more.
         held = {p for group in self._optimizer.param_groups for p in group["params"]}
         self._optimizer.state.update({p: s for p, s in self._states.items() if p in held})
+
+
+def _is_frozen(layer: FactoredLayer) -> bool:
+    """Whether nothing of a layer's weight is trained."""
+    trained = layer.factors if layer.released else (layer.core,)
+    return not any(factor.requires_grad for factor in trained)

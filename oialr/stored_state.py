@@ -109,9 +109,9 @@ def forms_here(
     reports = {report.name: report for report in survey}
     forms = {r.name: form_of(model, r.name) for r in survey if r.stays_dense is None}
     for name, form in stored.items():
-        if name not in forms and form != form_of(model, name):
+        if name not in forms and form != (present := form_of(model, name)):
             why = reports[name].stays_dense if name in reports else "no layer of the method"
-            raise ValueError(f"{name} is stored {form}, and stays full-rank here: {why}")
+            raise ValueError(f"{name} is stored {form}, and stays {present} here: {why}")
         if name in forms and form.rank and not form.is_read_alike(reports[name].reading):
             raise ValueError(
                 f"{name} is stored {form}, and is read otherwise here, as {reports[name].reading}: "

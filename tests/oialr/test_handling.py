@@ -136,6 +136,45 @@ class Outer(nn.Module):
         self.net, self.other = mlp(), nn.Linear(32, 32)
 
 
+@pytest.mark.parametrize("release", [False, True])
+def test_a_frozen_low_rank_layer_stays_what_it_is(release):
+    model = low_rank(mlp(), released=release, dense=["2.weight"] if release else [])
+    frozen = model[0].requires_grad_(False)
+    factors, before = [*frozen.factors], copy.deepcopy(frozen.state_dict())
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    options = {"delay": 2, "update_interval": 2, "layer_fraction": 1.0, "target_size": 0.5}
+    method = OIALR(model, optimizer, **options)
+    assert [layer.name for layer in method.layers] == ["2.weight"]
+    for _ in range(4):
+        step(model, optimizer)
+        method.step()
+    assert model[2].rank < 64
+    assert model[0] is frozen
+    assert all(mine is old for mine, old in zip(frozen.factors, factors, strict=True))
+    assert all(map(torch.equal, frozen.state_dict().values(), before.values()))
+    model.load_state_dict(copy.deepcopy(model.state_dict()))
+    message = r"0\.weight is stored dense, and stays (low-rank|released) of rank \d+ here"
+    with pytest.raises(ValueError, match=message):
+        model.load_state_dict(mlp().state_dict())
+    optimizer = torch.optim.SGD(model[4].parameters(), 0.1)
+    with pytest.raises(ValueError, match=r"factorized: low-rank already; not trained"):
+        OIALR(low_rank(mlp()).requires_grad_(False), optimizer, **options)
+
+
+def test_a_low_rank_layer_that_a_method_would_not_take_is_told_with_the_reason():
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64))
+    oialr.compress(model, target_size=0.6, keep_last_layer=False)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    reason = r"2\.weight is released of rank \d+, and OIALR would make it full-rank: {}"
+    with pytest.raises(
+        ValueError, match=reason.format(r"the network's last layer .keep_last_layer")
+    ):
+        OIALR(model, optimizer, delay=2, update_interval=2)
+    model[2].half()
+    with pytest.raises(ValueError, match=reason.format(r"torch\.float16; weights must be")):
+        OIALR(model, optimizer, delay=2, update_interval=2)
+
+
 def test_a_file_of_an_enclosing_module_takes_the_optimizer_of_its_part_along(tmp_path):
     stored = Outer()
     oialr.compress(stored.net, target_size=0.6, release=False)
