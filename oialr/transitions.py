@@ -36,6 +36,7 @@ from oialr.transport import (
     DenseToA,
     DenseToB,
     FromDense,
+    FromStored,
     Projection,
     Transport,
 )
@@ -300,8 +301,9 @@ class Transitions(PresentLayers):
         layer.set_factors(transport.form_a().contiguous(), transport.form_b().contiguous())
         for factor in layer.factors:
             factor.requires_grad_(core.requires_grad)
+        read = partial(FromStored, bases.between)
         self._replace_parameter(
-            report, core, {layer.A: CoreToA(transport), layer.B: CoreToB(transport)}
+            report, core, {layer.A: read(CoreToA(transport)), layer.B: read(CoreToB(transport))}
         )
         self._move_factors(report, layer)
 
@@ -311,7 +313,7 @@ class Transitions(PresentLayers):
         layer = get_layer(self._model, report.name)
         assert isinstance(layer, FactoredLayer)
         core, bases = layer.core, Bases.of(layer)
-        transport = CoreToDense(bases.U, bases.Vh, report.reading)
+        transport = FromStored(bases.between, CoreToDense(bases.U, bases.Vh, report.reading))
         weight = densify_layer(self._model, report.name)
         weight.requires_grad_(core.requires_grad)
         self._replace_parameter(report, core, {weight: transport})
@@ -326,18 +328,19 @@ class Transitions(PresentLayers):
         left, right = left[..., :r], right[..., :r, :]
         bases, core = Bases.of(layer), torch.diag_embed(s[..., :r])
         U, Vh = bases.U @ left, right @ bases.Vh
+        rotation = FromStored(bases.between, Projection(left, right.mT))
         if r < layer.rank:
             old = layer.core
             layer.set_factors(U, core, Vh)
             layer.store_frozen(self._frozen_dtype)
             layer.core.requires_grad_(old.requires_grad)
-            self._replace_parameter(report, old, {layer.core: Projection(left, right.mT)})
+            self._replace_parameter(report, old, {layer.core: rotation})
         else:  # the same Parameter objects, so that DistributedDataParallel can stay
             layer.store_frozen(self._frozen_dtype)
             layer.U.copy_(U)
             layer.core.copy_(core)
             layer.Vh.copy_(Vh)
-            rotation, unknown = Projection(left, right.mT), self._options.unknown_optimizer_state
+            unknown = self._options.unknown_optimizer_state
             rotate_parameter(self._optimizer, layer.core, rotation, unknown=unknown)
             self.followers.follow(report.name, [rotation])
 

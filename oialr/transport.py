@@ -8,6 +8,7 @@ that comes; of a dense weight they are read as a matrix first, as the weight its
 may be a stack, with a leading dimension.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -51,6 +52,33 @@ class FromDense:
     def average(self, value: Tensor) -> Tensor:
         """Carry an average of the weight itself over."""
         return self.transport.average(self.reading.to_matrix(value))
+
+
+@dataclass(frozen=True)
+class FromStored:
+    """From a core between bases that are stored in a lower precision, and so not orthonormal.
+
+    W = U core Vh is Q (H core G^T) P^T with orthonormal Q and P, between which an event works. An
+    average of the core is one of W only by H and G. Moments go without: what rounding has made of
+    them is far below what a step makes of them.
+    """
+
+    between: Callable[[Tensor], Tensor]
+    """Makes H core G^T of a core."""
+    transport: Transport
+    """From the core between Q and P^T."""
+
+    def linear(self, value: Tensor) -> Tensor:
+        """Carry an average of the gradient over."""
+        return self.transport.linear(value)
+
+    def squared(self, value: Tensor) -> Tensor:
+        """Carry an average of the squared gradient over."""
+        return self.transport.squared(value)
+
+    def average(self, value: Tensor) -> Tensor:
+        """Carry an average of the core itself over."""
+        return self.transport.average(self.between(value))
 
 
 @dataclass(frozen=True)

@@ -194,6 +194,45 @@ def test_an_average_has_the_bases_of_the_network():
     averaged.update_parameters(model)
 
 
+AVERAGED = {
+    "rotated": (CUT, {"cutoff": 1e-9}),
+    "cut": (CUT, {"cutoff": 0.7, "largest_cut": 0.4}),
+    "factors": (CUT, {"cutoff": 1e-9, "release": 1}),
+    "dense": ({"cutoff": 1e-9}, {"cutoff": 1e-9, "release": 1}),
+}
+
+
+@pytest.mark.parametrize("case", AVERAGED)
+def test_an_average_is_carried_over_as_the_product_that_it_is(case):
+    """It was taken for one between orthonormal bases, which rounded ones are not."""
+    before, after = AVERAGED[case]
+    model, optimizer, method = make(frozen_dtype="bfloat16", layer_fraction=1, **before)
+    train(model, optimizer, method, 8)
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for layer in low_rank(averaged):
+            noise = torch.randn(layer.core.shape, generator=generator, dtype=torch.float64)
+            layer.core += 0.1 * noise
+    # Without the option what comes of an event is not rounded, and can be held against the average.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    method = OIALR(model, optimizer, delay=1, update_interval=1, **after)
+    method.follow(averaged)
+    optimizer.step()
+    averages = formed(averaged.module)
+    assert method.step()
+    for name, W, now in zip(NAMES, averages, formed(averaged.module), strict=True):
+        layer = get_layer(model, name)
+        expected = W
+        if isinstance(layer, FactoredLayer) and layer.released:
+            expected = W @ torch.linalg.pinv(layer.B.detach()) @ layer.B.detach()
+        elif isinstance(layer, FactoredLayer):
+            U, Vh = layer.U.detach(), layer.Vh.detach()
+            expected = U @ U.mT @ W @ Vh.mT @ Vh
+        assert isinstance(layer, FactoredLayer) == (case != "dense")
+        torch.testing.assert_close(now, expected, rtol=1e-9, atol=1e-11)
+
+
 def test_what_rounding_did_to_orthonormal_columns_is_undone():
     exact = torch.linalg.qr(torch.randn(3, 40, 30, dtype=torch.float64))[0]
     U = exact.to(LOW).double()
