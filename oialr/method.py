@@ -199,7 +199,7 @@ class OIALR:
             if layers:
                 kind: Literal["convert", "update"] = "convert" if new else "update"
                 event = self._events.run(kind, layers, table.step_count)
-            self._turns.had(new, table.step_count)
+            self._turns.had(new, table.step_count, turned=bool(event and event.changed_form))
         table.handled = table.step_count
         if event and event.shapes_changed:
             self._wrappers.tell()
@@ -246,7 +246,7 @@ class OIALR:
 
     @property
     def steps_since_conversion(self) -> int | None:
-        """Optimizer steps taken since the latest conversion; None before the first one."""
+        """Optimizer steps since layers turned low-rank the last time; None before the first."""
         last = self._turns.last_conversion
         return None if last is None or last > self.step_count else self.step_count - last
 
@@ -330,7 +330,7 @@ class OIALR:
             "handled": self._timetable.handled,
             "delay": self.options.delay,
             **{name: getattr(self.options, name) for name in (*READINGS, *RATE_FACTORS)},
-            "turns": self._turns.state_dict() if self._turns.by_stability else None,
+            "turns": self._turns.state_dict(),
             "ranks": {
                 report.name: None if self._transitions.is_dense(report) else ranks[report.name]
                 for report in self.layers

@@ -38,6 +38,7 @@ class Turns:
         self._first: int | None = None
         """Step of the first conversion by stability, from which updates are counted."""
         self._last: int | None = None
+        """Step of the latest conversion."""
         interval = options.update_interval
         intervals = math.ceil((options.stability_window or interval) / interval)
         self._standstill = Standstill(
@@ -53,7 +54,7 @@ class Turns:
     def last_conversion(self) -> int | None:
         """Step of the latest conversion, or of the only one, which may be still to come."""
         delay = self._options.delay
-        return self._last if delay == "stability" else delay
+        return self._last if delay == "stability" or self._options.defer_conversion else delay
 
     @property
     def waiting(self) -> list[LayerReport]:
@@ -94,11 +95,19 @@ class Turns:
             turn = {layer.name for layer in self._layers[-count:]} & self._had
         return [layer for layer in self._layers if layer.name in new | turn], new
 
-    def had(self, new: set[str], step: int) -> None:
-        """Remember that layers have had their conversion, after a step."""
+    def had(self, new: set[str], step: int, *, turned: bool) -> None:
+        """Remember that layers have had their conversion, after a step.
+
+        Args:
+            new: their names.
+            step: optimizer steps taken.
+            turned: whether a layer has turned low-rank, be it one whose conversion was put off.
+        """
         if new:
             self._had |= new
-            self._first, self._last = step if self._first is None else self._first, step
+            self._first = step if self._first is None else self._first
+        if turned if self._options.defer_conversion else new:
+            self._last = step
 
     def _stable(self, step: int) -> set[str]:
         """Return the names of waiting layers that are to be converted."""
@@ -114,11 +123,12 @@ class Turns:
 
     def end(self, step: int) -> None:
         """Let nothing wait any more: a release has made of every layer what it is."""
-        self.had({layer.name for layer in self.waiting}, step)
+        waiting = {layer.name for layer in self.waiting}
+        self.had(waiting, step, turned=bool(waiting))
         self._standstill.forget()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what conversions by stability have come to."""
+        """Return what conversions have come to."""
         return {
             "had": sorted(self._had),
             "first": self._first,
@@ -128,11 +138,11 @@ class Turns:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where a stored state of the method was; of one that had a delay, from its steps."""
-        stored = state.get("turns")
-        if self.by_stability and stored is not None:
-            self._had, self._first, self._last = set(stored["had"]), stored["first"], stored["last"]
-            self._standstill.load_state_dict(stored["window"])
+        if (stored := state.get("turns")) is None:  # of an earlier version that had a delay
+            delay = self._options.delay
+            self._last = delay if delay != "stability" and state["handled"] >= delay else None
+            self._had = set() if self._last is None else {layer.name for layer in self._layers}
             return
-        delay = self._options.delay
-        over = delay != "stability" and state["handled"] >= delay
-        self._had = {layer.name for layer in self._layers} if over else set()
+        self._had, self._first, self._last = set(stored["had"]), stored["first"], stored["last"]
+        if self.by_stability:
+            self._standstill.load_state_dict(stored["window"])

@@ -112,7 +112,7 @@ class TrainingSection(Section):
         0,
         ge=0,
         description="Steps of linear warm-up after oialr.delay, where layers turn low-rank; with "
-        "delay: stability it begins anew at every conversion.",
+        "delay: stability or defer_conversion it begins anew whenever layers do.",
     )
     ema_decay: float | None = Field(
         None,

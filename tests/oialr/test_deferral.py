@@ -148,3 +148,25 @@ def test_cores_stand_in_the_order_of_the_layers_whichever_comes_first():
     train(model, optimizer, method, 1)
     cores = [model[0].core, model[1].core]
     assert any([*map(id, g["params"])] == [*map(id, cores)] for g in optimizer.param_groups)
+
+
+def test_steps_are_counted_from_when_layers_turn_low_rank():
+    """A warm-up began where the conversion was put off, and not where it happened."""
+    options = {"defer_conversion": True}
+    model, optimizer, method = make([K, K], **options)
+    train(model, optimizer, method, 3)
+    counts = [method.steps_since_conversion]
+    for layer in (model[0], model[1]):
+        with torch.no_grad():
+            layer.weight.copy_(spectrum_of(rank=5))
+        for _ in range(2):
+            train(model, optimizer, method, 1)
+            counts.append(method.steps_since_conversion)
+    assert counts == [None, 0, 1, 0, 1]
+    _, _, its_method = make([30, 10], **options)
+    state = method.state_dict()
+    its_method.load_state_dict(state)
+    assert its_method.steps_since_conversion == 1
+    _, _, its_method = make([30, 10], **options)
+    its_method.load_state_dict({**state, "turns": None})  # of an earlier version
+    assert its_method.steps_since_conversion == 5
