@@ -81,8 +81,8 @@ class FactorSteps(AroundSteps):
         super().__init__(optimizer)
 
     def enter(self, optimizer: Optimizer) -> None:
-        """Let the twins' rates follow, and lower them within the warm-up."""
-        self._groups.rates.follow(optimizer)
+        """Let the twins' options follow, and lower their rates within the warm-up."""
+        self._groups.twins.follow(optimizer)
         if (since := self._since()) is None or since >= self._warmup:
             return
         share = (since + 1) / (self._warmup + 1)

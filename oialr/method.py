@@ -135,7 +135,7 @@ class OIALR:
                 steps_since_release=lambda: self.steps_since_release,
             )
         else:
-            optimizer.register_step_pre_hook(lambda optimizer, *_: groups.rates.follow(optimizer))
+            optimizer.register_step_pre_hook(lambda optimizer, *_: groups.twins.follow(optimizer))
         self._transitions = Transitions(
             model, optimizer, options=options, groups=groups, gradients=self._gradients
         )

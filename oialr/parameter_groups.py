@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from oialr.momentary_groups import LISTS, MomentaryTwins, Place, Twin
-from oialr.twin_rates import TwinRates
+from oialr.twin_options import TwinOptions
 
 Kind = Literal["cores", "factors", "dense"]
 """Cores; the factors A and B after a release; full-rank weights that a release has brought back."""
@@ -75,8 +75,8 @@ class TwinGroups:
         self._marks: dict[int, Mark] = {}
         self._twins: dict[tuple[Kind, int], int] = {}
         self._rate_factors: dict[int, float] = {}
-        self.rates = TwinRates()
-        """Lets twins follow where a loop sets the rates of other groups alone."""
+        self.twins = TwinOptions()
+        """Lets twins follow where a loop sets the options of other groups alone."""
         self._keys: dict[int, list[tuple[int, int]]] = {}
         self._kinds: dict[str, Kind] = {}
         """Of what has taken the weights' places, by their names."""
@@ -122,7 +122,7 @@ class TwinGroups:
             has_change = change is not None
             self._marks[position] = Mark(kind, i, learning_rate_factor, has_change, (*places,))
             self._mark(optimizer)
-            self.rates.add(optimizer, position, kind=kind, origin=i, factor=learning_rate_factor)
+            self.twins.add(optimizer, position, twin)
 
     def _mark(self, optimizer: Optimizer) -> None:
         """Let the twins, of which a loaded state has made new dictionaries, be known as such."""

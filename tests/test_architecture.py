@@ -117,7 +117,7 @@ GRAPH = {
     "optimizers": {"naming", "transport"},
     "options": set(),
     "outputs": {"layers"},
-    "parameter_groups": {"momentary_groups", "twin_rates"},
+    "parameter_groups": {"momentary_groups", "twin_options"},
     "placement": {"compatibility", "errors", "linalg"},
     "preparation": {"forms", "sharding", "wrappers"},
     "present": {"averages", "convert", "layer_survey", "layers", "linalg", "obstacles"},
@@ -174,7 +174,7 @@ GRAPH = {
     },
     "transport": {"layers", "linalg"},
     "turns": {"layer_survey", "options", "placement", "present", "schedule", "stability"},
-    "twin_rates": set(),
+    "twin_options": {"momentary_groups"},
     "weight_average": {"averages", "wrappers"},
     "wrappers": {"naming"},
 }

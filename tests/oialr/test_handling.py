@@ -342,6 +342,85 @@ def test_a_group_of_an_earlier_state_that_stays_behind_is_told(caplog):
     assert "dense again keeps the learning rate 0.01, which was not 1 times" in record.getMessage()
 
 
+DECAYING = {**ONE_GROUP, "core_learning_rate_factor": 3.0, "frobenius_decay": 0.01}
+
+
+def loop_of_options(parts, steps, first=0, *, groups):
+    """Train in a loop that sets weight decay and betas of some groups."""
+    for k in range(first, first + steps):
+        for group in parts[1].param_groups[groups]:
+            group["weight_decay"], group["betas"] = 0.2 + 0.1 * k, (0.9 - 0.02 * k, 0.99)
+        train(*parts, 1, first=k)
+
+
+@pytest.mark.parametrize("stop", [3, 7, 10])
+def test_groups_follow_a_loop_that_sets_other_options_of_the_first_one(stop):
+    """They had those of the start, but where a schedule was made before the method."""
+    parts, all_set, late = make(**DECAYING), make(**DECAYING), make(seed=1, **DECAYING)
+    momentary = make(has_schedule=True, **DECAYING)
+    loop_of_options(all_set, 14, groups=slice(None))  # factors do not decay twice
+    loop_of_options(momentary, 14, groups=slice(1))
+    loop_of_options(parts, stop, groups=slice(1))
+    parts[1].param_groups[0]["weight_decay"] = 0.7  # which is stored, and no step is made with it
+    states = copy.deepcopy([part.state_dict() for part in parts])
+    loop_of_options(parts, 14 - stop, first=stop, groups=slice(1))
+    for part, state in zip(late, states, strict=True):
+        part.load_state_dict(state)
+    loop_of_options(late, 14 - stop, first=stop, groups=slice(1))
+    for other in (all_set, momentary, late):
+        assert all(map(torch.equal, parts[0].parameters(), other[0].parameters()))
+
+
+def test_an_option_that_somebody_sets_is_left_to_them():
+    parts, other = make(**ONE_GROUP), make(seed=1, **ONE_GROUP)
+    dense, *twins = parts[1].param_groups
+    twins[0]["weight_decay"] = 0.3
+    dense["weight_decay"] = 0.5
+    train(*parts, 2)
+    assert [twin["weight_decay"] for twin in twins] == [0.3, 0.5]
+    twins[0]["weight_decay"] = 0.5  # by chance
+    for part, state in zip(other, [copy.deepcopy(x.state_dict()) for x in parts], strict=True):
+        part.load_state_dict(state)
+    for each in (parts, other):
+        each[1].param_groups[0]["weight_decay"] = 0.6
+        train(*each, 1, first=2)
+        assert [group["weight_decay"] for group in each[1].param_groups] == [0.6, 0.5, 0.6]
+
+
+def test_groups_of_an_earlier_state_follow_in_what_they_have_in_common():
+    parts, other = make(**ONE_GROUP), make(seed=1, **ONE_GROUP)
+    parts[1].param_groups[1]["betas"] = (0.8, 0.9)
+    train(*parts, 2)
+    states = copy.deepcopy([part.state_dict() for part in parts])
+    del states[1]["oialr_common"]
+    for part, state in zip(other, states, strict=True):
+        part.load_state_dict(state)
+    other[1].param_groups[0] |= {"betas": (0.7, 0.9), "weight_decay": 0.6}
+    train(*other, 1, first=2)
+    assert [group["weight_decay"] for group in other[1].param_groups] == [0.6] * 3
+    assert [group["betas"][0] for group in other[1].param_groups] == [0.7, 0.8, 0.7]
+
+
+def test_options_in_tensors_are_not_looked_at():
+    parts = make(core_learning_rate_factor=3.0)
+    train(*parts, 1)
+    looked = []
+
+    class AskedError(Exception):
+        pass
+
+    def ask(*_):
+        looked.append([group["weight_decay"].is_meta for group in parts[1].param_groups])
+        raise AskedError
+
+    for group in parts[1].param_groups:
+        group["weight_decay"] = torch.tensor(0.1, device="meta")  # whose value nobody can ask for
+    parts[1].register_step_pre_hook(ask)
+    with pytest.raises(AskedError):
+        parts[1].step()
+    assert looked == [[True, True]]
+
+
 def test_rates_in_tensors_are_not_looked_at():
     model = mlp()
     rate = torch.tensor(0.01)

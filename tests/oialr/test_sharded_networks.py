@@ -257,6 +257,24 @@ def test_the_state_of_the_method_comes_back_out_of_a_distributed_checkpoint(opti
     assert ("tensor" in repr(method.state_dict())) != ("release" in options)
 
 
+def test_what_groups_follow_comes_back_out_of_a_distributed_checkpoint(tmp_path):
+    options = {"core_learning_rate_factor": 3.0}
+    parts, others = make(**options), make(seed=1, **options)
+    train(*others, 1)  # what is there already is loaded
+    cores = parts[1].param_groups[1]
+    set_here = {key: cores[key] for key in ("lr", "weight_decay")}
+    cores |= {"lr": 0.5, "weight_decay": 0.3}
+    train(*parts, 2)
+    cores |= set_here  # by chance what others would have followed to
+    dcp.save({"optimizer": parts[1]}, checkpoint_id=tmp_path)
+    dcp.load({"optimizer": others[1]}, checkpoint_id=tmp_path)
+    for each in (parts, others):
+        each[1].param_groups[0] |= {"lr": 0.25, "weight_decay": 0.2, "betas": (0.8, 0.9)}
+        train(*each, 1, first=2)
+        expected = {**set_here, "betas": (0.8, 0.9)}
+        assert {key: each[1].param_groups[1][key] for key in expected} == expected
+
+
 @pytest.mark.parametrize("unknown", ["error", "reset"])
 def test_an_optimizer_that_shards_is_refused(unknown):
     model = network()
