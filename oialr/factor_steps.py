@@ -44,7 +44,8 @@ class FactorSteps(AroundSteps):
     Frobenius decay (arXiv 2105.01029) is the gradient of lambda / 2 |A B|_F^2: lambda A (B B^T) for
     A, lambda (A^T A) B for B, products of (r, r) alone. It is added to the gradient where the
     optimizer adds weight decay to it, and decoupled where that is decoupled. Of a dense weight it
-    is the plain weight decay.
+    is the plain weight decay. The gradient has it in the step alone, as it has torch's own decay;
+    but under GradScaler a fused optimizer writes into the gradients, and there the sum stays.
     """
 
     def __init__(
@@ -78,6 +79,8 @@ class FactorSteps(AroundSteps):
         self._decay = options.frobenius_decay
         self._changed: list[tuple[dict[str, Any], Any, Any]] = []
         """Groups whose learning rate is lowered, with what it was and is."""
+        self._gradients: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+        """Factors whose decay is in their gradient, with what that was and is."""
         super().__init__(optimizer)
 
     def enter(self, optimizer: Optimizer) -> None:
@@ -102,14 +105,17 @@ class FactorSteps(AroundSteps):
                 self._decay_factors(optimizer, optimizer.param_groups[position], self._decay)
 
     def leave(self, optimizer: Optimizer) -> None:
-        """Raise the learning rates again, but for those that somebody has set meanwhile."""
+        """Undo what was done, but for rates and gradients that somebody has set meanwhile."""
         for group, whole, lowered in self._changed:
             if group["lr"] is lowered:
                 group["lr"] = whole
-        self._changed = []
+        for parameter, gradient, with_decay in self._gradients:
+            if parameter.grad is with_decay:
+                parameter.grad = gradient
+        self._changed, self._gradients = [], []
 
     def suspend(self, optimizer: Optimizer) -> Callable[[], None]:
-        """Raise the learning rates for the time being."""
+        """Raise the learning rates for the time being; gradients have no decay yet."""
         changed = self._changed
         self.leave(optimizer)
 
@@ -128,27 +134,27 @@ class FactorSteps(AroundSteps):
                 continue  # the optimizer leaves out what has no gradient
             terms = A @ (B @ B.mT), (A.mT @ A) @ B
             for parameter, term in zip((A, B), terms, strict=True):
-                _apply_decay(optimizer, group, parameter, decay * term, self._rule)
+                self._apply_decay(optimizer, group, parameter, decay * term)
 
+    def _apply_decay(
+        self, optimizer: Optimizer, group: dict[str, Any], parameter: nn.Parameter, term: Tensor
+    ) -> None:
+        """Let a parameter decay by a term, as the optimizer would by weight decay.
 
-def _apply_decay(
-    optimizer: Optimizer,
-    group: dict[str, Any],
-    parameter: nn.Parameter,
-    term: Tensor,
-    rule: OptimizerRule,
-) -> None:
-    """Let a parameter decay by a term, as the optimizer would by weight decay.
-
-    A fused optimizer under GradScaler is given scaled gradients, with the scale and whether one of
-    them is infinite, in which case it takes no step.
-    """
-    if (rate := rule.decay_rate(group)) is not None:
-        if (found := getattr(optimizer, "found_inf", None)) is not None:
-            term = term * (1 - found)
-        parameter.sub_(rate * term)
-        return
-    assert parameter.grad is not None
-    if (scale := getattr(optimizer, "grad_scale", None)) is not None:
-        term = term * scale
-    parameter.grad.add_(-term if group.get("maximize") else term)
+        A fused optimizer under GradScaler is given scaled gradients, with the scale and whether one
+        of them is infinite, in which case it takes no step.
+        """
+        if (rate := self._rule.decay_rate(group)) is not None:
+            if (found := getattr(optimizer, "found_inf", None)) is not None:
+                term = term * (1 - found)
+            parameter.sub_(rate * term)
+            return
+        gradient = parameter.grad
+        assert gradient is not None
+        if group.get("maximize"):
+            term = -term
+        if (scale := getattr(optimizer, "grad_scale", None)) is not None:
+            gradient.add_(term * scale)
+            return
+        parameter.grad = gradient.add(term)
+        self._gradients.append((parameter, gradient, parameter.grad))

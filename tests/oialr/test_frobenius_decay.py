@@ -53,10 +53,14 @@ def test_it_is_the_gradient_of_half_the_squared_norm(released):
                 parameter.sub_(rate * term)
             else:
                 parameter.grad.add_(-term if kind == "momentum" else term)
+    gradients = [(factor.grad, factor.grad.clone()) for factor in factors]
     optimizer.step()
     twin[1].step()
     for mine, other in zip(model.parameters(), twin[0].parameters(), strict=True):
         torch.testing.assert_close(mine, other)
+    for factor, (gradient, values) in zip(factors, gradients, strict=True):
+        assert factor.grad is gradient  # norms that are read now are those of the loss
+        assert torch.equal(gradient, values)
 
 
 @pytest.mark.parametrize("named", [False, True])
