@@ -1,6 +1,8 @@
 """What is done before an optimizer's step, and undone behind it, whatever happens in between."""
 
 from collections.abc import Callable
+from functools import wraps
+from types import MethodType
 from typing import Any
 
 from torch.optim import Optimizer
@@ -21,7 +23,10 @@ class AroundSteps:
     """Hangs on to the steps of an optimizer.
 
     A closure may make the gradients within the step, as in Lightning, whose batch is all in there:
-    it may fail, and it may store the optimizer's state, which must be that between two steps.
+    it may fail, and it may store the optimizer's state, which must be that between two steps. Any
+    step may fail, for want of memory or by an interrupt, and whoever goes on behind it, such as a
+    schedule, must find what was there before: torch calls no hook then, so the step itself is
+    watched.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -34,6 +39,7 @@ class AroundSteps:
         optimizer.register_state_dict_pre_hook(self._before_storing)
         optimizer.register_state_dict_post_hook(self._after_storing)
         optimizer.register_load_state_dict_pre_hook(self._after)
+        self._watch_failures(optimizer)
 
     def enter(self, optimizer: Optimizer) -> None:
         """Do what is to be done before a step."""
@@ -50,11 +56,29 @@ class AroundSteps:
         """Undo what :meth:`enter` has done, and return what does it again."""
         raise NotImplementedError
 
+    def _watch_failures(self, optimizer: Optimizer) -> None:
+        """Let the optimizer have a step that leaves nothing behind where it fails.
+
+        It is a bound method, as the one of the class: a schedule that is made afterwards takes it
+        apart for its own. One that is there already is known by attributes of the step.
+        """
+        step = optimizer.step
+
+        @wraps(getattr(step, "__func__", step))
+        def watched(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return step(*args, **kwargs)
+            except BaseException:
+                self.leave(optimizer)
+                raise
+
+        optimizer.step = MethodType(watched, optimizer)  # type: ignore[method-assign]
+
     def _before(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Prepare a step, and let it go on with a closure of ours if it has one."""
-        self.leave(optimizer)  # if the last step ended in an error of its own
+        self.leave(optimizer)  # if a step failed that somebody has kept from before
         self.enter(optimizer)
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # the optimizer comes first
         if closure is None:

@@ -1,12 +1,14 @@
 """What loops and containers of others do with a low-rank network: nothing is lost in silence."""
 
 import copy
+import inspect
 import itertools
+import pickle
 
 import pytest
 import torch
 from support.low_rank import low_rank
-from support.method_loop import make, of_timm, train
+from support.method_loop import CUT, make, network, of_timm, train
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -508,6 +510,53 @@ def test_a_copied_pair_with_other_options_is_refused_and_left_as_it_is():
             OIALR(*pair, delay=5, update_interval=3, **options)
         assert groups_of(*pair) == before
     OIALR(*pair, delay=5, update_interval=3, **COPIED)
+
+
+@pytest.mark.parametrize("has_schedule", [False, True])
+@pytest.mark.parametrize("fails", ["hook", "step"])
+def test_a_step_that_fails_leaves_nothing_behind(has_schedule, fails):
+    """A schedule lowered the rates of a warm-up for good, or met groups that it does not know."""
+    options = {"release": 4, "delay": 4, "frobenius_decay": 0.01, **CUT}
+    model, optimizer, method = make("adam", has_schedule=has_schedule, **options)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    train(model, optimizer, method, 6)
+    schedule.step()
+    before = groups_of(model, optimizer)
+    gradients = [(p.grad, p.grad.clone()) for p in model.parameters()]
+    state = optimizer.state[model[4].weight]
+    average = state["exp_avg"]
+    if fails == "step":
+        state["exp_avg"] = average.new_zeros(3)
+    else:
+        hook = optimizer.register_step_pre_hook(lambda *_: torch.zeros(2) + torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size"):
+        optimizer.step()
+    assert groups_of(model, optimizer) == before
+    for parameter, (gradient, values) in zip(model.parameters(), gradients, strict=True):
+        assert parameter.grad is gradient
+        assert torch.equal(gradient, values)
+    state["exp_avg"] = average
+    if fails == "hook":
+        hook.remove()
+    schedule.step()
+    train(model, optimizer, method, 2, first=6)
+    assert groups_of(model, optimizer) == [(rate / 2, names) for rate, names in before]
+
+
+@pytest.mark.parametrize("has_schedule", [False, True])
+def test_a_step_that_is_watched_looks_as_before(has_schedule):
+    """GradScaler reads its signature, and a schedule takes it apart."""
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    expected = inspect.signature(optimizer.step)
+    if has_schedule:
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    OIALR(model, optimizer, delay=4, update_interval=3, release=8)
+    assert inspect.signature(optimizer.step) == expected
+    assert hasattr(optimizer.step, "_wrapped_by_lr_sched") == has_schedule
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    assert optimizer.step(lambda: 3.0) == 3.0
+    pickle.loads(pickle.dumps(optimizer)).step()
 
 
 @pytest.mark.parametrize("fused", [False, True])
