@@ -163,7 +163,10 @@ class DenseToB:
 class CoreToFactors:
     """From a core = L diag(s) R^T to A = U L diag(s)^(1/2) and B = diag(s)^(1/2) R^T Vh.
 
-    A core saw the gradient within its bases alone: L^T M R is exact for that, and is all there is.
+    A core saw the gradient within its bases alone, U M Vh. What of that lies within the directions
+    that are left, U L (L^T M R) R^T Vh, is carried over by the maps of A and B. Without a cut that
+    is all of it; a cut drops what is outside of them on either side, though the factors can learn
+    there: first moments forget in some ten steps anyway, in which the release's warm-up falls.
     Of the square it saw a share of about r / m (for A; r / n for B), which the squares of U and Vh
     would spread over all rows: second moments too small by that share, and Adam's first steps too
     large. So the squares are weighted to a sum of one in every row (column): each entry is a mean
