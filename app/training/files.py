@@ -18,14 +18,19 @@ def link_or_write(earlier: Path | None, path: Path, content: dict[str, Any]) -> 
         try:
             os.link(earlier, path)
         except OSError:  # a file system without links, or the earlier checkpoint was deleted
-            pass
+            if _are_one(earlier, path):  # NFS asked twice, and the second answer is "File exists"
+                return
         else:
             return
     write(path, content)
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """Write a file, to the disk; where that is full, the file makes room again."""
+    """Write a new file, to the disk; where that is full, the file makes room again.
+
+    A file that lies there makes way: written into, it would change wherever a link leads to it.
+    """
+    path.unlink(missing_ok=True)
     file = _File(path)
     try:
         with file:
@@ -57,6 +62,13 @@ class _File(io.FileIO):
             self.error = error
             raise
         return written
+
+
+def _are_one(path: Path, other: Path) -> bool:
+    try:
+        return path.samefile(other)
+    except OSError:  # one is not there
+        return False
 
 
 def size_of(folder: Path) -> int:

@@ -1,5 +1,6 @@
 """Checkpoints: parts that are written once, atomic, complete, verified."""
 
+import errno
 import os
 import zipfile
 from functools import partial
@@ -87,6 +88,36 @@ def test_where_nothing_can_be_linked_it_is_written(tmp_path, monkeypatch, obstac
         (*_, newest) = checkpoints.complete()
         newest.rename(tmp_path / "elsewhere")
     save(checkpoints, 20, 1)
+    assert loaded(tmp_path) == (20, 20, {"part-1": 1.0})
+
+
+@pytest.mark.parametrize("is_the_same", [True, False])
+def test_nothing_is_written_through_a_link_that_is_there_already(
+    tmp_path, monkeypatch, is_the_same
+):
+    """Where an answer is lost NFS asks again, and is told that the link that it has made exists."""
+    checkpoints = Checkpoints(tmp_path, Processes(), keep=2)
+    save(checkpoints, 10, 1)
+    other = tmp_path / "other"
+    other.write_text("of somebody else")
+    link, write, written = os.link, written_files.write, []
+
+    def asked_twice(earlier, path):
+        link(earlier if is_the_same else other, path)
+        raise FileExistsError(errno.EEXIST, "File exists")
+
+    def noting(path, content):
+        written.append(path.name)
+        write(path, content)
+
+    monkeypatch.setattr(os, "link", asked_twice)
+    monkeypatch.setattr(written_files, "write", noting)
+    save(checkpoints, 20, 1)
+    first, newest = checkpoints.complete()
+    name = "process-00000-part-1.pt"
+    assert (name in written) == (not is_the_same)
+    assert (first / name).samefile(newest / name) == is_the_same
+    assert other.read_text() == "of somebody else"
     assert loaded(tmp_path) == (20, 20, {"part-1": 1.0})
 
 
