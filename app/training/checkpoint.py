@@ -4,7 +4,8 @@ A checkpoint is a folder ``step-00001200`` with ``state.pt`` (what all processes
 ``process-00000.pt`` per process (its random states and the like), and beside that its parts,
 ``process-00000-NAME.pt``: what never changes once it is there. A part is written with the first
 checkpoint that has it and is a hard link to the same file in the following ones, so that each
-folder is whole, may be copied or deleted, and costs no more than what is new.
+folder is whole, may be copied or deleted, and costs no more than what is new. One damage to such a
+file is in all of them: so a run goes on without a part that no checkpoint has whole.
 
 A checkpoint is written under another name and renamed when everything has reached the disk, so a
 folder of this name is always complete.
@@ -14,8 +15,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -249,7 +250,8 @@ class Checkpoints:
     def load(self) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
         """Read the newest checkpoint that all processes can read. A collective call.
 
-        Newer ones are renamed then, to damaged-*. If none can be read, all stay as they are.
+        Newer ones are renamed then, to damaged-*. If none can be read, all stay as they are. Where
+        none is whole, a part that is damaged or missing counts as an empty one, with a warning.
 
         Returns:
             What all processes share, and the parts of the processes: of this one alone if the
@@ -263,10 +265,10 @@ class Checkpoints:
         if newest.loaded is None:
             if not newest.damaged:
                 return None
+            last, problem = list(newest.damaged.items())[-1]
             raise AgreedUserError(
                 f"{self._folder}: none of {len(newest.damaged)} checkpoints can be read to resume "
-                f"from ({newest.damaged[-1].name}: {newest.problem}); restore one, or start anew "
-                f"in another folder"
+                f"from ({last.name}: {problem}); restore one, or start anew in another folder"
             )
         self._set_aside(newest.damaged)
         return newest.loaded
@@ -278,41 +280,70 @@ class Checkpoints:
         """
         newest = self._newest()
         self._set_aside(newest.damaged)
-        return newest.step
+        return int(newest.folder.name.split("-")[1]) if newest.folder else None
 
     def _newest(self) -> "_Newest":
-        """Find the newest checkpoint that all processes can read. A collective call."""
-        damaged: list[Path] = []
-        problem = ""
-        for folder in reversed(self._found()):
+        """Find the newest checkpoint that all processes can read. A collective call.
+
+        One that is whole counts before one of which parts are damaged.
+        """
+        found = self._found()
+        newest = self._newest_of(found)
+        if newest.loaded is None and newest.damaged:
+            newest = self._newest_of(found, without_parts=True)
+        if self._processes.index == 0:
+            for folder, problem in newest.damaged.items():
+                logger.warning("%s cannot be read: %s", folder, problem)
+            for problem in newest.lost:
+                logger.warning(
+                    "%s: %s; no checkpoint is whole, and this one is used without the bases of "
+                    "stability that were in there",
+                    newest.folder,
+                    problem,
+                )
+        return newest
+
+    def _newest_of(self, found: Sequence[Path], *, without_parts: bool = False) -> "_Newest":
+        """Find the newest of these that all processes can read. A collective call.
+
+        Args:
+            found: checkpoints, oldest first.
+            without_parts: a part that is damaged or missing counts as an empty one. On another
+                process it may be whole: what processes do alike follows from names of parts alone,
+                never from what is in them.
+        """
+        damaged: dict[Path, str] = {}
+        for folder in reversed(found):
             loaded, own_problem = None, None
+            own_lost: list[str] = []
             try:
-                loaded = self._read(folder)
+                loaded = self._read(folder, own_lost if without_parts else None)
             except (DamagedFileError, OSError) as error:
                 own_problem = str(error)
-            problems = [p for p in self._processes.gather(own_problem) if p]
+            reports = self._processes.gather((own_problem, own_lost))
+            problems = [problem for problem, _ in reports if problem]
             if not problems:
-                return _Newest(step=int(folder.name.split("-")[1]), loaded=loaded, damaged=damaged)
-            damaged.append(folder)
-            problem = problems[0]
-            if self._processes.index == 0:
-                logger.warning("%s cannot be read: %s", folder, problem)
-        return _Newest(damaged=damaged, problem=problem)
+                lost = sorted({one for _, several in reports for one in several})
+                return _Newest(folder=folder, loaded=loaded, damaged=damaged, lost=lost)
+            damaged[folder] = problems[0]
+        return _Newest(damaged=damaged)
 
-    def _set_aside(self, damaged: Sequence[Path]) -> None:
+    def _set_aside(self, damaged: Iterable[Path]) -> None:
         """Take damaged checkpoints out of the way, so that they are not among those kept."""
         if self._read_only:
             return
         for folder in damaged if self._processes.index == 0 else []:
             folder.rename(self._free_name(f"damaged-{folder.name}"))
 
-    def _read(self, folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    def _read(
+        self, folder: Path, lost: list[str] | None
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         shared = load_verified(folder / "state.pt")
         if missing := self._keys - shared.keys():
             raise DamagedFileError(f"state.pt lacks {', '.join(sorted(missing))}")
         count = shared["process_count"]
         wanted = [self._processes.index] if count == self._processes.count else range(count)
-        return shared, [_load_own(folder, index) for index in wanted]
+        return shared, [_load_own(folder, index, lost) for index in wanted]
 
     def _free_name(self, name: str) -> Path:
         """Return the path of this name, with a number behind it if there is one already."""
@@ -326,12 +357,12 @@ class Checkpoints:
 class _Newest:
     """What was found when the newest readable checkpoint was looked for."""
 
-    step: int | None = None
+    folder: Path | None = None
     loaded: tuple[dict[str, Any], list[dict[str, Any]]] | None = None
-    damaged: Sequence[Path] = ()
-    """Newer ones, which cannot be read."""
-    problem: str = ""
-    """Of the last of them."""
+    damaged: Mapping[Path, str] = field(default_factory=dict)
+    """Newer ones, which cannot be read, newest first, with what is wrong with them."""
+    lost: Sequence[str] = ()
+    """What is wrong with parts that count as empty ones."""
 
 
 def _own_file(process_index: int) -> str:
@@ -342,10 +373,24 @@ def _part_file(process_index: int, name: str) -> str:
     return f"process-{process_index:05d}-{name}.pt"
 
 
-def _load_own(folder: Path, process_index: int) -> dict[str, Any]:
-    """Read what a process saved; its parts by name under "parts"."""
+def _load_own(folder: Path, process_index: int, lost: list[str] | None) -> dict[str, Any]:
+    """Read what a process saved; its parts by name under "parts".
+
+    Args:
+        folder: of the checkpoint.
+        process_index: whose.
+        lost: told of parts that cannot be read, which are empty then; None: that is an error.
+    """
     own = load_verified(folder / _own_file(process_index))
     if "parts" not in own:
         raise DamagedFileError(f"{_own_file(process_index)} lacks parts")
-    parts = {name: load_verified(folder / _part_file(process_index, name)) for name in own["parts"]}
+    parts: dict[str, dict[str, Any]] = {}
+    for name in own["parts"]:
+        try:
+            parts[name] = load_verified(folder / _part_file(process_index, name))
+        except (DamagedFileError, OSError) as error:
+            if lost is None:
+                raise
+            parts[name] = {}
+            lost.append(str(error))
     return {**own, "parts": parts}

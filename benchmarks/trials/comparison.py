@@ -23,6 +23,14 @@ TIMINGS = {
 """Columns that no two runs have in common."""
 _NOT_COMPARED = {"seconds", "cpu_seconds", "rows", "kept_rows", "configuration"}
 """Of a checkpoint: wall times, and the rows that are compared by themselves."""
+_AGAINST_BASES = {
+    "mean_stability",
+    "mean_mixing_similarity",
+    "stability",
+    "mixing_similarity",
+    "reference_rank",
+}
+"""Columns of what is measured against bases of before."""
 
 Rows = Mapping[str, np.ndarray]
 
@@ -58,7 +66,12 @@ def read_rows(path: Path, groups: list[str]) -> dict[str, Rows]:
 
 
 def difference(
-    mine: Outcome, reference: Outcome, *, lost_rows: bool = False, counts_changed: bool = False
+    mine: Outcome,
+    reference: Outcome,
+    *,
+    lost_rows: bool = False,
+    lost_bases: bool = False,
+    counts_changed: bool = False,
 ) -> str | None:
     """Return where two runs differ first; None if they do not, in any bit.
 
@@ -66,10 +79,15 @@ def difference(
         mine: of the disturbed run.
         reference: of the other.
         lost_rows: rows may be missing, but there must be no others.
+        lost_bases: stabilities may be unknown, for want of bases that they are measured against.
         counts_changed: an evaluation may have been by another number of processes, and its means
             differ by rounding.
     """
-    if place := different(mine.state, reference.state):
+    own, other = (
+        {name: x for name, x in each.state.items() if not lost_bases or "-stability-" not in name}
+        for each in (mine, reference)
+    )
+    if place := different(own, other):
         return f"checkpoint: {place}"
     if mine.rows.keys() != reference.rows.keys():
         return "metrics.h5: other groups"
@@ -83,6 +101,8 @@ def difference(
                 return f"metrics.h5: {group} has rows twice"
             continue
         for name, values in columns.items():
+            if lost_bases and name in _AGAINST_BASES:
+                continue
             close = counts_changed and group == "eval" and values.dtype.kind == "f"
             same = (
                 values.shape == others[name].shape

@@ -1,5 +1,6 @@
 """Damage to every file that the program writes: it is named, or it makes no difference."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +49,22 @@ def damage(path: Path, chance: Random) -> str:
     else:
         path.write_bytes(content)
     return f"{kind} ({block} B at {place} of {size}) in {path.name}"
+
+
+def copy_with_links(folder: Path, target: Path) -> None:
+    """Copy a folder in which what is one file under several names is one file in the copy, too."""
+    copies: dict[tuple[int, int], str] = {}
+
+    def copy(source: str, place: str) -> str:
+        status = os.stat(source)
+        first = copies.setdefault((status.st_dev, status.st_ino), place)
+        if first == place:
+            shutil.copy2(source, place)
+        else:
+            os.link(first, place)
+        return place
+
+    shutil.copytree(folder, target, copy_function=copy)
 
 
 class Damages:
@@ -118,6 +135,10 @@ class Damages:
             return kind, "told and mended" if "damaged" in end.output else "no effect", ""
         if "which are lost" in end.output and not difference(
             read_outcome(copy), self._reference.outcome, lost_rows=True
+        ):
+            return kind, "told, the rest is whole", ""
+        if "without the bases of stability" in end.output and not difference(
+            read_outcome(copy), self._reference.outcome, lost_bases=True
         ):
             return kind, "told, the rest is whole", ""
         if told and file.name == "config.yaml":
@@ -200,12 +221,12 @@ class Damages:
 
     def _copy(self, folder: Path) -> Path:
         shutil.rmtree(self._work, ignore_errors=True)
-        shutil.copytree(folder, self._work)
+        copy_with_links(folder, self._work)
         return self._work
 
     def _keep(self, folder: Path, problem: str) -> str:
         kept = self._folder / f"damaged-{self._number}"
-        shutil.copytree(folder, kept)
+        copy_with_links(folder, kept)
         return f"{kept.name}: {problem}"
 
 

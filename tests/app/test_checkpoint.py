@@ -174,13 +174,13 @@ def flip(path):
 PATTERN = torch.full((3,), 1.5).numpy().tobytes()
 
 
-@pytest.mark.parametrize("name", ["state.pt", "process-00000.pt", "process-00000-a.pt"])
+@pytest.mark.parametrize("name", ["state.pt", "process-00000.pt", "process-00000-b.pt"])
 def test_a_flipped_bit_in_any_file_is_named_and_the_one_before_is_taken(tmp_path, caplog, name):
     checkpoints = Checkpoints(tmp_path, Processes(), keep=2)
-    for step in (10, 20):
+    for step, names in ((10, "a"), (20, "ab")):
         weights = {"weights": torch.full((3,), 1.5)}
-        checkpoints.save(step, {"process_count": 1, **weights}, weights, {"a": weights})
-        checkpoints._parts = {}  # as after a resume: no hard links, which would share the damage
+        parts = dict.fromkeys(names, weights)
+        checkpoints.save(step, {"process_count": 1, **weights}, weights, parts)
     newest = checkpoints.complete()[-1]
     flip(newest / name)
     shared, (own,) = Checkpoints(tmp_path, Processes(), keep=2).load()
@@ -188,6 +188,59 @@ def test_a_flipped_bit_in_any_file_is_named_and_the_one_before_is_taken(tmp_path
     (line,) = caplog.messages
     assert line.startswith(f"{newest} cannot be read: {name} is damaged (BadZipFile: Bad CRC-32")
     assert {path.name for path in tmp_path.iterdir()} == {"step-00000010", "damaged-step-00000020"}
+
+
+def saved_with_a_damaged_part(folder):
+    """Save two checkpoints that have the parts a and b in common; damage a in place."""
+    checkpoints = Checkpoints(folder, Processes(), keep=2)
+    weights = {"weights": torch.full((3,), 1.5)}
+    for step in (10, 20):
+        shared = {"process_count": 1, "step": step, **weights}
+        checkpoints.save(step, shared, {}, {"a": weights, "b": weights})
+    first, newest = checkpoints.complete()
+    flip(newest / "process-00000-a.pt")
+    assert (first / "process-00000-a.pt").samefile(newest / "process-00000-a.pt")
+    return first, newest
+
+
+TOLD = (
+    "{}: process-00000-a.pt is damaged (BadZipFile: Bad CRC-32 for file 'archive/data/0'); "
+    "no checkpoint is whole, and this one is used without the bases of stability that were in there"
+)
+
+
+def test_damage_to_a_part_that_all_checkpoints_share_costs_no_checkpoint(tmp_path, caplog):
+    first, newest = saved_with_a_damaged_part(tmp_path)
+    checkpoints = Checkpoints(tmp_path, Processes(), keep=2)
+    shared, (own,) = checkpoints.load()
+    assert shared["step"] == 20
+    assert own["parts"]["a"] == {}
+    assert own["parts"]["b"]["weights"].tolist() == [1.5] * 3
+    assert caplog.messages == [TOLD.format(newest)]
+    assert checkpoints.complete() == [first, newest]
+
+
+def test_the_newest_without_a_part_gives_way_where_more_of_it_is_damaged(tmp_path, caplog):
+    first, newest = saved_with_a_damaged_part(tmp_path)
+    flip(newest / "state.pt")
+    checkpoints = Checkpoints(tmp_path, Processes(), keep=2)
+    shared, (own,) = checkpoints.load()
+    assert shared["step"] == 10
+    assert own["parts"]["a"] == {}
+    told, lost = caplog.messages
+    assert told.startswith(f"{newest} cannot be read: state.pt is damaged (BadZipFile")
+    assert lost == TOLD.format(first)
+    assert checkpoints.complete() == [first]
+
+
+def test_a_part_that_no_checkpoint_has_any_more_is_told(tmp_path, caplog):
+    checkpoints = Checkpoints(tmp_path, Processes(), keep=1)
+    save(checkpoints, 10, 1, 2)
+    (checkpoints.complete()[0] / "process-00000-part-1.pt").unlink()
+    _, (own,) = Checkpoints(tmp_path, Processes(), keep=1).load()
+    assert own["parts"].keys() == {"part-1", "part-2"}
+    assert own["parts"]["part-1"] == {}
+    assert "process-00000-part-1.pt'; no checkpoint is whole" in caplog.text
 
 
 def test_who_reads_alone_renames_nothing(tmp_path):

@@ -1,6 +1,7 @@
 """The harness of faults: it finds what it looks for, and a short form of it runs here."""
 
 import json
+import os
 import subprocess
 import sys
 from random import Random
@@ -12,7 +13,7 @@ from support.launching import ROOT, environment, launch
 from support.machine import need
 
 from benchmarks.trials.comparison import Outcome, difference
-from benchmarks.trials.damages import damage
+from benchmarks.trials.damages import copy_with_links, damage
 from benchmarks.trials.data_damages import DataDamages, Format
 from benchmarks.trials.programs import End
 
@@ -48,6 +49,32 @@ def test_lost_rows_may_be_missing_and_no_others_there():
     twice = outcome()
     twice.rows["train"]["step"][:] = 1
     assert difference(twice, outcome(), lost_rows=True) == "metrics.h5: train has rows twice"
+
+
+def test_a_copy_keeps_files_that_are_one(tmp_path):
+    """Otherwise damage to what checkpoints share is never tried."""
+    folder, copied = tmp_path / "folder", tmp_path / "copied"
+    (folder / "first").mkdir(parents=True)
+    (folder / "first" / "part").write_text("content")
+    os.link(folder / "first" / "part", folder / "other")
+    (folder / "alone").write_text("content")
+    copy_with_links(folder, copied)
+    assert (copied / "first" / "part").samefile(copied / "other")
+    numbers = {path.stat().st_ino for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(numbers) == 4
+    assert (copied / "alone").read_text() == (copied / "other").read_text() == "content"
+
+
+def test_stabilities_may_be_unknown_where_bases_are_lost():
+    mine, theirs = outcome(), outcome()
+    for each, value in ((mine, np.nan), (theirs, 0.5)):
+        steps = np.arange(2)
+        each.rows["stability"] = {"step": steps, "mean_stability": np.array([np.nan, value])}
+        each.state["process-00000-stability-epochs-00000001.pt"] = {"weight": value}
+    assert difference(mine, theirs) is not None
+    assert difference(mine, theirs, lost_bases=True) is None
+    mine.rows["stability"]["step"] = np.arange(3)
+    assert difference(mine, theirs, lost_bases=True) == "metrics.h5: stability/step"
 
 
 def test_an_evaluation_by_other_processes_may_differ_by_rounding():

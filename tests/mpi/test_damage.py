@@ -1,7 +1,10 @@
 """Damage to metrics.h5: found or without effect, never a hang and never another row."""
 
 import json
+import math
 import random
+import re
+import shutil
 
 import h5py
 import numpy as np
@@ -9,7 +12,7 @@ import pytest
 from support.launching import launch, train
 from support.metrics_rows import LAYERS, create, spectrum_row, stability_row, train_row
 from support.recorders import resume
-from support.tiny_run import TINY, last_checkpoint
+from support.tiny_run import DISTURBED, TINY, last_checkpoint, metrics
 
 from app.errors import UserError
 from app.recording import swmr
@@ -146,6 +149,59 @@ def test_a_run_goes_on_after_damage_to_its_metrics(tmp_path):
     assert f"WARNING: {path} is damaged (" in result.stderr
     assert (tmp_path / "metrics-damaged.h5").read_bytes() == content
     assert read_rows(path, "eval")["epoch"].tolist() == [1, 2, 3, 4, 4]
+
+
+def damage_in_place(path):
+    """Flip a bit of the file's content, where several names may lead to."""
+    with path.open("r+b") as file:
+        middle = file.seek(path.stat().st_size // 2)
+        (byte,) = file.read(1)
+        file.seek(middle)
+        file.write(bytes([byte ^ 1]))
+
+
+def part_of(folder, process, epoch):
+    return folder / f"process-{process:05d}-stability-epochs-{epoch:08d}.pt"
+
+
+def test_damage_that_all_checkpoints_share_costs_bases_alone(tmp_path):
+    """A part is one file for all of them: none could be read, and the run was lost."""
+    damaged, whole = tmp_path / "damaged", tmp_path / "whole"
+    train(0, *TINY, f"run.dir={damaged}", "run.stop_after=20", code=75)
+    shutil.copytree(damaged, whole)
+    first, newest = sorted((damaged / "checkpoints").glob("step-*"))
+    assert part_of(first, 0, 2).samefile(part_of(newest, 0, 2))
+    damage_in_place(part_of(newest, 0, 2))
+    result = train(0, "--resume", damaged, "run.stop_after=null")
+    told = f"WARNING: {newest}: {part_of(newest, 0, 2).name} is damaged ("
+    assert result.stderr.count(told) == 1
+    assert "used without the bases of stability that were in there" in result.stderr
+    train(0, "--resume", whole, "run.stop_after=null")
+    rows = metrics(damaged), metrics(whole)
+    for name, values in rows[1].items():
+        if "stability" not in name:
+            np.testing.assert_array_equal(rows[0][name], values, err_msg=name)
+    # Of the window of two epochs, that of epoch 2 is the one that epoch 4 is compared with.
+    means = [each["stability/mean_stability"].tolist() for each in rows]
+    assert means[0][:4] == pytest.approx(means[1][:4], abs=0, nan_ok=True)
+    assert [math.isnan(each[4]) for each in means] == [True, False]
+
+
+def test_damage_to_one_process_bases_leaves_all_alike(tmp_path):
+    """It is stopped in the evaluation, and the others do not measure again at the epoch's end."""
+    folder = tmp_path / "run"
+    arguments = [*TINY, f"run.dir={folder}", "run.keep_checkpoints=1"]
+    launch(2, DISTURBED, "evaluation", 1, 16, *arguments, code=75)
+    (newest,) = (folder / "checkpoints").glob("step-*")
+    damage_in_place(part_of(newest, 1, 2))
+    result = train(2, "--resume", folder)
+    assert result.stderr.count(f"{part_of(newest, 1, 2).name} is damaged (") == 1
+    stability = read_rows(folder / "metrics.h5", "stability")
+    assert stability["step"].tolist() == [0, 8, 16, 24, 32]
+    rows = metrics(folder)
+    layers = {name for name in rows if re.fullmatch(r"layers/.*/stability/stability", name)}
+    lost = {name for name in layers if math.isnan(rows[name][4])}
+    assert 0 < len(lost) < len(layers)  # those of one of two owners
 
 
 def test_rows_that_a_checkpoint_holds_are_not_lost(tmp_path, caplog):
