@@ -60,6 +60,11 @@ def load(
     """
     path = DEFAULT_CONFIGURATION if path is None else Path(path)
     values = read(path, "--config")
+    if folder is not None and not values:  # as a node that fails may leave it: not all defaults
+        raise UserError(
+            f"{named(str(path))} is empty: put the configuration of the run back, which state.pt "
+            "of each of its checkpoints holds, too, under configuration"
+        )
     set_default_name(values, path.stem)
     apply_overrides(values, overrides, folder=folder)
     return build(values)

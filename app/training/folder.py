@@ -10,8 +10,9 @@ import logging
 import os
 import shlex
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -251,17 +252,25 @@ def finished(folder: Path, configuration: Configuration) -> dict[str, Any] | Non
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file atomically: readers see the old one or the new one.
+    """Write a file atomically, to the disk: readers see the old one or the new one.
 
     Raises:
         StorageError: it cannot be written.
     """
-    temporary = path.with_name(path.name + ".partial")
+    # Under a name of its own: workers of a search may write the same file at once.
+    partial = path.with_name(f"{path.name}.partial-{uuid.uuid4().hex[:12]}")
     try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
+        with partial.open("x") as file:
+            file.write(text)
+            file.flush()
+            # Otherwise the new name may reach the disk before what the file holds.
+            os.fsync(file.fileno())
+        os.replace(partial, path)
     except OSError as error:
         raise StorageError(f"run.dir: cannot write {path}: {error.strerror}") from None
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def _agents(runtime: Runtime) -> list[str]:

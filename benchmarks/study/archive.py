@@ -6,7 +6,6 @@ are, so a cell that comes from a file can be read, and not resumed.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
@@ -85,6 +84,8 @@ def pack(path: Path, cells: Path, places: Iterable[Path]) -> None:
     Raises:
         UserError: a line of it is no cell.
     """
+    from app.training.folder import write_text
+
     lines = _lines(path)
     for place in places:
         name = place.relative_to(cells.resolve()).as_posix()
@@ -100,9 +101,7 @@ def pack(path: Path, cells: Path, places: Iterable[Path]) -> None:
         lines[name] = Line(place=name, cell=record, summary=summary)
     text = "".join(json.dumps(lines[name].model_dump()) + "\n" for name in sorted(lines))
     if not path.exists() or path.read_text() != text:
-        temporary = path.with_name(f"{path.name}.partial")
-        temporary.write_text(text)
-        os.replace(temporary, path)
+        write_text(path, text)
 
 
 def _add_fingerprints(place: Path, line: Line) -> None:

@@ -146,10 +146,10 @@ def write_summary(place: Path, summary: dict[str, Any]) -> None:
 
 
 def _write(path: Path, document: dict[str, Any]) -> None:
+    from app.training.folder import write_text
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.partial")
-    temporary.write_text(json.dumps(document, indent=1) + "\n")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(document, indent=1) + "\n")
 
 
 def validation_figure(summary: dict[str, Any]) -> float:

@@ -1,20 +1,24 @@
 """A run's folder: nothing in it is overwritten, and what is lost in it is told."""
 
+import errno
 import json
+import os
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 from support.launching import train as launched
 from support.tiny_run import TINY
 
 from app import config
-from app.errors import AgreedUserError, UserError
+from app.errors import AgreedUserError, StorageError, UserError
 from app.recording.store import read_rows
 from app.runtime.processes import start_runtime
 from app.runtime.stop_signal import StopSignal
 from app.search.definition import STORED
 from app.training import run
-from app.training.folder import check_free
+from app.training.folder import check_free, write_text
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +140,63 @@ def test_epochs_of_another_length_are_refused(copied, key):
     assert result.stderr.startswith("error: an epoch has 4 steps now and had 8 when")
     assert "training.accumulation" in result.stderr
     assert contents(copied) == before
+
+
+@pytest.mark.parametrize("text", ["", "\n", "# run\n"])
+def test_an_empty_configuration_is_not_one_of_defaults(tmp_path, text):
+    """A node that failed could leave one, and the run went on with all defaults."""
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"^{re.escape(str(path))} is empty: put the configuration"):
+        config.load(path, folder=str(tmp_path))
+
+
+# What is written
+
+
+def test_two_that_write_one_file_at_once_meet_no_error(tmp_path, monkeypatch):
+    """As the workers of a search do with best.yaml."""
+    path, replace, others = tmp_path / "best.yaml", os.replace, ["theirs"]
+
+    def overtaken(source, target):
+        if others:
+            write_text(path, others.pop())
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", overtaken)
+    write_text(path, "mine")
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("best.yaml", "mine")]
+
+
+def test_a_text_has_its_name_when_it_is_on_the_disk(tmp_path, monkeypatch):
+    happened, replace = [], os.replace
+
+    def sync(handle):
+        happened.append(Path(f"/proc/self/fd/{handle}").read_text())
+
+    def named(source, target):
+        happened.append(target.name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", named)
+    write_text(tmp_path / "config.yaml", "run: {}")
+    assert happened == ["run: {}", "config.yaml"]
+
+
+def test_a_text_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "config.yaml"
+    path.write_text("before")
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match=r"cannot write .*config.yaml: No space left on device"):
+        write_text(path, "after")
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [
+        ("config.yaml", "before")
+    ]
 
 
 # What it comes to

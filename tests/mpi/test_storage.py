@@ -64,7 +64,7 @@ def test_an_impossible_name_is_one_line(tmp_path, arguments, message):
     assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["metrics.h5.partial", "config.yaml.partial", "checkpoints"])
+@pytest.mark.parametrize("name", ["metrics.h5.partial", "config.yaml", "checkpoints"])
 def test_what_is_in_the_way_is_named(tmp_path, name):
     if name == "checkpoints":
         (tmp_path / name).touch()

@@ -89,6 +89,8 @@ def _cut(path: Path, first_step: int | None) -> None:
         if header:
             kept.writerow(header)
             kept.writerows(row for row in rows if len(row) == len(header) and _step_of(row) <= end)
+        new.flush()
+        os.fsync(new.fileno())
     os.replace(partial, path)
 
 
