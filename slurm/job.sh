@@ -87,6 +87,26 @@ results() {
         sed -E 's|(/step-[0-9]+)-[0-9]+$|\1|' | sort -u
 }
 
+# Where the run has been saved whose folder was moved or removed meanwhile: beside that, or beside
+# what it leads to.
+rescued() {
+    local step
+    for step in "$run_dir"-rescued*/checkpoints/step-* \
+        "$(readlink -m "$run_dir")"-rescued*/checkpoints/step-*; do
+        if [ -d "$step" ]; then
+            readlink -m "$step/../.."
+        fi
+    done | sort -u
+}
+
+# Of what a command lists now, what it had not listed before; what is gone does not count.
+#   new_of COMMAND LISTED_BEFORE
+new_of() {
+    local now
+    now=$("$1" || true)
+    comm -13 <(echo "$2") <(echo "$now")
+}
+
 # Run a step in run_dir to its end; return only if it is done, otherwise requeue the job or fail.
 supervise() {
     echo "Job $job on ${SLURM_JOB_NODELIST:-this node}, $processes processes, restart ${SLURM_RESTART_COUNT:-0}:"
@@ -95,8 +115,9 @@ supervise() {
     if $stopped; then
         requeue "Stopped before the start" 75
     fi
-    local before exit_code interrupted=true terminated=false
+    local before rescued_before saved exit_code interrupted=true terminated=false
     before=$(results || true)
+    rescued_before=$(rescued)
     # Slurm tells all processes by itself, and decides by itself whether the job is requeued.
     trap 'interrupted=true; terminated=true' TERM
     "$@" &
@@ -116,6 +137,12 @@ supervise() {
 
     if [ "$exit_code" -eq 0 ]; then
         return
+    fi
+    saved=$(new_of rescued "$rescued_before")
+    if [ -n "$saved" ]; then # where the run was it would begin with its first step
+        echo "Failed (exit code $exit_code), and $run_dir is not what it was: the run is saved in" \
+            "$saved; put that back, or let a job go on with it by RUN_DIR=$saved" >&2
+        exit "$exit_code"
     elif [ "$exit_code" -eq 2 ] || $terminated; then
         exit "$exit_code"
     elif [ "$exit_code" -eq 75 ] || $stopped; then
@@ -125,7 +152,7 @@ supervise() {
             in_vain="$(dirname "$run_dir")/.$(basename "$run_dir").stopped-in-vain"
         fi
         now="$SLURM_JOB_ID $(results || true)"
-        if [ "$now" != "$SLURM_JOB_ID $before" ]; then
+        if [ -n "$(new_of results "$before")" ]; then
             rm -f "$in_vain" || true
         elif [ "$(cat "$in_vain" 2>/dev/null)" = "$now" ]; then
             echo "Stopped (exit code $exit_code) for the second time without new results: give it" \
@@ -136,7 +163,7 @@ supervise() {
             echo "$now" >"$in_vain" || true
         fi
         requeue "Stopped (exit code $exit_code)" "$exit_code"
-    elif [ "$(results || true)" != "$before" ]; then
+    elif [ -n "$(new_of results "$before")" ]; then
         requeue "Failed (exit code $exit_code), after new results" "$exit_code"
     else # it would fail again
         echo "Failed (exit code $exit_code), without new results: $run_dir" >&2

@@ -243,6 +243,40 @@ def test_progress_is_seen_behind_a_link(site: Path) -> None:
     assert (site / "scontrol_arguments").exists()
 
 
+def test_results_that_are_gone_are_no_new_ones(site: Path) -> None:
+    checkpoints = site / "runs" / f"oialr_resnet-{JOB}" / "checkpoints"
+    (checkpoints / "step-00000100").mkdir(parents=True)
+    install(site, "srun", FAKE_SRUN.format(body=f"rm -r {checkpoints}; exit 1"))
+    exit_code, _, errors = submit(site)
+    assert exit_code == 1
+    assert "without new results" in errors
+    assert not (site / "scontrol_arguments").exists()
+
+
+@pytest.mark.parametrize("code", [1, 75])
+@pytest.mark.parametrize("is_link", [False, True])
+def test_a_run_that_is_saved_elsewhere_does_not_begin_anew(
+    site: Path, code: int, is_link: bool
+) -> None:
+    """Its folder was moved away; the job came back and trained there from the first step on."""
+    folder = site / ("scratch" if is_link else "mine")
+    (folder / "checkpoints" / "step-00000100").mkdir(parents=True)
+    if is_link:
+        (site / "mine").symlink_to("scratch")
+    saved = site / f"{folder.name}-rescued"
+    made = f"mkdir -p {saved}/checkpoints/step-00000120"
+    install(site, "srun", FAKE_SRUN.format(body=f"mv {folder} {site}/moved; {made}; exit {code}"))
+    exit_code, _, errors = submit(site, RUN_DIR="mine")
+    assert exit_code == code
+    assert f"the run is saved in {saved}; " in errors
+    assert f"RUN_DIR={saved}" in errors
+    assert not (site / "scontrol_arguments").exists()
+    body = f"mkdir -p {folder}/checkpoints/step-00000200; exit 1"  # with one that was there before
+    install(site, "srun", FAKE_SRUN.format(body=body))
+    assert submit(site, RUN_DIR="mine")[0] == 1
+    assert (site / "scontrol_arguments").exists()
+
+
 def test_exit_code_75_requeues_the_job(site: Path) -> None:
     install(site, "srun", FAKE_SRUN.format(body="exit 75"))
     assert submit(site)[0] == 75
