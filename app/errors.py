@@ -9,6 +9,7 @@ from oialr.errors import (
     DifferingReplicasError,
     DivergedError,
     UserError,
+    of_the_machine,
     refused_path,
 )
 
@@ -21,6 +22,7 @@ __all__ = [
     "StorageError",
     "TakenOverError",
     "UserError",
+    "of_the_machine",
     "one_line",
     "refused_path",
     "refusing_paths",

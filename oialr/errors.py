@@ -12,6 +12,8 @@ _REFUSALS = {
     errno.ENAMETOOLONG: "; name a shorter path",
 }
 """What the system says of a path, whatever is done with it, and the cure."""
+_MACHINE = ("can't allocate memory", "out of memory", "CUDA error")
+"""What RuntimeErrors say that are no mistake of anybody."""
 
 
 class UserError(Exception):
@@ -46,3 +48,17 @@ def refused_path(error: OSError) -> str | None:
     shown = path if len(path) <= LONGEST_PATH else f"{path[:60]}..."
     shown = shown if shown.isprintable() else repr(shown)
     return f"{shown}: {error.strerror}{_REFUSALS[error.errno]}"
+
+
+def of_the_machine(error: BaseException) -> bool:
+    """Whether an error says that memory has run out or that a device has failed.
+
+    torch raises most of its errors as RuntimeError, so where those are taken for somebody's mistake
+    these are to be told apart.
+    """
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError | torch.AcceleratorError):
+        return True
+    # On CPUs, and as Module.load_state_dict wraps what it meets.
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _MACHINE)

@@ -11,6 +11,7 @@ from torch import nn
 
 from oialr.convert import put_in_place
 from oialr.copies import copied
+from oialr.errors import of_the_machine
 from oialr.layers.base import FactoredParts, hooks_of
 from oialr.layers.cost import MANY_ROWS
 from oialr.layers.registry import adapter_of
@@ -89,7 +90,9 @@ def for_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -
         try:
             with torch.no_grad():
                 made(*args, **kwargs)
-        except Exception:  # whatever the code of the network makes of it
+        except Exception as error:  # whatever the code of the network makes of it
+            if of_the_machine(error):
+                raise
             return None
         return made
 

@@ -65,7 +65,7 @@ GRAPH = {
     "followers": {"convert", "forms", "layers", "preparation", "transport", "wrappers"},
     "forms": {"convert", "layers", "obstacles"},
     "gradients": set(),
-    "inference": {"convert", "copies", "layers", "linalg", "naming", "sharding"},
+    "inference": {"convert", "copies", "errors", "layers", "linalg", "naming", "sharding"},
     "input_moments": {"convert", "layer_survey", "linalg", "naming", "placement"},
     "integrations": {"errors", "export", "method", "preparation", "stability", "wrappers"},
     "layer_survey": {

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from app.errors import of_the_machine
+
 logger = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 1 << 20
@@ -76,7 +78,7 @@ def load_verified(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # written whole, but not by torch.save
-        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        if of_the_machine(error):
             raise  # no damage: others may read it
         reason = f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0]
         raise DamagedFileError(f"{path.name} cannot be loaded ({reason})") from None

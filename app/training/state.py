@@ -9,7 +9,7 @@ import torch
 
 from app.config import parse, to_yaml
 from app.config.yaml_text import dump_value
-from app.errors import UserError, one_line
+from app.errors import UserError, of_the_machine, one_line
 from app.training.build import Parts
 from app.training.early_stopping import EarlyStopping
 from app.training.same_data import check_stored_data, preprocessing_of, restore_preprocessing
@@ -92,6 +92,8 @@ def restore(
     try:
         _load(parts, early_stopping, shared, own)
     except (ValueError, RuntimeError, KeyError) as error:
+        if of_the_machine(error):
+            raise
         message = one_line(error)[:300]
         raise UserError(
             f"the checkpoint does not fit the configuration (was it changed?): {message}"

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from oialr.compatibility import without_fused_attention
 from oialr.convert import to_dense
 from oialr.copies import copied
-from oialr.errors import ExportError, UserError
+from oialr.errors import ExportError, UserError, of_the_machine
 from oialr.export import SUFFIXES
 from oialr.export.state import dense_state, load_dense, read_stored, state_bytes, two_factors
 from oialr.files import load, save
@@ -224,6 +224,8 @@ def _program(model: nn.Module, samples: Samples) -> torch.export.ExportedProgram
             plain = for_call(model, args, kwargs)
             return torch.export.export(plain, args, kwargs, dynamic_shapes=shapes[1] or shapes[0])
     except Exception as error:  # whatever the code of the network makes of it
+        if of_the_machine(error):
+            raise
         raise ExportError(
             f"torch.export cannot follow this network with a batch of any size: "
             f"{_first_line(error)}"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from oialr.convert import densify_layer, to_dense
 from oialr.copies import copied
+from oialr.errors import of_the_machine
 from oialr.linalg.precision import full_precision
 from oialr.sharding import whole
 from oialr.skeleton import dense_skeleton, factored_weights
@@ -101,6 +102,8 @@ def _load_strictly(model: nn.Module, weights: Mapping[str, Tensor], named: str) 
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
+        if of_the_machine(error):
+            raise
         problem = str(error).partition("\n")[2].strip().partition("\n")[0]
         raise ValueError(f"{named} belongs to another network: {problem}") from error
     return model

@@ -9,11 +9,13 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
+from app import config
 from app.errors import AgreedStorageError, UserError
 from app.training import files as written_files
+from app.training import state as states
 from app.training.checkpoint import Checkpoints
 from app.training.early_stopping import BEST_KEYS, EarlyStopping
-from app.training.state import _load
+from app.training.state import _load, restore
 from oialr.placement.processes import Processes
 
 
@@ -385,6 +387,33 @@ def test_a_checkpoint_of_a_cpu_is_restored_on_a_gpu(monkeypatch):
     assert known == []
     _load(parts, None, shared, [{"random_state": state, "random_state_cuda": state}])
     assert known == [state]
+
+
+WRAPPED = """Error(s) in loading state_dict for Linear:
+While copying the parameter named "weight", an exception occurred : ('CUDA error: unspecified',)."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        torch.AcceleratorError("CUDA error: unspecified launch failure"),
+        RuntimeError(WRAPPED),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
+        RuntimeError("size mismatch for weight"),
+    ],
+)
+def test_a_fault_of_the_machine_is_no_mistake_in_the_configuration(monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    configuration = config.load(None, [])
+    parts = MagicMock(configuration=configuration, method=None)
+    monkeypatch.setattr(states, "_load", fail)
+    is_mistake = "size mismatch" in str(error)
+    with pytest.raises(UserError if is_mistake else type(error)) as caught:
+        restore(parts, None, {"configuration": config.to_yaml(configuration), "method": None}, [])
+    assert is_mistake == ("does not fit the configuration" in str(caught.value))
 
 
 def test_a_checkpoint_is_seen_when_it_is_on_the_disk_and_the_folder_is_ours(tmp_path, monkeypatch):

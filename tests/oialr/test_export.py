@@ -14,6 +14,7 @@ from oialr.compatibility import import_torchvision
 from oialr.convert import get_layer, to_dense
 from oialr.errors import ExportError
 from oialr.export import SUFFIXES, files, formats
+from oialr.export.state import load_dense
 from oialr.layers.base import FactoredLayer
 from oialr.skeleton import factored_weights
 
@@ -347,6 +348,30 @@ def test_a_file_of_a_network_that_does_more_than_to_call_its_layers(form, tmp_pa
                 exported(*args, **kwargs)
     for found in calls:
         torch.testing.assert_close(tree_leaves(found)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+class TooLarge(Two):
+    def forward(self, a, b):
+        raise torch.OutOfMemoryError("out of memory")
+
+
+def test_memory_that_runs_out_is_no_fault_of_the_network(tmp_path):
+    """All layers were made dense for it, and torch.export got the blame."""
+    samples = tuple(torch.randn(2, 3, 64))
+    with pytest.raises(torch.OutOfMemoryError):
+        oialr.export_torch(low_rank(TooLarge(), 0.1), tmp_path / "a.pt2", samples)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_device_that_fails_is_no_other_network(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("Error(s) in loading:\n an exception occurred : ('CUDA error: 700',)")
+
+    model = Two()
+    state = model.state_dict()
+    monkeypatch.setattr(nn.Module, "load_state_dict", fail)
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        load_dense(model, state, "model.pt")
 
 
 def test_arguments_may_be_a_list_as_a_loader_gives_it(tmp_path):
