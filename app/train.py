@@ -88,7 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.explain or options.dry_run:
         return _look(configuration, options)
-    return _run(configuration, resume=options.resume is not None)
+    resume = options.resume is not None
+    stop_given = resume and "run.stop_after" in dict(map(config.parse_override, options.overrides))
+    return _run(configuration, resume=resume, stop_given=stop_given)
 
 
 def _read_configuration(options: argparse.Namespace) -> Configuration:
@@ -130,7 +132,7 @@ def _look(configuration: Configuration, options: argparse.Namespace) -> int:
     return 0
 
 
-def _run(configuration: Configuration, *, resume: bool) -> int:
+def _run(configuration: Configuration, *, resume: bool, stop_given: bool) -> int:
     """Start the processes, train, and end all of them alike."""
     from app.runtime.stop_signal import StopSignal
 
@@ -159,7 +161,14 @@ def _run(configuration: Configuration, *, resume: bool) -> int:
 
             try:
                 with refusing_paths():
-                    outcome = train(configuration, runtime, stop_signal, resume=resume, log=log)
+                    outcome = train(
+                        configuration,
+                        runtime,
+                        stop_signal,
+                        resume=resume,
+                        stop_given=stop_given,
+                        log=log,
+                    )
             except AgreedUserError as error:
                 log.note(f"error: {error}")  # shown by run_command
                 raise

@@ -53,6 +53,7 @@ def train(
     stop_signal: StopRequest,
     *,
     resume: bool,
+    stop_given: bool = False,
     test: bool = True,
     log: Log | None = None,
     on_epoch: EpochObserver | None = None,
@@ -68,6 +69,8 @@ def train(
         stop_signal: asks for a stop.
         resume: go on from the newest checkpoint in run.dir; from the start if there is none. So
             does a run that torchrun starts anew.
+        stop_given: run.stop_after was given with the resume, and must be a step to come; a stored
+            one may have stopped the run already.
         test: evaluate the test part at the end; a search leaves it to the winner.
         log: of this process; told of the run's folder as soon as there is one, on every process.
         on_epoch: told of every epoch, on every process, in place of progress lines. It ends the
@@ -99,7 +102,9 @@ def train(
             ownership.take(earlier)
         nodes = check_nodes(configuration, runtime)
         parts = build(configuration, runtime, initial=earlier is None, tell=watchdog.progress)
-        storage = open_storage(parts, watchdog, ownership, earlier=earlier, test=test)
+        storage = open_storage(
+            parts, watchdog, ownership, earlier=earlier, stop_given=stop_given, test=test
+        )
         log.begin(storage.folder)
         if runtime.is_first:
             point_to(storage.folder)

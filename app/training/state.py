@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -120,6 +121,24 @@ def check_epochs(parts: Parts, shared: Mapping[str, Any]) -> None:
             "written, so that the learning rates would end before the run or after it: go on with "
             "the data and the training.batch_size of before (training.accumulation takes it in "
             "parts), or start a new run with model.initial=DIR for the weights"
+        )
+
+
+def check_stop(parts: Parts, folder: Path) -> None:
+    """Reject a stop at a step that the run has behind it: it would not stop any more.
+
+    Args:
+        parts: at the step of a checkpoint.
+        folder: of the run.
+
+    Raises:
+        UserError: so it is.
+    """
+    stop, step = parts.configuration.run.stop_after, parts.position.step
+    if stop is not None and step >= stop:
+        raise UserError(
+            f"run.stop_after: {stop}, but the run in {folder} has {step} steps already; give a "
+            "later step or null"
         )
 
 

@@ -28,7 +28,7 @@ from app.training.folder import (
     write_text,
 )
 from app.training.recorder import Recorder
-from app.training.state import check_epochs, restore
+from app.training.state import check_epochs, check_stop, restore
 from app.training.tidying import warn_of_missing_bases
 from oialr.placement.processes import Processes
 
@@ -75,7 +75,13 @@ class Ownership:
 
 
 def open_storage(
-    parts: Parts, watchdog: Watchdog, ownership: Ownership, *, earlier: Path | None, test: bool
+    parts: Parts,
+    watchdog: Watchdog,
+    ownership: Ownership,
+    *,
+    earlier: Path | None,
+    stop_given: bool,
+    test: bool,
 ) -> Storage:
     """Make or find the run's folder, and bring the parts to its checkpoint. A collective call.
 
@@ -84,6 +90,8 @@ def open_storage(
         watchdog: told of the progress.
         ownership: of the folder, which is taken as soon as there is one.
         earlier: folder of a run that goes on; None: a new one is made.
+        stop_given: whether run.stop_after was given for this session. One that was stored may be
+            behind the run, which it has stopped.
         test: whether the test part is evaluated at the end. If not, and no checkpoints are kept,
             nobody needs the best weights.
 
@@ -114,6 +122,7 @@ def open_storage(
     if state:
         processes.agree(lambda: check_epochs(parts, state[0]))
         processes.agree(lambda: restore(parts, early_stopping, *state))
+        processes.agree(lambda: check_stop(parts, folder) if stop_given else None)
         warn_of_missing_bases(parts, state[1])
     elif earlier:  # stopped before its first checkpoint
         processes.agree(lambda: _begin_anew(folder, ownership) if runtime.is_first else None)

@@ -318,9 +318,14 @@ def _is_done(place: Path, stop_after: int | None) -> bool:
     """Tell whether a run has come to its end, or as far as it was to come."""
     if (place / "summary.json").exists():
         return True
+    return stop_after is not None and _newest_step(place) >= stop_after
+
+
+def _newest_step(place: Path) -> int:
+    """Return the step of a run's newest checkpoint; 0 if there is none."""
     # A step that was stored once more has a number behind it: step-00000050-1.
     steps = [int(path.name.split("-")[1]) for path in (place / "checkpoints").glob("step-*[0-9]")]
-    return stop_after is not None and max(steps, default=0) >= stop_after
+    return max(steps, default=0)
 
 
 def agrees(record: dict[str, Any], code: Code) -> bool:

@@ -142,6 +142,25 @@ def test_epochs_of_another_length_are_refused(copied, key):
     assert contents(copied) == before
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [8, 16])
+def test_a_stop_that_the_run_has_behind_it_is_refused(copied, step):
+    """It trained to its end, without a word."""
+    before = contents(copied)
+    result = launched(0, "--resume", copied, f"run.stop_after={step}", code=2)
+    assert result.stderr == (
+        f"error: run.stop_after: {step}, but the run in {copied} has 16 steps already; give a "
+        "later step or null\n"
+    )
+    assert contents(copied) == before
+
+
+@pytest.mark.slow
+def test_the_stored_stop_that_the_run_has_come_to_stops_it_no_more(copied):
+    launched(0, "--resume", copied)
+    assert json.loads((copied / "summary.json").read_text())["steps"] == 32
+
+
 @pytest.mark.parametrize("text", ["", "\n", "# run\n"])
 def test_an_empty_configuration_is_not_one_of_defaults(tmp_path, text):
     """A node that failed could leave one, and the run went on with all defaults."""
