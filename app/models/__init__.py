@@ -1,14 +1,15 @@
 """Networks by name: our own, those of timm, and any by import path. Built full-rank, at random."""
 
 import difflib
+import re
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from app.errors import UserError, typed_line
+from app.errors import UserError, of_the_machine, typed_line
 from app.import_path import import_by_path, is_import_path
 from oialr.compatibility import import_torchvision
 
@@ -33,6 +34,8 @@ _CONSTRUCTION_ERRORS = (
     ValueError,
 )
 """What constructors raise at arguments that they do not expect."""
+_OF_META = re.compile(r"(?<![a-z])meta(?![a-z])", re.IGNORECASE)
+"""What errors name that come of tensors without numbers."""
 
 
 Outputs = int | tuple[int, ...]
@@ -94,6 +97,8 @@ def build(
     try:
         return constructor(**{**filled_in, **arguments})
     except _CONSTRUCTION_ERRORS as error:
+        if of_the_machine(error):
+            raise
         raise UserError(
             f"model.arguments: {name} cannot be built with {dict(arguments)}: {typed_line(error)}"
         ) from None
@@ -107,6 +112,8 @@ def _build_own(
     try:
         model = function(**{"input_shape": input_shape, "outputs": outputs, **arguments})
     except _CONSTRUCTION_ERRORS as error:
+        if of_the_machine(error):
+            raise
         raise UserError(
             f"model.arguments: {name} cannot be built with input_shape={tuple(input_shape)}, "
             f"outputs={outputs} and {dict(arguments)}: {typed_line(error)}"
@@ -124,31 +131,55 @@ def check(
     input_shape: tuple[int, ...],
     outputs: Outputs,
     dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
 ) -> None:
     """Find out early, without memory or computation, whether a network can be built and fits.
 
-    It is built on the meta device and given a batch there, which draws no random numbers.
+    It is built on the meta device and given a batch there, which draws no random numbers. Code that
+    looks at the numbers in a tensor fails there, and may be right: such a network is tried out on
+    the device of the run, and random states are left as they were.
 
     Args:
         section: names the network.
         input_shape: of a sample.
         outputs: expected of it.
         dtype: of the inputs.
+        device: of the run; by default the CPU.
 
     Raises:
         UserError: as in :func:`build`; or the network cannot take these inputs, or gives other
             outputs.
     """
+    try:
+        with torch.device("meta"):
+            _try_out(section, torch.empty(2, *input_shape, dtype=dtype), outputs)
+    except UserError as error:
+        if not _OF_META.search(str(error)):
+            raise
+        device = device or torch.device("cpu")
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            _try_out(section, torch.zeros(2, *input_shape, dtype=dtype, device=device), outputs)
+
+
+@torch.no_grad()
+def _try_out(section: "ModelSection", batch: Tensor, outputs: Outputs) -> None:
+    """Build a network on the default device and call it where the batch is.
+
+    Raises:
+        UserError: as of :func:`check`.
+    """
+    input_shape = tuple(batch.shape[1:])
     inputs = {1: "samples", 2: "series", 3: "images"}.get(len(input_shape), "samples")
-    with torch.device("meta"), torch.no_grad():
-        model = build(section.name, section.arguments, input_shape=input_shape, outputs=outputs)
-        try:
-            result = model.eval()(torch.empty(2, *input_shape, dtype=dtype))
-        except _CONSTRUCTION_ERRORS as error:
-            raise UserError(
-                f"model.name: {section.name} with {section.arguments} cannot take {inputs} of "
-                f"shape {tuple(input_shape)}: {typed_line(error)}"
-            ) from None
+    model = build(section.name, section.arguments, input_shape=input_shape, outputs=outputs)
+    try:
+        result = model.eval().to(batch.device)(batch)
+    except _CONSTRUCTION_ERRORS as error:
+        if of_the_machine(error):
+            raise
+        raise UserError(
+            f"model.name: {section.name} with {section.arguments} cannot take {inputs} of "
+            f"shape {input_shape}: {typed_line(error)}"
+        ) from None
     shape = getattr(result, "shape", None)
     expected = (2, outputs) if isinstance(outputs, int) else (2, *outputs)
     if shape != expected:

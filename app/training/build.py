@@ -178,7 +178,7 @@ def _build_task_and_model(
         )
     )
     check_same_data(task, processes)
-    model = processes.agree(lambda: _build_model(configuration, task))
+    model = processes.agree(lambda: _build_model(configuration, task, runtime.device))
     if configuration.training.synchronize_batch_norm:
         dense = model
         model = processes.agree(lambda: synchronize_batch_norm(dense, processes, runtime.device))
@@ -216,13 +216,14 @@ def _build_method(
         raise UserError(f"oialr: {error}") from None
 
 
-def _build_model(configuration: Configuration, task: Task) -> torch.nn.Module:
+def _build_model(configuration: Configuration, task: Task, device: torch.device) -> torch.nn.Module:
     """Build the full-rank network, with the same bits on all processes."""
     models.check(
         configuration.model,
         input_shape=task.input_shape,
         outputs=task.outputs,
         dtype=task.example_batch().inputs.dtype,
+        device=device,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(configuration.run.seed)

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.documentation import blocks
@@ -12,7 +13,7 @@ from support.launching import train
 from torch import Tensor, nn
 
 from app import config, models
-from app.config.settings import Configuration
+from app.config.settings import Configuration, ModelSection
 from app.data import TensorTask, build_task
 from app.data.building import _MEMBERS
 from app.errors import AgreedUserError, UserError
@@ -244,6 +245,82 @@ def test_what_is_wrong_with_a_network_is_told(
 ) -> None:
     with pytest.raises(UserError, match=message):
         models.build(name, arguments, input_shape=(5,), outputs=3)
+
+
+TABLE = torch.full((5,), 2.0)
+
+
+class Headed(nn.Module):
+    """What networks have in common that look at numbers, which tensors on meta have not."""
+
+    def __init__(self, *, input_shape: tuple[int, ...], outputs: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(input_shape[0], outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.head(x)
+        return outputs
+
+
+class LooksAtRates(Headed):
+    """As Swin Transformers do."""
+
+    def __init__(self, **place: Any) -> None:
+        super().__init__(**place)
+        self.rates = [rate.item() for rate in torch.linspace(0, 0.5, 3)]
+
+
+class HasATable(Headed):
+    def __init__(self, **place: Any) -> None:
+        super().__init__(**place)
+        self.register_buffer("table", torch.from_numpy(np.arange(5, dtype=np.float32)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + self.table)
+
+
+class HasAConstant(Headed):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * TABLE)
+
+
+class Decides(Headed):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if x.sum() > 0 else -x)
+
+
+class Counts(Headed):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * len(x.nonzero())
+
+
+@pytest.mark.parametrize("kind", [LooksAtRates, HasATable, HasAConstant, Decides, Counts])
+def test_a_network_may_look_at_numbers(kind: type[Headed]) -> None:
+    """They were refused, in words of the device meta, and the arguments got the blame."""
+
+    def check(**arguments: Any) -> None:
+        section = ModelSection(name=f"{__name__}:{kind.__name__}", arguments=arguments)
+        models.check(section, input_shape=(5,), outputs=3)
+
+    before = torch.get_rng_state()
+    check()
+    for arguments, message in (
+        ({"outputs": 4}, r"gives outputs of shape \(2, 4\) for 2 samples, expected \(2, 3\)$"),
+        ({"input_shape": [4]}, r"cannot take samples of shape \(5,\): RuntimeError: (mat1|a) and "),
+        ({"depth": 4}, "cannot be built with .* unexpected keyword argument 'depth'$"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check(**arguments)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def too_large(**place: Any) -> nn.Module:
+    raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+
+
+def test_memory_that_runs_out_is_no_wrong_argument() -> None:
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        models.build(f"{__name__}:too_large", {}, input_shape=(5,), outputs=3)
 
 
 def test_the_page_says_what_works() -> None:
