@@ -11,14 +11,7 @@ from dataclasses import dataclass
 from itertools import chain, combinations, pairwise
 from pathlib import Path
 
-from app.analysis.files import (
-    Source,
-    has_named_time,
-    has_number,
-    number_in,
-    times_in,
-    without_time,
-)
+from app.analysis.files import NamedTimes, Source, has_named_time, has_number, without_time
 from app.analysis.selection import Shapes
 
 
@@ -100,15 +93,22 @@ def drop_copies(found: Sequence[Found]) -> tuple[list[Found], list[PassedOver]]:
         ]
     else:
         kept = list(found)
+    names = _names(kept)
+
+    def trust(entry: Found) -> tuple[bool, bool]:
+        no_time = _time(entry) == (None, None) and names.number(entry.path) is None
+        return entry.source.is_named_copy, no_time
+
     some_are_no_copies = any(not entry.source.is_named_copy for entry in kept)
     originals: list[Found] = []
-    # Named copies come last, so that they are copies of the others and not the other way round.
-    for entry in sorted(kept, key=lambda entry: entry.source.is_named_copy):
-        original = next((other for other in originals if _is_copy(entry, other)), None)
+    # What is a copy by its name comes last, and before it what tells no time: so they are copies of
+    # the others and not the other way round.
+    for entry in sorted(kept, key=trust):
+        original = next((other for other in originals if _is_copy(entry, other, names)), None)
         if original is not None:
             reason = f"the same as {original.path.name}"
             passed_over.append(PassedOver(path=entry.path, reason=reason))
-        elif originals and _is_copy_by_name(entry, originals, some_are_no_copies):
+        elif originals and _is_copy_by_name(entry, originals, names, some_are_no_copies):
             passed_over.append(PassedOver(path=entry.path, reason="a copy by its name"))
         else:
             originals.append(entry)
@@ -124,12 +124,13 @@ def several_series(found: Sequence[Found]) -> str | None:
     Args:
         found: as :func:`drop_copies` returns them.
     """
+    names = _names(found)
     at: dict[tuple[tuple[str, int], ...], list[Found]] = {}
     for entry in found:
         if not entry.source.is_named_copy:
-            at.setdefault(tuple(sorted(times_in(entry.path).items())), []).append(entry)
+            at.setdefault(tuple(sorted(names.times(entry.path).items())), []).append(entry)
     for one, other in chain.from_iterable(combinations(entries, 2) for entries in at.values()):
-        if one.fingerprint == other.fingerprint or not _are_of_one_time(one, other):
+        if one.fingerprint == other.fingerprint or not _are_of_one_time(one, other, names):
             continue
         name = without_time(one.path)
         if one.path.parent != other.path.parent:
@@ -173,7 +174,8 @@ def order(found: Sequence[Found]) -> tuple[Series, list[PassedOver]]:
     for label, values in held.items():
         if None not in values and (choice := _by_time(label, found, values)):
             return choice
-    if series := _by_number(found, times(lambda entry: number_in(entry.path))):
+    names = _names(found)
+    if series := _by_number(found, times(lambda entry: names.number(entry.path)), names):
         return series, []
     for label, values in held.items():
         if choice := _by_time(label, found, values):
@@ -213,7 +215,9 @@ def _by_time(
     ]
 
 
-def _by_number(found: Sequence[Found], numbers: Sequence[int | None]) -> Series | None:
+def _by_number(
+    found: Sequence[Found], numbers: Sequence[int | None], names: NamedTimes
+) -> Series | None:
     """Sort by the numbers in all names; None where these need not be times.
 
     They are where they agree with the order of the names, or where words beside them say so.
@@ -222,7 +226,7 @@ def _by_number(found: Sequence[Found], numbers: Sequence[int | None]) -> Series 
     if len(known) < len(found):
         return None
     others = [entry for entry in known.values() if not entry.source.is_named_initial]
-    units = {frozenset(times_in(entry.path)) for entry in others}
+    units = {frozenset(names.times(entry.path)) for entry in others}
     have_words = len(units) == 1 and all(has_named_time(entry.path) for entry in others)
     if not have_words and any(a > b for a, b in pairwise(known)):
         return None
@@ -248,11 +252,15 @@ def compare(times: Sequence[int], window: int) -> Comparisons:
     return Comparisons(times=list(times), span=span, by_count=False)
 
 
+def _names(found: Sequence[Found]) -> NamedTimes:
+    return NamedTimes(entry.path for entry in found)
+
+
 def _time(entry: Found) -> tuple[int | None, int | None]:
     return entry.epoch, entry.step
 
 
-def _are_of_one_time(one: Found, other: Found) -> bool:
+def _are_of_one_time(one: Found, other: Found, names: NamedTimes) -> bool:
     """Whether the times that two checkpoints with equal times in their names hold are the same."""
     held = list(zip(_time(one), _time(other), strict=True))
     if one.within_epoch != other.within_epoch or any(
@@ -263,11 +271,13 @@ def _are_of_one_time(one: Found, other: Found) -> bool:
         return True
     if has_number(one.path) and has_number(other.path):
         return True
-    # The number is the folder's: nothing tells the time of a.pt and b.pt in run-7.
-    return one.path.name == other.path.name and bool(times_in(one.path))
+    # The number is the folder's: nothing tells the time of a.pt and b.pt in epoch-7.
+    return one.path.name == other.path.name and bool(names.times(one.path))
 
 
-def _is_copy_by_name(entry: Found, originals: Sequence[Found], others: bool) -> bool:
+def _is_copy_by_name(
+    entry: Found, originals: Sequence[Found], names: NamedTimes, others: bool
+) -> bool:
     """Whether a checkpoint that holds no time is one of the others, as its name says.
 
     It is not where the name tells a time that none of the others has.
@@ -275,20 +285,22 @@ def _is_copy_by_name(entry: Found, originals: Sequence[Found], others: bool) -> 
     Args:
         entry: the checkpoint.
         originals: those before it.
+        names: what the names of all of them tell.
         others: whether there are any whose names do not say that they are copies. Where all are
             the best, a number tells them apart; else it may be that of a ResNet-50.
     """
     if not entry.source.is_named_copy or _time(entry) != (None, None):
         return False
-    tells_time = has_named_time(entry.path) if others else has_number(entry.path)
-    return not tells_time or number_in(entry.path) in {number_in(other.path) for other in originals}
+    tells_time = has_named_time(entry.path) if others else names.times(entry.path)
+    numbers = {names.number(other.path) for other in originals}
+    return not tells_time or names.number(entry.path) in numbers
 
 
-def _is_copy(entry: Found, other: Found) -> bool:
+def _is_copy(entry: Found, other: Found, names: NamedTimes) -> bool:
     """Whether two checkpoints hold the same weights, and do not say that their times differ."""
     times = list(zip(_time(entry), _time(other), strict=True))
     if _time(entry) == _time(other) == (None, None):
-        times = [(number_in(entry.path), number_in(other.path))]
+        times = [(names.number(entry.path), names.number(other.path))]
     differ = any(a is not None and b is not None and a != b for a, b in times)
     return entry.fingerprint == other.fingerprint and not differ
 

@@ -3,7 +3,8 @@
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -162,26 +163,52 @@ def natural_order(path: Path) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
 
 
-def number_in(path: Path) -> int | None:
-    """Return the number that tells the time in a file's name, or else in its folder's.
+class NamedTimes:
+    """The times that the names of some checkpoints tell: their own, or else their folders'.
 
-    It is the one after "epoch", or else after "step" or "iteration", or else the last whole one:
-    0.81 in val_loss=0.81 is none. None if there is none. The numbers of shards are no times.
+    A folder's number is that of a training as often as that of a time: run-7. It counts in folders
+    that lie beside each other, or are called alike, and of which no file tells its own; so it does
+    not for a file beside such folders, which is one of theirs once more as a rule.
     """
-    times = times_in(path)
-    return next((times[unit] for unit in ("epoc", "step", "iter", "") if unit in times), None)
 
+    def __init__(self, paths: Iterable[Path]) -> None:
+        """Look at the names of all checkpoints of a series."""
+        own: dict[Path, bool] = {}
+        for path in paths:
+            folder = _folder(path)
+            own[folder] = own.get(folder, False) or has_number(path)
+        without = (folder for folder, has in own.items() if not has)
+        numbered = {folder for folder in without if _times_in_name(folder.name)}
+        above = {
+            parent
+            for folder, has in own.items()
+            if has or folder in numbered
+            for parent in folder.parents
+        }
+        alone = numbered - above
+        beside = Counter(folder.parent for folder in alone)
+        alike = Counter(folder.name for folder in alone)
+        self._folders = {f for f in alone if beside[f.parent] > 1 or alike[f.name] > 1}
 
-def times_in(path: Path) -> dict[str, int]:
-    """Return the numbers that tell the time in a file's name, or else in its folder's.
+    def times(self, path: Path) -> dict[str, int]:
+        """Return the numbers that tell the time of one of the checkpoints.
 
-    They stand under the beginning of the words that tell what is counted: "epoc", "step" and
-    "iter". Where there is no such word the last whole number stands under "".
-    """
-    for name in (_stem(path), path.parent.name):
-        if times := _times_in_name(name):
-            return times
-    return {}
+        They stand under the beginning of the words that tell what is counted: "epoc", "step" and
+        "iter". Where there is no such word the last whole number stands under "".
+        """
+        times = _times_in_name(_stem(path))
+        if not times and (folder := _folder(path)) in self._folders:
+            times = _times_in_name(folder.name)
+        return times
+
+    def number(self, path: Path) -> int | None:
+        """Return the number that tells the time of one of the checkpoints; None if there is none.
+
+        It is the one after "epoch", or else after "step" or "iteration", or else the last whole
+        one: 0.81 in val_loss=0.81 is none, and neither are the numbers of shards.
+        """
+        times = self.times(path)
+        return next((times[unit] for unit in ("epoc", "step", "iter", "") if unit in times), None)
 
 
 def has_named_time(path: Path) -> bool:
@@ -232,6 +259,11 @@ def _missing_shard(files: Sequence[Path]) -> int | None:
     first = min(1, *numbers)
     expected = range(first, first + _shard(files[0])[1])
     return next((number for number in expected if number not in numbers), None)
+
+
+def _folder(path: Path) -> Path:
+    """Return the folder of a file, the same however its path is spelt."""
+    return Path(os.path.abspath(path.parent))
 
 
 def _stem(path: Path) -> str:

@@ -24,11 +24,10 @@ from app import OIALR, analyze, report
 from app.analysis.checkpoint import read_checkpoint
 from app.analysis.choice import Found, compare, drop_copies, order, several_series
 from app.analysis.files import (
+    NamedTimes,
     Source,
     find_checkpoints,
     natural_order,
-    number_in,
-    times_in,
     without_time,
 )
 from app.errors import UserError
@@ -297,7 +296,7 @@ def test_files_are_found_below_a_folder_in_natural_order(tmp_path):
         "step-9/state.pt",
         "step-10/state.pt",
     ]
-    assert [number_in(path) for path in found] == [9, 10]
+    assert [NamedTimes(found).number(path) for path in found] == [9, 10]
     assert natural_order(Path("a2")) < natural_order(Path("a10")) < natural_order(Path("b1"))
 
 
@@ -382,6 +381,15 @@ def test_copies_and_averages_are_passed_over():
         ([("epoch-3.pt", None, None, "a"), ("best-epoch3.pt", None, None, "b"),
           ("resnet50_best.pt", None, None, "c")],
          ["epoch-3.pt"], ["a copy by its name", "a copy by its name"]),
+        ([("epoch-3/best.pt", None, None, "a"), ("epoch-7/best.pt", None, None, "b")],
+         ["best.pt", "best.pt"], []),
+        # The number of a folder is no time of a file that lies beside those that tell theirs.
+        ([("run-7/final.pt", None, None, "b"), ("run-7/m-10.pt", None, None, "a"),
+          ("run-7/m-20.pt", None, None, "b")],
+         ["m-10.pt", "m-20.pt"], ["the same as m-20.pt"]),
+        ([("run-3/step-500/m.bin", None, None, "a"), ("run-3/step-1000/m.bin", None, None, "b"),
+          ("run-3/m.bin", None, None, "b")],
+         ["m.bin", "m.bin"], ["the same as m.bin"]),
     ):  # fmt: skip
         found = [found_at(n, epoch=e, step=s, weights=w) for n, e, s, w in entries]
         left, passed_over = drop_copies(found)
@@ -461,7 +469,8 @@ def test_a_window_is_a_time_and_not_a_number_of_files():
     ],
 )
 def test_the_number_that_tells_the_time(name, number):
-    assert number_in(Path("run-7") / name) == number
+    path = Path("run-7") / name
+    assert NamedTimes([path, Path("run-8") / name]).number(path) == number
 
 
 def test_the_times_in_a_name_and_what_is_left_without_them():
@@ -472,8 +481,28 @@ def test_the_times_in_a_name_and_what_is_left_without_them():
         ("m-4-00001-of-00002.safetensors", {"": 4}, "m-*.safetensors"),
         ("model.pt", {"": 7}, "model.pt"),
     ):
-        assert times_in(Path("run-7") / name) == times
-        assert without_time(Path("run-7") / name) == left
+        path = Path("run-7") / name
+        assert NamedTimes([path, Path("run-8") / name]).times(path) == times
+        assert without_time(path) == left
+
+
+def test_the_number_of_a_folder_is_a_time_where_folders_tell_them_apart(tmp_path, monkeypatch):
+    """And not that of a training, whichever folder the path begins with."""
+    monkeypatch.chdir(tmp_path)
+    for names, numbers in (
+        (["run-7/final.pt", "run-7/model-20.pt"], [None, 20]),
+        (["run-7/final.pt", "run-7/all/model-20.pt"], [None, 20]),
+        (["run-7/a.pt", "run-7/b.pt"], [None, None]),
+        (["r-3/step-5/m.pt", "r-3/step-10/m.pt", "r-3/m.pt"], [5, 10, None]),
+        (["r-3/step-5/m.pt", "r-4/step-5/m.pt", "r-3/m.pt", "r-4/m.pt"], [5, 5, None, None]),
+        (["step-5/m.pt", "./step-10/m.pt", f"{tmp_path}/step-15/m.pt"], [5, 10, 15]),
+    ):
+        paths = [Path(name) for name in names]
+        assert [NamedTimes(paths).number(path) for path in paths] == numbers
+    (tmp_path / "step-5").mkdir()
+    monkeypatch.chdir(tmp_path / "step-5")
+    paths = [Path("m.pt"), Path("../step-10/m.pt"), Path("../m.pt")]
+    assert [NamedTimes(paths).number(path) for path in paths] == [5, 10, None]
 
 
 @pytest.mark.slow
