@@ -31,6 +31,7 @@ from app.training.same_data import check_same_data, describe_data
 from app.training.stopwatch import Stopwatch
 from oialr.layer_survey import LayerReport, survey
 from oialr.method import OIALR
+from oialr.options import READINGS
 from oialr.placement.processes import Processes
 from oialr.stability.tracker import BasisTracker, select_weights
 from oialr.weight_average import WeightAverage
@@ -124,7 +125,7 @@ def build(
             warmup=warmup_steps(training, task.steps_per_epoch),
         )
     )
-    layers = method.survey if method else survey(model)
+    layers = method.survey if method else survey(model, **readings_of(configuration))
     # After the method, which may have added parameter groups.
     schedule = Schedule(
         optimizer,
@@ -148,6 +149,11 @@ def build(
         average=None if decay is None else WeightAverage(model, optimizer, decay=decay),
         precision=Precision(training.precision, runtime.device),
     )
+
+
+def readings_of(configuration: Configuration) -> dict[str, Any]:
+    """Return the options that say which matrices a weight is read as, full-rank or not."""
+    return {name: getattr(configuration.oialr, name) for name in READINGS}
 
 
 def read_initial(configuration: Configuration, model: nn.Module) -> None:

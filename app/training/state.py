@@ -11,9 +11,10 @@ import torch
 from app.config import parse, to_yaml
 from app.config.yaml_text import dump_value
 from app.errors import UserError, of_the_machine, one_line
-from app.training.build import Parts
+from app.training.build import Parts, readings_of
 from app.training.early_stopping import EarlyStopping
 from app.training.same_data import check_stored_data, preprocessing_of, restore_preprocessing
+from oialr.options import READINGS, Selection
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ def shared_state(parts: Parts, early_stopping: EarlyStopping | None) -> dict[str
         "configuration": to_yaml(parts.configuration),
         "data": parts.data,
         "preprocessing": preprocessing_of(parts.task),
+        "readings": readings_of(parts.configuration),
         "process_count": parts.runtime.process_count,
         "position": {"step": position.step, "epoch": position.epoch, "batch": position.batch},
         "steps": parts.steps,
@@ -139,6 +141,27 @@ def check_stop(parts: Parts, folder: Path) -> None:
         raise UserError(
             f"run.stop_after: {stop}, but the run in {folder} has {step} steps already; give a "
             "later step or null"
+        )
+
+
+def check_records(parts: Parts, shared: Mapping[str, Any]) -> None:
+    """Reject what would be recorded of other matrices than before.
+
+    Args:
+        parts, shared: as of :func:`check_epochs`.
+
+    Raises:
+        UserError: the weights of a full-rank network are read otherwise.
+    """
+    if parts.method is not None:
+        return  # which holds its own state against them
+    # Earlier versions read full-rank networks by the defaults, whatever the configuration said.
+    stored = {name: getattr(Selection(), name) for name in READINGS} | shared.get("readings", {})
+    if stored != readings_of(parts.configuration):
+        cure = " ".join(f"oialr.{name}={value}" for name, value in stored.items())
+        raise UserError(
+            "oialr: the weights of this full-rank run were read as other matrices, and so are its "
+            f"records: add {cure} to go on"
         )
 
 

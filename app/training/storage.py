@@ -28,7 +28,7 @@ from app.training.folder import (
     write_text,
 )
 from app.training.recorder import Recorder
-from app.training.state import check_epochs, check_stop, restore
+from app.training.state import check_epochs, check_records, check_stop, restore
 from app.training.tidying import warn_of_missing_bases
 from oialr.placement.processes import Processes
 
@@ -121,6 +121,7 @@ def open_storage(
     early_stopping = early_stopping_of(configuration, folder, processes, ownership.check, keep=keep)
     if state:
         processes.agree(lambda: check_epochs(parts, state[0]))
+        processes.agree(lambda: check_records(parts, state[0]))
         processes.agree(lambda: restore(parts, early_stopping, *state))
         processes.agree(lambda: check_stop(parts, folder) if stop_given else None)
         warn_of_missing_bases(parts, state[1])

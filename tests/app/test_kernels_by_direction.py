@@ -1,23 +1,62 @@
-"""oialr.convolutions: a run whose kernels are read by their directions."""
+"""oialr.convolutions: a run whose kernels are read by their directions, and its full-rank twin."""
 
 import json
 
 import pytest
 from support.launching import train
 
+from app import config
+from app.errors import UserError
 from app.recording.store import Follower, read_rows
+from app.runtime.processes import start_runtime
+from app.training.build import build, readings_of
+from app.training.state import check_records
+
+SMALL = ["data.train_samples=200", "training.epochs=4", "training.warmup_epochs=1"]
+SMALL += ["model.name=cifar_resnet", "model.arguments={depth: 8}", "oialr.delay=4"]
+SMALL += ["oialr.update_interval=4", "oialr.layer_fraction=1", "oialr.convolutions=spatial"]
+SMALL += ["stability.interval=1", "stability.window=1"]
+
+
+def test_the_full_rank_twin_is_measured_by_the_same_matrices() -> None:
+    """So that its stability, ranks and spectra can be drawn beside those of the low-rank run."""
+    with start_runtime(device="cpu") as runtime:
+        low, full = (
+            build(config.load(None, [*SMALL, f"oialr.enabled={enabled}"]), runtime)
+            for enabled in ("true", "false")
+        )
+    assert low.method is not None
+    assert full.method is None
+    readings = {layer.name: layer.reading for layer in full.layers}
+    assert readings == {layer.name: layer.reading for layer in low.layers}
+    assert readings["blocks.1.convolution1.weight"].matrix_shape == (3 * 32, 3 * 16)
+
+    # Earlier versions have recorded it as other matrices, in rows of other widths.
+    check_records(full, {"readings": readings_of(full.configuration)})
+    with pytest.raises(UserError, match=r"add oialr\.attention_projection=packed .*=matrix to go"):
+        check_records(full, {})
+    check_records(low, {})
+
+
+@pytest.mark.slow
+def test_a_full_rank_run_keeps_its_matrices(tmp_path) -> None:
+    keys = [*SMALL, "oialr.enabled=false", f"run.dir={tmp_path}", "run.stop_after=2"]
+    train(0, *keys, code=75)
+    changed = train(0, "--resume", tmp_path, "oialr.convolutions=matrix", code=2)
+    assert changed.stderr.rstrip().endswith("oialr.convolutions=spatial to go on")
+    train(0, "--resume", tmp_path, "run.stop_after=5", code=75)
+    name = "layers/blocks.1.convolution1.weight"
+    spectrum = read_rows(tmp_path / "metrics.h5", f"{name}/spectrum")["singular_values"]
+    assert spectrum.shape == (2, 3 * 16)
+    assert read_rows(tmp_path / "metrics.h5", f"{name}/stability")["reference_rank"][-1] == 3 * 16
 
 
 @pytest.mark.slow
 def test_a_run_records_and_resumes_it(tmp_path) -> None:
-    keys = ["data.train_samples=200", "training.epochs=4", "training.warmup_epochs=1"]
-    keys += ["model.name=cifar_resnet", "model.arguments={depth: 8}", "oialr.delay=4"]
-    keys += ["oialr.update_interval=4", "oialr.layer_fraction=1", "oialr.convolutions=spatial"]
-    keys += ["stability.interval=1", "stability.window=1"]
     whole, parted = tmp_path / "whole", tmp_path / "parted"
-    train(1, *keys, f"run.dir={whole}")
+    train(1, *SMALL, f"run.dir={whole}")
     # Before the conversion, too: bases are kept, and figures have the width of the reading.
-    train(1, *keys, f"run.dir={parted}", "run.stop_after=2", code=75)
+    train(1, *SMALL, f"run.dir={parted}", "run.stop_after=2", code=75)
     stopped = train(1, "--resume", parted, "oialr.convolutions=matrix", code=2)
     assert "convolutions" in stopped.stderr.splitlines()[-1]
     train(1, "--resume", parted, "run.stop_after=6", code=75)
