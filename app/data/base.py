@@ -1,7 +1,7 @@
 """What all tasks share that spread every global batch over the processes."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch import Tensor
 from app.data import sharding
 from app.data.task import Batch
 from app.errors import UserError
+from oialr.linalg.checksum import checksum
 
 if TYPE_CHECKING:
     from app.config.settings import Configuration
@@ -101,3 +102,14 @@ class ShardedTask:
         if self.device.type == "cuda":  # from other memory the host would have to wait
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
+
+
+def digest_of(tensors: Iterable[Tensor]) -> str:
+    """Return a text that the bits of some tensors give, wherever they lie.
+
+    Eight bytes are read as two words: of round numbers in float64 the lower one is zero, and what
+    they differ in would be lost at the upper end of the sums.
+    """
+    words = (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors)
+    words = (t.contiguous().view(torch.int32) if t.element_size() == 8 else t for t in words)
+    return f"{int(checksum(words, torch.device('cpu'))) % 2**64:016x}"

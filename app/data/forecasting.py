@@ -1,6 +1,7 @@
 """Forecasting of all variables of a time series: data in memory, squared and absolute error."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -8,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from app.data import Batch, datasets, sharding
-from app.data.base import ShardedTask
-from app.data.sets.ett import VARIABLES
+from app.data.base import ShardedTask, digest_of
+from app.data.sets.ett import VARIABLES, standardized
 from app.data.splitting import limit_training_part
 
 if TYPE_CHECKING:
@@ -52,15 +53,21 @@ class Forecasting(ShardedTask):
         super().__init__(
             configuration,
             train_size=len(self._starts["train"]),
-            input_shape=(self._length, series.values.shape[1] + series.calendar.shape[1]),
-            outputs=(data.horizon, series.values.shape[1]),
+            input_shape=(self._length, series.stored.shape[1] + series.calendar.shape[1]),
+            outputs=(data.horizon, series.stored.shape[1]),
             process_index=process_index,
             process_count=process_count,
             device=device,
         )
-        self._variables = series.values.shape[1]
-        self._statistics = series.mean, series.deviation
-        self._table = torch.from_numpy(np.hstack([series.values, series.calendar])).to(device)
+        self._variables = series.stored.shape[1]
+        self._series = series
+        self._standardize_by(series.mean, series.deviation)
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the series as it is stored, and of where the samples of all parts begin."""
+        held = [torch.from_numpy(self._series.stored), torch.from_numpy(self._series.calendar)]
+        return digest_of([*held, *self._starts.values()])
 
     @property
     def preprocessing(self) -> dict[str, Any]:
@@ -71,6 +78,17 @@ class Forecasting(ShardedTask):
             "mean": mean.tolist(),
             "std": deviation.tolist(),
         }
+
+    def restore_preprocessing(self, stored: Mapping[str, Any]) -> None:
+        """Standardize as a network was trained with, whatever the training part is here."""
+        if {"mean", "std"} <= stored.keys():
+            self._standardize_by(np.array(stored["mean"]), np.array(stored["std"]))
+
+    def _standardize_by(self, mean: np.ndarray, deviation: np.ndarray) -> None:
+        self._statistics = mean, deviation
+        values = standardized(self._series.stored, mean, deviation)
+        table = np.hstack([values, self._series.calendar])
+        self._table = torch.from_numpy(table).to(self.device)
 
     def train_batches(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
         """Yield this process's shares of the global batches; see :class:`app.data.Task`."""

@@ -2,13 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from app.data import sharding
-from app.data.base import ShardedTask
+from app.data.base import ShardedTask, digest_of
 from app.data.splitting import limit_training_part
 from app.data.task import Batch
 from app.errors import UserError
@@ -71,6 +72,11 @@ class TensorTask(ShardedTask, ABC):
             process_count=process_count,
             device=device,
         )
+
+    @cached_property
+    def digest(self) -> str:
+        """Of inputs and targets of all parts; see :class:`app.data.base.ShardedTask`."""
+        return digest_of(tensor for part in self._parts.values() for tensor in part)
 
     @abstractmethod
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The ETT series: split, standardization, calendar, windows, errors, and who counts what."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from app.data import Task, build_task, download
 from app.data.sets import ett
 from app.errors import UserError
 from app.training.evaluation import evaluate
+from app.training.same_data import describe_data
 from oialr.placement.processes import Processes
 
 CPU = torch.device("cpu")
@@ -57,6 +59,11 @@ def task(configured: Callable[..., Configuration]) -> Callable[..., Task]:
     return build
 
 
+def values_of(series: ett.Series) -> np.ndarray:
+    """Return what a series is standardized to by its training part."""
+    return ett.standardized(series.stored, series.mean, series.deviation)
+
+
 def test_constant_variable_is_not_divided_by_its_deviation(
     values: np.ndarray, tmp_path: Path
 ) -> None:
@@ -67,8 +74,8 @@ def test_constant_variable_is_not_divided_by_its_deviation(
     changed = [",".join([*row.split(",")[:-2], "0.1", "1.5"]) for row in rows]
     path.write_text("\n".join([header, *changed]) + "\n")
     series = ett.load(config.build({"data": {"name": "etth1", "root": str(tmp_path)}}).data)
-    assert np.abs(series.values[:, -2:]).max() < 1e-12
-    assert series.values[:, 0].std() == pytest.approx(1, abs=0.1)
+    assert np.abs(values_of(series)[:, -2:]).max() < 1e-12
+    assert values_of(series)[:, 0].std() == pytest.approx(1, abs=0.1)
 
 
 @pytest.mark.parametrize(("minutes", "month"), [(60, 720), (15, 2880)])
@@ -101,8 +108,8 @@ def test_values_are_standardized_by_the_training_part(
     series = ett.load(configured().data)
     train = values[: 12 * 720]
     expected = (values[:HOURS] - train.mean(axis=0)) / train.std(axis=0)
-    assert series.values.dtype == np.float32
-    np.testing.assert_allclose(series.values, expected, atol=1e-6)
+    assert values_of(series).dtype == np.float32
+    np.testing.assert_allclose(values_of(series), expected, atol=1e-6)
 
 
 def test_calendar() -> None:
@@ -119,6 +126,7 @@ def test_calendar() -> None:
 
 def test_windows(task: Callable[..., Task], configured: Callable[..., Configuration]) -> None:
     series = ett.load(configured().data)
+    values = values_of(series)
     batches = list(task().evaluation_batches("test"))
     inputs = torch.cat([batch.inputs for batch in batches]).numpy()
     targets = torch.cat([batch.targets for batch in batches]).numpy()
@@ -128,11 +136,11 @@ def test_windows(task: Callable[..., Task], configured: Callable[..., Configurat
     for number in (0, 1, len(inputs) - 1):
         past = slice(first + number - 24, first + number)
         future = slice(first + number, first + number + 12)
-        np.testing.assert_array_equal(inputs[number, :24, :7], series.values[past])
+        np.testing.assert_array_equal(inputs[number, :24, :7], values[past])
         np.testing.assert_array_equal(inputs[number, 24:, :7], 0)
         whole = slice(past.start, future.stop)
         np.testing.assert_array_equal(inputs[number, :, 7:], series.calendar[whole])
-        np.testing.assert_array_equal(targets[number], series.values[future])
+        np.testing.assert_array_equal(targets[number], values[future])
     assert future.stop == HOURS
 
 
@@ -178,7 +186,7 @@ class LastValue(nn.Module):
 def test_every_sample_counts_once_in_the_errors(
     task: Callable[..., Task], configured: Callable[..., Configuration], count: int
 ) -> None:
-    values = ett.load(configured().data).values.astype(np.float64)
+    values = values_of(ett.load(configured().data)).astype(np.float64)
     starts = np.arange(16 * 720, HOURS - 12 + 1)
     errors = np.stack([values[start - 1] - values[start : start + 12] for start in starts])
     totals: dict[str, float] = {}
@@ -312,10 +320,39 @@ def test_blank_lines_and_what_spreadsheets_write_change_nothing(
     content = "\ufeff" + "\r\n".join([*lines[:3], "", "  ", *lines[3:], "", ""])
     path.write_bytes(content.encode())
     plain, other = (ett.load(configured({"root": str(r)}).data) for r in (root, tmp_path))
-    np.testing.assert_array_equal(other.values, plain.values)
+    np.testing.assert_array_equal(other.stored, plain.stored)
     np.testing.assert_array_equal(other.calendar, plain.calendar)
 
 
 def test_there_is_nothing_to_download(configured: Callable[..., Configuration]) -> None:
     with pytest.raises(UserError, match=r"^data\.download: etth1 .* put ETTh1\.csv into "):
         download(configured({"download": True}))
+
+
+def test_other_data_are_known_and_a_network_keeps_its_standardization(
+    root: Path, tmp_path: Path, task: Callable[..., Task]
+) -> None:
+    """A series of other numbers is told from this one, and brought into this one's units."""
+    write_ett(tmp_path, "ETTh1", HOURS)
+    path = tmp_path / "ETT-small" / "ETTh1.csv"
+    trained, copied = task(), task(data={"root": str(tmp_path)})
+    assert copied.digest == trained.digest == describe_data(trained)["samples"] != ""
+    assert task(data={"train_samples": 65}).digest != trained.digest
+
+    header, *rows = path.read_text().splitlines()
+    fields = [row.split(",") for row in rows]
+    doubled = [",".join([date, *(str(2 * float(x)) for x in cells)]) for date, *cells in fields]
+    path.write_text("\n".join([header, *doubled]) + "\n")
+    other = task(data={"root": str(tmp_path)})
+    assert other.digest != trained.digest
+    batches = [next(t.evaluation_batches("test")).inputs[:, :24, :7] for t in (trained, other)]
+    torch.testing.assert_close(*batches, atol=1e-5, rtol=1e-5)  # each in its own units
+
+    other.restore_preprocessing({})  # of a checkpoint that does not know them
+    assert other.preprocessing != trained.preprocessing
+    other.restore_preprocessing(json.loads(json.dumps(trained.preprocessing)))
+    assert other.preprocessing == trained.preprocessing
+    mean, deviation = (torch.tensor(trained.preprocessing[key]) for key in ("mean", "std"))
+    expected = 2 * (batches[0].double() * deviation + mean)
+    seen = next(other.evaluation_batches("test")).inputs[:, :24, :7].double() * deviation + mean
+    torch.testing.assert_close(seen, expected, atol=1e-4, rtol=1e-5)

@@ -32,8 +32,8 @@ SPLIT_MONTHS = {"train": 12, "validation": 4, "test": 4}
 class Series:
     """A series, and which steps of it belong to which part."""
 
-    values: np.ndarray
-    """(steps, variables) float32, of mean 0 and deviation 1 over the training part."""
+    stored: np.ndarray
+    """(steps, variables) float64, in the units of the file."""
     mean: np.ndarray
     """(variables,) float64, of the training part, in the units of the file; so is ``deviation``."""
     deviation: np.ndarray
@@ -50,7 +50,7 @@ def series_path(data: "DataSection") -> Path:
 
 
 def load(data: "DataSection") -> Series:
-    """Read a series, split it, and standardize it by its training part.
+    """Read a series, split it, and find mean and deviation of its training part.
 
     Raises:
         UserError: the file is missing or not what it should be, or a part is too short for
@@ -70,15 +70,18 @@ def load(data: "DataSection") -> Series:
     train = values[parts["train"]]
     # A constant variable has the deviation 1: one cannot divide by 0, or what rounding makes of it.
     deviation = np.where(np.ptp(train, axis=0) > 0, train.std(axis=0), 1.0)
-    mean = train.mean(axis=0)
-    standardized = (values - mean) / deviation
     return Series(
-        values=standardized.astype(np.float32),
-        mean=mean,
+        stored=values,
+        mean=train.mean(axis=0),
         deviation=deviation,
         calendar=calendar_features(times, minutes),
         parts=parts,
     )
+
+
+def standardized(values: np.ndarray, mean: np.ndarray, deviation: np.ndarray) -> np.ndarray:
+    """Return values (steps, variables) in the units of their deviation from the mean, float32."""
+    return ((values - mean) / deviation).astype(np.float32)
 
 
 def split(step_minutes: int, input_length: int) -> dict[str, slice]:
