@@ -18,6 +18,8 @@ _MEMBERS = (
     *("train_batches", "evaluation_batches", "loss", "evaluate", "example_batch"),
 )
 """What a task must have: :class:`app.data.Task`."""
+_OWN_COLUMNS = frozenset({"step", "epoch", "split", "loss", "count"})
+"""What stands beside the figures of merit, in the sums of an evaluation and in its records."""
 
 
 def build_task(
@@ -53,12 +55,36 @@ def build_task(
             f"data.arguments: {data.name} cannot be built with {data.arguments}: {error}"
         ) from None
     _check_complete(data.name, [name for name in _MEMBERS if not hasattr(own, name)])
+    _check_figures(data.name, own.figures)
     if missing := {"validation", "test"} - set(own.splits):
         raise UserError(
             f"data.name: {data.name} has no part {', '.join(sorted(missing))} among its splits, "
             "and a run chooses by the one and is tested on the other"
         )
     return own
+
+
+def _check_figures(name: str, figures: Sequence[str]) -> None:
+    """Reject names of figures of merit that no column of metrics.h5 can have.
+
+    Raises:
+        UserError: naming the figure.
+    """
+    if isinstance(figures, str):
+        raise UserError(
+            f"data.name: the figures of {name} are a text, and are to be a tuple: ({figures!r},)"
+        )
+    names = list(figures)
+    for figure in names:
+        reason = None
+        if figure in _OWN_COLUMNS:
+            reason = "every evaluation has that beside them"
+        elif names.count(figure) > 1:
+            reason = "it is there twice"
+        elif figure in ("", ".") or "/" in figure:
+            reason = "it is to be the name of a column, without a slash"
+        if reason:
+            raise UserError(f"data.name: {name} has a figure {figure!r}: {reason}")
 
 
 def _check_complete(name: str, missing: Sequence[str]) -> None:

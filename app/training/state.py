@@ -11,6 +11,7 @@ import torch
 from app.config import parse, to_yaml
 from app.config.yaml_text import dump_value
 from app.errors import UserError, of_the_machine, one_line
+from app.recording.schema import run_groups
 from app.training.build import Parts, readings_of
 from app.training.early_stopping import EarlyStopping
 from app.training.same_data import check_stored_data, preprocessing_of, restore_preprocessing
@@ -145,14 +146,24 @@ def check_stop(parts: Parts, folder: Path) -> None:
 
 
 def check_records(parts: Parts, shared: Mapping[str, Any]) -> None:
-    """Reject what would be recorded of other matrices than before.
+    """Reject what would be recorded under other names, or of other matrices, than before.
 
     Args:
         parts, shared: as of :func:`check_epochs`.
 
     Raises:
-        UserError: the weights of a full-rank network are read otherwise.
+        UserError: the task has other figures of merit, or the weights of a full-rank network are
+            read otherwise.
     """
+    kept = shared.get("kept_rows", {}).get("eval", ())
+    own = {column.name for column in run_groups(())["eval"]}
+    was, now = [name for name in kept if name not in own], list(parts.task.figures)
+    if kept and sorted(was) != sorted(now):
+        raise UserError(
+            f"data.name: the figures of merit are {_listed(now)} now and were {_listed(was)} when "
+            "the checkpoint was written, and a run has one table of them: let the task have those "
+            "of before, or start a new run with model.initial=DIR for the weights"
+        )
     if parts.method is not None:
         return  # which holds its own state against them
     # Earlier versions read full-rank networks by the defaults, whatever the configuration said.
@@ -163,6 +174,10 @@ def check_records(parts: Parts, shared: Mapping[str, Any]) -> None:
             "oialr: the weights of this full-rank run were read as other matrices, and so are its "
             f"records: add {cure} to go on"
         )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) or "none"
 
 
 def _check_shares(parts: Parts, method: Mapping[str, Any] | None) -> None:

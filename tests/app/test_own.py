@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from app import config, models
 from app.config.settings import Configuration, ModelSection
 from app.data import TensorTask, build_task
-from app.data.building import _MEMBERS
+from app.data.building import _MEMBERS, _OWN_COLUMNS
 from app.errors import AgreedUserError, UserError
+from app.recording.schema import run_groups
 from app.recording.store import read_rows
 from app.training.evaluation import evaluate
+from app.training.same_data import describe_data
 from oialr.placement.processes import Processes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,6 +63,14 @@ class Ramp(TensorTask):
 
 class OnePart(Ramp):
     splits = ("held out",)
+
+
+class Named(Ramp):
+    """Its figures of merit are called as one likes."""
+
+    def __init__(self, configuration: Configuration, *, names: Any, **place: Any) -> None:
+        super().__init__(configuration, **place)
+        self.figures = names
 
 
 class NoTask:
@@ -164,6 +174,14 @@ def test_a_part_without_a_sample_is_told_by_all_processes(monkeypatch: pytest.Mo
             {},
             r"^data\.name: .*:OnePart has no part test, validation among its splits, and a run",
         ),
+        (
+            "Named",
+            {"arguments": {"names": ["f1", "f1/macro"]}},
+            r"^data\.name: .*:Named has a figure 'f1/macro': it is to be .* without a slash$",
+        ),
+        ("Named", {"arguments": {"names": ["a", "b", "a"]}}, r"a figure 'a': it is there twice$"),
+        ("Named", {"arguments": {"names": ["split"]}}, r"has a figure 'split': every evaluation"),
+        ("Named", {"arguments": {"names": "f1"}}, r"are a text, and are to be a tuple: \('f1',\)$"),
     ],
 )
 def test_what_is_wrong_with_data_is_told(name: str, data: dict[str, Any], message: str) -> None:
@@ -181,6 +199,17 @@ def test_the_protocol_is_what_is_asked_for() -> None:
 
     own = {name for name in vars(Task) if not name.startswith("_")} | set(Task.__annotations__)
     assert own == set(_MEMBERS)
+    columns = {column.name for column in run_groups(())["eval"]}
+    assert columns | {"count"} == _OWN_COLUMNS
+
+
+def test_other_data_of_ones_own_are_known() -> None:
+    (whole,), (again, *_) = tasks(1), tasks(2)
+    assert whole.digest == again.digest == describe_data(whole)["samples"] != ""
+    (changed,) = tasks(1)
+    inputs, targets = changed._parts["test"]
+    changed._parts["test"] = inputs, targets.flip(0)
+    assert changed.digest != whole.digest
 
 
 @pytest.mark.parametrize(
@@ -377,3 +406,46 @@ def test_the_example_trains_from_outside_the_packages(tmp_path: Path) -> None:
     validation = [x for x, part in zip(loss, evaluations["split"], strict=True) if part != "test"]
     assert validation[-1] < validation[0]
     assert list(read_rows(tmp_path / "metrics.h5", "lowrank")["event"]) == ["release"]
+
+
+@pytest.mark.slow
+def test_a_run_has_one_table_of_figures(tmp_path: Path) -> None:
+    """Others after a stop are refused before a step, and not after an epoch."""
+    source = """
+import torch
+
+from app.data import TensorTask
+
+
+class Pairs(TensorTask):
+    figures = ("accuracy",)
+
+    def __init__(self, configuration, **place):
+        y = torch.arange(60) % 4
+        part = torch.nn.functional.one_hot(y, 16).float(), y
+        parts = dict.fromkeys(("train", "validation", "test"), part)
+        super().__init__(configuration, parts, outputs=4, **place)
+
+    def losses(self, outputs, targets):
+        return torch.nn.functional.cross_entropy(outputs, targets, reduction="none")
+
+    def measures(self, outputs, targets):
+        right = (outputs.argmax(1) == targets).float()
+        return dict.fromkeys(self.figures, right)
+
+
+def build(*, input_shape, outputs):
+    return torch.nn.Sequential(torch.nn.Linear(*input_shape, 8), torch.nn.Linear(8, outputs))
+"""
+    mine = tmp_path / "mine.py"
+    mine.write_text(source)
+    (tmp_path / "mine.yaml").write_text(
+        "data: {name: mine:Pairs}\nmodel: {name: mine:build}\noialr: {enabled: false}\n"
+        "training: {epochs: 2, batch_size: 20}\n"
+    )
+    train(0, "--config", "mine.yaml", "run.dir=run", "run.stop_after=1", cwd=tmp_path, code=75)
+    mine.write_text(source.replace('("accuracy",)', '("accuracy", "right")'))
+    refused = train(0, "--resume", "run", "run.stop_after=null", cwd=tmp_path, code=2)
+    assert "figures of merit are accuracy, right now and were accuracy when the" in refused.stderr
+    mine.write_text(source)
+    train(0, "--resume", "run", "run.stop_after=null", cwd=tmp_path)
