@@ -38,6 +38,8 @@ class LayerReport:
     """Of the kind of layers that the weight belongs to."""
     inner_positions: int = 1
     """Rows of the product between two factors for each row of the layer's output."""
+    is_complex: bool = False
+    """Whether its numbers are complex: such a weight stays dense, and its basis is not measured."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -124,6 +126,7 @@ def survey(
             is_linear_map=adapter.maps_linearly(key)
             and not (isinstance(module, FactoredLayer) or parameter.is_complex()),
             stays_dense=None,
+            is_complex=parameter.is_complex(),
             adapter=adapter,
             inner_positions=adapter.inner_positions(module, reading),
         )

@@ -51,13 +51,14 @@ class BasisTracker:
         """Prepare for these weights.
 
         Args:
-            layers: weights of the dense network.
+            layers: weights of the dense network; those of complex numbers are left out.
             processes: who shares the work.
             window: time between the bases that are compared.
             unit: in which time is counted; bases that another unit counted are of no use.
             reference_dtype: of the remembered bases. bfloat16 halves them and changes a stability
                 by less than 1e-3.
         """
+        layers = [layer for layer in layers if not layer.is_complex]
         owners = assign([svd_cost(layer.stack_shape) for layer in layers], processes.count)
         self._mine = [
             layer for layer, owner in zip(layers, owners, strict=True) if owner == processes.index

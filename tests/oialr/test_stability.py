@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from app.errors import DivergedError, UserError
 from oialr.convert import get_layer
+from oialr.layer_survey import survey
 from oialr.linalg.svd import economy_svd
 from oialr.method import OIALR
 from oialr.placement.processes import Processes
@@ -447,3 +448,13 @@ def test_weights_are_chosen_by_pattern():
         select_weights(method.survey, include=["atention.*"], exclude=[], section="stability.")
     with pytest.raises(UserError, match=r"^exclude: the pattern 'x' matches no weight"):
         select_weights(method.survey, include=["*"], exclude=["x"])
+
+
+def test_complex_weights_are_left_out():
+    """Such as those of a Fourier layer, of a module of no known kind."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(4, 4, dtype=torch.complex64))
+    model.modes = nn.Parameter(torch.ones(3, 4, dtype=torch.complex64))
+    layers = survey(model)
+    assert {report.name for report in layers if report.is_complex} == {"modes", "1.weight"}
+    rows = BasisTracker(layers, Processes(), window=1).measure(model, 0)
+    assert [row.name for row in rows] == ["0.weight"]
