@@ -84,6 +84,7 @@ def build(
     *,
     check_steps: bool = True,
     initial: bool = True,
+    trains: bool = True,
     steps: int | None = None,
     tell: Callable[[str], None] = lambda what: None,
 ) -> Parts:
@@ -97,6 +98,8 @@ def build(
         check_steps: refuse a delay or release that the run would never reach; a search sets them
             for each candidate.
         initial: read the weights of model.initial; a run that goes on has its own.
+        trains: whether there will be steps; of a network that is only read nothing is asked that
+            training alone needs, neither of its delay and release nor of its batches.
         steps: of a run that is read, perhaps with other data or batches than its own: a share of
             the run is one of that run. None: as the configuration and the data say.
         tell: told of what begins now, such as :meth:`app.runtime.watchdog.Watchdog.progress`.
@@ -106,13 +109,13 @@ def build(
     """
     processes, training = runtime.processes, configuration.training
     tell("data and network")
-    task, model = _build_task_and_model(configuration, runtime)
+    task, model = _build_task_and_model(configuration, runtime, trains=trains)
     if initial:
         processes.agree(lambda: read_initial(configuration, model))
         check_replicas(model, processes)
     tell("method and optimizer")
     steps = steps or training.epochs * task.steps_per_epoch
-    if check_steps:
+    if check_steps and trains:
         processes.agree(lambda: configuration.check_steps(steps))
     optimizer = build_optimizer(model, training)
     method = processes.agree(
@@ -163,7 +166,7 @@ def read_initial(configuration: Configuration, model: nn.Module) -> None:
 
 
 def _build_task_and_model(
-    configuration: Configuration, runtime: Runtime
+    configuration: Configuration, runtime: Runtime, *, trains: bool
 ) -> tuple[Task, torch.nn.Module]:
     """Read the data and build the network on the device. A collective call."""
     processes = runtime.processes
@@ -185,13 +188,15 @@ def _build_task_and_model(
     )
     check_same_data(task, processes)
     model = processes.agree(lambda: _build_model(configuration, task, runtime.device))
-    if configuration.training.synchronize_batch_norm:
+    if trains and configuration.training.synchronize_batch_norm:
         dense = model
         model = processes.agree(lambda: synchronize_batch_norm(dense, processes, runtime.device))
     model = model.to(runtime.device)
     if configuration.training.channels_last:
         processes.agree(lambda: lay_channels_last(model, task.example_batch().inputs))
-    processes.agree(lambda: check_batch_norm(model, task, configuration, runtime.process_count))
+    if trains:
+        count = runtime.process_count
+        processes.agree(lambda: check_batch_norm(model, task, configuration, count))
     return task, model
 
 

@@ -85,7 +85,7 @@ def trained(configuration: Configuration, runtime: Runtime) -> Iterator[tuple[Pa
         raise UserError(f"{folder} has no checkpoint: there are no weights as yet")
     # Checkpoints of earlier versions do not know how many steps their run had.
     steps = state[0].get("steps")
-    parts = build(configuration, runtime, check_steps=False, initial=False, steps=steps)
+    parts = build(configuration, runtime, initial=False, trains=False, steps=steps)
     early_stopping = early_stopping_of(configuration, folder, processes, read_only=True)
     processes.agree(lambda: restore(parts, early_stopping, *state))
     step = None
@@ -134,7 +134,7 @@ def evaluate_file(
     # The file itself says what is low-rank in it.
     full_rank = configuration.oialr.model_copy(update={"enabled": False})
     configuration = configuration.model_copy(update={"oialr": full_rank})
-    parts = build(configuration, runtime, check_steps=False, initial=False)
+    parts = build(configuration, runtime, initial=False, trains=False)
 
     def read() -> Any:
         if described := read_description(file):

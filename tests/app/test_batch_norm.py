@@ -1,6 +1,7 @@
 """Shares of one sample are found before the first step, where a normalization cannot have them."""
 
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from app import config
 from app.data import Batch
 from app.data.sharding import micro_batches, share
 from app.errors import UserError
+from app.runtime.processes import start_runtime
 from app.training.batch_norm import check_batch_norm, global_batches, least_samples
+from app.training.build import build
 
 
 def network(size):
@@ -62,6 +65,20 @@ def test_a_look_changes_nothing():
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training
+
+
+def test_what_only_reads_a_network_has_no_batches_that_are_too_small(monkeypatch):
+    """An evaluation by more processes than those of the training, say."""
+    keys = ["model.name=cifar_resnet", "model.arguments={depth: 8}", "oialr.enabled=false"]
+    configuration = config.load(None, [*keys, "training.synchronize_batch_norm=true"])
+    refused = UserError("for training alone")
+    for name in ("check_batch_norm", "synchronize_batch_norm"):
+        monkeypatch.setattr(f"app.training.build.{name}", MagicMock(side_effect=refused))
+        with start_runtime(device="cpu") as runtime:
+            with pytest.raises(UserError, match="for training alone"):
+                build(configuration, runtime)
+            assert build(configuration, runtime, trains=False).model.training
+        monkeypatch.setattr(f"app.training.build.{name}", lambda model, *_: model)
 
 
 def test_the_fewest_samples_are_those_of_the_real_shares():
