@@ -240,7 +240,7 @@ def read_rows(path: Path | str, group: str) -> dict[str, np.ndarray]:
     While a run is writing, the columns may differ in length for a moment: the shortest counts.
 
     Raises:
-        UserError: no such file, or no such group in it, or it is damaged.
+        UserError: no such file, or no such group in it, or one without columns, or it is damaged.
     """
     with open_for_reading(path) as file, reading(Path(path)):
         if not _exists(file, group):
@@ -327,10 +327,10 @@ class Follower:
 def _exists(node: h5py.Group, name: str) -> bool:
     """Whether there is a group; h5py's ``in`` says no of one that is damaged, too."""
     for part in name.split("/"):
-        if not node.id.links.exists(part.encode()):
+        if not isinstance(node, h5py.Group) or not node.id.links.exists(part.encode()):
             return False
         node = node[part]
-    return True
+    return isinstance(node, h5py.Group)
 
 
 def _layer_names(node: h5py.Group, prefix: str = "") -> Iterator[str]:
@@ -347,6 +347,8 @@ def _read(group: h5py.Group, start: int) -> dict[str, np.ndarray]:
     def read() -> dict[str, np.ndarray]:
         nodes = {name: group[name] for name in group}  # items() would pass over what is damaged
         columns = {name: node for name, node in nodes.items() if isinstance(node, h5py.Dataset)}
+        if not columns:
+            raise _without_columns(group, list(nodes))
         for dataset in columns.values():
             dataset.refresh()
         end = _length(columns)
@@ -356,6 +358,15 @@ def _read(group: h5py.Group, start: int) -> dict[str, np.ndarray]:
         name: np.char.decode(values, "utf-8") if values.dtype.kind == "S" else values
         for name, values in patiently(read).items()
     }
+
+
+def _without_columns(group: h5py.Group, below: Sequence[str]) -> UserError:
+    """Return the error of who asks for rows of what holds groups alone, such as a layer."""
+    path, name = group.file.filename, group.name.strip("/")
+    some = ", ".join(f"{name}/{part}" for part in below[:3])
+    more = ", ..." if len(below) > 3 else ""
+    cure = f"; read one of {some}{more}" if below else ""
+    return UserError(f"{path}: {name} has no columns of its own{cure}")
 
 
 def _length(columns: Mapping[str, h5py.Dataset]) -> int:

@@ -301,6 +301,12 @@ def test_what_cannot_be_read_is_named(tmp_path):
     create(tmp_path / "metrics.h5").close()
     with pytest.raises(UserError, match="no group test"):
         read_rows(tmp_path / "metrics.h5", "test")
+    for column in ("train/step", "train/step/first"):
+        with pytest.raises(UserError, match=f"no group {column}$"):
+            read_rows(tmp_path / "metrics.h5", column)
+    message = r"layers/conv\.weight has no columns of its own; read one of layers/conv\.weight/ra"
+    with pytest.raises(UserError, match=message):
+        read_rows(tmp_path / "metrics.h5", "layers/conv.weight")
 
 
 @pytest.mark.slow
