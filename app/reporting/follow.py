@@ -138,7 +138,9 @@ def time_left(run: Run, *, written: float) -> timedelta | None:
         None: it has finished, or has not come far enough to tell.
     """
     taken = run.evaluation["epoch"] > 0
-    if run.is_finished or not taken.any() or not len(run.sessions["started"]):
+    # A file that was damaged may have lost rows of one group and not of another.
+    needed = taken.any(), len(run.sessions["started"]), len(run.train["step"])
+    if run.is_finished or not all(needed):
         return None
     started = datetime.fromisoformat(run.sessions["started"][-1]).timestamp()
     step = run.train["step"][-1]

@@ -23,7 +23,7 @@ from app.reporting import comparison, curves, drawing, layer_maps
 from app.reporting import report as whole_report
 from app.reporting.comparison import _figures
 from app.reporting.events import event_table
-from app.reporting.follow import _layers, follow, time_left
+from app.reporting.follow import _layers, follow, show, time_left
 from app.reporting.reference import REFERENCE_CURVES
 from app.reporting.runs import (
     LayerSeries,
@@ -1036,5 +1036,8 @@ def test_the_time_that_a_run_needs(tmp_path):
     writer.epoch(3)  # 10 steps of this session in 20 s, 50 are left
     run = read_run(tmp_path / "run")
     assert time_left(run, written=started + 3620) == timedelta(seconds=100)
+    lost = replace(run, train={name: values[:0] for name, values in run.train.items()})
+    assert time_left(lost, written=started + 3620) is None
+    assert show(lost, written=started + 3620)
     writer.finish()
     assert time_left(read_run(tmp_path / "run"), written=started + 3620) is None
