@@ -19,8 +19,8 @@ class EventTable:
 def event_table(run: Run) -> EventTable | None:
     """Return the events of a run; None where there was none.
 
-    Layers are those that the event factorized, and ranks are added up over all layers that are
-    low-rank by then.
+    Layers are those that the event factorized, and ranks are added up over all layers that an event
+    has covered by then: those that are dense, still or again, count with their full rank.
     """
     steps = run.events["step"]
     if not len(steps):
