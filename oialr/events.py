@@ -45,11 +45,13 @@ class LayerEvent:
     rank: int
     """The full rank of a layer that is dense."""
     singular_values: Tensor
-    """All of them before the cut (previous_rank,), descending, on the CPU; those of W S where a
-    full-rank weight was weighted by its inputs (:mod:`oialr.linalg.weighting`).
+    """All of them before the cut (previous_rank,), descending, on the CPU; those of W S where
+    ``weighted``.
 
     Of a stack of matrices: of each place in the order the largest.
     """
+    weighted: bool = False
+    """Whether a full-rank weight was weighted by its inputs (:mod:`oialr.linalg.weighting`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,6 +297,7 @@ class Events:
                 previous_rank=factors.s.shape[-1],
                 rank=rank,
                 singular_values=factors.s.reshape(-1, factors.s.shape[-1]).amax(0).cpu(),
+                weighted=reports[i].name in self._roots,
             )
         return [happened[i] for i in sorted(happened)]
 

@@ -131,7 +131,7 @@ class Recorder:
         compression_percent: float,
         gradient_bytes: int,
     ) -> None:
-        """Record what the method did, and the ranks and spectra that it saw."""
+        """Record what the method did, and the ranks and spectra that it saw of the weights."""
         assert event.peak_bytes is not None, "a run's method measures memory"
         self._row(
             "lowrank",
@@ -150,7 +150,8 @@ class Recorder:
         )
         for layer in event.layers:
             self._row("rank", layer.name, step=event.step, rank=layer.rank, owner=layer.owner)
-            self._spectrum(layer.name, event.step, layer.singular_values)
+            if not layer.weighted:  # otherwise it is no spectrum of the weight itself
+                self._spectrum(layer.name, event.step, layer.singular_values)
         self.flush()
 
     def stability(

@@ -8,8 +8,10 @@ from support.tiny_run import PAPER, TINY, assert_same_run
 
 from app import config
 from app.errors import UserError
+from app.recording.store import read_rows
 from app.runtime.processes import start_runtime
 from app.training.build import build
+from app.training.recorder import Recorder
 from app.training.training_step import TrainingStep
 
 CUT = ["oialr.release=15", "oialr.target_size=0.6", "oialr.truncation=outputs"]
@@ -41,6 +43,29 @@ def test_padding_of_an_empty_share_is_not_looked_at() -> None:
         assert len(moments._rows) == len(parts.method.layers)
         assert not any(moments._rows.values())
         assert not any(moment.any() for moment in moments._moments.values())
+
+
+@pytest.mark.parametrize("truncation", ["weights", "outputs"])
+def test_a_spectrum_that_is_recorded_is_one_of_the_weight(tmp_path, truncation) -> None:
+    """And not of its product with the root of the inputs' moment, which is on another scale."""
+    configuration = config.load(None, [*TINY, *CUT, f"oialr.truncation={truncation}"])
+    path = tmp_path / "metrics.h5"
+    with start_runtime(device="cpu") as runtime:
+        parts = build(configuration, runtime)
+        method, steps, event = parts.method, TrainingStep(parts), None
+        recorder = Recorder.create(path, configuration="", layers=parts.layers, figures=())
+        for batch in (batch for epoch in range(2) for batch in parts.task.train_batches(epoch)):
+            steps.take(batch, start=0.0)
+            if event := method.step():
+                break
+        shares = {"trainable_percent": 1.0, "compression_percent": 1.0, "gradient_bytes": 0}
+        recorder.event(event, model=parts.model, **shares)
+        recorder.close()
+    for layer in event.layers:
+        assert layer.weighted == (truncation == "outputs")
+        assert len(read_rows(path, f"layers/{layer.name}/rank")["step"]) == 1
+        spectra = read_rows(path, f"layers/{layer.name}/spectrum")["step"]
+        assert len(spectra) == (truncation == "weights")
 
 
 def test_a_run_without_a_cut_of_full_rank_weights_is_refused(tmp_path) -> None:
