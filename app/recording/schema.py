@@ -37,7 +37,7 @@ TRAIN = (
     LOSS,
     Column("learning_rate", "f8", "1", "Learning rate of the first parameter group"),
     Column("samples_per_second", "f8", "1/s", "Samples of the global batch over step_seconds"),
-    Column("step_seconds", "f8", "s", "Wall time of the step, its wait for data included"),
+    Column("step_seconds", "f8", "s", "Wall time of the step, with its waits for data and device"),
 )
 LOWRANK = (
     STEP,

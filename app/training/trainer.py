@@ -157,7 +157,8 @@ class Trainer:
         # All must know whether the first process can still write.
         can_write = self.recorder.problem is None
         fetched = fetch(steps, self.runtime.processes, problem=not can_write)
-        for step, loss in zip(steps, fetched.losses, strict=True):
+        rows = zip(steps, fetched.losses, fetched.seconds, strict=True)
+        for step, loss, seconds in rows:
             if not math.isfinite(loss):
                 raise DivergedError(f"the loss is {loss} at step {step.step}")
             self.position.loss = loss
@@ -166,8 +167,8 @@ class Trainer:
                 epoch=self.position.epoch + 1,
                 loss=loss,
                 learning_rate=step.learning_rate,
-                samples_per_second=step.samples / step.seconds,
-                step_seconds=step.seconds,
+                samples_per_second=step.samples / seconds,
+                step_seconds=seconds,
             )
         self.recorder.flush()
         if fetched.problem:
