@@ -34,6 +34,7 @@ from app.data.image_files import (
     resized_side,
 )
 from app.data.image_listing import File, LeftOut, list_folder
+from app.data.loader_signals import end_with_the_program, start
 from app.data.shared_memory import naming_shared_memory
 from app.data.splitting import limit_training_part, split_off, split_off_validation
 from app.errors import UserError
@@ -165,9 +166,10 @@ class ImageFolderClassification(Classification):
             collate_fn=collate,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # for the seeds of workers, instead of the global one
+            worker_init_fn=end_with_the_program,
         )
         with naming_shared_memory():
-            for loaded in loader:
+            for loaded in start(loader):
                 if isinstance(loaded, UserError):
                     raise loaded
                 inputs, targets = (part.to(self.device, non_blocking=True) for part in loaded)

@@ -1,11 +1,14 @@
 """Image classification from folders: parts, transforms, random numbers, and what can go wrong."""
 
 import io
+import multiprocessing
 import os
 import random
 import re
 import shutil
+import signal
 import struct
+import subprocess
 import zlib
 from pathlib import Path
 from typing import Any
@@ -123,6 +126,28 @@ def test_loader_processes_change_nothing(images: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before[0])
     assert np.array_equal(np.random.get_state()[1], before[1])
     assert random.getstate() == before[2]
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP], ids=str
+)
+def test_loader_processes_outlive_a_request_to_stop(images: Path, number: int) -> None:
+    task = folder_task(images, workers=1, batch_size=1)
+    batches = task.train_batches(0)
+    next(batches)
+    (loader,) = multiprocessing.active_children()
+    subprocess.run(["sh", "-c", f"kill -{number:d} {loader.pid}"], check=True)  # somebody else
+    assert len(list(batches)) == 14
+
+
+def test_loader_processes_end_when_their_parent_asks_them_to(images: Path) -> None:
+    """Otherwise Python waits for them at its end, after an error for example."""
+    batches = folder_task(images, workers=1, batch_size=1).train_batches(0)
+    next(batches)
+    (loader,) = multiprocessing.active_children()
+    loader.terminate()
+    loader.join(60)
+    assert loader.exitcode == 0
 
 
 def test_augmentation_differs_between_epochs(images: Path) -> None:

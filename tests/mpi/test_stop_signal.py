@@ -5,7 +5,9 @@ import subprocess
 import sys
 
 import pytest
-from support.launching import ROOT, TIMEOUT, command, environment
+from support.image_folders import write_images
+from support.launching import ROOT, TIMEOUT, command, environment, launch
+from support.tiny_run import DISTURBED, last_checkpoint
 
 # A process that waits for ever inside the C library: its handlers never get their turn.
 STUCK = """
@@ -107,3 +109,15 @@ def test_children_that_the_terminal_interrupts_too_do_not_count():
     result = run(FORKED)
     assert result.stdout == "2 0\n2\n"
     assert result.stderr.count("Ctrl-C: stops after a checkpoint") == 1
+
+
+def test_a_stop_of_the_whole_process_group_leaves_a_checkpoint(tmp_path):
+    """Processes that load data died of it, and the run with them."""
+    for part in ("train", "val"):
+        write_images(tmp_path / part, 12)
+    keys = ["data.name=image_folder", f"data.root={tmp_path}", "data.image_size=16"]
+    keys += ["model.name=lenet5", "model.arguments={}", "oialr.enabled=false"]
+    keys += ["data.workers=1", "training.batch_size=4", f"run.dir={tmp_path / 'run'}"]
+    result = launch(0, DISTURBED, "group", 0, 3, *keys, code=75)
+    assert "stopped by signal 15 after step 3" in result.stderr
+    assert last_checkpoint(tmp_path / "run")["position"]["step"] == 3
