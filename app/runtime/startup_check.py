@@ -228,6 +228,8 @@ def _code_digest() -> str:
         assert package.__file__
         root = Path(package.__file__).resolve().parent.parent
         for path in sorted(Path(package.__file__).resolve().parent.rglob("*.py")):
+            if not path.is_file():  # an editor's lock is a link that leads nowhere
+                continue
             content += [str(path.relative_to(root)).encode(), path.read_bytes()]
     return _digest(b"\0".join(content))
 

@@ -58,6 +58,8 @@ def present_code() -> Code:
     processor = _processor()
     digest = hashlib.sha256(f"{version('torch')}\0{processor}".encode())
     for path in sorted(path for name in PROGRAM for path in (ROOT / name).rglob("*.py")):
+        if not path.is_file():  # an editor's lock is a link that leads nowhere
+            continue
         digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     commit = _git("rev-parse", "--short", "HEAD") or "unknown"
     changed = "-changed" if _git("status", "--porcelain", "--", *PROGRAM) else ""

@@ -28,6 +28,7 @@ from benchmarks.study.cell import (
     Code,
     Runner,
     fingerprint,
+    present_code,
     read_record,
     write_record,
 )
@@ -241,6 +242,15 @@ def test_a_method_is_the_same_whatever_recipe_the_network_s_configuration_has(tm
         settings.append([plan.cell("digits", name, 0, 1.0).settings["oialr"] for name in names])
     assert len(names) > 10
     assert settings == [settings[0]] * 3
+
+
+def test_an_editor_s_lock_is_no_part_of_the_program(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.study.cell.ROOT", tmp_path)
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "train.py").write_text("")
+    before = present_code().digest
+    (tmp_path / "app" / ".#train.py").symlink_to("somebody@elsewhere.7")  # leads nowhere
+    assert present_code().digest == before
 
 
 def test_where_the_data_lie_and_new_options_leave_a_cell_what_it_is(tmp_path):

@@ -211,6 +211,7 @@ def test_the_digest_of_the_program_covers_application_and_library(monkeypatch, t
         copied = tmp_path / package
         shutil.copytree(ROOT / package, copied, ignore=shutil.ignore_patterns("__pycache__"))
         (copied / "errors.py").write_text("changed = True\n")
+        (copied / ".#errors.py").symlink_to("somebody@elsewhere.7")  # Emacs' lock
         module = SimpleNamespace(__file__=str(copied / "__init__.py"))
         with monkeypatch.context() as patched:
             patched.setattr(startup_check, package, module)
