@@ -61,7 +61,8 @@ class Holder:
     def is_gone(self, me: "Holder") -> bool | None:
         """Whether this process has ended, as far as ``me`` can know; None: it cannot."""
         if self.boot_id and (self.boot_id, self.namespace) == (me.boot_id, me.namespace):
-            return _start_of(self.process) != self.start
+            start = _start_of(self.process)
+            return None if start is None and _is_hidden(self.process) else start != self.start
         if self.slurm_job and self.slurm_job == me.slurm_job:
             # Slurm starts a job again only when all of its processes are gone.
             return me.slurm_restarts > self.slurm_restarts or None
@@ -255,13 +256,26 @@ def _server_time(folder: Path) -> float:
 
 
 def _start_of(process: int) -> str | None:
-    """Return the start of a process, in the kernel's words; None if there is none that runs."""
+    """Return the start of a process, in the kernel's words.
+
+    Returns:
+        Empty if it has ended and its parent does not know yet; None if there is none to be seen.
+    """
     try:
         # proc(5): the second field may hold blanks and brackets; the third is the state.
         state, *numbers = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except (OSError, ValueError):
         return None
-    return None if state in ("Z", "X") else numbers[18]
+    return "" if state in ("Z", "X") else numbers[18]
+
+
+def _is_hidden(process: int) -> bool:
+    """Whether there is a process of another user, of whom /proc tells nothing (hidepid)."""
+    try:
+        os.kill(process, 0)
+    except OSError as error:
+        return isinstance(error, PermissionError)
+    return False
 
 
 def _namespace() -> str:

@@ -85,6 +85,27 @@ def test_another_process_of_the_same_number_is_another(tmp_path):
         assert names(tmp_path) == [".lease-000002"]
 
 
+@pytest.mark.parametrize("lives", [True, False])
+def test_a_process_that_the_system_hides_is_not_followed_while_it_renews(
+    tmp_path, monkeypatch, lives
+):
+    """Another user's, where /proc is mounted with hidepid."""
+
+    def kill(process, number):
+        assert number == 0
+        raise PermissionError if lives else ProcessLookupError
+
+    with Lease.take(tmp_path):
+        me = Holder.current()
+        monkeypatch.setattr(module, "_start_of", lambda process: None)
+        monkeypatch.setattr(module.os, "kill", kill)
+        if lives:
+            with pytest.raises(UserError, match=r"in use by .*if that is gone, the folder is free"):
+                Lease.take(tmp_path, me=me)
+            silent_for(tmp_path, EXPIRY + 1)
+        Lease.take(tmp_path, me=me).release()
+
+
 def silent_for(folder, seconds):
     path = folder / ".lease-000001"
     time = path.stat().st_mtime - seconds
