@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from app.errors import AgreedUserError, UserError
-from app.training.compilation import Compiled
+from app.training.compilation import Compiled, Uncompiled
 from app.training.traceless import leaving_no_trace
 from oialr.compatibility import import_torchvision
 from oialr.linalg.checksum import checksum
@@ -112,31 +112,34 @@ class Replicas:
     def rebuild(self) -> None:
         """Make the wrapper anew, after the network got new Parameter objects."""
         self.release()
-        module: nn.Module = self.model
+        compiled = Compiled(self.model) if self._compiled else None
+        self.module = compiled or self.model
         if self._processes.group:
-            module = self._wrapper = self._wrap()
-        self.uncompiled = module
-        self.module = Compiled(module) if self._compiled else module
+            self.module = self._wrapper = self._wrap(self.module)
+        self.uncompiled = Uncompiled(self.module, compiled) if compiled else self.module
+        if self._wrapper:
+            self._settle_buckets()
 
-    def _wrap(self) -> DistributedDataParallel:
-        """Wrap the network, and see to it that the order of the buckets is the final one.
+    def _wrap(self, module: nn.Module) -> DistributedDataParallel:
+        return DistributedDataParallel(
+            module,
+            device_ids=[self._device] if self._device.type == "cuda" else None,
+            process_group=self._processes.group,
+            init_sync=False,
+            gradient_as_bucket_view=True,
+        )
+
+    def _settle_buckets(self) -> None:
+        """See to it that the order of the wrapper's buckets is the final one.
 
         DistributedDataParallel puts its buckets in another order after its first backward pass.
         From three processes on the order decides the order of summation and so the last bits: a
         resumed run would differ from one that was not stopped. So one throw-away pass comes first,
         here as after a resume.
         """
-        wrapper = DistributedDataParallel(
-            self.model,
-            device_ids=[self._device] if self._device.type == "cuda" else None,
-            process_group=self._processes.group,
-            init_sync=False,
-            gradient_as_bucket_view=True,
-        )
         with leaving_no_trace(self.model, self._device):
-            self._throw_away_loss(wrapper).backward()
+            self._throw_away_loss(self.uncompiled).backward()
         self.model.zero_grad(set_to_none=True)
-        return wrapper
 
     def synchronize(self, wanted: bool) -> AbstractContextManager[None]:
         """Return the context of a backward pass that averages gradients, or only adds them up."""

@@ -73,6 +73,20 @@ def test_conversions_by_stability_on_two_processes_equal_those_of_one():
     assert "same on all processes, conversions after [6, 10, 12]" in result.stdout
 
 
+def test_a_process_that_cannot_compile_exchanges_what_the_others_do():
+    """It sent its buffers twice, and all later exchanges were one off."""
+    assert "same on all processes" in launch(2, WORKERS / "compiled.py").stdout
+
+
+OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "3"}
+OF_SRUN = {
+    "PMI_RANK": "5",
+    "PMI_SIZE": "8",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_PROCID": "5",
+}
+
+
 @pytest.mark.parametrize(
     ("environment", "launcher", "index", "count"),
     [
