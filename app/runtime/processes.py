@@ -24,7 +24,7 @@ from app.compatibility import (
 from app.errors import AgreedUserError, UserError
 from app.runtime.launch import Launch, read_launch
 from app.runtime.rendezvous import make_store
-from app.runtime.streams import flush
+from app.runtime.streams import flush, show
 from app.runtime.watchdog import Watchdog
 from oialr.placement.processes import Processes
 
@@ -193,10 +193,15 @@ def connect_mpi(launch: Launch) -> Any:
     """Return COMM_WORLD, checked against what the launcher started; None where MPI is not used.
 
     A collective call. A process that is alone needs no MPI library.
+
+    Raises:
+        UserError: MPI cannot be used, or does not see what the launcher started.
     """
-    if launch.launcher in ("alone", "torchrun") or launch.process_count == 1:
+    is_alone = launch.process_count == 1 and not launch.disputed
+    if launch.launcher in ("alone", "torchrun") or is_alone:
         return None
-    started = f"{launch.launcher} started {launch.process_count} processes"
+    processes = "1 process" if launch.process_count == 1 else f"{launch.process_count} processes"
+    started = f"{launch.launcher} started {processes}"
     remove_stale_shared_memory_of_mpich()
     try:
         import mpi4py
@@ -206,20 +211,32 @@ def connect_mpi(launch: Launch) -> Any:
     except (ImportError, RuntimeError) as error:
         raise UserError(f"{started}, but MPI cannot be used: {error}") from None
     initialize_mpi(MPI)
-    if launch.process_count != MPI.COMM_WORLD.Get_size():
+    world = MPI.COMM_WORLD
+    size = world.Get_size()
+    told = world.allgather((launch.process_index, launch.process_count))
+    if told != [(index, size) for index in range(size)]:
         library = MPI.Get_library_version().split("\n")[0].rstrip("\0 ")
-        cure = (
-            "try srun --mpi=pmi2 (see srun --mpi=list)"
-            if launch.launcher == "srun"
-            else "use the mpirun of the environment's own MPI"
-        )
-        raise UserError(
-            f"{started}, but each sees {MPI.COMM_WORLD.Get_size()} in its MPI ({library}): {cure}"
-        )
-    node = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
+        same = size == launch.process_count
+        seen = "their order is another in" if same else f"each sees {size} in its"
+        line = f"{started}, but {seen} MPI ({library}): {_cure(launch, library)}"
+        if size > 1 and world.Get_rank() == 0 and not any(index == 0 for index, _ in told):
+            show(f"error: {line}", error=True)  # nobody takes itself for the first, which tells
+        raise AgreedUserError(line)
+    if size == 1:
+        return None
+    node = world.Split_type(MPI.COMM_TYPE_SHARED)
     unlink_shared_memory_of_mpich(node)
     node.Free()
-    return MPI.COMM_WORLD
+    return world
+
+
+def _cure(launch: Launch, library: str) -> str:
+    """Return what helps where MPI sees another number of processes than was started."""
+    if launch.launcher == "srun":
+        kind = "pmix" if "Open MPI" in library else "pmi2"
+        return f"try srun --mpi={kind}, in slurm/env.sh SRUN_MPI={kind} (see srun --mpi=list)"
+    left = f", and unset {launch.disputed} where an outer launcher left them"
+    return f"use the mpirun of the environment's own MPI{left if launch.disputed else ''}"
 
 
 def choose_device(

@@ -92,7 +92,27 @@ OF_SRUN = {
     [
         ({}, "alone", 0, 1),
         ({"PMI_RANK": "1", "PMI_SIZE": "4"}, "mpi", 1, 4),
-        ({"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "3"}, "mpi", 2, 3),
+        (OPEN_MPI, "mpi", 2, 3),
+        # mpirun of Open MPI or MVAPICH in a shell that srun --mpi=pmi2 --pty has started: each
+        # believed that it was alone.
+        ({**OPEN_MPI, "PMI_RANK": "0", "PMI_SIZE": "1"}, "mpi", 2, 3),
+        (
+            {
+                "MV2_COMM_WORLD_RANK": "1",
+                "MV2_COMM_WORLD_SIZE": "2",
+                "PMI_RANK": "0",
+                "PMI_SIZE": "1",
+                "PMI_JOBID": "7.0",
+                "SLURM_STEP_NUM_TASKS": "1",
+                "SLURM_PROCID": "0",
+            },
+            "mpi",
+            1,
+            2,
+        ),
+        # srun --mpi=pmi2, and an mpirun that starts its helpers by srun, one on each node.
+        ({**OF_SRUN, "PMI_JOBID": "7.0"}, "srun", 5, 8),
+        (OF_SRUN, "mpi", 5, 8),
         # A batch script of Slurm knows the tasks of the job, but is one process.
         ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, "alone", 0, 1),
         ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5"}, "srun", 5, 8),
@@ -120,6 +140,44 @@ OF_SRUN = {
 def test_the_innermost_launcher_counts(environment, launcher, index, count):
     found = read_launch(environment)
     assert (found.launcher, found.process_index, found.process_count) == (launcher, index, count)
+
+
+@pytest.mark.parametrize(
+    ("outer", "told"),
+    [
+        (("0", "1"), "mpi started 1 process, but each sees 2 in its MPI (MPICH"),
+        (("1", "2"), "mpi started 2 processes, but their order is another in MPI (MPICH"),
+        (("3", "4"), "mpi started 4 processes, but each sees 2 in its MPI (MPICH"),
+    ],
+    ids=str,
+)
+def test_what_an_outer_launcher_has_left_is_not_believed(tmp_path, outer, told):
+    """MPICH's mpirun, in a program that Open MPI's has started."""
+    variables = dict(zip(("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), outer, strict=True))
+    program = (
+        f"import os; os.environ.update({variables!r})\n"
+        "from app.command import run_command\n"
+        "from app.train import main\n"
+        f"run_command(lambda: main(['run.dir={tmp_path}/run']))\n"
+    )
+    errors = launch(2, "-c", program, code=2).stderr
+    assert errors.count(f"error: {told}") == (2 if outer[0] == "0" else 1)  # who is the first?
+    assert "unset OMPI_COMM_WORLD_RANK and OMPI_COMM_WORLD_SIZE" in errors
+    assert "Traceback" not in errors
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("launcher", "library", "cure"),
+    [
+        ("srun", "Open MPI v5.0.8, package: Debian", "srun --mpi=pmix"),
+        ("srun", "MPICH Version:      5.0.2", "srun --mpi=pmi2"),
+        ("mpi", "Open MPI v5.0.8, package: Debian", "the environment's own MPI"),
+    ],
+)
+def test_the_cure_is_for_the_launcher_and_the_library(launcher, library, cure):
+    started = Launch(launcher=launcher, process_index=0, process_count=8)
+    assert cure in processes._cure(started, library)
 
 
 @pytest.mark.parametrize(

@@ -416,8 +416,11 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(undisturbed):
     assert f"--resume {folder}" in result.stderr
 
 
-def test_a_launch_of_n_copies_is_refused(tmp_path):
-    variables = {**environment(), "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}
+@pytest.mark.parametrize(
+    "pmi2", [{}, {"PMI_RANK": "0", "PMI_SIZE": "2", "PMI_JOBID": "7.0"}], ids=["none", "pmi2"]
+)
+def test_a_launch_of_n_copies_is_refused(tmp_path, pmi2):
+    variables = {**environment(), "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", **pmi2}
     result = subprocess.run(
         command(0, "-m", "app.train", f"run.dir={tmp_path}"),
         cwd=ROOT,
