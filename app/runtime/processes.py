@@ -273,12 +273,14 @@ def choose_device(
     if index is None:
         many = "1 process" if len(gpus) == 1 else f"{len(gpus)} processes"
         lack = f"{many} on {socket.gethostname()}, which shows {len(mine)} GPUs to one of them"
-    lack = _first_lack(lack, launch, communicator, timeout=timeout)
-    if device == "cuda" and lack:
-        raise AgreedUserError(
-            f"distributed.device: there is no GPU for each process: {lack}; start one process per "
-            f"GPU, or set distributed.device=cpu"
-        )
+    lack, some = _first_lack(lack, bool(mine), launch, communicator, timeout=timeout)
+    if lack:
+        cure = "start one process per GPU, or set distributed.device=cpu"
+        line = f"distributed.device: there is no GPU for each process: {lack}; {cure}"
+        if device == "cuda":
+            raise AgreedUserError(line)
+        if some and launch.process_index == 0:  # where there are none at all, nothing is amiss
+            show(f"warning: all compute on CPUs: {line}", error=True)
     if index is None or lack:
         return local_index, torch.device("cpu")
     chosen = torch.device("cuda", index)
@@ -286,41 +288,67 @@ def choose_device(
     return local_index, chosen
 
 
-def _first_lack(lack: str, launch: Launch, communicator: Any, *, timeout: float) -> str:
-    """Return what a process lacks, the same on all of them; empty if all have what they need."""
+def _first_lack(
+    lack: str, sees: bool, launch: Launch, communicator: Any, *, timeout: float
+) -> tuple[str, bool]:
+    """Return what a process lacks, and whether one sees a GPU, the same on all of them.
+
+    Args:
+        lack: of this process; empty if it has what it needs.
+        sees: whether this process sees a GPU.
+        launch, communicator, timeout: as for :func:`choose_device`.
+    """
     if communicator is not None:
-        return next(filter(None, communicator.allgather(lack)), "")
+        lacks, seen = zip(*communicator.allgather((lack, sees)), strict=True)
+        return next(filter(None, lacks), ""), any(seen)
     if launch.process_count == 1:
-        return lack
+        return lack, sees
     store = make_store(launch, None, timeout=timedelta(seconds=timeout))
     if lack:
         store.compare_set("lack", "", lack)
+    if sees:
+        store.set("some", "")
     if store.add("looked", 1) == launch.process_count:
         store.set("all have looked", "")
     store.wait(["all have looked"])
     first = store.get("lack").decode() if store.check(["lack"]) else ""
+    some = store.check(["some"])
     if store.add("read", 1) == launch.process_count:
         store.set("all have read", "")
     if launch.process_index == 0:  # which may be the store's host
         store.wait(["all have read"])
-    return first
+    return first, some
 
 
 def own_gpu(gpus: Sequence[Sequence[str]], local_index: int) -> int | None:
     """Choose a GPU that no other process of the node takes.
 
+    All processes of the node come to the same, by augmenting paths: who finds none of its own that
+    is free lets another one move to another of its own.
+
     Args:
         gpus: for each process of the node, the identities of the GPUs that it sees, in its order.
-            Launchers show every process all of them, or each its own.
+            Launchers show every process all of them, each its own, or those that are near to it.
         local_index: of the process that asks.
 
     Returns:
         Index among the GPUs that it sees; None if some process of the node would have to share.
     """
-    if all(seen == gpus[0] for seen in gpus):
-        return local_index if len(gpus) <= len(gpus[0]) else None
-    firsts = [seen[0] for seen in gpus if seen]
-    return 0 if len(set(firsts)) == len(gpus) else None
+    owners: dict[str, int] = {}
+
+    def place(process: int, tried: set[str]) -> bool:
+        free = [gpu for gpu in gpus[process] if gpu not in owners]
+        for gpu in (*free, *gpus[process]):
+            if gpu not in tried:
+                tried.add(gpu)
+                if gpu not in owners or place(owners[gpu], tried):
+                    owners[gpu] = process
+                    return True
+        return False
+
+    if not all(place(process, set()) for process in range(len(gpus))):
+        return None
+    return next(i for i, gpu in enumerate(gpus[local_index]) if owners.get(gpu) == local_index)
 
 
 def _visible_gpus() -> list[str]:

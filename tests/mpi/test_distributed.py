@@ -190,6 +190,11 @@ def test_the_cure_is_for_the_launcher_and_the_library(launcher, library, cure):
         ([["a"], []], [None, None]),
         ([[]], [None]),
         ([["a", "b"]], [0]),
+        # Those near to each, two sockets: --gpu-bind=closest.
+        ([["a", "b"], ["a", "b"], ["c", "d"], ["c", "d"]], [0, 1, 0, 1]),
+        ([["a", "b"], ["c", "d"], ["a", "b"], ["c", "d"]], [0, 0, 1, 1]),
+        ([["a", "b"], ["a", "b"], ["a", "b"], ["c", "d"]], [None] * 4),
+        ([["a", "b"], ["b", "c"], ["a"]], [1, 1, 0]),  # the first two move
     ],
 )
 def test_no_two_processes_take_one_gpu(gpus, expected):
@@ -202,12 +207,18 @@ def test_no_two_processes_take_one_gpu(gpus, expected):
         ("cuda", ["a", "b", "c"], "cuda:0"),
         ("auto", ["a", "b", "c"], "cuda:0"),
         ("auto", ["a", "", "c"], "cpu"),
+        ("auto", ["", "", ""], "cpu"),
         ("cpu", ["a", "", "c"], "cpu"),
         ("cuda", ["a", "", "c"], "no GPU for each process: 1 process on {}, which shows 0 GPUs to"),
     ],
 )
-def test_processes_of_torchrun_take_the_same_kind_of_device(monkeypatch, device, gpus, expected):
-    """Each is alone on its node here, and on one of these there is no GPU."""
+def test_processes_of_torchrun_take_the_same_kind_of_device(
+    monkeypatch, capsys, device, gpus, expected
+):
+    """Each is alone on its node here, and on one of these there is no GPU.
+
+    One process tells of it, unless there is no GPU at all.
+    """
     whole = HashStore()
 
     def make_store(launch, communicator, *, timeout):
@@ -239,3 +250,6 @@ def test_processes_of_torchrun_take_the_same_kind_of_device(monkeypatch, device,
     assert len(found) == len(gpus)
     for what in found.values():
         assert expected.format(socket.gethostname()) in what
+    warned = device == "auto" and "" in gpus and any(gpus)
+    told = "warning: all compute on CPUs: distributed.device: there is no GPU for each process: 1 "
+    assert capsys.readouterr().err.count(told) == warned
