@@ -6,7 +6,7 @@ nothing of files. What a training writes is opened after it, see :mod:`app.train
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -171,7 +171,7 @@ def _build_task_and_model(
     """Read the data and build the network on the device. A collective call."""
     processes = runtime.processes
     if configuration.data.download:
-        processes.agree(lambda: download(configuration) if runtime.local_index == 0 else None)
+        _download(configuration, runtime)
     data = configuration.data
     if data.stage_to:
         processes.agree(lambda: stage(data) if runtime.local_index == 0 else None)
@@ -198,6 +198,17 @@ def _build_task_and_model(
         count = runtime.process_count
         processes.agree(lambda: check_batch_norm(model, task, configuration, count))
     return task, model
+
+
+def _download(configuration: Configuration, runtime: Runtime) -> None:
+    """Download what is missing: process 0, and then one of each other node. A collective call.
+
+    Nodes may share data.root: nothing is missing there any more when process 0 is done.
+    """
+    first = runtime.is_first
+    elsewhere = runtime.local_index == 0 and not first
+    for turn in (first, elsewhere):
+        runtime.processes.agree(partial(download, configuration) if turn else lambda: None)
 
 
 def _build_method(

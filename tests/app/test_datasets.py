@@ -6,6 +6,7 @@ import pickle
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from app.data.official import OfficialSet
 from app.data.sets import DATA_SETS
 from app.data.splitting import split_off
 from app.errors import UserError
+from app.training import build
 from oialr.compatibility import import_torchvision
 
 
@@ -320,6 +322,33 @@ def test_download_once_and_only_if_asked(tmp_path: Path, downloads: list[tuple[s
     assert load(wanted.data).classes == 10
     download(wanted)
     assert len(downloads) == 1
+
+
+def test_nodes_that_share_a_folder_do_not_download_at_the_same_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two on the first node and two on the second, which looks when process 0 is done."""
+    wanted = configuration("cifar10", tmp_path, download=True)
+    turns: list[list[int]] = []
+    for index, local_index in enumerate((0, 1, 0, 1)):
+        own: list[int] = []
+
+        def agree(function: Callable[[], None], own: list[int] = own) -> None:
+            own.append(0)
+            function()
+
+        def count(found: Configuration, own: list[int] = own) -> None:
+            assert found is wanted
+            own[-1] += 1
+
+        monkeypatch.setattr(build, "download", count)
+        processes = SimpleNamespace(agree=agree)
+        runtime: Any = SimpleNamespace(
+            is_first=index == 0, local_index=local_index, processes=processes
+        )
+        build._download(wanted, runtime)
+        turns.append(own)
+    assert turns == [[1, 0], [0, 0], [0, 1], [0, 0]]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no\nmirror"), OSError("no mirror")])
