@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from app.command import Parser, run_command
+from app.command import Parser, ending_all, run_command
 from app.errors import UserError
 from app.runtime.launch import read_launch
 from app.runtime.streams import show
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not os.access(path if path.exists() else path.parent, os.W_OK):
             raise UserError(f"--output: {options.output} cannot be written by this user")
 
-    with start_runtime(device=options.device) as runtime:
+    with start_runtime(device=options.device) as runtime, ending_all(runtime):
         runtime.processes.agree(lambda: check_output() if runtime.is_first else None)
         costs = measure_costs(runtime.processes, runtime.device, quick=options.quick)
         runtime.processes.agree(

@@ -6,17 +6,31 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import oialr
-from app.errors import OutputError, StorageError, UserError, refused_path
+from app.errors import (
+    AgreedStorageError,
+    AgreedUserError,
+    DifferingReplicasError,
+    DivergedError,
+    OutputError,
+    StorageError,
+    UserError,
+    refused_path,
+    refusing_paths,
+)
 from app.runtime.host_memory import keep_freed_memory
 from app.runtime.launch import read_launch
 from app.runtime.streams import flush, prepare, put, show
 from app.runtime.versions import installed_versions
 from oialr.export import SUFFIXES
+
+if TYPE_CHECKING:
+    from app.runtime.processes import Runtime
 
 LOG_FORMAT = "%(levelname)s: %(message)s"
 EXIT_USER = 2
@@ -105,6 +119,32 @@ def _tell_mistake(line: str) -> int:
     if read_launch().process_index == 0:
         show(f"error: {line}", error=True)
     return EXIT_USER
+
+
+@contextmanager
+def ending_all(runtime: "Runtime") -> Iterator[None]:
+    """Let what one process alone meets in the block end all of them, which would wait for it.
+
+    For front doors that keep nothing to be told later; a training and a search do it themselves.
+
+    Args:
+        runtime: the processes, which are connected.
+
+    Raises:
+        Exception: as in the block. The process is left by it where this one is alone, or where all
+            raise alike.
+    """
+    try:
+        with refusing_paths():
+            yield
+    except (AgreedUserError, AgreedStorageError, DivergedError, DifferingReplicasError):
+        raise  # on all processes
+    except Exception as error:
+        if runtime.process_count > 1:
+            in_a_line = isinstance(error, (UserError, StorageError))
+            show(f"error: {error}" if in_a_line else describe_fault(error), error=True)
+            runtime.abort(EXIT_USER if isinstance(error, UserError) else 1)
+        raise
 
 
 def describe_fault(error: BaseException) -> str:

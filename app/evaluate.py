@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from app.command import Parser, run_command
+from app.command import Parser, ending_all, run_command
 from app.errors import UserError
 from app.runtime.launch import read_launch
 from app.runtime.streams import put
@@ -65,7 +65,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         what if is_run else options.run or run_of(what), options.overrides
     )
     device = "cpu" if what.suffix in PROGRAMS else options.device
-    with start_runtime(device=device) as runtime:
+    with start_runtime(device=device) as runtime, ending_all(runtime):
         if is_run:
             figures, step = evaluate_run(configuration, runtime, part)
         else:

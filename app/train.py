@@ -11,6 +11,7 @@ from app.command import (
     LOG_FORMAT,
     Parser,
     describe_fault,
+    ending_all,
     how_to_draw,
     how_to_go_on,
     how_to_use,
@@ -108,25 +109,34 @@ def _read_configuration(options: argparse.Namespace) -> Configuration:
 def _look(configuration: Configuration, options: argparse.Namespace) -> int:
     """Print what a run would be; nothing is trained or written."""
     from app.runtime.processes import start_runtime
+    from app.runtime.watchdog import Watchdog
+    from app.training.dry_run import dry_run
+    from app.training.inspection import explain_run
 
     distributed = configuration.distributed
     with start_runtime(device=distributed.device, timeout=distributed.timeout) as runtime:
         logging.basicConfig(
             level=logging.INFO if runtime.is_first else logging.ERROR, format=LOG_FORMAT
         )
-        if options.explain:
-            from app.training.inspection import explain_run
-
-            text = explain_run(configuration, runtime, resume=options.resume is not None)
-        else:
-            from app.training.dry_run import dry_run
-
-            try:
-                text = dry_run(configuration, runtime)
-            except DivergedError as error:  # on all processes alike
-                if runtime.is_first:
-                    show(f"error: {error}", error=True)
-                return 1
+        watchdog = Watchdog(
+            timeout=distributed.timeout,
+            alone=runtime.process_count == 1,
+            abort=runtime.abort,
+            name=read_launch().name,
+        )
+        try:
+            with ending_all(runtime), watchdog:
+                if options.explain:
+                    resume = options.resume is not None
+                    text = explain_run(
+                        configuration, runtime, resume=resume, tell=watchdog.progress
+                    )
+                else:
+                    text = dry_run(configuration, runtime, tell=watchdog.progress)
+        except DivergedError as error:  # on all processes alike
+            if runtime.is_first:
+                show(f"error: {error}", error=True)
+            return 1
     if runtime.is_first:
         put(text)
     return 0

@@ -6,7 +6,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import IO, Any, cast
 
@@ -31,7 +31,12 @@ MEASURED = 3
 """Steps of which the time is taken, after one that allocates and compiles."""
 
 
-def dry_run(configuration: Configuration, runtime: Runtime) -> str:
+def dry_run(
+    configuration: Configuration,
+    runtime: Runtime,
+    *,
+    tell: Callable[[str], None] = lambda what: None,
+) -> str:
     """Build a new run, take some of its steps, and tell what it will need. A collective call.
 
     No folder is made; data are downloaded and staged where the configuration says so.
@@ -39,6 +44,7 @@ def dry_run(configuration: Configuration, runtime: Runtime) -> str:
     Args:
         configuration: checked.
         runtime: this process among those that would train together.
+        tell: told of what begins now, such as :meth:`app.runtime.watchdog.Watchdog.progress`.
 
     Returns:
         Parameters, memory, size of a checkpoint, steps, and their time, in lines.
@@ -49,13 +55,15 @@ def dry_run(configuration: Configuration, runtime: Runtime) -> str:
     """
     find_folder(configuration, runtime, resume=False)
     nodes = check_nodes(configuration, runtime)
-    parts = build(configuration, runtime)
+    parts = build(configuration, runtime, tell=tell)
     runtime.processes.agree(
         lambda: find_loggers(configuration.run.loggers if runtime.is_first else [])
     )
+    tell("the bases")
     bases = _bases(parts)
     with deterministic_algorithms(wanted=configuration.training.deterministic):
-        measured = _measure(parts)
+        measured = _measure(parts, tell)
+    tell("the figures")
     lines = [
         f"dry run: nothing is trained or written; {runtime.process_count} "
         f"{'process' if runtime.process_count == 1 else 'processes'} on {runtime.device.type}",
@@ -70,15 +78,17 @@ def dry_run(configuration: Configuration, runtime: Runtime) -> str:
     return nodes + "\n".join(lines)
 
 
-def _measure(parts: Parts) -> list[tuple[float, int]]:
+def _measure(parts: Parts, tell: Callable[[str], None]) -> list[tuple[float, int]]:
     """Return wall time, of the process that took longest, and samples of each measured step."""
     runtime = parts.runtime
     batch_size = parts.configuration.training.batch_size
     batches = AgreedBatches(parts.task, batch_size, runtime.processes, _NeverAsked())
+    tell("the network's replicas")
     step = TrainingStep(parts)
     stream = _batches(batches, parts)
     measured = []
-    for _ in range(1 + MEASURED):
+    for number in range(1, 2 + MEASURED):
+        tell(f"step {number}")
         runtime.processes.barrier()
         start = time.perf_counter()
         taken = step.take(next(stream), start=start)

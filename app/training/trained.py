@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from app import config
 from app.config.settings import Configuration
-from app.errors import UserError
+from app.errors import AgreedUserError, UserError
 from app.runtime.processes import Runtime
 from app.training.build import Parts, build
 from app.training.checkpoint import CHECKPOINT_KEYS, Checkpoints
@@ -82,7 +82,7 @@ def trained(configuration: Configuration, runtime: Runtime) -> Iterator[tuple[Pa
     )
     state = checkpoints.load()
     if state is None:
-        raise UserError(f"{folder} has no checkpoint: there are no weights as yet")
+        raise AgreedUserError(f"{folder} has no checkpoint: there are no weights as yet")
     # Checkpoints of earlier versions do not know how many steps their run had.
     steps = state[0].get("steps")
     parts = build(configuration, runtime, initial=False, trains=False, steps=steps)
@@ -167,7 +167,8 @@ def figures_of(parts: Parts, model: nn.Module, part: str) -> dict[str, float]:
         UserError: the data have no such part.
     """
     if part not in parts.task.splits:
-        raise UserError(f"--part: the data have no part {part}: {', '.join(parts.task.splits)}")
+        names = ", ".join(parts.task.splits)
+        raise AgreedUserError(f"--part: the data have no part {part}: {names}")
     runtime = parts.runtime
     figures = evaluate(model, parts.task, part, runtime.processes, runtime.device)
     assert figures is not None  # nobody asks for a stop

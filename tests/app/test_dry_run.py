@@ -5,7 +5,7 @@ from datetime import timedelta
 from statistics import median
 
 import torch
-from support.launching import train
+from support.launching import launch, train
 from support.tiny_run import TINY
 
 from app.training.dry_run import _size, _time
@@ -59,3 +59,26 @@ def test_what_goes_on_is_not_tried():
     assert refused.stderr == (
         "error: --dry-run: looks at a run that is to begin; leave out --resume\n"
     )
+
+
+FAILING = """
+from app.command import run_command
+from app.train import main
+from app.training import dry_run
+measure = dry_run._measure
+def fail(parts, *arguments):
+    if parts.runtime.process_index == 1:
+        raise MemoryError("no memory is left")
+    return measure(parts, *arguments)
+dry_run._measure = fail
+run_command(lambda: main(["--dry-run", "stability.enabled=false"]))
+"""
+
+
+def test_a_fault_on_one_process_ends_all(tmp_path):
+    """The others stood until the timeout of their exchange."""
+    result = launch(2, "-c", FAILING, code=1)
+    assert "process 1 of 2 failed:" in result.stderr
+    assert "MemoryError: no memory is left" in result.stderr
+    assert "process 1 of 2: at " in result.stderr  # the watchdog's
+    assert not result.stdout
