@@ -99,7 +99,8 @@ def _run(definition: Definition, *, resume: bool, start: float) -> int:
     folders: list[Path] = []
     with StopSignal() as stop_signal:
         from app.runtime.workers import start_workers
-        from app.search.session import Interrupted, NoResult, search
+        from app.search.conclusion import Interrupted, NoResult
+        from app.search.session import search
 
         base = definition.base
         workers = start_workers(

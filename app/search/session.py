@@ -1,8 +1,6 @@
 """A search from its definition to its summary: puts the parts together."""
 
-import json
 import math
-import shutil
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -13,8 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from app.config import to_yaml
-from app.errors import AgreedUserError
 from app.runtime.launch import Launch
 from app.runtime.lease import Claim, Lease
 from app.runtime.rendezvous import make_store
@@ -22,7 +18,8 @@ from app.runtime.stop_signal import StopRequest
 from app.runtime.workers import Workers, wait
 from app.search import objective
 from app.search.budget import Budget
-from app.search.definition import STORED, Definition, train_again
+from app.search.conclusion import Interrupted, conclude, write_best
+from app.search.definition import STORED, Definition
 from app.search.evaluation import evaluate, leave_sign
 from app.search.evolution import Known, check_islands, evolve, island_of
 from app.search.progress import Progress
@@ -36,20 +33,10 @@ from app.search.store import (
     seconds_spent,
     sessions,
 )
-from app.search.tally import Tally, best_of
+from app.search.tally import Tally
 from app.training.folder import check_free, make_folder, naming, write_text
 from app.training.inspection import check_run
-from app.training.position import Stopped
-from app.training.run import train
 from oialr.compatibility import import_heat
-
-
-class Interrupted(Exception):  # noqa: N818 - it is no error
-    """The search was stopped by a signal; it can be resumed."""
-
-
-class NoResult(Exception):  # noqa: N818 - evaluations failed, the search did not
-    """No evaluation came to a result."""
 
 
 def search(
@@ -112,7 +99,7 @@ def search(
             session.run(start)
         finally:
             session.close()
-        return _conclude(definition, workers, stop_signal, claim, session.times)
+        return conclude(definition, workers, stop_signal, claim, session.times)
 
 
 def _check_all(definition: Definition, workers: Workers, *, resume: bool) -> None:
@@ -291,7 +278,7 @@ class _Session:
             best = self._tally.best
             self._progress.evaluation(evaluation, self._tally.count, best)
             if best is not None and best.number == evaluation.number:
-                _write_best(self._definition, best, self._folder)
+                write_best(self._definition, best, self._folder)
         self._take_next()
 
     def _take_next(self) -> None:
@@ -312,89 +299,3 @@ class _Session:
             )
             for one in self._earlier
         ]
-
-
-def _write_best(definition: Definition, best: Evaluation, folder: Path) -> None:
-    write_text(folder / "best.yaml", to_yaml(definition.best(best.number, best.parameters)))
-
-
-def _conclude(
-    definition: Definition,
-    workers: Workers,
-    stop_signal: StopRequest,
-    claim: Claim,
-    times: tuple[float, float, float],
-) -> dict[str, Any]:
-    """Train the best, with its test part, and sum up. Collective over all workers."""
-    world, folder = workers.world, claim.folder
-    first = world.Get_rank() == 0
-    evaluations = world.bcast(read_evaluations(folder / STORE) if first else None)
-    busy, working, total = (sum(column) for column in zip(*world.allgather(times), strict=True))
-    best = best_of(evaluations)
-    if best is None:
-        raise NoResult(f"no evaluation in {folder} came to a result")
-    if first:
-        claim.check()
-        _write_best(definition, best, folder)
-    figures: dict[str, Any] = {}
-    if definition.base.search.train_best:
-        figures = _train_best(definition, best, workers, stop_signal, folder)
-    summary = {
-        "evaluations": len(evaluations),
-        "failed": sum(one.status not in ("finished", "hopeless") for one in evaluations),
-        "best_number": best.number,
-        "best_loss": best.loss,
-        "validation_error": best.error,
-        **{key: value for key, value in figures.items() if key.startswith("test_")},
-        "trainable_percent": best.trainable_percent,
-        "workers": workers.count,
-        "processes_per_worker": workers.own.Get_size(),
-        "seconds": round(times[2], 3),
-        "train_again": train_again(folder, best.processes, best.number),
-        "overhead_percent": 100 * (1 - busy / working),
-        "idle_percent": 100 * (1 - working / total),
-    }
-    if first:
-        claim.check()
-        write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    return summary
-
-
-def _train_best(
-    definition: Definition,
-    best: Evaluation,
-    workers: Workers,
-    stop_signal: StopRequest,
-    folder: Path,
-) -> dict[str, Any]:
-    """Train the best as it was evaluated, on the first worker, unless that was done before.
-
-    Returns:
-        The summary of the run, on all processes.
-    """
-    summary, stopped, problem = None, False, None
-    if workers.index == 0:
-        configuration = definition.best(best.number, best.parameters)
-        run = configuration.run.model_copy(update={"dir": str(folder / "best")})
-        configuration = configuration.model_copy(update={"run": run})
-        with workers.join(timeout=configuration.distributed.timeout) as runtime:
-            stored = folder / "best" / "config.yaml"
-            same = runtime.processes.from_first(
-                stored.exists() and stored.read_text() == to_yaml(configuration)
-            )
-            if not same and runtime.is_first:
-                shutil.rmtree(folder / "best", ignore_errors=True)
-            try:
-                summary = train(configuration, runtime, stop_signal, resume=same).summary
-            except Stopped:
-                stopped = True
-            except AgreedUserError as error:  # of this worker: the others wait
-                problem = str(error)
-    wait(workers.world)
-    reports = workers.world.allgather((stopped, problem))
-    if problem := next((problem for _, problem in reports if problem), None):
-        raise AgreedUserError(f"the best of {folder} cannot be trained: {problem}")
-    if any(stopped for stopped, _ in reports):
-        raise Interrupted(f"the training of the best in {folder} was stopped by a signal")
-    result: dict[str, Any] = workers.world.bcast(summary)
-    return result

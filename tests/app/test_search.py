@@ -11,9 +11,11 @@ import yaml
 from support.evaluations import evaluation
 from support.launching import ROOT, launch, train
 
+from app.config import to_yaml
 from app.config.search_section import SearchSection
 from app.config.settings import Configuration
 from app.recording.store import read_rows
+from app.search.conclusion import trains_alike
 from app.search.definition import load
 from app.search.evaluation import Hopeless, _Watch, evaluate
 from app.search.objective import FAILED, HOPELESS
@@ -105,6 +107,13 @@ def test_a_search_from_its_start_to_the_winner(tmp_path, tiny):
         for place in (again, folder / "best")
     ]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+    # A search that goes on with nothing left to do keeps the run, however its folder is spelled.
+    written = (folder / "best" / "metrics.h5").stat().st_mtime_ns
+    search(4, "--resume", tmp_path / ".." / tmp_path.name / "run", "search.median_stop_epoch=3")
+    assert (folder / "best" / "metrics.h5").stat().st_mtime_ns == written
+    again = json.loads((folder / "summary.json").read_text())
+    assert again["test_accuracy"] == summary["test_accuracy"]
 
 
 @pytest.mark.slow
@@ -292,6 +301,25 @@ def test_a_candidate_that_is_no_configuration_is_a_failed_evaluation(tmp_path, t
     store.append(one)
     (read,) = read_evaluations(tmp_path)
     assert (read.status, read.traceback) == (one.status, one.traceback)
+
+
+def test_how_it_is_searched_makes_no_difference_to_the_run_of_the_best(tmp_path, tiny):
+    """A resumed search of the same winner trained it again, and lost the run that had finished."""
+    values = {"training.learning_rate": 2e-3, "oialr.delay": 7, "training.gradient_clip": 1.0}
+
+    def best(place, *overrides):
+        configuration = load(tiny, overrides).best(3, values)
+        run = configuration.run.model_copy(update={"dir": str(place)})
+        return configuration.model_copy(update={"run": run})
+
+    assert not trains_alike(best(tmp_path), tmp_path)
+    (tmp_path / "config.yaml").write_text(to_yaml(best(tmp_path)))
+    assert trains_alike(best(tmp_path, "search.evaluations=80"), tmp_path)
+    assert trains_alike(best(tmp_path / ".." / tmp_path.name), tmp_path)
+    assert not trains_alike(best(tmp_path, "training.weight_decay=0.5"), tmp_path)
+    assert not trains_alike(best(tmp_path, "run.seed=1"), tmp_path)
+    (tmp_path / "config.yaml").write_text("run: [")
+    assert not trains_alike(best(tmp_path), tmp_path)
 
 
 ALONE = ["search.processes_per_worker=1", "search.evaluations=2"]
