@@ -85,7 +85,7 @@ def conclude(
         "processes_per_worker": workers.own.Get_size(),
         "seconds": round(times[2], 3),
         "train_again": train_again(folder, best.processes, best.number),
-        "overhead_percent": 100 * (1 - busy / working),
+        "overhead_percent": 100 * (1 - busy / working) if busy else 0.0,  # nothing was left to do
         "idle_percent": 100 * (1 - working / total),
     }
     if first:

@@ -114,6 +114,7 @@ def test_a_search_from_its_start_to_the_winner(tmp_path, tiny):
     assert (folder / "best" / "metrics.h5").stat().st_mtime_ns == written
     again = json.loads((folder / "summary.json").read_text())
     assert again["test_accuracy"] == summary["test_accuracy"]
+    assert again["overhead_percent"] == 0
 
 
 @pytest.mark.slow
