@@ -73,6 +73,8 @@ class _Watch:
         self._end = math.inf if limit is None else time.monotonic() + limit
         self.interrupted = 0
         """Signal that another worker was stopped by; 0: none."""
+        self._epochs: list[tuple[float, float]] = []
+        """Error and trainable percent after every epoch."""
         self.curve: list[float] = []
         self.error = math.nan
         self.trainable_percent = 100.0
@@ -84,22 +86,33 @@ class _Watch:
             return asked
         return signal.SIGALRM if time.monotonic() > self._end else 0
 
-    def __call__(self, epoch: int, figures: dict[str, float], trainable_percent: float) -> None:
+    def __call__(
+        self,
+        epoch: int,
+        figures: dict[str, float],
+        trainable_percent: float,
+        *,
+        tested_epoch: int,
+        last: bool,
+    ) -> None:
         """Take an epoch's figures, which are the same on all processes.
+
+        What counts are those of the epoch whose weights would be tested. At its end a training is
+        not given up any more: nothing would be saved, and its result would be lost.
 
         Raises:
             Hopeless: on all processes alike.
         """
-        self.error = objective.error(figures)
-        self.trainable_percent = trainable_percent
+        self._epochs.append((objective.error(figures), trainable_percent))
+        self.error, self.trainable_percent = self._epochs[tested_epoch - 1]
         value = objective.priced_error(
-            self._section, error=self.error, trainable_percent=trainable_percent
+            self._section, error=self.error, trainable_percent=self.trainable_percent
         )
         self.curve.append(value)
         if self._stopped_elsewhere():
             self.interrupted = signal.SIGTERM
         first = self._section.median_stop_epoch
-        if first is None or epoch < first or epoch > len(self._medians):
+        if first is None or last or epoch < first or epoch > len(self._medians):
             return
         if value > self._medians[epoch - 1]:
             raise Hopeless(

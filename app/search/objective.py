@@ -45,7 +45,8 @@ def loss(
     Args:
         section: prices and bound.
         error: see :func:`error`.
-        trainable_percent: trained parameters at the end, in percent of the full-rank network's.
+        trainable_percent: trained parameters of the tested weights, in percent of the full-rank
+            network's.
         step_seconds: mean wall time of a step.
     """
     if not math.isfinite(error):

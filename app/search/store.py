@@ -87,7 +87,7 @@ class Evaluation:
     traceback: str
     """Empty where nothing was raised; its end where it is long."""
     curve: tuple[float, ...]
-    """Priced error after every epoch."""
+    """Priced error after every epoch, of the weights that would be tested then."""
 
     @property
     def succeeded(self) -> bool:

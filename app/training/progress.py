@@ -17,8 +17,25 @@ from oialr.method import Event
 class EpochObserver(Protocol):
     """What is told of every epoch, on every process."""
 
-    def __call__(self, epoch: int, figures: dict[str, float], trainable_percent: float) -> None:
-        """Take the validation figures after an epoch, counted from 1."""
+    def __call__(
+        self,
+        epoch: int,
+        figures: dict[str, float],
+        trainable_percent: float,
+        *,
+        tested_epoch: int,
+        last: bool,
+    ) -> None:
+        """Take an epoch and what it brought.
+
+        Args:
+            epoch: counted from 1.
+            figures: on the validation part.
+            trainable_percent: of the network, after it.
+            tested_epoch: the one whose weights were tested if the training ended here: this one, or
+                the best so far with early stopping.
+            last: whether the training ends here.
+        """
 
 
 class Progress:
@@ -115,10 +132,15 @@ class Progress:
         figures: dict[str, float],
         trainable_percent: float,
         stability: float,
+        tested_epoch: int,
+        last: bool,
     ) -> None:
-        """Tell what an epoch brought: training loss, validation figures, size, mean stability."""
+        """Tell what an epoch brought: training loss, validation figures, size, mean stability.
+
+        The last two, see :class:`EpochObserver`, are for who observes epochs.
+        """
         if self._on_epoch:
-            self._on_epoch(epoch, figures, trainable_percent)
+            self._on_epoch(epoch, figures, trainable_percent, tested_epoch=tested_epoch, last=last)
         parts = [f"epoch {epoch}/{self._epochs}", f"step {step}", f"loss {loss:.4f}"]
         parts += [f"validation {name} {value:.4f}" for name, value in figures.items()]
         parts.append(f"trainable {trainable_percent:.1f} %")

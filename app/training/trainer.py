@@ -217,6 +217,8 @@ class Trainer:
             figures=figures,
             trainable_percent=self.parts.trainable_percent,
             stability=self.measurements.mean_at(position.step),
+            tested_epoch=position.epoch - (stopping.epochs_since if stopping else 0),
+            last=self._finished(),
         )
         if due:
             self.save_checkpoint()

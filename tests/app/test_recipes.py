@@ -5,6 +5,7 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from app.data import build_task
 from app.errors import UserError
 from app.recording.store import read_rows
 from app.runtime.processes import start_runtime
+from app.training import run
 from app.training.build import build
 from app.training.checkpoint import Checkpoints
 from app.training.early_stopping import EarlyStopping
@@ -298,6 +300,31 @@ def test_early_stopping_tests_the_best_weights_of_the_last_form(
     figures = evaluate(model, task, "test", Processes(), torch.device("cpu"))
     assert summary["test_loss"] == pytest.approx(figures["loss"], rel=1e-5)
     assert summary["test_loss"] == rows["loss"][-1]
+
+
+@pytest.mark.slow
+def test_who_observes_epochs_learns_which_would_be_tested(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A search judges that one, and gives up nothing at the last one."""
+    losses = iter([0.1, 0.9, 0.5, 0.7, 0.8, 0.0])  # layers turn low-rank in the second epoch
+
+    def scripted(*arguments: Any, **options: Any) -> dict[str, float]:
+        return {**evaluate(*arguments, **options), "loss": next(losses)}
+
+    monkeypatch.setattr("app.training.trainer.evaluate", scripted)
+    seen = []
+
+    def observe(epoch: int, *_: Any, tested_epoch: int, last: bool) -> None:
+        seen.append((epoch, tested_epoch, last))
+
+    options = [*TINY, "training.early_stopping=2", "training.epochs=9", f"run.dir={tmp_path}"]
+    configuration = config.load(None, [*options, "stability.enabled=false"])
+    with start_runtime(device="cpu") as runtime:
+        stop = SimpleNamespace(number=0)
+        outcome = run.train(configuration, runtime, stop, resume=False, on_epoch=observe)
+    assert seen == [(1, 1, False), (2, 2, False), (3, 3, False), (4, 3, False), (5, 3, True)]
+    assert outcome.summary["tested_step"] == 3 / 5 * outcome.summary["steps"]
 
 
 def test_an_equal_loss_is_no_smaller_one(tmp_path: Path) -> None:

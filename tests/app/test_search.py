@@ -401,19 +401,45 @@ def watch(**section):
     )
 
 
-def test_what_is_worse_than_the_median_is_hopeless_from_the_epoch_given():
-    def follow(errors, **section):
-        one = watch(**section)
-        for epoch, error in enumerate(errors, 1):
-            one(epoch, {"accuracy": 1 - error}, 50.0)
-        return one
+def follow(errors, *, tested=None, percents=None, epochs=None, **section):
+    """Watch a training whose epochs have these errors."""
+    one = watch(**section)
+    for epoch, error in enumerate(errors, 1):
+        one(
+            epoch,
+            {"accuracy": 1 - error},
+            percents[epoch - 1] if percents else 50.0,
+            tested_epoch=tested[epoch - 1] if tested else epoch,
+            last=epoch == epochs,
+        )
+    return one
 
+
+def test_what_is_worse_than_the_median_is_hopeless_from_the_epoch_given():
     assert follow([0.9, 0.9, 0.9]).curve == pytest.approx([0.9] * 3)  # not asked for
     assert len(follow([0.9, 0.4, 0.2, 0.9], median_stop_epoch=2).curve) == 4
     with pytest.raises(Hopeless, match=r"after epoch 2: median 0\.4"):
         follow([0.1, 0.41], median_stop_epoch=2)
     with pytest.raises(Hopeless, match="after epoch 3"):  # the price counts
         follow([0.1, 0.1, 0.29], median_stop_epoch=2, trainable_price=0.1)
+
+
+def test_no_training_is_given_up_at_its_own_last_epoch():
+    """Its result was lost, and no time was saved."""
+    assert follow([0.9, 0.41], epochs=2, median_stop_epoch=2).error == pytest.approx(0.41)
+
+
+def test_what_counts_is_the_epoch_whose_weights_would_be_tested():
+    """With early stopping it was the last one, which is the worse by patience."""
+    errors, percents = [0.6, 0.2, 0.5, 0.55], [100.0, 30.0, 40.0, 50.0]
+    one = follow(errors, tested=[1, 2, 2, 2], percents=percents, trainable_price=0.1)
+    assert (one.error, one.trainable_percent) == (pytest.approx(0.2), 30.0)
+    assert one.curve == pytest.approx([0.7, 0.23, 0.23, 0.23])
+    # Where layers change their form, none of the epochs before it counts any more.
+    one = follow(errors, tested=[1, 2, 3, 3], percents=percents)
+    assert (one.error, one.trainable_percent) == (0.5, 40.0)
+    # Nor is what has been better than the median given up for what comes after it.
+    follow([0.6, 0.2, 0.35], tested=[1, 2, 2], median_stop_epoch=2)
 
 
 def test_time_and_signals_ask_for_a_stop():
@@ -426,5 +452,5 @@ def test_time_and_signals_ask_for_a_stop():
         Configuration(), medians=[], stop_signal=Asked(), stopped_elsewhere=lambda: True
     )
     assert elsewhere.number == 0
-    elsewhere(1, {"accuracy": np.float64(0.5)}, 10.0)
+    elsewhere(1, {"accuracy": np.float64(0.5)}, 10.0, tested_epoch=1, last=False)
     assert elsewhere.number != 0
