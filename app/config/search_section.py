@@ -62,7 +62,7 @@ class SearchSection(Section):
         None,
         gt=0,
         description="From this epoch on, give up what is worse than the median of at least five "
-        "finished trainings at the same epoch; null: never.",
+        "trainings that finished within the bound, at the same epoch; null: never.",
     )
     keep_checkpoints: bool = Field(False, description="Keep the checkpoints of all trainings.")
     train_best: bool = Field(

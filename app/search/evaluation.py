@@ -29,7 +29,7 @@ from app.training.run import train
 
 
 class Hopeless(Exception):  # noqa: N818 - it is no error
-    """The training is worse than the median of the finished ones at the same epoch."""
+    """The training is worse than the median of others at the same epoch."""
 
 
 _RAISED_ALIKE = (Hopeless, Stopped, DivergedError, AgreedUserError)
@@ -61,7 +61,7 @@ class _Watch:
 
         Args:
             configuration: its section search is read.
-            medians: of the finished evaluations, per epoch; the same on all processes.
+            medians: see :func:`app.search.objective.medians`; the same on all processes.
             stop_signal: of the program.
             stopped_elsewhere: whether another worker has been asked to stop; asked every epoch.
         """

@@ -66,7 +66,7 @@ def loss_of_hopeless(value: float) -> float:
 
 
 def medians(curves: Sequence[Sequence[float]]) -> list[float]:
-    """Return the median per epoch over the curves of finished trainings.
+    """Return the median per epoch over the curves of trainings that finished within bounds.
 
     Args:
         curves: one value per epoch each; their lengths may differ.

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from app.search.objective import OUT_OF_BOUNDS
 from app.search.store import Evaluation
 
 
@@ -24,10 +25,14 @@ class Tally:
         self.best: Evaluation | None = None
         """As :func:`best_of` tells."""
         self.curves: list[tuple[float, ...]] = []
-        """Of those that have finished."""
+        """Of those that have finished within bounds: larger networks are no measure of others."""
 
     def add(self, evaluations: Sequence[Evaluation]) -> None:
         """Count more evaluations."""
         self.count += len(evaluations)
         self.best = best_of([*evaluations, *([self.best] if self.best else [])])
-        self.curves += [one.curve for one in evaluations if one.status == "finished"]
+        self.curves += [
+            one.curve
+            for one in evaluations
+            if one.status == "finished" and one.loss < OUT_OF_BOUNDS
+        ]

@@ -16,7 +16,7 @@ from support.launching import TIMEOUT, environment
 
 from app import config
 from app.errors import StorageError, UserError
-from app.search.objective import FAILED
+from app.search.objective import FAILED, OUT_OF_BOUNDS
 from app.search.space import read_space
 from app.search.store import (
     Additions,
@@ -282,3 +282,6 @@ def test_medians_are_of_what_has_finished():
     for number, status in enumerate(("finished", "hopeless", "diverged", "finished")):
         tally.add([evaluation(number, status=status, curve=(float(number),))])
     assert (tally.count, tally.curves) == (4, [(0.0,), (3.0,)])
+    # Nor the larger networks, against which those within the bound would be given up.
+    tally.add([evaluation(4, loss=OUT_OF_BOUNDS + 0.5), evaluation(5, loss=1.0, curve=(5.0,))])
+    assert tally.curves == [(0.0,), (3.0,), (5.0,)]
