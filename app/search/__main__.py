@@ -18,6 +18,7 @@ from app.command import (
     run_command,
     summary_lines,
 )
+from app.config.yaml_text import dump_value
 from app.errors import (
     AgreedStorageError,
     AgreedUserError,
@@ -28,6 +29,7 @@ from app.errors import (
 from app.runtime.latest import led_to, point_to
 from app.runtime.launch import read_launch
 from app.runtime.streams import show
+from app.search import objective
 from app.search.definition import STORED, Definition, load
 
 EXAMPLES = """\
@@ -75,10 +77,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _read_definition(options: argparse.Namespace) -> Definition:
     """Resolve the definition; a resumed search's own one."""
-    if options.resume is None:
-        if options.config is None:
-            raise UserError("--config: name a search, such as configs/search/digits.yaml")
-        return load(options.config, options.overrides)
+    if options.resume is not None:
+        return _read_stored(options)
+    if options.config is None:
+        raise UserError("--config: name a search, such as configs/search/digits.yaml")
+    return load(options.config, options.overrides)
+
+
+def _read_stored(options: argparse.Namespace) -> Definition:
+    """Resolve the definition of a search that goes on, and let its losses mean what they did."""
     if options.config is not None:
         raise UserError("--config: a search that is resumed has its own; leave it out")
     for override in options.overrides:
@@ -89,7 +96,15 @@ def _read_definition(options: argparse.Namespace) -> Definition:
     stored = Path(options.resume) / STORED
     if not stored.exists():
         raise UserError(f"--resume: {options.resume} holds no search (no {STORED} there)")
-    return load(stored, options.overrides, folder=options.resume)
+    definition = load(stored, options.overrides, folder=options.resume)
+    before, now = load(stored).base.search, definition.base.search
+    for name in objective.KEYS:
+        if (was := getattr(before, name)) != getattr(now, name):
+            raise UserError(
+                f"search.{name}: cannot change when a search is resumed, whose losses were "
+                f"judged by {dump_value(was)}; leave it out, or begin a new search"
+            )
+    return definition
 
 
 def _run(definition: Definition, *, resume: bool, start: float) -> int:

@@ -16,6 +16,8 @@ FAILED = 1e9
 """Loss of an evaluation without a result. Finite: Propulate takes NaN for the best."""
 LEAST_FINISHED = 5
 """Evaluations whose median is worth a comparison."""
+KEYS = ("trainable_price", "step_price", "trainable_bound")
+"""Of the section search: what losses depend on."""
 
 
 def error(figures: Mapping[str, float]) -> float:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from argparse import Namespace
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +15,9 @@ from support.launching import ROOT, launch, train
 from app.config import to_yaml
 from app.config.search_section import SearchSection
 from app.config.settings import Configuration
+from app.errors import UserError
 from app.recording.store import read_rows
+from app.search.__main__ import _read_definition
 from app.search.conclusion import trains_alike
 from app.search.definition import load
 from app.search.evaluation import Hopeless, _Watch, evaluate
@@ -375,6 +378,24 @@ def test_a_folder_that_holds_a_search_is_kept(tmp_path, tiny):
     (folder / "search.yaml").write_text(TINY)
     result = search(0, "--resume", folder, "training.epochs=4", code=2)
     assert "training.epochs: only search.* can change" in result.stderr
+
+
+def definition_of(folder, *overrides):
+    """As the command line resolves it: of a file, or of a folder that is resumed."""
+    place = {"config": None, "resume": folder} if folder.is_dir() else {"config": folder}
+    return _read_definition(Namespace(**{"resume": None, **place}, overrides=overrides))
+
+
+@pytest.mark.parametrize("key", ["trainable_bound=30", "trainable_price=0.2", "step_price=1"])
+def test_losses_mean_the_same_in_all_sessions(tmp_path, tiny, key):
+    """Those of another objective would compete with the ones in the store."""
+    (tmp_path / "search.yaml").write_text(load(tiny, ["search.step_price=2"]).to_yaml())
+    name = key.partition("=")[0]
+    with pytest.raises(UserError, match=f"^search.{name}: .* begin a new search$") as refused:
+        definition_of(tmp_path, "search.evaluations=9", f"search.{key}")
+    assert "\n" not in str(refused.value)
+    same = ["search.trainable_bound=null", "search.trainable_price=0.1", "search.step_price=2.0"]
+    assert definition_of(tmp_path, "search.evaluations=9", *same).base.search.evaluations == 9
 
 
 def test_help_imports_nothing_heavy():
