@@ -77,11 +77,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _read_definition(options: argparse.Namespace) -> Definition:
     """Resolve the definition; a resumed search's own one."""
-    if options.resume is not None:
-        return _read_stored(options)
-    if options.config is None:
+    if options.resume is None and options.config is None:
         raise UserError("--config: name a search, such as configs/search/digits.yaml")
-    return load(options.config, options.overrides)
+    resumed = options.resume is not None
+    definition = _read_stored(options) if resumed else load(options.config, options.overrides)
+    if definition.base.run.stop_after is not None:
+        raise UserError(
+            "run.stop_after: would stop every evaluation of a search, which then is without a "
+            "result; leave it out"
+        )
+    return definition
 
 
 def _read_stored(options: argparse.Namespace) -> Definition:

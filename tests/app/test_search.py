@@ -344,6 +344,7 @@ MISTAKES = [
         "error: space: oialr.delay: 10 is not less",
     ),
     (["--config", "TINY", "search.islands=2", *ALONE], "error: search.islands: 2 islands need 2"),
+    (["--config", "TINY", "run.stop_after=3", *ALONE], "error: run.stop_after: would stop every"),
     (["--config", "TINY"], "error: search.processes_per_worker: 2 does not divide the 1"),
 ]
 
