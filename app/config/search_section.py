@@ -14,7 +14,9 @@ class SearchSection(Section):
         40, gt=0, description="Trainings in total, failed ones too; null: no such limit."
     )
     generations: int | None = Field(
-        None, gt=0, description="Trainings per worker on average; null: no such limit."
+        None,
+        gt=0,
+        description="Trainings per worker of the first start, on average; null: no such limit.",
     )
     hours: float | None = Field(
         None,

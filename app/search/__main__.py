@@ -94,9 +94,14 @@ def _read_stored(options: argparse.Namespace) -> Definition:
     if options.config is not None:
         raise UserError("--config: a search that is resumed has its own; leave it out")
     for override in options.overrides:
-        key, _ = config.parse_override(override)
+        key, value = config.parse_override(override)
         if not key.startswith("search."):
             raise UserError(f"{key}: only search.* can change when a search is resumed")
+        if key == "search.generations" and value is not None:
+            raise UserError(
+                f"{key}: the first start of a search has made evaluations of them; set "
+                "search.evaluations"
+            )
     options.resume = str(led_to(Path(options.resume)))
     stored = Path(options.resume) / STORED
     if not stored.exists():

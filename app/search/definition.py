@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,22 @@ class Definition:
     space: Space
     entries: Mapping[str, Any]
     """The space as the file gives it."""
+
+    def counted(self, workers: int) -> "Definition":
+        """Return the definition with search.generations as a number of evaluations.
+
+        So a search that is stopped ends where it would have, whoever goes on with it.
+
+        Args:
+            workers: of the search's first start.
+        """
+        section = self.base.search
+        if section.generations is None:
+            return self
+        limits = [section.generations * workers, section.evaluations]
+        least = min(limit for limit in limits if limit is not None)
+        section = section.model_copy(update={"evaluations": least, "generations": None})
+        return replace(self, base=self.base.model_copy(update={"search": section}))
 
     def seed(self, number: int) -> int:
         """Return the seed of an evaluation: the base's plus its number."""

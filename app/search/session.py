@@ -67,6 +67,7 @@ def search(
         Interrupted: a signal came before the end.
         NoResult: every evaluation failed.
     """
+    definition = definition.counted(workers.count)
     section = definition.base.search
     islands = workers.agree(lambda: check_islands(section, workers.count))
     _check_free(definition, workers, resume=resume)
@@ -178,8 +179,7 @@ class _Session:
         self._number, self._earlier, spent = world.bcast(
             (sessions(store), read_evaluations(store), seconds_spent(store)) if first else None
         )
-        limits = [section.evaluations, section.generations and section.generations * workers.count]
-        limit = min((limit for limit in limits if limit is not None), default=None)
+        limit = section.evaluations
         deadline = time.monotonic() + 3600 * (section.hours or math.inf) - spent
         launch = Launch(
             launcher="mpi", process_index=world.Get_rank(), process_count=world.Get_size()

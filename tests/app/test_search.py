@@ -397,6 +397,9 @@ def test_losses_mean_the_same_in_all_sessions(tmp_path, tiny, key):
     assert "\n" not in str(refused.value)
     same = ["search.trainable_bound=null", "search.trainable_price=0.1", "search.step_price=2.0"]
     assert definition_of(tmp_path, "search.evaluations=9", *same).base.search.evaluations == 9
+    with pytest.raises(UserError, match=r"^search\.generations: .* set search\.evaluations$"):
+        definition_of(tmp_path, "search.generations=9")
+    assert definition_of(tmp_path, "search.generations=null")
 
 
 def test_help_imports_nothing_heavy():

@@ -176,6 +176,17 @@ def test_a_definition_is_its_base_with_its_own_sections_and_overrides(tmp_path):
     assert again.base == definition.base
     assert again.space.parameters == definition.space.parameters
 
+    several = load(stored, ["search.generations=10", "search.evaluations=null"]).counted(8)
+    stored.write_text(several.to_yaml())
+    by_others = load(stored).counted(4).base.search
+    assert (by_others.evaluations, by_others.generations) == (80, None)
+    fewer = load(stored, ["search.generations=10", "search.evaluations=30"]).counted(8)
+    assert fewer.base.search.evaluations == 30
+    assert fewer.base.search.generations is None
+    assert load(stored, ["search.evaluations=5"]).counted(8).base.search.evaluations == 5
+    forever = load(stored, ["search.evaluations=null", "search.hours=1"])
+    assert forever.counted(8).base.search.evaluations is None
+
     candidate = definition.candidate(5, {"oialr.cutoff": 0.15}, tmp_path / "5")
     assert candidate.oialr.cutoff == 0.15
     assert candidate.run.seed == definition.base.run.seed + 5
