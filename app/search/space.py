@@ -11,6 +11,7 @@ import math
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from graphlib import CycleError, TopologicalSorter
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -97,9 +98,22 @@ class Space:
     """The parameters, in order."""
 
     def __init__(self, parameters: Sequence[Parameter]) -> None:
-        """Take the parameters; those that others are bounded by may come before or after."""
+        """Take the parameters; those that others are bounded by may come before or after.
+
+        Raises:
+            UserError: parameters are bounded by each other.
+        """
         self.parameters = tuple(parameters)
         self.keys = tuple(parameter.key for parameter in parameters)
+        bounds = {parameter.key: parameter.at_most for parameter in parameters if parameter.at_most}
+        sorter = TopologicalSorter({key: {bound} for key, bound in bounds.items()})
+        try:
+            order = tuple(sorter.static_order())
+        except CycleError as error:
+            chain = " is bounded by ".join(reversed(error.args[1]))
+            raise UserError(f"space: at_most: {chain}; take one of them out") from None
+        self._bounded = tuple((key, bounds[key]) for key in order if key in bounds)
+        """Keys and what bounds them, which comes first where it is bounded itself."""
 
     def decode(self, position: Sequence[float] | np.ndarray) -> dict[str, Any]:
         """Return the values, by key, at a point of the unit cube."""
@@ -127,10 +141,8 @@ class Space:
         sections = base.model_dump()
         for key, value in values.items():
             config.assign(sections, key, value)
-        for parameter in self.parameters:
-            if parameter.at_most:
-                bound = _look_up(sections, parameter.at_most)
-                config.assign(sections, parameter.key, min(values[parameter.key], bound))
+        for key, bound in self._bounded:
+            config.assign(sections, key, min(values[key], _look_up(sections, bound)))
         return sections
 
     def check(self, base: Configuration) -> None:

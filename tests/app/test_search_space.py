@@ -1,5 +1,6 @@
 """Search spaces, objectives and the budget: what needs no training."""
 
+import itertools
 import math
 import time
 
@@ -101,6 +102,27 @@ def test_a_parameter_can_be_bounded_by_another():
         space(**entries)
 
 
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_a_chain_of_bounds_holds_in_any_order(order):
+    """It held where each stood behind what bounds it."""
+    entries = {
+        "training__minimum_learning_rate": {
+            "range": [1e-6, 1e-3],
+            "at_most": "training.warmup_learning_rate",
+        },
+        "training__warmup_learning_rate": {
+            "range": [1e-5, 1e-2],
+            "at_most": "training.learning_rate",
+        },
+        "training__learning_rate": [1e-4, 1e-1],
+    }
+    s = space(**{key: entries[key] for key in [list(entries)[i] for i in order]})
+    position = [key != "training.learning_rate" for key in s.keys]
+    rates = s.configure(BASE, s.decode(position)).training
+    assert rates.learning_rate == pytest.approx(1e-4)
+    assert rates.warmup_learning_rate == rates.minimum_learning_rate == rates.learning_rate
+
+
 def bounded(by, **entries):
     """A parameter that is bounded by a key."""
     return {"training.learning_rate": {"range": [1e-4, 1e-2], "at_most": by}, **entries}
@@ -132,6 +154,22 @@ MISTAKES = [
     (
         bounded("training.gradient_clip", **{"training.gradient_clip": {"choices": [1.0, None]}}),
         r"learning_rate: at_most: training\.gradient_clip can be null, .*; name a key that always",
+    ),
+    (
+        bounded("training.learning_rate"),
+        r"at_most: training\.learning_rate is bounded by training\.learning_rate; take one",
+    ),
+    (
+        bounded(
+            "training.warmup_learning_rate",
+            **{
+                "training.warmup_learning_rate": {
+                    "range": [1e-5, 1e-2],
+                    "at_most": "training.learning_rate",
+                }
+            },
+        ),
+        r"at_most: training\.(warmup_)?learning_rate is bounded by .* is bounded by .*; take one",
     ),
     ({}, "expected parameters such as"),
     (None, "expected parameters such as"),
