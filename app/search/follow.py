@@ -16,7 +16,7 @@ from app.search.tally import best_first
 
 _SHOWN = 10
 _RECENT = 20
-"""Evaluations of which the pace is taken."""
+"""Evaluations, at least, of which the pace is taken; of many workers two of each."""
 
 
 def follow_search(folder: Path, *, interval: float) -> None:
@@ -51,6 +51,9 @@ def follow_search(folder: Path, *, interval: float) -> None:
 def time_left(evaluations: Sequence[Evaluation], limit: int | None) -> timedelta | None:
     """Return the time that a search needs at the pace of its last evaluations.
 
+    That is their mean time, shared by the workers that they were of. The span that they cover is no
+    measure: of many workers it is that of a whole evaluation, however few of a round they are.
+
     Args:
         evaluations: that have finished.
         limit: search.evaluations; None: it ends otherwise.
@@ -60,13 +63,17 @@ def time_left(evaluations: Sequence[Evaluation], limit: int | None) -> timedelta
     """
     if limit is None or not evaluations:
         return None
-    times = []
-    for one in evaluations:
-        start = datetime.fromisoformat(one.started).timestamp()
-        times.append((start + one.seconds, start))
-    recent = sorted(times)[-_RECENT:]
-    each = (recent[-1][0] - min(start for _, start in recent)) / len(recent)
+    recent = sorted(evaluations, key=_end)[-max(_RECENT, 2 * _workers(evaluations)) :]
+    each = sum(one.seconds for one in recent) / len(recent) / _workers(recent)
     return timedelta(seconds=max(0, round((limit - len(evaluations)) * each)))
+
+
+def _workers(evaluations: Sequence[Evaluation]) -> int:
+    return len({one.worker for one in evaluations})
+
+
+def _end(one: Evaluation) -> float:
+    return datetime.fromisoformat(one.started).timestamp() + one.seconds
 
 
 def _losses(evaluations: Sequence[Evaluation]) -> Curves:

@@ -72,12 +72,21 @@ def test_a_flat_curve_is_shown():
 
 
 def test_the_time_that_a_search_needs():
-    # Two workers, each 4.5 s for an evaluation.
-    ones = [
-        evaluation(number, started=f"2026-11-24T12:00:{4.5 * (number // 2):06.3f}+00:00")
-        for number in range(8)
-    ]
+    def evaluations(count, workers):
+        """Each is 4.5 s long."""
+        return [
+            evaluation(
+                number,
+                worker=number % workers,
+                started=f"2026-11-24T12:00:{4.5 * (number // workers):06.3f}+00:00",
+            )
+            for number in range(count)
+        ]
+
+    ones = evaluations(8, workers=2)
     assert search.time_left(ones, 40) == timedelta(seconds=72)
     assert search.time_left(ones, 8) == timedelta(0)
     assert search.time_left(ones, None) is None
     assert search.time_left([], 40) is None
+    # Two more rounds; by the span of the last twenty evaluations, two thirds of a round, it was 14.
+    assert search.time_left(evaluations(90, workers=30), 150) == timedelta(seconds=9)
