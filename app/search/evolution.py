@@ -18,6 +18,7 @@ from app.compatibility import import_propulate
 from app.config.search_section import SearchSection
 from app.errors import UserError
 from app.runtime.workers import Workers, wait
+from app.search.nelder_mead import build_nelder_mead
 
 NELDER_MEAD_SCALE = 0.2
 """Standard deviation of the first simplex, in the unit cube."""
@@ -206,8 +207,7 @@ def build_propagator(
                 propagators.BasicCMA(), limits, pop_size=population, rng=rng
             )
         case "nelder_mead":
-            centre = np.full(len(keys), 0.5)
-            return propagators.ParallelNelderMead(limits, rng, centre, scale=NELDER_MEAD_SCALE)
+            return build_nelder_mead(limits, rng, scale=NELDER_MEAD_SCALE, index=index)
         case "particle_swarm":
             # Inertia and weights of the constriction by Clerc and Kennedy (2002).
             move = propagators.VelocityClampingPSO(

@@ -1,6 +1,7 @@
 """Propulate's propagators and islands under our budget, on a quadratic function."""
 
 import json
+import statistics
 
 import numpy as np
 import pytest
@@ -9,9 +10,9 @@ from support.launching import ROOT, launch
 EVOLUTION = ROOT / "tests" / "support" / "workers" / "evolution.py"
 
 
-def case(propagator, evaluations, known=0, **section):
+def case(propagator, evaluations, known=0, seed=1, **section):
     section = {"propagator": propagator, "islands": 1, **section}
-    return {"section": section, "evaluations": evaluations, "known": known}
+    return {"section": section, "evaluations": evaluations, "known": known, "seed": seed}
 
 
 PROPAGATORS = [case(name, 300) for name in ("genetic", "cma_es", "particle_swarm", "nelder_mead")]
@@ -62,6 +63,19 @@ def test_candidates_come_closer(results):
             found = losses(result)
             later = found[len(found) // 2 :]
             assert sum(loss < 0.1 for loss in later) / len(later) > 0.25, case
+
+
+@pytest.mark.parametrize("known", [0, 20], ids=["new", "resumed"])
+def test_one_worker_of_nelder_mead_closes_in(known):
+    """It ended in points at a distance of 0.2 from the best, in each coordinate, for ever.
+
+    The least losses of 20 seeds, new and resumed, had the medians 9e-11 and 3e-11 and the largest
+    4e-7; without what is mended the medians 8e-4 and 2e-4 and the smallest 9e-7.
+    """
+    cases = [case("nelder_mead", known + 150, known, seed) for seed in range(5)]
+    lines = launch(0, EVOLUTION, json.dumps(cases)).stdout.splitlines()
+    least = [min(losses(result)) for result in json.loads(lines[-1])]
+    assert statistics.median(least) < 1e-7, least
 
 
 def test_known_evaluations_are_built_on(results):

@@ -26,7 +26,7 @@ def loss(position):
     return float(((position - TARGET) ** 2).sum())
 
 
-def run(workers, *, section, evaluations, known):
+def run(workers, *, section, evaluations, known, seed):
     world = workers.world
     launch = Launch(launcher="mpi", process_index=world.Get_rank(), process_count=world.Get_size())
     store = make_store(launch, world, timeout=timedelta(seconds=100))
@@ -49,7 +49,7 @@ def run(workers, *, section, evaluations, known):
             section=SearchSection(**section),
             keys=("a.x", "a.y", "b.z"),
             workers=workers,
-            seed=[1, known],
+            seed=[seed, known],
             known=earlier,
             begin=number is not None,
             folder=Path(folder),
