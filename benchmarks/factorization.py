@@ -112,6 +112,7 @@ class Case:
         full = {report.name: report.full_rank for report in self.method.layers}
         state["ranks"] = {name: max(1, round(fraction * k)) for name, k in full.items()}
         state["step_count"] = state["handled"] = 1
+        del state["turns"]  # then the steps tell that the conversion is over
         self.method.load_state_dict(state)
         for parameter in self.method.model.parameters():
             torch.nn.init.normal_(parameter)

@@ -52,10 +52,11 @@ def run_example(command: str, place: Path) -> str:
     start = [sys.executable]
     if program != "python":
         start = [str(Path(sys.executable).parent / program)]
+    variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1"}
     result = subprocess.run(
         [*start, *words],
         cwd=place,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, **variables},
         capture_output=True,
         text=True,
         timeout=TIMEOUT,
