@@ -1,17 +1,15 @@
 """Memory of the CPU that a training frees in one step and needs in the next.
 
 glibc gives what is freed back to the kernel, which hands it out anew page by page, each filled with
-zeros. Activations are freed and asked for at every step, so that this takes a part of its time: on
-one core up to a sixth of a ResNet-20's (docs/speed.md), more with low-rank layers, which have more
-and smaller activations. So what was needed once is kept, in blocks up to the size that glibc lets
-lie in its heap, and large blocks get pages of 2 MB where the kernel leaves that to programs.
+zeros. Activations are freed and asked for at every step, so that this takes a part of its time, up
+to a tenth of a ResNet-20's on one core (docs/speed.md), and more with low-rank layers, which have
+more and smaller activations. So what was needed once is kept, in blocks up to the size that glibc
+lets lie in its heap.
 """
 
 import ctypes
 import os
 
-HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
-"""Of torch, which looks at it once, with its first tensor."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Of malloc.h."""
 _NEVER = -1
@@ -20,11 +18,10 @@ _LARGEST_IN_HEAP = 32 * 2**20
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep the memory that it frees. To be called before torch is imported.
+    """Let this process keep the memory that it frees.
 
     What the user has set by environment variables stays as it is. Without glibc nothing happens.
     """
-    os.environ.setdefault(HUGE_PAGES, "1")
     tuned = os.environ.get("GLIBC_TUNABLES", "")
     if any(name.startswith("MALLOC_") for name in os.environ) or "glibc.malloc" in tuned:
         return

@@ -8,7 +8,7 @@ from support.launching import ROOT, launch
 
 from app import command
 from app.runtime import host_memory
-from app.runtime.host_memory import HUGE_PAGES, keep_freed_memory
+from app.runtime.host_memory import keep_freed_memory
 
 WORKER = ROOT / "tests" / "support" / "workers" / "freed_memory.py"
 
@@ -40,7 +40,7 @@ def test_every_front_door_keeps_its_memory_before_anything_else(monkeypatch):
 def test_what_the_user_has_set_stays_as_it_is(monkeypatch, variables, tuned):
     for name in [name for name in os.environ if name.startswith(("MALLOC_", "GLIBC_"))]:
         monkeypatch.delenv(name)
-    for name, value in {**variables, HUGE_PAGES: "0"}.items():
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
     calls = []
 
@@ -52,10 +52,8 @@ def test_what_the_user_has_set_stays_as_it_is(monkeypatch, variables, tuned):
     monkeypatch.setattr(host_memory.ctypes, "CDLL", lambda name: Library)
     keep_freed_memory()
     assert bool(calls) == tuned
-    assert os.environ[HUGE_PAGES] == "0"
 
 
 def test_without_glibc_nothing_happens(monkeypatch):
-    monkeypatch.setenv(HUGE_PAGES, "0")
     monkeypatch.setattr(host_memory.ctypes, "CDLL", lambda name: object())
     keep_freed_memory()
