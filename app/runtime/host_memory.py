@@ -1,10 +1,9 @@
 """Memory of the CPU that a training frees in one step and needs in the next.
 
 glibc gives what is freed back to the kernel, which hands it out anew page by page, each filled with
-zeros. Activations are freed and asked for at every step, so that this takes a part of its time, up
-to a tenth of a ResNet-20's on one core (docs/speed.md), and more with low-rank layers, which have
-more and smaller activations. So what was needed once is kept, in blocks up to the size that glibc
-lets lie in its heap.
+zeros. Activations are freed and asked for at every step, so that this takes some hundredths of its
+time (docs/speed.md). So what was needed once is kept, in blocks up to the size that glibc lets lie
+in its heap.
 """
 
 import ctypes
