@@ -10,6 +10,7 @@ from oialr.errors import (
     DivergedError,
     UserError,
     of_the_machine,
+    out_of_memory,
     refused_path,
 )
 
@@ -24,6 +25,7 @@ __all__ = [
     "UserError",
     "of_the_machine",
     "one_line",
+    "out_of_memory",
     "refused_path",
     "refusing_paths",
     "typed_line",

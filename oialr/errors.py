@@ -12,8 +12,8 @@ _REFUSALS = {
     errno.ENAMETOOLONG: "; name a shorter path",
 }
 """What the system says of a path, whatever is done with it, and the cure."""
-_MACHINE = ("can't allocate memory", "out of memory", "CUDA error")
-"""What RuntimeErrors say that are no mistake of anybody."""
+_NO_MEMORY = ("can't allocate memory", "out of memory")
+"""What RuntimeErrors say of it: on CPUs, and as Module.load_state_dict wraps what it meets."""
 
 
 class UserError(Exception):
@@ -50,6 +50,15 @@ def refused_path(error: OSError) -> str | None:
     return f"{shown}: {error.strerror}{_REFUSALS[error.errno]}"
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory has run out, of the device or of the host."""
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
+
+
 def of_the_machine(error: BaseException) -> bool:
     """Whether an error says that memory has run out or that a device has failed.
 
@@ -58,7 +67,6 @@ def of_the_machine(error: BaseException) -> bool:
     """
     import torch
 
-    if isinstance(error, MemoryError | torch.OutOfMemoryError | torch.AcceleratorError):
+    if out_of_memory(error) or isinstance(error, torch.AcceleratorError):
         return True
-    # On CPUs, and as Module.load_state_dict wraps what it meets.
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _MACHINE)
+    return isinstance(error, RuntimeError) and "CUDA error" in str(error)

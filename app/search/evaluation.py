@@ -16,7 +16,7 @@ import torch
 
 from app.config import to_yaml
 from app.config.settings import Configuration
-from app.errors import AgreedUserError, DivergedError, StorageError, UserError
+from app.errors import AgreedUserError, DivergedError, StorageError, UserError, out_of_memory
 from app.recording.store import read_rows
 from app.runtime.stop_signal import StopRequest
 from app.runtime.workers import Workers
@@ -269,9 +269,7 @@ def _status(error: Exception) -> str:
             return "timeout"
         case DivergedError():
             return "diverged"
-        case MemoryError() | torch.OutOfMemoryError():
-            return "out of memory"
-        case RuntimeError() if "can't allocate memory" in str(error):  # torch on CPUs
+        case _ if out_of_memory(error):
             return "out of memory"
         case _:
             return "failed"
